@@ -1,0 +1,193 @@
+"""The parts of the text stack. Attribute names are the checkpoint's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.rope_utils import initialize_rope
+from mlx_lm.models.switch_layers import SwitchLinear
+
+from .config import TextConfig
+from .prefix import LayerKV
+
+SORT_FROM = 64  # rows * top_k from which sorting by expert pays: MLX's grouped kernels need it
+
+
+def fused(function: Callable) -> Callable:
+    """Compile elementwise chains on a GPU; MLX's CPU compiler needs a C++ compiler that may be missing."""
+    compiled = mx.compile(function, shapeless=True)
+
+    @wraps(function)
+    def call(*args):
+        return (compiled if mx.default_device() == mx.gpu else function)(*args)
+
+    return call
+
+
+@fused
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """tanh-approximated GELU of `gate`, times `up`."""
+    return nn.gelu_approx(gate) * up
+
+
+def rms_norm(x: mx.array, eps: float) -> mx.array:
+    """RMS norm without a weight, computed in float32."""
+    return mx.fast.rms_norm(x, None, eps)
+
+
+class MLP(nn.Module):
+    """The dense branch: a GeGLU."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Router(nn.Module):
+    """Chooses the experts of each position."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = mx.ones((config.hidden_size,))
+        self.per_expert_scale = mx.ones((config.num_experts,))
+        self._eps = config.rms_norm_eps
+        self._root = config.hidden_size**-0.5
+        self._top_k = config.top_k_experts
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x [N, H] -> expert indices and weights, both [N, top_k].
+
+        Softmax over the chosen logits equals softmax over all of them, renormalised to the chosen.
+        """
+        scores = self.proj(rms_norm(x, self._eps) * self.scale * self._root)
+        indices = mx.argpartition(scores, kth=-self._top_k, axis=-1)[..., -self._top_k :]
+        weights = mx.softmax(mx.take_along_axis(scores, indices, axis=-1), axis=-1, precise=True)
+        return indices, weights * self.per_expert_scale[indices]
+
+
+class Experts(nn.Module):
+    """The mixture of experts; gate and up lie in one tensor, gate rows first, and take one gather."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        size = config.moe_intermediate_size
+        self.gate_up_proj = SwitchLinear(config.hidden_size, 2 * size, config.num_experts, bias=False)
+        self.down_proj = SwitchLinear(size, config.hidden_size, config.num_experts, bias=False)
+
+    def __call__(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
+        """x [N, H], indices and weights [N, K] -> [N, H]."""
+        rows, top_k = indices.shape
+        sort = indices.size >= SORT_FROM
+        if sort:
+            order = mx.argsort(indices.flatten())
+            x, chosen = x[order // top_k][:, None], indices.flatten()[order]
+        else:
+            x, chosen = x[:, None, None], indices
+        gate, up = mx.split(self.gate_up_proj(x, chosen, sorted_indices=sort), 2, axis=-1)
+        y = self.down_proj(geglu(gate, up), chosen, sorted_indices=sort)
+        if sort:
+            y = y[mx.argsort(order)]
+        y = y.reshape(rows, top_k, -1)
+        return (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed heads and scale 1; full layers take V from `k_proj`."""
+
+    def __init__(self, config: TextConfig, layer_type: str):
+        super().__init__()
+        self._heads = config.num_attention_heads
+        self._kv_heads, self._dim = config.head(layer_type)
+        self._eps = config.rms_norm_eps
+        full = layer_type == "full_attention"
+        width = self._heads * self._dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self._kv_heads * self._dim, bias=False)
+        if not full:
+            self.v_proj = nn.Linear(config.hidden_size, self._kv_heads * self._dim, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self._dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self._dim, eps=config.rms_norm_eps)
+        rope = (config.full_rope if full else config.sliding_rope) or {}
+        self._rope = initialize_rope(
+            self._dim,
+            base=rope.get("rope_theta", 1e4),
+            traditional=False,
+            scaling_config=rope,
+            max_position_embeddings=config.max_position_embeddings,
+        )
+
+    def __call__(self, x: mx.array, kv: LayerKV, offset: int, rope_offset: Any, mask: Any, canvas: bool) -> mx.array:
+        """x [B, L, H]; `canvas` attends to prefix and canvas, otherwise the prefix is extended."""
+        batch, length, _ = x.shape
+        queries = self.q_norm(self.q_proj(x).reshape(batch, length, self._heads, self._dim))
+        raw = self.k_proj(x).reshape(batch, length, self._kv_heads, self._dim)
+        keys = self.k_norm(raw)
+        values = raw if "v_proj" not in self else self.v_proj(x).reshape(raw.shape)
+        values = rms_norm(values, self._eps).transpose(0, 2, 1, 3)
+        queries = self._rope(queries.transpose(0, 2, 1, 3), offset=rope_offset)
+        keys = self._rope(keys.transpose(0, 2, 1, 3), offset=rope_offset)
+        keys, values = (kv.with_canvas if canvas else kv.extend)(keys, values, offset)
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+
+class Layer(nn.Module):
+    """Attention, then a dense branch and a mixture of experts side by side, all sandwich-normed."""
+
+    def __init__(self, config: TextConfig, layer_type: str):
+        super().__init__()
+        self._layer_type = layer_type
+        self.self_attn = Attention(config, layer_type)
+        self.mlp = MLP(config)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.layer_scalar = mx.ones((1,))
+        for name in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "pre_feedforward_layernorm_2",
+            "post_feedforward_layernorm",
+            "post_feedforward_layernorm_1",
+            "post_feedforward_layernorm_2",
+        ):
+            setattr(self, name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+
+    def __call__(self, x: mx.array, scalar: mx.array, attend: Callable[[Attention, mx.array], mx.array]) -> mx.array:
+        """x [B, L, H]; `scalar` is the mode's own, `attend` calls the attention with the mode's keys."""
+        h = x + self.post_attention_layernorm(attend(self.self_attn, self.input_layernorm(x)))
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
+        flat = h.reshape(-1, h.shape[-1])
+        sparse = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat)).reshape(h.shape)
+        sparse = self.post_feedforward_layernorm_2(sparse)
+        return (h + self.post_feedforward_layernorm(dense + sparse)) * scalar
+
+
+class SelfConditioning(nn.Module):
+    """Mixes the previous step's expected embedding into the canvas (decoder only)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.pre_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self._eps = config.rms_norm_eps
+
+    def __call__(self, embedded: mx.array, conditioning: mx.array | None) -> mx.array:
+        """Both [B, C, H]; None, as in a canvas's first step, is a conditioning of zeros."""
+        if conditioning is not None:  # a bias-free GeGLU of zeros is zero
+            n = self.pre_norm(conditioning)
+            embedded = embedded + self.down_proj(geglu(self.gate_proj(n), self.up_proj(n)))
+        return rms_norm(embedded, self._eps)

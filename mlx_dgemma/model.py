@@ -1,0 +1,210 @@
+"""DiffusionGemma: one stack of weights in two modes.
+
+- `encode` runs it causally and extends a `Prefix` (the checkpoint's encoder);
+- `denoise` runs it over a canvas in both directions, reading the prefix (the decoder).
+
+The modes differ in attention, in each layer's scalar and in self-conditioning, nothing else.
+Formulas follow Transformers' diffusion_gemma; module names are the checkpoint's keys.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .config import ModelConfig
+from .errors import PromptError
+from .layers import Layer, SelfConditioning, fused
+from .prefix import Prefix
+from .vision import Projector, VisionTower
+
+
+@fused
+def _softcap(x: mx.array, cap: mx.array) -> mx.array:
+    return cap * mx.tanh(x.astype(mx.float32) / cap)
+
+
+class Decoder(nn.Module):
+    """All shared weights; releases store them under the decoder."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        text = config.text
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = [Layer(text, kind) for kind in text.layer_types]
+        self.norm = nn.RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(text)
+
+
+class EncoderScalar(nn.Module):
+    """What an encoder layer has of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_scalar = mx.ones((1,))
+
+
+class EncoderText(nn.Module):
+    """The encoder's text half: one scalar per layer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.layers = [EncoderScalar() for _ in config.text.layer_types]
+
+
+class Encoder(nn.Module):
+    """What only the encoder has: its scalars and, where the checkpoint sees, tower and projector."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.language_model = EncoderText(config)
+        if config.vision is not None:
+            self.vision_tower = VisionTower(config.vision)
+            self.embed_vision = Projector(config.vision, config.text.hidden_size)
+
+
+class Backbone(nn.Module):
+    """The checkpoint's `model` key."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.decoder = Decoder(config)
+        self.encoder = Encoder(config)
+
+
+class DiffusionGemma(nn.Module):
+    """The model. It knows nothing of sampling: see `generate` for the block loop."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of activations: the embedding's, or its scales' where it is quantized."""
+        table = self.model.decoder.embed_tokens
+        return table.scales.dtype if _is_float_scale(table) else self.model.decoder.norm.weight.dtype
+
+    def new_prefix(self, batch_size: int = 1, capacity: int = 0) -> Prefix:
+        """An empty prefix of `batch_size` rows; `capacity` positions are allocated at once."""
+        return Prefix(self.config.text, batch_size, capacity)
+
+    def encode(
+        self,
+        tokens: mx.array,
+        prefix: Prefix,
+        images: tuple[mx.array, mx.array] | None = None,
+        mask: mx.array | np.ndarray | None = None,
+    ) -> mx.array:
+        """Encode tokens causally in one pass and append them to the prefix.
+
+        Args:
+            tokens: [B, L] int32.
+            prefix: of B rows; extended in place.
+            images: patches [N, P, 3 * patch_size**2] and positions [N, P, 2] (padded with -1) of the
+                pictures whose placeholders stand in `tokens`, in their order.
+            mask: [B, L], false where the left padding is.
+
+        Returns:
+            Hidden states [B, L, H] after the final norm. They are lazy: who needs only the prefix
+            pays for no more.
+
+        Raises:
+            PromptError: the placeholders and the pictures' soft tokens differ in number.
+            OptionError: a mask that is not left padding.
+        """
+        if mask is not None:
+            prefix.pad(mask)
+        h = self._embed(tokens)
+        spans = None
+        if images is not None:
+            h, spans = self._place_images(tokens, h, images)
+        masks = prefix.encode_masks(tokens.shape[1], spans)
+        scalars = [one.layer_scalar for one in self.model.encoder.language_model.layers]
+        h = self._run(h, prefix, masks, scalars, canvas=False)
+        prefix.offset += tokens.shape[1]
+        return h
+
+    def denoise(self, canvas: mx.array, prefix: Prefix, conditioning: mx.array | None = None) -> mx.array:
+        """Run the stack over a canvas in both directions; the prefix is read, never extended.
+
+        Args:
+            canvas: [B, C] int32, at the positions that follow the prefix.
+            prefix: of B rows.
+            conditioning: [B, C, H] from `condition`, or None in a canvas's first step.
+
+        Returns:
+            Hidden states [B, C, H] after the final norm.
+        """
+        decoder = self.model.decoder
+        h = decoder.self_conditioning(self._embed(canvas), conditioning)
+        scalars = [layer.layer_scalar for layer in decoder.layers]
+        return self._run(h, prefix, prefix.denoise_masks(canvas.shape[1]), scalars, canvas=True)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """[B, C, H] -> [B, C, V] float32, softcapped, before temperature (the tied embedding is the head)."""
+        cap = mx.array(self.config.text.final_logit_softcapping, mx.float32)
+        return _softcap(self.model.decoder.embed_tokens.as_linear(hidden), cap)
+
+    def condition(self, processed_logits: mx.array) -> mx.array:
+        """The expected embedding under a step's processed logits, for the next step.
+
+        Args:
+            processed_logits: [B, C, V] float32, after temperature.
+
+        Returns:
+            [B, C, H]: softmax(logits rounded to the model's dtype) @ embedding * sqrt(H).
+        """
+        table, dtype = self.model.decoder.embed_tokens, self.dtype
+        p = mx.softmax(processed_logits.astype(dtype), axis=-1, precise=True)
+        if isinstance(table, nn.QuantizedEmbedding):
+            expected = mx.quantized_matmul(
+                p,
+                table.weight,
+                table.scales,
+                table.get("biases"),
+                transpose=False,
+                group_size=table.group_size,
+                bits=table.bits,
+                mode=table.mode,
+            )
+        else:
+            expected = p @ table.weight
+        return expected * self._embed_scale()
+
+    def _embed_scale(self) -> mx.array:
+        return mx.array(self.config.text.hidden_size**0.5, self.dtype)  # rounded, as the reference rounds it
+
+    def _embed(self, tokens: mx.array) -> mx.array:
+        return self.model.decoder.embed_tokens(tokens).astype(self.dtype) * self._embed_scale()
+
+    def _run(self, h: mx.array, prefix: Prefix, masks: dict, scalars: list[mx.array], canvas: bool) -> mx.array:
+        rope_offset = prefix.rope_offset()
+        for layer, kv, scalar in zip(self.model.decoder.layers, prefix.layers, scalars):
+            mask = masks[layer._layer_type]
+            h = layer(h, scalar, lambda attention, x: attention(x, kv, prefix.offset, rope_offset, mask, canvas))
+        return self.model.decoder.norm(h)
+
+    def _place_images(self, tokens: mx.array, h: mx.array, images: tuple) -> tuple[mx.array, np.ndarray]:
+        """Put soft tokens on their placeholders; returns them and the spans that see themselves whole."""
+        encoder = self.model.encoder
+        if "vision_tower" not in encoder:
+            raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
+        features = encoder.embed_vision(encoder.vision_tower(*images)).astype(h.dtype)
+        held = np.asarray(tokens) == self.config.image_token_id
+        if held.sum() != features.shape[0]:
+            raise PromptError(
+                f"The prompt has {held.sum()} image placeholders, but its pictures have {features.shape[0]} soft tokens."
+            )
+        rows = mx.array(np.flatnonzero(held))
+        flat = h.reshape(-1, h.shape[-1])
+        flat[rows] = features
+        starts = held & ~np.pad(held, ((0, 0), (1, 0)))[:, :-1]
+        spans = np.where(held, np.cumsum(starts, axis=1), 0).astype(np.int32)
+        return flat.reshape(h.shape), spans if self.config.text.use_bidirectional_attention == "vision" else None
+
+
+def _is_float_scale(table: nn.Module) -> bool:
+    return isinstance(table, nn.QuantizedEmbedding) and table.scales.dtype != mx.uint8

@@ -1,0 +1,227 @@
+"""The unified-memory KV cache of the prefix: everything encoded so far.
+
+Full layers keep every position, sliding layers a ring of the `window - 1` positions that the next
+token can still see. Attention does not care about the order of its keys (their positions were
+rotated in), so the ring is never put back into order. A canvas writes its keys and values into the
+slots behind the prefix, where the next canvas overwrites them: the prefix itself is neither copied
+nor changed by a denoising step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .config import TextConfig
+from .errors import OptionError
+
+STEP = 256  # slots; buffers grow by multiples of this
+
+
+class LayerKV:
+    """Keys and values of one layer, [B, heads, slots, D]; `ring` slots are kept, or all (None)."""
+
+    def __init__(self, ring: int | None, capacity: int = 0):
+        self.ring = ring
+        self.capacity = capacity
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def used(self, offset: int) -> int:
+        """Slots that hold the prefix when `offset` positions were encoded."""
+        return offset if self.ring is None else min(offset, self.ring)
+
+    def extend(self, keys: mx.array, values: mx.array, offset: int) -> tuple[mx.array, mx.array]:
+        """Append [B, heads, L, D] at `offset`; returns what these L positions may attend to."""
+        length = keys.shape[2]
+        used = self.used(offset)
+        if self.ring is None or offset + length <= self.ring:
+            return self._write(keys, values, used)
+        seen = keys, values
+        if used and self.keys is not None and self.values is not None:
+            seen = (
+                mx.concatenate([self.keys[:, :, :used], keys], axis=2),
+                mx.concatenate([self.values[:, :, :used], values], axis=2),
+            )
+        kept = min(length, self.ring)
+        start = (offset + length - kept) % self.ring
+        head = min(kept, self.ring - start)  # up to the end of the ring, then from its beginning
+        tail = length - kept + head
+        self._write(keys[:, :, length - kept : tail], values[:, :, length - kept : tail], start)
+        if head < kept:
+            self._write(keys[:, :, tail:], values[:, :, tail:], 0)
+        return seen
+
+    def with_canvas(self, keys: mx.array, values: mx.array, offset: int) -> tuple[mx.array, mx.array]:
+        """Prefix and canvas together; the canvas lies in slots that belong to no position."""
+        return self._write(keys, values, self.used(offset))
+
+    def _write(self, keys: mx.array, values: mx.array, at: int) -> tuple[mx.array, mx.array]:
+        end = at + keys.shape[2]
+        self._reserve(end, keys, values)
+        assert self.keys is not None and self.values is not None
+        self.keys[:, :, at:end] = keys
+        self.values[:, :, at:end] = values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _reserve(self, slots: int, keys: mx.array, values: mx.array) -> None:
+        have = 0 if self.keys is None else self.keys.shape[2]
+        if slots <= have:
+            return
+        total = -(-max(slots, self.capacity) // STEP) * STEP
+
+        def grown(old: mx.array | None, like: mx.array) -> mx.array:
+            new = mx.zeros((*like.shape[:2], total - have, like.shape[3]), like.dtype)
+            return new if old is None else mx.concatenate([old, new], axis=2)
+
+        self.keys, self.values = grown(self.keys, keys), grown(self.values, values)
+
+
+class Prefix:
+    """What was encoded: one `LayerKV` per layer and how far they reach.
+
+    Args:
+        config: the text stack's sizes.
+        batch_size: rows.
+        capacity: positions that the full layers allocate at once; more grow them in steps.
+
+    Attributes:
+        offset: positions encoded, left padding included.
+        padding: left padding of each row, [B] int32, or None where no row has any.
+    """
+
+    def __init__(self, config: TextConfig, batch_size: int = 1, capacity: int = 0):
+        self.window = config.sliding_window
+        self.batch_size = batch_size
+        self.offset = 0
+        self.padding: mx.array | None = None
+        self.layers = [
+            LayerKV(None, capacity) if kind == "full_attention" else LayerKV(max(self.window - 1, 1))
+            for kind in config.layer_types
+        ]
+        self._ring = max(self.window - 1, 1)
+        self._mark: tuple[int, list[tuple[Any, Any]]] | None = None
+
+    @property
+    def state(self) -> list[mx.array]:
+        """Every array held, to be evaluated between chunks."""
+        return [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of unified memory held, preallocated slots included."""
+        return sum(a.nbytes for a in self.state)
+
+    def rope_offset(self) -> int | mx.array:
+        """Position of the next token: an int, or [B] where rows are padded differently."""
+        return self.offset if self.padding is None else self.offset - self.padding
+
+    def pad(self, mask: Any) -> None:
+        """Take note of the left padding in a mask [B, L] of the tokens to be encoded next.
+
+        Raises:
+            OptionError: a padded position stands behind a real one, or the shape is another.
+        """
+        real = np.asarray(mask).astype(bool)
+        if real.ndim != 2 or real.shape[0] != self.batch_size:
+            raise OptionError(f"mask has the shape {real.shape}; it should be [batch_size = {self.batch_size}, L].")
+        count = (~real).sum(axis=1)
+        if not count.any():
+            return
+        before = np.zeros(self.batch_size, np.int32) if self.padding is None else np.asarray(self.padding)
+        if (np.diff(real.astype(np.int8), axis=1) < 0).any() or ((before < self.offset) & (count > 0)).any():
+            raise OptionError("mask pads positions behind real ones; only padding on the left is possible.")
+        self.padding = mx.array((before + count).astype(np.int32))
+
+    def _ring_positions(self) -> np.ndarray:
+        """The position that each used ring slot holds."""
+        last, used = self.offset - 1, min(self.offset, self._ring)
+        return last - (last - np.arange(used)) % self._ring
+
+    def _key_positions(self, length: int, sliding: bool) -> np.ndarray:
+        held = self._ring_positions() if sliding else np.arange(self.offset)
+        return np.concatenate([held, np.arange(self.offset, self.offset + length)])
+
+    def encode_masks(self, length: int, spans: np.ndarray | None = None) -> dict[str, Any]:
+        """Causal masks for `length` new positions, by layer type: "causal", None or bool arrays.
+
+        Args:
+            length: L, the new positions.
+            spans: [B, L] ids of image spans, 0 for text; a span attends to itself both ways.
+
+        Returns:
+            {"full_attention": mask, "sliding_attention": mask}, bool [B or 1, 1, L, keys].
+        """
+        if self.padding is None and spans is None:
+            plain = "causal" if length > 1 else None
+            if self.offset + length <= self.window:
+                return {"full_attention": plain, "sliding_attention": plain}
+            return {"full_attention": plain, "sliding_attention": self._encode_mask(length, True, None)}
+        return {
+            "full_attention": self._encode_mask(length, False, spans),
+            "sliding_attention": self._encode_mask(length, True, spans),
+        }
+
+    def _encode_mask(self, length: int, sliding: bool, spans: np.ndarray | None) -> mx.array:
+        key = mx.array(self._key_positions(length, sliding))[None, None, None]
+        query = mx.arange(self.offset, self.offset + length)[None, None, :, None]
+        mask = key <= query
+        if sliding:
+            mask = mask & (key > query - self.window)
+        if spans is not None:
+            held = key.shape[-1] - length
+            span = mx.array(spans)
+            keys = mx.concatenate([mx.zeros((span.shape[0], held), span.dtype), span], axis=1)
+            mask = mask | ((span[:, None, :, None] == keys[:, None, None]) & (span[:, None, :, None] > 0))
+        if self.padding is not None:
+            # A padded query attends to itself alone: a row without any key would become NaN.
+            mask = mask & ((key >= self.padding[:, None, None, None]) | (key == query))
+        return mask
+
+    def denoise_masks(self, length: int) -> dict[str, Any]:
+        """Masks for a canvas of `length` positions: None where nothing is hidden, as without padding."""
+        if self.padding is None:
+            return {"full_attention": None, "sliding_attention": None}
+        pad = self.padding[:, None, None, None]
+        return {
+            kind: mx.array(self._key_positions(length, kind == "sliding_attention"))[None, None, None] >= pad
+            for kind in ("full_attention", "sliding_attention")
+        }
+
+    def mark(self) -> None:
+        """Remember this state, so that `rewind` can come back here after the rings have moved on."""
+        self._mark = (self.offset, [(layer.keys, layer.values) for layer in self.layers if layer.ring])
+
+    def rewind(self, offset: int) -> int:
+        """Forget positions from `offset` on, or from the nearest earlier state that is still held.
+
+        Returns:
+            How many positions are held now, at most `offset`.
+        """
+        if offset >= self.offset:
+            return self.offset
+        if self.offset > self._ring:
+            marked, rings = self._mark or (0, [])
+            if not 0 < marked <= offset:
+                marked, rings = 0, []
+            if rings:
+                for layer, (keys, values) in zip((one for one in self.layers if one.ring), rings):
+                    layer.keys, layer.values = keys, values
+            offset = marked
+        self.offset = offset
+        if self._mark and self._mark[0] > offset:
+            self._mark = None
+        return offset
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows of the batch but these."""
+        index = mx.array(rows)
+        for layer in self.layers:
+            if layer.keys is not None and layer.values is not None:
+                layer.keys, layer.values = layer.keys[index], layer.values[index]
+        if self.padding is not None:
+            self.padding = self.padding[index]
+        self.batch_size = len(rows)
+        self._mark = None
