@@ -1,0 +1,350 @@
+"""`load()` and `Engine`: a prompt becomes events, events become a result."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import memory
+from .checkpoint import Checkpoint, build, find, on_cpu
+from .config import ModelConfig
+from .errors import CheckpointError, OptionError, PromptError
+from .generate import Block, Draft, Finished, GenerationOptions, generate, prefill
+from .model import DiffusionGemma
+from .prefix import Prefix
+from .prompt import Answer, Message, messages_of, render
+
+Prompt = str | Sequence[Message]
+CONTEXT = 4096  # tokens of context that loading makes sure of
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a generation took; times in seconds."""
+
+    prompt_tokens: int
+    reused_tokens: int  # of them, taken from a session's prefix
+    generated_tokens: int
+    blocks: int
+    denoising_steps: int
+    canvas_positions: int  # positions denoised, summed over steps
+    seconds: dict[str, float]  # load, prefill, denoise (commits included), total (prefill and denoise)
+    time_to_first_block: float
+    tokens_per_second: float  # generated tokens over seconds["total"]
+    peak_memory_bytes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer. `tool_calls` entries are {"id", "type": "function", "function": {"name", "arguments"}}."""
+
+    text: str
+    thinking: str
+    tool_calls: list[dict]
+    tokens: list[int]
+    finish_reason: str  # "stop", "length" or "tool_calls"
+    stats: Stats
+
+
+class Session:
+    """A conversation's prefix: a prompt that begins as the last one did encodes only what is new."""
+
+    def __init__(self, prefix: Prefix):
+        self.prefix = prefix
+        self.tokens: list[int] = []
+
+    def reuse(self, tokens: list[int]) -> int:
+        """Go back to what the prefix shares with `tokens`; returns how many tokens that are."""
+        shared = 0
+        for mine, new in zip(self.tokens, tokens):
+            if mine != new:
+                break
+            shared += 1
+        held = self.prefix.rewind(shared)
+        del self.tokens[held:]
+        return held
+
+
+@dataclass
+class _Row:
+    """One prompt on its way through the loop."""
+
+    tokens: list[int]
+    seed: int
+    answer: Answer
+    reused: int = 0
+    blocks: int = 0
+    steps: int = 0
+    first_block: float = 0.0
+
+
+@dataclass
+class Engine:
+    """A loaded checkpoint. Make one with `load`.
+
+    Attributes:
+        tokenizer: mlx-lm's wrapper around the checkpoint's tokenizer.
+        options: the effective `GenerationOptions`, as the checkpoint sets them.
+        notes: what was chosen while loading, one sentence each.
+    """
+
+    checkpoint: Checkpoint
+    model: DiffusionGemma
+    tokenizer: Any
+    options: GenerationOptions
+    notes: tuple[str, ...] = ()
+    load_seconds: float = 0.0
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes and special tokens of the model."""
+        return self.model.config
+
+    def session(self) -> Session:
+        """A conversation to hand to `generate` and `stream` turn after turn."""
+        return Session(self.model.new_prefix())
+
+    def generate(self, prompt: Prompt, **arguments: Any) -> Result:
+        """Answer a prompt; takes what `stream` takes.
+
+        Returns:
+            The whole answer.
+
+        Raises:
+            PromptError: an empty, malformed or too long prompt.
+            OptionError: an unknown option or a value outside its bounds.
+        """
+        for event in self.stream(prompt, drafts=False, **arguments):
+            if isinstance(event, Finished):
+                return event.result
+        raise AssertionError("a generation ends with Finished")
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        images: Sequence[Any] = (),
+        video: Any = None,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+        thinking: bool = False,
+        tools: list[dict] | None = None,
+        system: str | None = None,
+        session: Session | None = None,
+        drafts: bool = True,
+        **options: Any,
+    ) -> Iterator[Draft | Block | Finished]:
+        """Answer a prompt, event by event.
+
+        Args:
+            prompt: a user's text, or chat messages with role and content.
+            images: pictures (not in this version: refused when given).
+            video: a video (not in this version: refused when given).
+            seed: the same seed gives the same tokens; without one it is drawn and told in the statistics.
+            max_tokens: the text is cut there.
+            thinking: let the model think first, where its template can.
+            tools: function declarations in OpenAI's form.
+            system: a system message to begin with.
+            session: reuse and extend a conversation's prefix.
+            drafts: yield a `Draft` after each step; the answer is the same without.
+            options: any field of `GenerationOptions`.
+
+        Yields:
+            `Draft` per denoising step, `Block` per settled canvas, and `Finished` with the result.
+
+        Raises:
+            PromptError, OptionError: at once, before anything is computed.
+        """
+        if images or video is not None:
+            raise PromptError("Pictures and video cannot be prompted in this version; send text alone.")
+        effective = self.options.override(max_tokens=max_tokens, **options)
+        row = self._row(prompt, seed, effective, thinking, tools, system)
+        return self._events([row], effective, session, drafts)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seeds: Sequence[int] | None = None,
+        max_tokens: int | None = None,
+        thinking: bool = False,
+        tools: list[dict] | None = None,
+        system: str | None = None,
+        **options: Any,
+    ) -> list[Result]:
+        """Answer several prompts together, padded on the left; each as `generate` would with its seed.
+
+        Raises:
+            PromptError, OptionError: as `generate`; also when seeds and prompts differ in number.
+        """
+        if not prompts or (seeds is not None and len(seeds) != len(prompts)):
+            raise OptionError(f"There are {len(prompts)} prompts and {len(seeds or ())} seeds; give one seed a prompt.")
+        effective = self.options.override(max_tokens=max_tokens, **options)
+        rows = [
+            self._row(prompt, seeds[i] if seeds else None, effective, thinking, tools, system)
+            for i, prompt in enumerate(prompts)
+        ]
+        events = self._events(rows, effective, None, drafts=False)
+        return [event.result for event in events if isinstance(event, Finished)]
+
+    def _row(
+        self,
+        prompt: Prompt,
+        seed: int | None,
+        options: GenerationOptions,
+        thinking: bool,
+        tools: list[dict] | None,
+        system: str | None,
+    ) -> _Row:
+        if seed is None:
+            seed = secrets.randbits(32)
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+            raise OptionError(f"seed is {seed!r}; it should be a whole number from 0 to 2**64 - 1.")
+        tokens = render(self.tokenizer, messages_of(prompt, system), tools, thinking)
+        room = self.config.text.max_position_embeddings - self.config.canvas_length
+        if len(tokens) > room:
+            raise PromptError(
+                f"The prompt has {len(tokens)} tokens, but the context leaves room for {room} "
+                f"beside a canvas of {self.config.canvas_length}; shorten it."
+            )
+        answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop)
+        return _Row(tokens, seed, answer)
+
+    def _events(
+        self, rows: list[_Row], options: GenerationOptions, session: Session | None, drafts: bool
+    ) -> Iterator[Draft | Block | Finished]:
+        mx.reset_peak_memory()
+        started = time.perf_counter()
+        with memory.wired_limit():
+            prefix = self._encode(rows, options, session)
+            encoded = time.perf_counter()
+            history = list(rows[0].tokens)
+            try:
+                for event in generate(self.model, prefix, [r.answer for r in rows], options, [r.seed for r in rows]):
+                    row = rows[event.row]
+                    if isinstance(event, Draft):
+                        if drafts:
+                            yield replace(event, text=self._draft_text(event.tokens, options))
+                        continue
+                    history += event.tokens
+                    row.blocks, row.steps = row.blocks + 1, row.steps + event.steps
+                    row.first_block = row.first_block or time.perf_counter() - started
+                    text, thinking = row.answer.take()
+                    yield replace(event, text=text, thinking=thinking)
+            finally:
+                if session is not None:  # the prefix knows how much of what was generated it holds
+                    session.tokens = history[: prefix.offset]
+        ended = time.perf_counter()
+        seconds = {
+            "load": self.load_seconds,
+            "prefill": encoded - started,
+            "denoise": ended - encoded,
+            "total": ended - started,
+        }
+        for row in rows:
+            yield Finished(self._result(row, seconds))
+
+    def _encode(self, rows: list[_Row], options: GenerationOptions, session: Session | None) -> Prefix:
+        length = max(len(row.tokens) for row in rows)
+        if session is not None:
+            prefix = session.prefix
+            rows[0].reused = session.reuse(rows[0].tokens)
+            prefill(self.model, prefix, mx.array([rows[0].tokens[rows[0].reused :]]), options.prefill_chunk)
+            prefix.mark()
+            return prefix
+        canvas = self.config.canvas_length
+        room = min(length + options.max_tokens + 2 * canvas, self.config.text.max_position_embeddings + canvas)
+        prefix = self.model.new_prefix(len(rows), capacity=room)
+        padded = np.zeros((len(rows), length), np.int32)
+        mask = np.zeros((len(rows), length), bool)
+        for i, row in enumerate(rows):
+            padded[i, length - len(row.tokens) :] = row.tokens
+            mask[i, length - len(row.tokens) :] = True
+        prefill(self.model, prefix, mx.array(padded), options.prefill_chunk, None if mask.all() else mask)
+        return prefix
+
+    def _draft_text(self, tokens: mx.array, options: GenerationOptions) -> str:
+        ids = tokens.tolist()
+        end = next((i for i, token in enumerate(ids) if token in options.end_tokens), len(ids))
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+
+    def _result(self, row: _Row, seconds: dict[str, float]) -> Result:
+        answer, total = row.answer, seconds["total"]
+        stats = Stats(
+            prompt_tokens=len(row.tokens),
+            reused_tokens=row.reused,
+            generated_tokens=len(answer.tokens),
+            blocks=row.blocks,
+            denoising_steps=row.steps,
+            canvas_positions=row.steps * self.config.canvas_length,
+            seconds=seconds,
+            time_to_first_block=row.first_block,
+            tokens_per_second=len(answer.tokens) / total if total else 0.0,
+            peak_memory_bytes=mx.get_peak_memory(),
+            seed=row.seed,
+        )
+        return Result(
+            answer.text, answer.thinking, answer.tool_calls, answer.tokens, answer.finish_reason or "length", stats
+        )
+
+
+def load(
+    path: str | PathLike | None = None,
+    dtype: str | None = None,
+    *,
+    dequantize: bool | None = None,
+    ignore_memory: bool = False,
+) -> Engine:
+    """Load a checkpoint: Hugging Face's layout, mlx-community's or our own.
+
+    Args:
+        path: a folder or a Hub id; None takes $MLX_DGEMMA_MODEL, else the bundled demo.
+        dtype: "float32", "bfloat16" or "float16" for activations and unquantized weights; None keeps
+            what is stored, and takes float32 on the CPU.
+        dequantize: unpack quantized weights; None does so on the CPU where they fit, since quantized
+            matrix products are slow there.
+        ignore_memory: load even what does not seem to fit.
+
+    Raises:
+        CheckpointError: nothing there, something broken, or another model.
+        MemoryLimitError: the machine has too little memory.
+        OptionError: an unknown dtype.
+    """
+    started = time.perf_counter()
+    checkpoint = Checkpoint.open(find(path))
+    notes = []
+    if on_cpu() and dtype is None and (dequantize is not False or not checkpoint.quantization):
+        dtype = "float32"
+    if dequantize is None:
+        dequantize = on_cpu() and checkpoint.quantization is not None
+        if dequantize and memory.need(checkpoint, CONTEXT, dtype, True).total > memory.available():
+            dequantize = False
+    if on_cpu():
+        how = f"dequantized to {dtype}" if dequantize else f"computed in {dtype or 'the stored dtype'}"
+        notes.append(f"CPU device: weights of {checkpoint.bits_per_weight:.1f} bits are {how}, the fastest there.")
+    if not ignore_memory:
+        context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
+        memory.check(checkpoint, memory.need(checkpoint, context, dtype, dequantize))
+    tokenizer = _load_tokenizer(checkpoint)
+    model = build(checkpoint, dtype, dequantize)
+    options = GenerationOptions.of(checkpoint.generation)
+    return Engine(checkpoint, model, tokenizer, options, tuple(notes), time.perf_counter() - started)
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> Any:
+    if not (checkpoint.path / "tokenizer.json").exists():
+        raise CheckpointError(f"{checkpoint.path} has no tokenizer.json; download the whole checkpoint.")
+    from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+    try:
+        return load_tokenizer(checkpoint.path, eos_token_ids=list(checkpoint.generation.eos_token_ids))
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"The tokenizer in {checkpoint.path} cannot be read ({error}); download it again.") from None

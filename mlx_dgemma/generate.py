@@ -1,0 +1,233 @@
+"""The block loop: canvases of noise become blocks of text. It knows no text, terminal or HTTP.
+
+Three scopes: a step is one forward over the canvas, a block is one canvas until it settles, a commit
+encodes the block into the prefix. Whatever is watched, the draws are the same: every random number
+comes from a key that depends on the row's seed, the block and the step alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import mlx.core as mx
+
+from . import sampler
+from .config import GenerationConfig
+from .errors import OptionError
+
+if TYPE_CHECKING:
+    from .engine import Result
+    from .model import DiffusionGemma
+    from .prefix import Prefix
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to generate. Precedence: explicit option > the checkpoint's generation_config > these defaults.
+
+    Raises:
+        OptionError: a value outside its bounds.
+    """
+
+    max_tokens: int = 256  # the text is cut there; the canvas stays whole
+    stop: tuple[str, ...] = ()  # the text ends before the first of these strings
+    max_denoising_steps: int = 48  # steps after which a canvas that has not settled is taken as it is
+    entropy_bound: float = 0.1  # nats; higher accepts more positions at once
+    t_min: float = 0.4  # temperature at the last step
+    t_max: float = 0.8  # temperature at the first step
+    stability_threshold: int = 1  # earlier steps whose argmax must be the same
+    confidence_threshold: float = 0.005  # nats; mean entropy below which a canvas has settled
+    end_tokens: tuple[int, ...] = (1,)  # any of these ends the text
+    prefill_chunk: int = 2048  # prompt tokens encoded at once
+
+    def __post_init__(self):
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, kind, low in (
+            ("max_tokens", int, 1),
+            ("max_denoising_steps", int, 1),
+            ("entropy_bound", float, 0),
+            ("t_min", float, 0),
+            ("t_max", float, self.t_min),
+            ("stability_threshold", int, 0),
+            ("confidence_threshold", float, 0),
+            ("prefill_chunk", int, 1),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+            if not number or not low <= value < float("inf"):
+                noun = "a whole number" if kind is int else "a number"
+                bound = f"t_min = {low}" if name == "t_max" else low
+                raise OptionError(f"{name} is {value!r}; it should be {noun}, at least {bound}.")
+        if self.t_max == 0:
+            raise OptionError(f"t_max is {self.t_max!r}; it should be above 0.")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if not all(isinstance(one, str) and one for one in self.stop):
+            raise OptionError(f"stop is {self.stop!r}; it should be strings that are not empty.")
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> GenerationOptions:
+        """The checkpoint's own settings."""
+        names = {f.name for f in fields(cls)} & {f.name for f in fields(config)}
+        own = {name: getattr(config, name) for name in names}
+        return cls(**own, max_tokens=config.max_new_tokens, end_tokens=config.eos_token_ids)
+
+    def override(self, **changes: Any) -> GenerationOptions:
+        """These options with some replaced; None leaves one as it is.
+
+        Raises:
+            OptionError: an unknown name or a value outside its bounds.
+        """
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(known)}."
+                raise OptionError(f"{name} is not an option; {hint}")
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A canvas after one denoising step. Arrays are [C]; reading them changes nothing."""
+
+    row: int  # in a batch
+    block: int  # from 0
+    step: int  # denoising steps done in this block
+    tokens: mx.array  # int32, the most probable token of every position
+    accepted: mx.array  # bool, positions kept for the next step
+    entropy: mx.array  # float32, nats
+    text: str = ""  # filled in by the engine
+
+
+@dataclass(frozen=True)
+class Block:
+    """A canvas that settled."""
+
+    row: int
+    block: int  # from 0
+    steps: int  # denoising steps it took
+    tokens: tuple[int, ...]  # the whole canvas, also what lies behind an end token
+    text: str = ""  # answer text that is new and final (filled in by the engine)
+    thinking: str = ""  # thinking text that is new and final
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a generation."""
+
+    result: Result
+
+
+class Reader(Protocol):
+    """Takes a row's blocks and says when its text has ended."""
+
+    def feed(self, tokens: tuple[int, ...]) -> str | None:
+        """Take a block; returns the finish reason once there is one."""
+
+    def cut(self, reason: str) -> None:
+        """No further block will come."""
+
+
+def prefill(model: DiffusionGemma, prefix: Prefix, tokens: mx.array, chunk: int, mask: Any = None) -> None:
+    """Encode a prompt [B, L] chunk by chunk, so that memory is bounded by the chunk; `mask` as in `encode`."""
+    for start in range(0, tokens.shape[1], chunk):
+        part = slice(start, start + chunk)
+        model.encode(tokens[:, part], prefix, mask=None if mask is None else mask[:, part])
+        mx.eval(prefix.state)
+        if start + chunk < tokens.shape[1]:
+            mx.clear_cache()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One denoising step of a batch: arrays [B, C], `done` and `steps` per row."""
+
+    best: mx.array
+    accepted: mx.array
+    entropy: mx.array
+    done: list[bool]
+    steps: list[int]
+
+
+def denoise_block(model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, keys: mx.array) -> Iterator[_Step]:
+    """Denoise one canvas per row until all rows have settled or the steps are used up.
+
+    Args:
+        keys: [B, 2], one random key per row for this block.
+
+    Yields:
+        A `_Step` per forward; a row that has settled keeps its argmax while others go on.
+    """
+    total, vocab, length = options.max_denoising_steps, model.config.text.vocab_size, model.config.canvas_length
+    draws = sampler.split(keys, 2 * total + 1)
+    canvas = sampler.noise(length, vocab, draws[0])
+    conditioning, earlier, done = None, [], mx.zeros((prefix.batch_size,), mx.bool_)
+    steps = [0] * prefix.batch_size
+    finished = [False] * prefix.batch_size
+    for step in range(total):
+        t = sampler.temperature(total - step, total, options.t_min, options.t_max)
+        logits = model.logits(model.denoise(canvas, prefix, conditioning)) / t
+        best = mx.argmax(logits, axis=-1).astype(mx.int32)
+        if any(finished):
+            best = mx.where(done[:, None], earlier[-1], best)
+        uncertainty = sampler.entropy(logits)
+        accepted = sampler.accept(uncertainty, options.entropy_bound)
+        done = done | sampler.settled(
+            best, earlier, uncertainty, options.stability_threshold, options.confidence_threshold
+        )
+        # What the next step needs stays lazy: after the last step nobody pays for it.
+        drawn = sampler.sample(logits, draws[2 * step + 1])
+        canvas = mx.where(accepted, drawn, sampler.noise(length, vocab, draws[2 * step + 2]))
+        conditioning = model.condition(logits)
+        del logits
+        mx.eval(best, accepted, uncertainty, done)
+        steps = [n + (not over) for n, over in zip(steps, finished)]
+        finished = done.tolist()
+        yield _Step(best, accepted, uncertainty, finished, steps)
+        if all(finished):
+            return
+        earlier = [*earlier, best][-max(options.stability_threshold, 1) :]
+
+
+def generate(
+    model: DiffusionGemma, prefix: Prefix, readers: list[Reader], options: GenerationOptions, seeds: list[int]
+) -> Iterator[Draft | Block]:
+    """Generate blocks until every reader has finished; rows that have are dropped from the batch.
+
+    Args:
+        prefix: the encoded prompts, one row each; extended by every block but a row's last.
+        readers: take each row's blocks and decide when it ends.
+        seeds: one per row; a row's tokens depend on its own seed alone.
+    """
+    rows = list(range(len(readers)))
+    keys = mx.stack([mx.random.key(seed) for seed in seeds])
+    length, block = model.config.canvas_length, 0
+    while rows:
+        if prefix.offset + length > model.config.text.max_position_embeddings:
+            for row in rows:
+                readers[row].cut("length")
+            return
+        keys, block_keys = sampler.split(keys, 2)
+        step, over = None, [False] * len(rows)
+        for step in denoise_block(model, prefix, options, block_keys):
+            for i, row in enumerate(rows):
+                if not over[i]:
+                    yield Draft(row, block, step.steps[i], step.best[i], step.accepted[i], step.entropy[i])
+            over = step.done
+        assert step is not None
+        going = []
+        for i, (row, tokens) in enumerate(zip(rows, step.best.tolist())):
+            if readers[row].feed(tuple(tokens)) is None:
+                going.append(i)
+            yield Block(row, block, step.steps[i], tuple(tokens))
+        if not going:
+            return
+        if len(going) < len(rows):
+            prefix.keep(going)
+            keys, rows = keys[mx.array(going)], [rows[i] for i in going]
+        model.encode(step.best[mx.array(going)], prefix)
+        block += 1

@@ -1,0 +1,110 @@
+"""How much memory a checkpoint needs and this machine can give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .checkpoint import Checkpoint, on_cpu
+from .config import ModelConfig
+from .errors import MemoryLimitError
+from .prefix import STEP
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of unified memory: weights, the prefix's KV, and a denoising step's arrays."""
+
+    weights: int
+    prefix: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.prefix + self.workspace
+
+
+def prefix_bytes(config: ModelConfig, context: int, itemsize: int, batch_size: int = 1) -> int:
+    """KV of `context` positions: all of them in full layers, what the window sees in sliding ones."""
+    text, total = config.text, 0
+    for kind in text.layer_types:
+        heads, dim = text.head(kind)
+        held = context if kind == "full_attention" else min(context, text.sliding_window - 1)
+        slots = -(-(held + config.canvas_length) // STEP) * STEP
+        total += 2 * heads * dim * slots * itemsize * batch_size
+    return total
+
+
+def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False) -> Need:
+    """Estimate from the headers what loading and a prompt of `context` tokens take.
+
+    The workspace is five float32 arrays of [canvas, vocabulary]: logits, their exponentials, the
+    Gumbel noise and two in flight.
+    """
+    itemsize = 4 if dtype == "float32" else 2
+    if dequantize or (not checkpoint.quantization and dtype is not None):
+        weights = checkpoint.parameters * itemsize
+    else:
+        weights = checkpoint.nbytes
+    config = checkpoint.config
+    workspace = 5 * 4 * config.canvas_length * config.text.vocab_size
+    return Need(weights, prefix_bytes(config, context, itemsize), workspace)
+
+
+def available() -> int:
+    """Bytes that MLX's default device can hold: Metal's recommended working set, a GPU's or the machine's memory."""
+    info = mx.device_info()
+    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if not on_cpu() and isinstance(info.get(key), int):
+            return int(info[key])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check(checkpoint: Checkpoint, needed: Need) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        MemoryLimitError: says how much is missing, which recipe would fit, and what to try.
+    """
+    have = available()
+    if needed.total <= have:
+        return
+    from .convert.recipes import RECIPES
+
+    rest = needed.total - needed.weights
+    sizes = {name: recipe.nbytes(checkpoint.shapes) for name, recipe in RECIPES.items()}
+    fitting = [name for name, size in sizes.items() if size + rest <= have]
+    if fitting:
+        best = max(fitting, key=sizes.__getitem__)
+        way = f"the recipe {best} would fit ({sizes[best] / GB:.1f} GB of weights)"
+    else:
+        small = min(sizes, key=sizes.__getitem__)
+        way = f"no recipe fits (the smallest, {small}, has {sizes[small] / GB:.1f} GB of weights)"
+    if mx.metal.is_available():
+        way += "; `sudo sysctl iogpu.wired_limit_mb=N` raises what macOS gives"
+    raise MemoryLimitError(
+        f"{checkpoint.path.name} needs {needed.total / GB:.1f} GB (weights {needed.weights / GB:.1f}, prefix "
+        f"{needed.prefix / GB:.1f}, workspace {needed.workspace / GB:.1f}) and this machine gives {have / GB:.1f} GB: "
+        f"{(needed.total - have) / GB:.1f} GB are missing; {way}; --ignore-memory (ignore_memory=True) tries anyway."
+    )
+
+
+@contextmanager
+def wired_limit() -> Iterator[None]:
+    """Let Metal keep the model resident while generating, and put the limit back after."""
+    if not mx.metal.is_available() or on_cpu():
+        yield
+        return
+    old = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(old)

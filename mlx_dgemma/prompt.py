@@ -1,0 +1,226 @@
+"""Prompts in, answers out: the chat template, and the markers of thinking and tool calls."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import PromptError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+Message = dict[str, Any]
+
+
+def messages_of(prompt: str | Sequence[Message], system: str | None = None) -> list[Message]:
+    """Chat messages as the template takes them.
+
+    Args:
+        prompt: a user's text, or messages with role and content; an assistant's `tool_calls` may carry
+            their arguments as JSON text, its thinking stands in `reasoning_content`.
+        system: a system message to begin with.
+
+    Raises:
+        PromptError: an empty prompt, an unknown role, or a message that is none.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise PromptError("The prompt is empty; say what you want.")
+        messages = [{"role": "user", "content": prompt}]
+    else:
+        messages = _checked(prompt)
+    if system:
+        if messages[0]["role"] in ("system", "developer"):
+            raise PromptError("There are two system messages: one in the messages and one beside them; give one.")
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def _checked(prompt: Sequence[Message]) -> list[Message]:
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        raise PromptError(f"The prompt is {prompt!r}; give a text or a list of messages.")
+    messages, called = [], {}
+    for i, given in enumerate(prompt):
+        role = given.get("role") if isinstance(given, dict) else None
+        if role not in ROLES:
+            raise PromptError(f"Message {i} has the role {role!r}; it should be one of {', '.join(ROLES)}.")
+        message = dict(given)
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = calls = [_call(i, call) for call in calls]
+            called.update({call.get("id"): call["function"]["name"] for call in calls})
+        message["content"] = _content(i, message)
+        if role == "tool" and not message.get("name"):
+            message["name"] = called.get(message.get("tool_call_id"))
+        messages.append(message)
+    return messages
+
+
+def _content(i: int, message: Message) -> Any:
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return ""
+    if isinstance(content, str):
+        if not content.strip() and message["role"] == "user":
+            raise PromptError(f"Message {i} is empty; say what you want.")
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise PromptError(f"Message {i} has the content {content!r}; it should be a text or a list of parts.")
+    for part in content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise PromptError(f"Message {i} has a part of type {part.get('type')!r}; only text can be prompted yet.")
+    return content
+
+
+def _call(i: int, call: Any) -> Any:
+    """A tool call with its arguments as an object, whether they came as one or as JSON text."""
+    try:
+        function = dict(call["function"])
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = json.loads(function["arguments"])
+        if not isinstance(function["name"], str) or not isinstance(function["arguments"], dict):
+            raise ValueError("no name or no arguments")
+    except (KeyError, TypeError, ValueError) as error:
+        raise PromptError(f"Message {i} has a tool call that cannot be read ({error}): {call!r}.") from None
+    return {**call, "function": function}
+
+
+def render(tokenizer: Any, messages: list[Message], tools: list[dict] | None = None, thinking: bool = False) -> list[int]:
+    """Token ids of the messages in the checkpoint's own chat template, ready for the answer.
+
+    Raises:
+        PromptError: the checkpoint has no chat template, or the template refuses these messages.
+    """
+    if not tokenizer.has_chat_template:
+        raise PromptError("This checkpoint has no chat template; add its chat_template.jinja to the folder.")
+    try:
+        return list(
+            tokenizer.apply_chat_template(
+                messages, tools=tools or None, add_generation_prompt=True, enable_thinking=bool(thinking)
+            )
+        )
+    except Exception as error:  # templates raise what they like
+        raise PromptError(f"The chat template refuses these messages: {error}") from None
+
+
+@dataclass
+class Answer:
+    """Reads a row's tokens into text, thinking and tool calls, and knows when the text has ended.
+
+    Attributes:
+        text: what the user asked for, without any marker.
+        thinking: what stood in the thinking channel.
+        tool_calls: [{"id", "type": "function", "function": {"name", "arguments"}}].
+        tokens: all tokens up to the end, end token left out.
+        finish_reason: "stop", "length" or "tool_calls", once the text has ended.
+    """
+
+    tokenizer: Any
+    end_tokens: tuple[int, ...]
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    text: str = ""
+    thinking: str = ""
+    tool_calls: list[dict] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def __post_init__(self):
+        def first(tokens: Sequence[int] | None) -> int | None:
+            return tokens[0] if tokens else None
+
+        wrapper = self.tokenizer
+        self._open = {first(wrapper.think_start_tokens): "thinking", first(wrapper.tool_call_start_tokens): "tool"}
+        self._close = {first(wrapper.think_end_tokens): "thinking", first(wrapper.tool_call_end_tokens): "tool"}
+        self._special = set(wrapper.all_special_ids) | set(self._open) | set(self._close)
+        self._part = "text"
+        self._inner: list[int] = []  # of the thinking or the call that is open
+        self._text = wrapper.detokenizer
+        self._given = 0, 0  # characters of text and thinking already taken
+
+    def feed(self, tokens: Sequence[int]) -> str | None:
+        """Take a block; returns the finish reason once there is one."""
+        for token in tokens:
+            if token in self.end_tokens:
+                self.cut("stop")
+            else:
+                self.tokens.append(token)
+                self._read(token)
+                if self.finish_reason is None and len(self.tokens) == self.max_tokens:
+                    self.cut("length")
+            if self.finish_reason:
+                return self.finish_reason
+        return None
+
+    def cut(self, reason: str) -> None:
+        """End the text here; whatever was open is closed, and nothing is lost."""
+        if self._part != "text":
+            self._leave(closed=False)
+        self._settle_text()
+        if self.finish_reason is None:
+            self.finish_reason = "tool_calls" if self.tool_calls and reason == "stop" else reason
+
+    def take(self) -> tuple[str, str]:
+        """(text, thinking) that is final and was not taken before.
+
+        Text that may be the beginning of a stop string waits until that is known.
+        """
+        end = len(self.text)
+        if self.finish_reason is None:
+            end -= max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        text, thinking = self.text[self._given[0] : end], self.thinking[self._given[1] :]
+        self._given = max(end, self._given[0]), len(self.thinking)
+        return text, thinking
+
+    def _read(self, token: int) -> None:
+        if self._part == "text" and token in self._open:
+            self._settle_text()
+            self._part = self._open[token]
+        elif self._part != "text" and self._close.get(token) == self._part:
+            self._leave(closed=True)
+        elif self._part != "text":
+            self._inner.append(token)
+        elif token not in self._special:
+            self._text.add_token(token)
+            self._say(self._text.last_segment)
+
+    def _settle_text(self) -> None:
+        self._text.finalize()
+        self._say(self._text.last_segment)
+        self._text.reset()
+
+    def _say(self, text: str) -> None:
+        if self.finish_reason is not None or not text:
+            return
+        self.text += text
+        ends = [at for s in self.stop if (at := self.text.find(s)) >= 0]
+        if ends:
+            self.text, self.finish_reason = self.text[: min(ends)], "stop"
+
+    def _leave(self, closed: bool) -> None:
+        """Close the open part: thinking without its channel's name, a tool call parsed or kept as text."""
+        part, self._part = self._part, "text"
+        raw = self.tokenizer.decode(self._inner)
+        self._inner = []
+        if part == "thinking":
+            thought = raw.removeprefix("thought").strip()
+            self.thinking += ("\n" if self.thinking and thought else "") + thought
+            return
+        calls = self._parse(raw) if closed else None
+        if calls is None:
+            warnings.warn(f"The tool call {raw!r} is broken; it was kept as text.", stacklevel=2)
+            self._say(raw)
+            return
+        for call in calls:
+            self.tool_calls.append({"id": f"call_{len(self.tool_calls)}", "type": "function", "function": call})
+
+    def _parse(self, raw: str) -> list[dict] | None:
+        inner = raw.strip()
+        if not inner.startswith("call:") or not inner.endswith("}"):
+            return None  # the parser would overlook what stands around a call
+        try:
+            calls = self.tokenizer.tool_parser(inner)
+        except (ValueError, TypeError):
+            return None
+        return calls if isinstance(calls, list) else [calls]
