@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from . import weights
@@ -253,13 +253,23 @@ def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = F
     model.load_weights(list(_arrays(checkpoint, plan, shapes, cast)), strict=True)
     if dequantize:
         _dequantize(model, cast)
-    if on_cpu():
-        for layer in model.model.decoder.layers:
-            for experts in (layer.experts.gate_up_proj, layer.experts.down_proj):
-                if isinstance(experts, SwitchLinear):
-                    experts.weight = experts.weight.astype(mx.float32)
+    suit_device(model)
     mx.eval(model.parameters())
     return model
+
+
+def suit_device(model: nn.Module) -> None:
+    """Lay weights out as MLX's default device computes fastest: on the CPU column by column.
+
+    The CPU wheels' BLAS takes half the time for those, and has experts in float32 only.
+    """
+    if not on_cpu():
+        return
+    for module in model.modules():
+        if isinstance(module, SwitchLinear):
+            module.weight = module.weight.astype(mx.float32)
+        if isinstance(module, (nn.Linear, SwitchLinear)):
+            module.weight = mx.contiguous(module.weight.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
 def _quantize(model: nn.Module, quantization: dict, stored: set[str], config: ModelConfig) -> None:
@@ -329,6 +339,4 @@ def _dequantize(model: nn.Module, cast: mx.Dtype | None) -> None:
 
     quantized = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
     leaves = [(path, plain(m)) for path, m in model.named_modules() if isinstance(m, quantized)]
-    from mlx.utils import tree_unflatten
-
     model.update_modules(tree_unflatten(leaves))

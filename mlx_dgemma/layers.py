@@ -93,8 +93,11 @@ class Experts(nn.Module):
             x, chosen = x[order // top_k][:, None], indices.flatten()[order]
         else:
             x, chosen = x[:, None, None], indices
+        dtype = x.dtype
+        if isinstance(self.gate_up_proj, SwitchLinear):
+            x = x.astype(self.gate_up_proj.weight.dtype)  # float32 on the CPU, whatever the rest is
         gate, up = mx.split(self.gate_up_proj(x, chosen, sorted_indices=sort), 2, axis=-1)
-        y = self.down_proj(geglu(gate, up), chosen, sorted_indices=sort)
+        y = self.down_proj(geglu(gate, up), chosen, sorted_indices=sort).astype(dtype)
         if sort:
             y = y[mx.argsort(order)]
         y = y.reshape(rows, top_k, -1)
