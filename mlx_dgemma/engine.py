@@ -261,7 +261,7 @@ class Engine:
             prefix.mark()
             return prefix
         canvas = self.config.canvas_length
-        room = min(length + options.max_tokens + 2 * canvas, self.config.text.max_position_embeddings + canvas)
+        room = length + min(options.max_tokens, 4 * canvas) + canvas  # what is longer grows in steps
         prefix = self.model.new_prefix(len(rows), capacity=room)
         padded = np.zeros((len(rows), length), np.int32)
         mask = np.zeros((len(rows), length), bool)

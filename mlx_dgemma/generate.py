@@ -230,4 +230,6 @@ def generate(
             prefix.keep(going)
             keys, rows = keys[mx.array(going)], [rows[i] for i in going]
         model.encode(step.best[mx.array(going)], prefix)
+        mx.eval(prefix.state)
+        mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
         block += 1
