@@ -1,0 +1,346 @@
+"""`convert()`: a checkpoint in, an MLX checkpoint out, in bounded memory and all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_dgemma.checkpoint import Checkpoint, find
+from mlx_dgemma.errors import CheckpointError, DgemmaError, OptionError
+
+from . import card, hub
+from .jobs import DTYPES, SLICE_BYTES, Job, make_jobs, read, source_quantization, to_array, to_bytes
+from .recipes import PARTS, Quantization, Recipe, named, part_of
+from .verify import Verification, verify_conversion
+from .writer import Writer, write_json
+
+Progress = Callable[[int, int], None]  # bytes read, of so many
+_CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
+_REWRITTEN = ("config.json", "model.safetensors.index.json")
+_STREAMS = 3  # slices computed at a time
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    source: str
+    target: Path
+    recipe: str | None
+    dtype: str  # of the floats that stay floats
+    unchanged: bool  # weights were copied byte for byte
+    quantized: dict[str, str]  # {part of the model: how it is packed}
+    regrouped: dict[str, str]  # {module path: how}, where the recipe's groups do not divide the input
+    unquantized: tuple[str, ...]  # module paths that no group size fits
+    nonfinite: tuple[str, ...]  # parameters with NaN or infinity, looked for when verifying
+    parameters: int
+    nbytes: int
+    bits_per_weight: float
+    seconds: float
+    verification: Verification | None = None
+    url: str | None = None  # where it was uploaded
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike = "mlx_model",
+    recipe: str | Recipe | None = None,
+    dtype: str | None = None,
+    verify: bool = False,
+    upload_repo: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert a checkpoint into the layout of MLX.
+
+    Peak memory stays below 1 GB whatever the checkpoint's size (unless `verify`). The result appears at
+    `target` when it is whole: an interruption or a failure leaves nothing.
+
+    Args:
+        source: a folder or a Hub id, in Hugging Face's layout or MLX's.
+        target: the folder to make.
+        recipe: a name in `RECIPES` or a `Recipe`; None keeps the floats.
+        dtype: "float32", "bfloat16" or "float16" for the floats; None keeps the source's.
+        verify: compare the logits of source and result, and look for weights that are not finite.
+        upload_repo: a Hub id to upload the result to.
+        progress: called with the bytes done and the bytes in all.
+
+    Raises:
+        OptionError: an unknown recipe or dtype, or a target that exists.
+        CheckpointError: a source that is broken, of another model, or already quantized otherwise.
+        DgemmaError: a target that cannot be written, a full disk, or an upload that fails.
+    """
+    start = time.perf_counter()
+    chosen = named(recipe) if isinstance(recipe, str) else recipe
+    if dtype is not None and dtype not in DTYPES.values():
+        raise OptionError(f"dtype is {dtype!r}; it should be one of {', '.join(DTYPES.values())}.")
+    target = Path(target).expanduser()
+    if os.path.lexists(target):
+        raise OptionError(f"{target} exists; delete it or choose another --mlx-path.")
+    if upload_repo:
+        hub.check(upload_repo)
+    checkpoint = Checkpoint.open(find(source))
+    if not any((checkpoint.path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        raise CheckpointError(
+            f"{checkpoint.path} holds no tokenizer.json; download it, for nothing can be answered without a tokenizer."
+        )
+    work = _plan(checkpoint, chosen, dtype)
+    with _folder(target, work.nbytes) as folder:
+        if work.unchanged:
+            _copy(checkpoint, folder, progress)
+            nonfinite = _scan(work.jobs) if verify else ()
+        else:
+            nonfinite = _write(work.jobs, folder, verify, progress)
+        _carry(checkpoint, folder, work)
+        verification = verify_conversion(checkpoint, Checkpoint.open(folder), work.exact) if verify else None
+        report = _report(source, target, checkpoint, chosen, work, nonfinite, verification, start)
+        card.write(folder, report, checkpoint)
+    url = hub.upload(target, upload_repo) if upload_repo else None
+    return Report(**{**vars(report), "url": url})
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that is decided before the first byte is written."""
+
+    jobs: list[Job]
+    packed: dict[str, Quantization]  # the result's quantized modules
+    dtype: str
+    unchanged: bool
+    exact: bool  # every weight keeps its bits
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for job in self.jobs for entry in job.entries)
+
+
+def _plan(checkpoint: Checkpoint, recipe: Recipe | None, dtype: str | None) -> _Work:
+    packed = source_quantization(checkpoint)
+    if packed and recipe:
+        widths = {name.removesuffix(".weight"): shape[-1] for name, shape in checkpoint.shapes.items()}
+        asked = {path: q for path in widths if (w := recipe.wanted(path)) and (q := w.fit(widths[path]))}
+        if asked != packed:
+            raise CheckpointError(
+                f"{checkpoint.path} is already quantized at {checkpoint.bits_per_weight:.2f} bits per weight; "
+                f"start from the original weights to get {recipe.name}."
+            )
+        recipe = None
+    jobs = make_jobs(checkpoint, packed, recipe, dtype)
+    packed = packed or {job.target.removesuffix(".weight"): job.quantization for job in jobs if job.quantization}
+    exact = all(job.raw for job in jobs)
+    unchanged = exact and {job.target for job in jobs} == set(checkpoint.tensors)
+    stays = next(job.dtype for job in jobs if job.target == "model.decoder.norm.weight")
+    return _Work(jobs, packed, DTYPES[stays], unchanged, exact)
+
+
+@contextmanager
+def _folder(target: Path, nbytes: int) -> Iterator[Path]:
+    """A hidden folder beside `target` that becomes `target`, or vanishes if anything goes wrong."""
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    parent = target.absolute().parent
+    partial = parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        free = shutil.disk_usage(parent).free
+        if free < nbytes:
+            raise DgemmaError(
+                f"{parent} has {_size(free)} free, but the result takes {_size(nbytes)}; "
+                "free some space or choose another --mlx-path."
+            )
+        partial.mkdir()
+        yield partial
+        partial.rename(target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        for one in made:
+            with suppress(OSError):
+                one.rmdir()
+        if not isinstance(error, OSError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DgemmaError(
+                f"The disk under {parent} is full, and the result takes {_size(nbytes)}; "
+                "free some space or choose another --mlx-path."
+            ) from None
+        where = error.filename or parent
+        raise DgemmaError(f"{where}: {error.strerror or error}; choose another --mlx-path or mend it.") from None
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed runs left: folders for this target whose process is gone."""
+    for left in target.absolute().parent.glob(f".{target.name}.partial-*"):
+        number = left.name.rpartition("-")[2]
+        if not number.isdigit():
+            continue
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except OSError:  # somebody else's, and alive
+            continue
+
+
+def _copy(checkpoint: Checkpoint, folder: Path, progress: Progress | None) -> None:
+    """Copy the shards and their index as they are."""
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    total, done = sum(file.stat().st_size for file in files), 0
+    for file in files:
+        with file.open("rb") as source, (folder / file.name).open("wb") as copy:
+            while data := source.read(SLICE_BYTES):
+                copy.write(data)
+                done += len(data)
+                if progress:
+                    progress(done, total)
+    if (checkpoint.path / _REWRITTEN[1]).exists():
+        shutil.copyfile(checkpoint.path / _REWRITTEN[1], folder / _REWRITTEN[1])
+
+
+def _scan(jobs: list[Job]) -> tuple[str, ...]:
+    """The parameters that hold NaN or infinity."""
+    floats = [job for job in jobs if job.dtype in DTYPES]
+    return tuple(
+        job.target
+        for job in floats
+        if not all(mx.isfinite(to_array(read(piece), job.dtype)).all().item() for piece in job.slices())
+    )
+
+
+def _write(jobs: list[Job], folder: Path, scan: bool, progress: Progress | None) -> tuple[str, ...]:
+    """Convert every job slice by slice; returns the parameters that hold NaN or infinity, if asked to scan."""
+    writer = Writer(folder, [job.entries for job in jobs])
+    streams = [mx.new_stream(mx.default_device()) for _ in range(_STREAMS)]
+    pending: deque[tuple[Job, dict[str, int], list[mx.array], mx.array | None, int]] = deque()
+    nonfinite: dict[str, None] = {}
+    total, done, turn = sum(job.nbytes for job in jobs), 0, 0
+
+    def settle() -> None:
+        """Write the oldest slice under way."""
+        nonlocal done
+        job, offsets, arrays, finite, nbytes = pending.popleft()
+        for (name, offset), array in zip(offsets.items(), arrays):
+            writer.write(name, offset, to_bytes(array))
+        if finite is not None and not finite.item():
+            nonfinite[job.target] = None
+        done += nbytes
+        if progress:
+            progress(done, total)
+
+    try:
+        for job in jobs:
+            offsets = dict.fromkeys((entry.name for entry in job.entries), 0)
+            for piece in job.slices():
+                data = read(piece)
+                if job.raw and not (scan and job.dtype in DTYPES):
+                    writer.write(job.target, offsets[job.target], data)
+                    offsets[job.target] += len(data)
+                    done += len(data)
+                    if progress:
+                        progress(done, total)
+                    continue
+                with mx.stream(streams[turn % _STREAMS]):
+                    arrays, finite = _compute(job, data, scan)
+                mx.async_eval(*arrays, *([] if finite is None else [finite]))
+                pending.append((job, dict(offsets), arrays, finite, len(data)))
+                for name, array in zip(offsets, arrays):
+                    offsets[name] += array.nbytes
+                turn += 1
+                if len(pending) == _STREAMS:
+                    settle()
+        while pending:
+            settle()
+        writer.finish()
+    finally:
+        writer.close()
+    return tuple(nonfinite)
+
+
+def _compute(job: Job, data: Any, scan: bool) -> tuple[list[mx.array], mx.array | None]:
+    """A slice's arrays, in the order of the job's entries, and whether all it holds is finite."""
+    floats = to_array(data, job.sources[0].dtype)
+    cast = floats.astype(getattr(mx, DTYPES[job.dtype]))
+    finite = mx.all(mx.isfinite(cast)) if scan else None
+    if job.quantization is None:
+        return [cast], finite
+    return list(mx.quantize(cast.reshape(-1, job.shape[-1]), **job.quantization.as_dict)), finite
+
+
+def _carry(checkpoint: Checkpoint, folder: Path, work: _Work) -> None:
+    """Copy tokenizer, templates and the other configurations; write config.json."""
+    for pattern in _CARRIED:
+        for file in sorted(checkpoint.path.glob(pattern)):
+            if file.name not in _REWRITTEN and file.is_file():
+                copy = folder / file.relative_to(checkpoint.path)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
+    config = {k: v for k, v in checkpoint.raw_config.items() if k not in ("quantization", "quantization_config")}
+    config["dtype"] = work.dtype
+    for key in ("text_config", "vision_config"):
+        if config.get(key) and (key == "text_config" or "dtype" in config[key]):
+            config[key] = {**config[key], "dtype": work.dtype}
+    config.pop("torch_dtype", None)
+    if work.packed:
+        # The experts' quantization is the base, as readers expect it; other modules are exceptions to it.
+        experts = (q for path, q in work.packed.items() if part_of(path) == "experts")
+        base = next(experts, next(iter(work.packed.values())))
+        others = {path: q.as_dict for path, q in sorted(work.packed.items()) if q != base}
+        config["quantization"] = config["quantization_config"] = {**base.as_dict, **others}
+    write_json(folder / "config.json", config)
+
+
+def _report(
+    source: str | os.PathLike,
+    target: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe | None,
+    work: _Work,
+    nonfinite: tuple[str, ...],
+    verification: Verification | None,
+    start: float,
+) -> Report:
+    regrouped, unquantized = {}, []
+    for job in work.jobs:
+        path = job.target.removesuffix(".weight")
+        asked = recipe.wanted(path) if recipe and job.target.endswith(".weight") else None
+        if asked and path not in work.packed:
+            unquantized.append(path)
+        elif asked and work.packed[path] != asked:
+            regrouped[path] = str(work.packed[path])
+    quantized = {}
+    for part in PARTS:
+        kinds = {str(q): None for path, q in work.packed.items() if part_of(path) == part}
+        if kinds:
+            quantized[part] = "; ".join(kinds)
+    return Report(
+        source=str(source),
+        target=target,
+        recipe=recipe.name if recipe else None,
+        dtype=work.dtype,
+        unchanged=work.unchanged,
+        quantized=quantized,
+        regrouped=regrouped,
+        unquantized=tuple(unquantized),
+        nonfinite=nonfinite,
+        parameters=checkpoint.parameters,
+        nbytes=work.nbytes,
+        bits_per_weight=work.nbytes * 8 / checkpoint.parameters,
+        seconds=time.perf_counter() - start,
+        verification=verification,
+    )
+
+
+def _size(nbytes: int) -> str:
+    """Bytes as people read them, in decimal units as disks are sold."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.1f} {unit}"
+    return f"{nbytes / 1000:.1f} kB"
