@@ -42,11 +42,14 @@ def prefix_bytes(config: ModelConfig, context: int, itemsize: int, batch_size: i
     return total
 
 
-def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False) -> Need:
+def need(
+    checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False, chunk: int = 2048
+) -> Need:
     """Estimate from the headers what loading and a prompt of `context` tokens take.
 
-    The workspace is five float32 arrays of [canvas, vocabulary]: logits, their exponentials, the
-    Gumbel noise and two in flight.
+    The workspace is the larger of a denoising step's and a prefill chunk's, fitted to peaks measured at
+    the release's shape (bench/RESULTS.md): eight float32 arrays of [canvas, vocabulary] (logits, their
+    exponentials, Gumbel noise and what is in flight), and six of [heads, chunk, context] attention scores.
     """
     itemsize = 4 if dtype == "float32" else 2
     if dequantize or (not checkpoint.quantization and dtype is not None):
@@ -54,7 +57,9 @@ def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequant
     else:
         weights = checkpoint.nbytes
     config = checkpoint.config
-    workspace = 5 * 4 * config.canvas_length * config.text.vocab_size
+    step = 8 * 4 * config.canvas_length * config.text.vocab_size
+    scores = 6 * itemsize * config.text.num_attention_heads * min(chunk, context) * context
+    workspace = max(step, scores)
     return Need(weights, prefix_bytes(config, context, itemsize), workspace)
 
 
