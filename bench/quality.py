@@ -73,8 +73,12 @@ def transformers(args):
     def answer(case: dict) -> tuple[str, int]:
         torch.manual_seed(args.seed)
         ids = tokenizer.apply_chat_template(
-            case["messages"], tools=case["tools"], enable_thinking=case["enable_thinking"], add_generation_prompt=True,
-            return_tensors="pt", return_dict=True,
+            case["messages"],
+            tools=case["tools"],
+            enable_thinking=case["enable_thinking"],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
         )["input_ids"]
         forwards[0] = 0
         out = model.generate(ids, max_new_tokens=256)

@@ -16,10 +16,10 @@ import time
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_dgemma.convert.recipes import RECIPES
 
 from mlx_dgemma.checkpoint import DTYPES, suit_device
 from mlx_dgemma.config import ModelConfig
-from mlx_dgemma.convert.recipes import RECIPES
 from mlx_dgemma.generate import GenerationOptions, denoise_block, prefill
 from mlx_dgemma.model import DiffusionGemma
 
@@ -101,9 +101,7 @@ def peer(raw: dict, weights: list, recipe: str | None, prompt: mx.array, steps: 
     vocab, length = raw_vocab(model), raw["canvas_length"]
     mx.reset_peak_memory()
     started = time.perf_counter()
-    cache = model.diffusion_prefill_cache(
-        prompt, cache=model.make_cache(), prefill_step_size=2048, chunk_prefill=True
-    )
+    cache = model.diffusion_prefill_cache(prompt, cache=model.make_cache(), prefill_step_size=2048, chunk_prefill=True)
     mx.eval([c.state for c in cache])
     encoded = time.perf_counter() - started
     context = model.diffusion_prepare_self_conditioning()
@@ -175,7 +173,18 @@ def main() -> None:
             row["ratio"] = round(row["mlx_dgemma"]["step_ms"] / row["mlx_vlm"]["step_ms"], 3)
             print(f"prefix {length:>6}  ours takes {row['ratio']:.2f} of mlx-vlm's step")
         rows.append(row)
-    print(json.dumps({"bench": "step", "device": device, "shape": args.shape, "recipe": args.recipe, "dtype": dtype, "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "bench": "step",
+                "device": device,
+                "shape": args.shape,
+                "recipe": args.recipe,
+                "dtype": dtype,
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

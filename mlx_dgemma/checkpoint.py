@@ -81,7 +81,9 @@ def read_tensors(path: Path) -> dict[str, TensorInfo]:
     files = sorted(path.glob("*.safetensors"))
     if not (path / INDEX).exists():
         if not files:
-            raise CheckpointError(f"{path} holds no .safetensors file; point at a folder that holds a whole checkpoint.")
+            raise CheckpointError(
+                f"{path} holds no .safetensors file; point at a folder that holds a whole checkpoint."
+            )
         if len(files) > 1:
             raise CheckpointError(f"{path} holds {len(files)} shards but no {INDEX}; download the index.")
         return read_header(files[0])
@@ -96,9 +98,13 @@ def read_tensors(path: Path) -> dict[str, TensorInfo]:
         tensors.update(read_header(file))
     for name, shard in index.items():
         if name not in tensors or tensors[name].file.name != shard:
-            raise CheckpointError(f"{INDEX} names the tensor {name}, but {shard} does not hold it; download both again.")
+            raise CheckpointError(
+                f"{INDEX} names the tensor {name}, but {shard} does not hold it; download both again."
+            )
     if extra := sorted(set(tensors) - set(index)):
-        raise CheckpointError(f"{tensors[extra[0]].file} holds {extra[0]}, which {INDEX} does not name; download both again.")
+        raise CheckpointError(
+            f"{tensors[extra[0]].file} holds {extra[0]}, which {INDEX} does not name; download both again."
+        )
     return tensors
 
 
@@ -147,7 +153,7 @@ class Checkpoint:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{parameter: shape} of the unquantized model."""
-        return {name: tuple(a.shape) for name, a in tree_flatten(DiffusionGemma(self.config).parameters())}
+        return _shapes(DiffusionGemma(self.config))
 
     @property
     def parameters(self) -> int:
@@ -158,6 +164,10 @@ class Checkpoint:
     def bits_per_weight(self) -> float:
         """Stored bits, scales and biases included, per weight."""
         return self.nbytes * 8 / self.parameters
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: a.shape for name, a in dict(tree_flatten(model.parameters())).items()}
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -181,7 +191,9 @@ def find(name: str | os.PathLike | None = None) -> Path:
     if path.exists():
         return path
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
-        raise CheckpointError(f"{text} does not exist; give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it.")
+        raise CheckpointError(
+            f"{text} does not exist; give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it."
+        )
     return _download(text)
 
 
@@ -247,7 +259,7 @@ def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = F
         _quantize(model, checkpoint.quantization, stored, checkpoint.config)
     elif stored:
         raise CheckpointError(f"The checkpoint holds {min(stored)}, but config.json has no quantization entry.")
-    shapes = {name: tuple(a.shape) for name, a in tree_flatten(model.parameters())}
+    shapes = _shapes(model)
     plan = weights.plan(list(checkpoint.tensors), checkpoint.config, set(shapes))
     cast = DTYPES[dtype] if dtype else None
     model.load_weights(list(_arrays(checkpoint, plan, shapes, cast)), strict=True)
@@ -274,7 +286,9 @@ def suit_device(model: nn.Module) -> None:
 
 def _quantize(model: nn.Module, quantization: dict, stored: set[str], config: ModelConfig) -> None:
     """Give quantized modules to every path whose scales are stored, with its own parameters."""
-    paths = {target.removesuffix(".scales") for name in stored if (m := weights.match(name, config)) and (target := m[0])}
+    paths = {
+        target.removesuffix(".scales") for name in stored if (m := weights.match(name, config)) and (target := m[0])
+    }
     default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
 
     def choose(path: str, module: nn.Module):
@@ -284,7 +298,7 @@ def _quantize(model: nn.Module, quantization: dict, stored: set[str], config: Mo
         return {**default, "mode": "affine", **own} if isinstance(own, dict) else default
 
     try:
-        nn.quantize(model, default.get("group_size"), default.get("bits"), mode=default.get("mode", "affine"), class_predicate=choose)
+        nn.quantize(model, class_predicate=choose)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"config.json has a quantization that MLX cannot compute ({error}).") from None
 
@@ -299,7 +313,9 @@ def _arrays(
             info = checkpoint.tensors[source.name]
             _check(info, source, target, shapes[target])
             if info.file not in files:
-                files[info.file] = mx.load(str(info.file))  # lazy: read when evaluated
+                loaded = mx.load(str(info.file))  # lazy: read when evaluated
+                assert isinstance(loaded, dict)
+                files[info.file] = loaded
             parts.append(files[info.file].pop(source.name))
         array = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
         if cast is not None and mx.issubdtype(array.dtype, mx.floating):
@@ -332,8 +348,8 @@ def _dequantize(model: nn.Module, cast: mx.Dtype | None) -> None:
             mode=module.mode,
         )
         kind = twin[type(module)]
-        new = kind.__new__(kind)
-        nn.Module.__init__(new)
+        new = kind(1, 1, 1, False) if kind is SwitchLinear else kind(1, 1)
+        new.pop("bias", None)
         new.weight = weight if cast is None else weight.astype(cast)
         return new
 

@@ -109,7 +109,9 @@ class TextConfig:
 def _text_config(raw: dict) -> TextConfig:
     where = "config.json (text_config)"
     count = raw.get("num_hidden_layers", TextConfig.num_hidden_layers)
-    types = tuple(raw.get("layer_types") or ("full_attention" if i % 6 == 5 else "sliding_attention" for i in range(count)))
+    types = tuple(
+        raw.get("layer_types") or ("full_attention" if i % 6 == 5 else "sliding_attention" for i in range(count))
+    )
     if len(types) != count or not set(types) <= {"sliding_attention", "full_attention"}:
         raise CheckpointError(
             f"{where} has layer_types for {len(types)} layers ({', '.join(sorted(set(types)))}) "
@@ -118,7 +120,7 @@ def _text_config(raw: dict) -> TextConfig:
     rope = raw.get("rope_parameters") or {}
     if unknown := sorted(set(rope) - {"sliding_attention", "full_attention"}):
         raise CheckpointError(f"{where} has the unknown key {unknown[0]!r} in rope_parameters.")
-    derived = {
+    derived: dict[str, Any] = {
         "layer_types": types,
         "rope_parameters": None,
         "per_layer_config": None,
@@ -145,7 +147,8 @@ def _full_layer_sizes(raw: dict, types: tuple[str, ...], where: str) -> dict[str
     """The full layers' head sizes, written as two `global` keys or as `per_layer_config`."""
     sizes = {
         "global_head_dim": raw.get("global_head_dim") or TextConfig.global_head_dim,
-        "num_global_key_value_heads": raw.get("num_global_key_value_heads") or raw.get("num_key_value_heads")
+        "num_global_key_value_heads": raw.get("num_global_key_value_heads")
+        or raw.get("num_key_value_heads")
         or TextConfig.num_key_value_heads,
     }
     per_layer = raw.get("per_layer_config")
@@ -153,7 +156,9 @@ def _full_layer_sizes(raw: dict, types: tuple[str, ...], where: str) -> dict[str
         return sizes
     full = {i for i, kind in enumerate(types) if kind == "full_attention"}
     if {int(i) for i in per_layer} != full or len({json.dumps(v, sort_keys=True) for v in per_layer.values()}) != 1:
-        raise CheckpointError(f"{where} has a per_layer_config that does not give all full layers {sorted(full)} one size.")
+        raise CheckpointError(
+            f"{where} has a per_layer_config that does not give all full layers {sorted(full)} one size."
+        )
     one = dict(next(iter(per_layer.values())))
     sizes["global_head_dim"] = one.pop("head_dim", sizes["global_head_dim"])
     sizes["num_global_key_value_heads"] = one.pop("num_key_value_heads", sizes["num_global_key_value_heads"])
@@ -255,8 +260,14 @@ class GenerationConfig:
             )
         raw.update(sampler)
         # Transformers' own bookkeeping: how it caches and compiles, not what it computes.
-        for key in ("_commit_hash", "_from_model_config", "cache_config", "cache_implementation", "disable_compile",
-                    "return_dict_in_generate"):
+        for key in (
+            "_commit_hash",
+            "_from_model_config",
+            "cache_config",
+            "cache_implementation",
+            "disable_compile",
+            "return_dict_in_generate",
+        ):
             raw.pop(key, None)
         ends = _ids(raw.pop("eos_token_id", None)) or eos_token_ids
         return _read(cls, raw, "generation_config.json", eos_token_ids=ends)

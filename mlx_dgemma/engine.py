@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -272,7 +272,7 @@ class Engine:
         return prefix
 
     def _draft_text(self, tokens: mx.array, options: GenerationOptions) -> str:
-        ids = tokens.tolist()
+        ids = np.asarray(tokens).tolist()
         end = next((i for i, token in enumerate(ids) if token in options.end_tokens), len(ids))
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
@@ -347,4 +347,6 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         return load_tokenizer(checkpoint.path, eos_token_ids=list(checkpoint.generation.eos_token_ids))
     except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"The tokenizer in {checkpoint.path} cannot be read ({error}); download it again.") from None
+        raise CheckpointError(
+            f"The tokenizer in {checkpoint.path} cannot be read ({error}); download it again."
+        ) from None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from . import sampler
 from .config import GenerationConfig
@@ -165,7 +166,8 @@ def denoise_block(model: DiffusionGemma, prefix: Prefix, options: GenerationOpti
     total, vocab, length = options.max_denoising_steps, model.config.text.vocab_size, model.config.canvas_length
     draws = sampler.split(keys, 2 * total + 1)
     canvas = sampler.noise(length, vocab, draws[0])
-    conditioning, earlier, done = None, [], mx.zeros((prefix.batch_size,), mx.bool_)
+    conditioning, done = None, mx.zeros((prefix.batch_size,), mx.bool_)
+    earlier: list[mx.array] = []
     steps = [0] * prefix.batch_size
     finished = [False] * prefix.batch_size
     for step in range(total):
@@ -186,7 +188,7 @@ def denoise_block(model: DiffusionGemma, prefix: Prefix, options: GenerationOpti
         del logits
         mx.eval(best, accepted, uncertainty, done)
         steps = [n + (not over) for n, over in zip(steps, finished)]
-        finished = done.tolist()
+        finished = [bool(one) for one in np.asarray(done)]
         yield _Step(best, accepted, uncertainty, finished, steps)
         if all(finished):
             return
@@ -220,7 +222,7 @@ def generate(
             over = step.done
         assert step is not None
         going = []
-        for i, (row, tokens) in enumerate(zip(rows, step.best.tolist())):
+        for i, (row, tokens) in enumerate(zip(rows, np.asarray(step.best).tolist())):
             if readers[row].feed(tuple(tokens)) is None:
                 going.append(i)
             yield Block(row, block, step.steps[i], tuple(tokens))

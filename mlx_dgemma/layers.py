@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,6 +49,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """[..., H] -> [..., H]."""
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -104,6 +105,16 @@ class Experts(nn.Module):
         return (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
 
 
+class Keys(NamedTuple):
+    """What a layer's attention may see: the mode's own half of a forward."""
+
+    kv: LayerKV
+    offset: int  # positions that the prefix holds
+    rope_offset: int | mx.array  # position of the first row, [B] where rows are padded differently
+    mask: Any  # "causal", None or bool [B or 1, 1, L, keys]
+    canvas: bool  # attend to prefix and canvas and leave the prefix alone; otherwise extend it
+
+
 class Attention(nn.Module):
     """Grouped-query attention with normed heads and scale 1; full layers take V from `k_proj`."""
 
@@ -130,18 +141,18 @@ class Attention(nn.Module):
             max_position_embeddings=config.max_position_embeddings,
         )
 
-    def __call__(self, x: mx.array, kv: LayerKV, offset: int, rope_offset: Any, mask: Any, canvas: bool) -> mx.array:
-        """x [B, L, H]; `canvas` attends to prefix and canvas, otherwise the prefix is extended."""
+    def __call__(self, x: mx.array, see: Keys) -> mx.array:
+        """x [B, L, H] -> [B, L, H]."""
         batch, length, _ = x.shape
         queries = self.q_norm(self.q_proj(x).reshape(batch, length, self._heads, self._dim))
         raw = self.k_proj(x).reshape(batch, length, self._kv_heads, self._dim)
         keys = self.k_norm(raw)
         values = raw if "v_proj" not in self else self.v_proj(x).reshape(raw.shape)
         values = rms_norm(values, self._eps).transpose(0, 2, 1, 3)
-        queries = self._rope(queries.transpose(0, 2, 1, 3), offset=rope_offset)
-        keys = self._rope(keys.transpose(0, 2, 1, 3), offset=rope_offset)
-        keys, values = (kv.with_canvas if canvas else kv.extend)(keys, values, offset)
-        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+        queries = self._rope(queries.transpose(0, 2, 1, 3), offset=see.rope_offset)
+        keys = self._rope(keys.transpose(0, 2, 1, 3), offset=see.rope_offset)
+        keys, values = (see.kv.with_canvas if see.canvas else see.kv.extend)(keys, values, see.offset)
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=see.mask)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 
@@ -167,9 +178,9 @@ class Layer(nn.Module):
         ):
             setattr(self, name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
-    def __call__(self, x: mx.array, scalar: mx.array, attend: Callable[[Attention, mx.array], mx.array]) -> mx.array:
-        """x [B, L, H]; `scalar` is the mode's own, `attend` calls the attention with the mode's keys."""
-        h = x + self.post_attention_layernorm(attend(self.self_attn, self.input_layernorm(x)))
+    def __call__(self, x: mx.array, scalar: mx.array, see: Keys) -> mx.array:
+        """x [B, L, H] -> [B, L, H]; `scalar` and `see` are the mode's own."""
+        h = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), see))
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
         flat = h.reshape(-1, h.shape[-1])
         sparse = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat)).reshape(h.shape)

@@ -15,7 +15,7 @@ import numpy as np
 
 from .config import ModelConfig
 from .errors import PromptError
-from .layers import Layer, SelfConditioning, fused
+from .layers import Keys, Layer, SelfConditioning, fused
 from .prefix import Prefix
 from .vision import Projector, VisionTower
 
@@ -183,11 +183,10 @@ class DiffusionGemma(nn.Module):
     def _run(self, h: mx.array, prefix: Prefix, masks: dict, scalars: list[mx.array], canvas: bool) -> mx.array:
         rope_offset = prefix.rope_offset()
         for layer, kv, scalar in zip(self.model.decoder.layers, prefix.layers, scalars):
-            mask = masks[layer._layer_type]
-            h = layer(h, scalar, lambda attention, x: attention(x, kv, prefix.offset, rope_offset, mask, canvas))
+            h = layer(h, scalar, Keys(kv, prefix.offset, rope_offset, masks[layer._layer_type], canvas))
         return self.model.decoder.norm(h)
 
-    def _place_images(self, tokens: mx.array, h: mx.array, images: tuple) -> tuple[mx.array, np.ndarray]:
+    def _place_images(self, tokens: mx.array, h: mx.array, images: tuple) -> tuple[mx.array, np.ndarray | None]:
         """Put soft tokens on their placeholders; returns them and the spans that see themselves whole."""
         encoder = self.model.encoder
         if "vision_tower" not in encoder:
@@ -196,7 +195,8 @@ class DiffusionGemma(nn.Module):
         held = np.asarray(tokens) == self.config.image_token_id
         if held.sum() != features.shape[0]:
             raise PromptError(
-                f"The prompt has {held.sum()} image placeholders, but its pictures have {features.shape[0]} soft tokens."
+                f"The prompt has {held.sum()} image placeholders, but its pictures have "
+                f"{features.shape[0]} soft tokens; they must agree."
             )
         rows = mx.array(np.flatnonzero(held))
         flat = h.reshape(-1, h.shape[-1])

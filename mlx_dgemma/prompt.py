@@ -86,7 +86,9 @@ def _call(i: int, call: Any) -> Any:
     return {**call, "function": function}
 
 
-def render(tokenizer: Any, messages: list[Message], tools: list[dict] | None = None, thinking: bool = False) -> list[int]:
+def render(
+    tokenizer: Any, messages: list[Message], tools: list[dict] | None = None, thinking: bool = False
+) -> list[int]:
     """Token ids of the messages in the checkpoint's own chat template, ready for the answer.
 
     Raises:

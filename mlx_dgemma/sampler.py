@@ -50,7 +50,9 @@ def noise(length: int, vocab_size: int, keys: mx.array) -> mx.array:
     return mx.vmap(lambda key: mx.random.randint(0, vocab_size, (length,), key=key))(keys)
 
 
-def settled(best: mx.array, earlier: Sequence[mx.array], uncertainty: mx.array, stability: int, confidence: float) -> mx.array:
+def settled(
+    best: mx.array, earlier: Sequence[mx.array], uncertainty: mx.array, stability: int, confidence: float
+) -> mx.array:
     """The stop rule: argmax unchanged over the last `stability` steps, and certain on average.
 
     Args:

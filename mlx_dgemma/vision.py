@@ -21,6 +21,7 @@ class ClippedLinear(nn.Module):
             self.output_min, self.output_max = mx.array(-mx.inf), mx.array(mx.inf)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """[..., inputs] -> [..., outputs]."""
         if "input_min" not in self:
             return self.linear(x)
         x = self.linear(mx.clip(x, self.input_min, self.input_max))
@@ -44,6 +45,7 @@ class VisionAttention(nn.Module):
         self.k_norm = nn.RMSNorm(self._dim, eps=self._eps)
 
     def __call__(self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: mx.array) -> mx.array:
+        """x [N, P, hidden], rotation as `_rotate` takes it, mask [N, 1, 1, P] true for real patches."""
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).reshape(batch, length, self._heads, self._dim))
         k = self.k_norm(self.k_proj(x).reshape(batch, length, self._kv_heads, self._dim))
@@ -72,6 +74,7 @@ class VisionMLP(nn.Module):
         self.down_proj = ClippedLinear(config.intermediate_size, config.hidden_size, config.use_clipped_linears)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """[..., hidden] -> [..., hidden]."""
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -91,6 +94,7 @@ class VisionLayer(nn.Module):
             setattr(self, name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
     def __call__(self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: mx.array) -> mx.array:
+        """x [N, P, hidden]; the rest as the attention takes it."""
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotation, mask))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
@@ -104,6 +108,7 @@ class PatchEmbedder(nn.Module):
         self.position_embedding_table = mx.ones((2, config.position_embedding_size, config.hidden_size))
 
     def __call__(self, patches: mx.array, positions: mx.array) -> mx.array:
+        """patches [N, P, 3 * patch_size**2] in 0..1, positions [N, P, 2] -> [N, P, hidden]."""
         table = self.position_embedding_table
         at = mx.maximum(positions, 0)
         x = self.input_proj((2 * (patches - 0.5)).astype(table.dtype))
@@ -159,8 +164,8 @@ class VisionTower(nn.Module):
         """Mean of each k x k square of patches: [N, P, hidden] -> [tokens, hidden]."""
         k = self._config.pooling_kernel_size
         pooled = []
-        for i, where in enumerate(positions):
-            where = where[where[:, 0] >= 0]
+        for i, grid in enumerate(positions):
+            where = grid[grid[:, 0] >= 0]
             columns = (where[:, 0].max() + 1) // k
             square = where[:, 1] // k * columns + where[:, 0] // k
             members = np.argsort(square, kind="stable").reshape(-1, k * k)
@@ -177,4 +182,5 @@ class Projector(nn.Module):
         self._eps = config.rms_norm_eps
 
     def __call__(self, features: mx.array) -> mx.array:
+        """[tokens, vision hidden] -> [tokens, text hidden]."""
         return self.embedding_projection(rms_norm(features, self._eps))

@@ -49,7 +49,9 @@ def match(name: str, config: ModelConfig) -> tuple[str, int | None] | None:
     """
     vision = name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision."))
     clipped = config.vision is not None and config.vision.use_clipped_linears
-    if any(re.fullmatch(pattern, name) for pattern in IGNORED) or (vision and not clipped and re.fullmatch(_CLIP_BOUND, name)):
+    if any(re.fullmatch(pattern, name) for pattern in IGNORED) or (
+        vision and not clipped and re.fullmatch(_CLIP_BOUND, name)
+    ):
         return None
     for pattern, target, half in RULES:
         if found := re.fullmatch(pattern, name):
@@ -82,7 +84,9 @@ def plan(names: list[str], config: ModelConfig, targets: set[str]) -> dict[str, 
     for target, sources in assigned.items():
         sources.sort(key=lambda source: source.half or 0)
         if [source.half for source in sources] not in ([None], [0, 1]):
-            raise CheckpointError(f"The checkpoint fills {target} with {', '.join(s.name for s in sources)}: not one way.")
+            raise CheckpointError(
+                f"The checkpoint fills {target} with {', '.join(s.name for s in sources)}: not one way."
+            )
     if missing := sorted(targets - set(assigned)):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"The checkpoint lacks {missing[0]}{more}; download it again.")
