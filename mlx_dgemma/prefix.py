@@ -192,7 +192,8 @@ class Prefix:
 
     def mark(self) -> None:
         """Remember this state, so that `rewind` can come back here after the rings have moved on."""
-        self._mark = (self.offset, [(layer.keys, layer.values) for layer in self.layers if layer.ring])
+        rings = [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers if layer.ring]
+        self._mark = (self.offset, rings)
 
     def rewind(self, offset: int) -> int:
         """Forget positions from `offset` on, or from the nearest earlier state that is still held.
@@ -208,7 +209,7 @@ class Prefix:
                 marked, rings = 0, []
             if rings:
                 for layer, (keys, values) in zip((one for one in self.layers if one.ring), rings):
-                    layer.keys, layer.values = keys, values
+                    layer.keys, layer.values = _handle(keys), _handle(values)
             offset = marked
         self.offset = offset
         if self._mark and self._mark[0] > offset:
@@ -225,3 +226,8 @@ class Prefix:
             self.padding = self.padding[index]
         self.batch_size = len(rows)
         self._mark = None
+
+
+def _handle(array: mx.array | None) -> mx.array | None:
+    """The same array as another object: assigning to a slice changes the object that it is assigned to."""
+    return None if array is None else mx.array(array)

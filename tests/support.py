@@ -1,0 +1,74 @@
+"""What several test files share: the demo loaded once, reference files, and a random model of three layers."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+import mlx_dgemma
+from mlx_dgemma.config import ModelConfig
+from mlx_dgemma.engine import Engine
+from mlx_dgemma.model import DiffusionGemma
+
+DATA = Path(__file__).parent / "data"
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@lru_cache(maxsize=3)
+def engine_of(path: Path) -> Engine:
+    return mlx_dgemma.load(path, dtype="float32")
+
+
+def reference(name: str) -> dict[str, mx.array]:
+    held = mx.load(str(DATA / f"{name}.safetensors"))
+    if "pixel_values" in held:
+        held["pixel_values"] = held["pixel_values"].astype(mx.float32) / 255
+    return held
+
+
+def gap(a: mx.array, b: mx.array) -> float:
+    assert a.shape == b.shape
+    return mx.abs(a - b).max().item()
+
+
+def small_config(layers: tuple[str, ...] = (SLIDING, FULL, SLIDING), **changes) -> dict:
+    """config.json of a model that computes in milliseconds: window 5, canvas 4, vocabulary 40."""
+    text = {
+        "model_type": "diffusion_gemma_text",
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": len(layers),
+        "layer_types": list(layers),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_global_key_value_heads": 1,
+        "global_head_dim": 16,
+        "sliding_window": 5,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 8,
+        "max_position_embeddings": 64,
+        "use_bidirectional_attention": "vision",
+    }
+    return {"model_type": "diffusion_gemma", "canvas_length": 4, "text_config": {**text, **changes}}
+
+
+def small_model(seed: int = 0, **changes) -> DiffusionGemma:
+    """Random weights, norms and scalars included, large enough for attention to matter."""
+    model = DiffusionGemma(ModelConfig.from_dict(small_config(**changes)))
+    random = np.random.default_rng(seed)
+    weights = []
+    for name, array in tree_flatten(model.parameters()):
+        values = random.normal(size=array.shape) * (0.5 if array.ndim > 1 else 0.2) + (array.ndim == 1)
+        weights.append((name, mx.array(values.astype(np.float32))))
+    model.update(tree_unflatten(weights))
+    mx.eval(model.parameters())
+    return model
+
+
+def random_tokens(seed: int, *shape: int, vocab: int = 40) -> mx.array:
+    return mx.array(np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32))

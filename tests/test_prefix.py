@@ -1,0 +1,297 @@
+"""The prefix against the naive model: chunks, rings, padding, rewinding; window 5, canvas 4."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from naive import Naive
+from support import FULL, SLIDING, gap, random_tokens, small_model
+
+from mlx_dgemma.errors import OptionError
+from mlx_dgemma.prefix import STEP
+
+BOUND = 2e-4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(1)
+
+
+@pytest.fixture(scope="module")
+def naive(model):
+    return Naive(model)
+
+
+def chunks_of(length, random):
+    """A random way to cut `length` positions."""
+    cuts = sorted({0, length, *random.integers(1, length, 3).tolist()})
+    return list(zip(cuts, cuts[1:]))
+
+
+def far(a, b):
+    return np.abs(np.array(a, np.float64) - b).max()
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 6, 9, 17, 30])
+def test_any_chunking_equals_one_naive_pass(model, naive, length):
+    tokens, canvas = random_tokens(length, 1, length), random_tokens(99, 1, 4)
+    hidden, kept = naive.encode(tokens[0].tolist())
+    denoised = naive.denoise(canvas[0].tolist(), kept)
+    random = np.random.default_rng(length)
+    ways = [
+        [(0, length)],
+        [(i, i + 1) for i in range(length)],
+        *(chunks_of(length, random) for _ in range(4 * (length > 1))),
+    ]
+    for way in ways:
+        prefix = model.new_prefix()
+        got = mx.concatenate([model.encode(tokens[:, a:b], prefix) for a, b in way], axis=1)
+        assert far(got[0], hidden) < BOUND, way
+        assert far(model.denoise(canvas, prefix)[0], denoised) < BOUND, way
+
+
+@pytest.mark.parametrize("layers", [(SLIDING, SLIDING), (FULL, FULL)])
+def test_stacks_of_one_kind_of_layer(layers):
+    model = small_model(2, layers=layers)
+    tokens, canvas = random_tokens(0, 1, 11), random_tokens(1, 1, 4)
+    hidden, kept = Naive(model).encode(tokens[0].tolist())
+    prefix = model.new_prefix()
+    got = [model.encode(tokens[:, :7], prefix), model.encode(tokens[:, 7:], prefix)]
+    assert far(mx.concatenate(got, axis=1)[0], hidden) < BOUND
+    assert far(model.denoise(canvas, prefix)[0], Naive(model).denoise(canvas[0].tolist(), kept)) < BOUND
+
+
+def test_a_conditioned_canvas_equals_the_naive_pass(model, naive):
+    tokens, canvas = random_tokens(0, 1, 9), random_tokens(1, 1, 4)
+    prefix = model.new_prefix()
+    model.encode(tokens, prefix)
+    conditioning = mx.random.normal((1, 4, 16), key=mx.random.key(0))
+    _, kept = naive.encode(tokens[0].tolist())
+    expected = naive.denoise(canvas[0].tolist(), kept, np.array(conditioning[0], np.float64))
+    hidden = model.denoise(canvas, prefix, conditioning)
+    assert far(hidden[0], expected) < BOUND
+    assert far(model.logits(hidden)[0], naive.logits(expected)) < 10 * BOUND
+
+
+def test_a_canvas_may_be_longer_than_the_ring(model, naive):
+    tokens, canvas = random_tokens(0, 1, 9), random_tokens(1, 1, 13)
+    prefix = model.new_prefix()
+    model.encode(tokens, prefix)
+    _, kept = naive.encode(tokens[0].tolist())
+    assert far(model.denoise(canvas, prefix)[0], naive.denoise(canvas[0].tolist(), kept)) < BOUND
+
+
+def test_a_canvas_may_come_before_any_prefix(model):
+    canvas = random_tokens(1, 1, 4)
+    naive = Naive(model)
+    empty = [
+        (np.zeros((0, *naive.config.head(k))), np.zeros((0, *naive.config.head(k)))) for k in naive.config.layer_types
+    ]
+    assert far(model.denoise(canvas, model.new_prefix())[0], naive.denoise(canvas[0].tolist(), empty)) < BOUND
+
+
+@pytest.mark.parametrize("cut", [2, 4, 9])
+def test_image_spans_see_themselves_in_both_directions(model, naive, cut):
+    """The span starts at `cut`, so that it begins a chunk and meets a ring of any fill."""
+    tokens = random_tokens(3, 1, 17)
+    spans = np.zeros(17, np.int32)
+    spans[cut : cut + 6], spans[cut + 7 : cut + 8] = 1, 2
+    hidden, _ = naive.encode(tokens[0].tolist(), spans)
+    plain, _ = naive.encode(tokens[0].tolist())
+    assert np.abs(hidden - plain).max() > 0.01  # the spans matter
+    prefix = model.new_prefix()
+    before = model.encode(tokens[:, :cut], prefix)
+    masks = prefix.encode_masks(17 - cut, spans[None, cut:])
+    scalars = [one.layer_scalar for one in model.model.encoder.language_model.layers]
+    after = model._run(model._embed(tokens[:, cut:]), prefix, masks, scalars, canvas=False)
+    assert far(mx.concatenate([before, after], axis=1)[0], hidden) < BOUND
+
+
+def test_denoising_leaves_the_prefix_as_it_was(model):
+    """Canvases of several lengths, and everything computed after is the same to the last bit."""
+    tokens, canvas, more = random_tokens(0, 1, 14), random_tokens(1, 1, 4), random_tokens(2, 1, 7)
+
+    def run(disturb):
+        prefix = model.new_prefix()
+        out = []
+        for start, end in ((0, 3), (3, 9), (9, 14)):
+            out.append(model.encode(tokens[:, start:end], prefix))
+            for length in (1, 4, 9) if disturb else ():
+                mx.eval(model.denoise(random_tokens(50 + length, 1, length), prefix))
+            out.append(model.denoise(canvas, prefix))
+        return [*out, model.encode(more, prefix), model.denoise(canvas, prefix)], prefix.offset
+
+    (quiet, reached), (disturbed, after) = run(False), run(True)
+    assert reached == after == 21
+    assert [gap(a, b) for a, b in zip(quiet, disturbed)] == [0.0] * 8
+
+
+@pytest.mark.parametrize("chunk", [2, 6, 40])
+def test_a_padded_row_equals_the_row_alone(model, naive, chunk):
+    lengths, width, more = [3, 12, 7, 11], 12, random_tokens(5, 4, 6)
+    rows = [random_tokens(10 + n, 1, n) for n in lengths]
+    tokens = mx.concatenate([mx.pad(row, ((0, 0), (width - row.shape[1], 0))) for row in rows])
+    mask = np.arange(width)[None] >= width - np.array(lengths)[:, None]
+    canvas = random_tokens(6, 4, 4)
+    prefix = model.new_prefix(4)
+    for at in range(0, width, chunk):
+        model.encode(tokens[:, at : at + chunk], prefix, mask=mask[:, at : at + chunk])
+    assert prefix.padding.tolist() == [9, 0, 5, 1]
+    assert prefix.rope_offset().tolist() == lengths
+    first = model.denoise(canvas, prefix)
+    committed = model.encode(more, prefix)
+    second = model.denoise(canvas, prefix)
+    for row, tokens in enumerate(rows):
+        alone = model.new_prefix()
+        model.encode(tokens, alone)
+        assert gap(first[row], model.denoise(canvas[row : row + 1], alone)[0]) < 1e-5
+        assert gap(committed[row], model.encode(more[row : row + 1], alone)[0]) < 1e-5
+        assert gap(second[row], model.denoise(canvas[row : row + 1], alone)[0]) < 1e-5
+        whole = [*tokens[0].tolist(), *more[row].tolist()]
+        expected = naive.denoise(canvas[row].tolist(), naive.encode(whole)[1])
+        assert far(second[row], expected) < BOUND
+
+
+def test_a_mask_without_padding_is_no_mask(model):
+    prefix = model.new_prefix()
+    model.encode(random_tokens(0, 1, 3), prefix, mask=np.ones((1, 3), bool))
+    assert prefix.padding is None
+    assert prefix.rope_offset() == 3
+
+
+def test_pad_refuses_what_is_no_left_padding(model):
+    behind = "^mask pads positions behind real ones; only padding on the left is possible.$"
+    with pytest.raises(OptionError, match=behind):
+        model.new_prefix().pad([[1, 0, 1]])
+    with pytest.raises(OptionError, match=behind):
+        model.new_prefix().pad([[1, 0]])
+    prefix = model.new_prefix(2)
+    model.encode(random_tokens(0, 2, 3), prefix, mask=np.array([[0, 0, 1], [0, 0, 0]], bool))
+    with pytest.raises(OptionError, match=behind):
+        prefix.pad([[0, 1], [1, 1]])  # the first row has begun already
+    prefix.pad([[1, 1], [0, 1]])
+    assert prefix.padding.tolist() == [2, 4]
+
+
+def test_pad_refuses_another_shape(model):
+    with pytest.raises(OptionError, match=r"^mask has the shape \(3,\); it should be \[batch_size = 2, L\].$"):
+        model.new_prefix(2).pad([1, 1, 1])
+    with pytest.raises(OptionError, match=r"^mask has the shape \(1, 3\); it should be \[batch_size = 2, L\].$"):
+        model.new_prefix(2).pad([[1, 1, 1]])
+
+
+def held(model, tokens, canvas):
+    """What a fresh prefix of these tokens gives."""
+    prefix = model.new_prefix()
+    model.encode(tokens, prefix)
+    return model.denoise(canvas, prefix)
+
+
+@pytest.mark.parametrize(("length", "back"), [(4, 2), (4, 4), (3, 1), (4, 0)])
+def test_rewinding_within_the_ring_needs_no_mark(model, length, back):
+    tokens, other, canvas = random_tokens(0, 1, length), random_tokens(1, 1, 7), random_tokens(2, 1, 4)
+    prefix = model.new_prefix()
+    model.encode(tokens, prefix)
+    model.denoise(canvas, prefix)
+    assert prefix.rewind(back) == back == prefix.offset
+    model.encode(other, prefix)
+    expected = held(model, mx.concatenate([tokens[:, :back], other], axis=1), canvas)
+    assert gap(model.denoise(canvas, prefix), expected) < 1e-5
+
+
+@pytest.mark.parametrize("marked", [3, 4, 8])
+def test_rewinding_to_a_mark_restores_the_rings(model, marked):
+    tokens, block, other, canvas = (random_tokens(i, 1, n) for i, n in enumerate((marked, 9, 6, 4)))
+    prefix = model.new_prefix()
+    model.encode(tokens, prefix)
+    prefix.mark()
+    for _ in range(2):  # the mark can be used again
+        model.denoise(canvas, prefix)
+        model.encode(block, prefix)
+        model.denoise(canvas, prefix)
+        assert prefix.rewind(marked + 2) == marked == prefix.offset
+        model.encode(other, prefix)
+        expected = held(model, mx.concatenate([tokens, other], axis=1), canvas)
+        assert gap(model.denoise(canvas, prefix), expected) < 1e-5
+        assert prefix.rewind(marked) == marked
+
+
+def test_rewinding_before_the_mark_or_without_one_holds_nothing(model):
+    tokens, canvas = random_tokens(0, 1, 9), random_tokens(2, 1, 4)
+    for mark in (False, True):
+        prefix = model.new_prefix()
+        model.encode(tokens, prefix)
+        if mark:
+            prefix.mark()
+        assert prefix.rewind(8) == 0 == prefix.offset
+        model.encode(tokens, prefix)
+        assert gap(model.denoise(canvas, prefix), held(model, tokens, canvas)) < 1e-5
+
+
+def test_a_mark_that_was_passed_on_the_way_back_is_gone(model):
+    """After going back before the mark, its rings hold what was forgotten and must not come back."""
+    tokens, other, canvas = random_tokens(0, 1, 3), random_tokens(1, 1, 9), random_tokens(2, 1, 4)
+    prefix = model.new_prefix()
+    model.encode(tokens, prefix)
+    prefix.mark()
+    assert prefix.rewind(1) == 1
+    model.encode(other, prefix)
+    assert prefix.rewind(5) == 0
+    model.encode(other, prefix)
+    assert gap(model.denoise(canvas, prefix), held(model, other, canvas)) < 1e-5
+
+
+def test_rewinding_to_the_present_changes_nothing(model):
+    prefix = model.new_prefix()
+    model.encode(random_tokens(0, 1, 9), prefix)
+    assert prefix.rewind(9) == 9
+    assert prefix.rewind(100) == 9 == prefix.offset
+
+
+def test_keep_drops_the_other_rows(model):
+    tokens, canvas, more = random_tokens(0, 3, 8), random_tokens(1, 3, 4), random_tokens(2, 3, 5)
+    mask = np.arange(8)[None] >= np.array([[2], [0], [5]])
+    prefix = model.new_prefix(3)
+    model.encode(tokens, prefix, mask=mask)
+    expected = model.denoise(canvas, prefix)
+    prefix.keep([2, 0])
+    kept = mx.array([2, 0])
+    assert prefix.batch_size == 2
+    assert prefix.padding.tolist() == [5, 2]
+    assert gap(model.denoise(canvas[kept], prefix), expected[kept]) < 1e-5
+    model.encode(more[kept], prefix)
+    alone = held(model, mx.concatenate([tokens[2:, 5:], more[2:]], axis=1), canvas[2:])
+    assert gap(model.denoise(canvas[kept], prefix)[:1], alone) < 1e-5
+
+
+def test_keep_forgets_the_mark(model):
+    prefix = model.new_prefix(2)
+    model.encode(random_tokens(0, 2, 8), prefix)
+    prefix.mark()
+    prefix.keep([1])
+    model.encode(random_tokens(1, 1, 3), prefix)
+    assert prefix.rewind(9) == 0
+
+
+def test_buffers_grow_in_steps_and_capacity_spares_growth(model):
+    def slots(prefix):
+        return [layer.keys.shape[2] for layer in prefix.layers]
+
+    prefix, roomy = model.new_prefix(), model.new_prefix(capacity=STEP + 1)
+    for one in (prefix, roomy):
+        model.encode(random_tokens(0, 1, 10), one)
+    assert slots(prefix) == [STEP, STEP, STEP]
+    assert slots(roomy) == [STEP, 2 * STEP, STEP]
+    assert prefix.nbytes == 4 * 2 * STEP * (2 * 8 + 1 * 16 + 2 * 8)
+    model.encode(random_tokens(1, 1, STEP), prefix)
+    assert slots(prefix) == [STEP, 2 * STEP, STEP]
+    before = held(
+        model, mx.concatenate([random_tokens(0, 1, 10), random_tokens(1, 1, STEP)], axis=1), random_tokens(2, 1, 4)
+    )
+    assert gap(model.denoise(random_tokens(2, 1, 4), prefix), before) < 1e-5
+
+
+def test_an_empty_prefix_holds_no_memory(model):
+    prefix = model.new_prefix()
+    assert prefix.nbytes == 0
+    assert prefix.state == []

@@ -1,0 +1,171 @@
+"""The sampler's pure functions on hand-made arrays, against float64 and loops."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_dgemma import sampler
+
+
+def keys_of(*seeds):
+    return mx.stack([mx.random.key(seed) for seed in seeds])
+
+
+def naive_accept(uncertainty, bound):
+    """Go through the positions from the most certain one; keep them while those before sum to `bound` at most."""
+    accepted = np.zeros(uncertainty.shape, bool)
+    for row, values in enumerate(uncertainty):
+        before = 0.0
+        for position in sorted(range(len(values)), key=lambda i, v=values: v[i]):
+            accepted[row, position] = before <= bound
+            before += values[position]
+    return accepted
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.1, 0.75, 3.0, 1e9])
+def test_acceptance_equals_a_loop(bound):
+    # Multiples of 1/64 sum without rounding, so that float32 and float64 cannot differ at the bound.
+    uncertainty = np.random.default_rng(0).integers(1, 64, (8, 33)) / 64
+    accepted = np.array(sampler.accept(mx.array(uncertainty.astype(np.float32)), bound))
+    expected = naive_accept(uncertainty, bound)
+    assert accepted.sum(axis=1).tolist() == expected.sum(axis=1).tolist()
+    for row in range(8):  # equal entropies may swap places, so the accepted values are compared
+        assert sorted(uncertainty[row][accepted[row]]) == sorted(uncertainty[row][expected[row]])
+
+
+def test_acceptance_of_distinct_entropies_is_exact_by_position():
+    uncertainty = np.stack([np.random.default_rng(i).permutation(40) for i in range(6)]) / 256
+    accepted = sampler.accept(mx.array(uncertainty.astype(np.float32)), 0.5)
+    assert np.array(accepted).tolist() == naive_accept(uncertainty, 0.5).tolist()
+
+
+def test_acceptance_includes_the_bound_itself():
+    # Before the third position the sum is 0.75: on the bound it is kept, beyond it it is not.
+    uncertainty = mx.array([[0.5, 0.25, 1.0, 2.0]])
+    assert sampler.accept(uncertainty, 0.75).tolist() == [[True, True, True, False]]
+    assert sampler.accept(uncertainty, 0.74).tolist() == [[True, True, False, False]]
+
+
+def test_the_most_certain_position_is_always_accepted():
+    assert sampler.accept(mx.array([[3.0, 2.0, 5.0]]), 0.0).tolist() == [[False, True, False]]
+
+
+def test_bound_zero_accepts_every_certain_position_and_one_more():
+    assert sampler.accept(mx.array([[0.0, 0.7, 0.0, 0.9]]), 0.0).tolist() == [[True, True, True, False]]
+
+
+def test_ties_are_accepted_in_number():
+    accepted = sampler.accept(mx.full((1, 8), 0.25), 0.5)
+    assert accepted.sum().item() == 3
+
+
+def test_a_huge_bound_accepts_all():
+    assert sampler.accept(mx.array([[3.0, 2.0, 5.0]]), 1e6).all().item()
+
+
+def test_entropy_equals_float64():
+    logits = np.random.default_rng(0).normal(size=(2, 5, 300)).astype(np.float32) * 6
+    wide = logits.astype(np.float64)
+    log_p = (
+        wide - np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1, keepdims=True)) - wide.max(-1, keepdims=True)
+    )
+    expected = -(np.exp(log_p) * log_p).sum(-1)
+    got = np.array(sampler.entropy(mx.array(logits)))
+    assert got.shape == (2, 5)
+    assert np.abs(got - expected).max() < 1e-5
+
+
+def test_entropy_of_certainty_and_of_ignorance():
+    certain = mx.where(mx.arange(2048) == 3, 75.0, -75.0)
+    values = sampler.entropy(mx.stack([certain, mx.full((2048,), 7.0)])[None])[0].tolist()
+    assert values == pytest.approx([0.0, math.log(2048)], abs=5e-4)
+
+
+def test_samples_follow_the_distribution():
+    p = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])
+    count = 20000
+    logits = mx.broadcast_to(mx.array(np.log(p).astype(np.float32)), (1, count, 5))
+    drawn = np.array(sampler.sample(logits, keys_of(7)))[0]
+    chi = ((np.bincount(drawn, minlength=5) - count * p) ** 2 / (count * p)).sum()
+    assert chi < 18.5  # 4 degrees of freedom: exceeded once in a thousand keys
+
+
+def test_a_sample_depends_on_its_rows_key_alone():
+    logits = mx.random.normal((3, 6, 50), key=mx.random.key(0))
+    together = sampler.sample(logits, keys_of(4, 5, 6))
+    assert together.dtype == mx.int32
+    for row, seed in enumerate((4, 5, 6)):
+        assert together[row].tolist() == sampler.sample(logits[row : row + 1], keys_of(seed))[0].tolist()
+    same = mx.broadcast_to(logits[:1], (2, 6, 50))
+    first, second = sampler.sample(same, keys_of(4, 5)).tolist()
+    assert first != second
+
+
+def test_positions_of_a_sample_are_independent():
+    drawn = np.array(sampler.sample(mx.zeros((1, 4000, 2)), keys_of(3)))[0]
+    assert abs((drawn[1:] == drawn[:-1]).mean() - 0.5) < 0.04
+
+
+def test_noise_is_uniform_over_the_vocabulary_and_depends_on_its_rows_key_alone():
+    drawn = np.array(sampler.noise(20000, 8, keys_of(1, 2)))
+    assert drawn.dtype == np.int32
+    assert drawn.shape == (2, 20000)
+    for row in drawn:
+        counts = np.bincount(row, minlength=8)
+        assert len(counts) == 8  # neither the vocabulary's size nor more
+        assert ((counts - 2500) ** 2 / 2500).sum() < 24.4  # 7 degrees of freedom, one key in a thousand
+    assert drawn[1].tolist() == sampler.noise(20000, 8, keys_of(2))[0].tolist()
+    assert drawn[0].tolist() != drawn[1].tolist()
+
+
+def test_settled_with_stability_0_needs_confidence_alone():
+    best = mx.array([[1, 2], [3, 4]])
+    uncertainty = mx.array([[0.1, 0.2], [0.4, 0.2]])
+    assert sampler.settled(best, [], uncertainty, 0, 0.2).tolist() == [True, False]
+
+
+def test_settled_confidence_is_exclusive_and_of_the_mean():
+    best, uncertainty = mx.array([[1, 2]]), mx.array([[0.0, 0.5]])
+    assert not sampler.settled(best, [], uncertainty, 0, 0.25).item()
+    assert sampler.settled(best, [], uncertainty, 0, 0.2501).item()
+    assert not sampler.settled(best, [], mx.zeros((1, 2)), 0, 0.0).item()
+
+
+def test_settled_with_stability_1_compares_with_the_last_argmax():
+    best, sure = mx.array([[1, 2]]), mx.zeros((1, 2))
+    other = mx.array([[1, 3]])
+    assert not sampler.settled(best, [], sure, 1, 0.1).item()
+    assert sampler.settled(best, [best], sure, 1, 0.1).item()
+    assert not sampler.settled(best, [other], sure, 1, 0.1).item()
+    assert sampler.settled(best, [other, best], sure, 1, 0.1).item()
+    assert not sampler.settled(best, [best, other], sure, 1, 0.1).item()
+
+
+def test_settled_with_stability_2_needs_two_equal_predecessors():
+    best, other, sure = mx.array([[1, 2]]), mx.array([[1, 3]]), mx.zeros((1, 2))
+    assert not sampler.settled(best, [best], sure, 2, 0.1).item()
+    assert sampler.settled(best, [best, best], sure, 2, 0.1).item()
+    assert not sampler.settled(best, [other, best], sure, 2, 0.1).item()
+    assert sampler.settled(best, [other, best, best], sure, 2, 0.1).item()
+
+
+def test_settled_is_decided_by_row():
+    best, before = mx.array([[1, 2], [1, 2]]), mx.array([[1, 2], [1, 9]])
+    assert sampler.settled(best, [before], mx.zeros((2, 2)), 1, 0.1).tolist() == [True, False]
+
+
+def test_temperature_falls_from_t_max_and_stops_a_step_above_t_min():
+    assert sampler.temperature(48, 48, 0.4, 0.8) == pytest.approx(0.8)
+    assert sampler.temperature(24, 48, 0.4, 0.8) == pytest.approx(0.6)
+    assert sampler.temperature(1, 48, 0.4, 0.8) == pytest.approx(0.4 + 0.4 / 48)
+
+
+def test_split_keys_differ_and_depend_on_their_row_alone():
+    parts = sampler.split(keys_of(1, 2), 5)
+    assert parts.shape == (5, 2, 2)
+    assert parts.dtype == mx.uint32
+    assert parts[:, 1].tolist() == sampler.split(keys_of(2), 5)[:, 0].tolist()
+    assert parts[:, 0].tolist() == mx.random.split(mx.random.key(1), 5).tolist()
+    assert len({tuple(key) for key in parts.reshape(-1, 2).tolist()}) == 10
