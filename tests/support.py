@@ -57,13 +57,14 @@ def small_config(layers: tuple[str, ...] = (SLIDING, FULL, SLIDING), **changes) 
     return {"model_type": "diffusion_gemma", "canvas_length": 4, "text_config": {**text, **changes}}
 
 
-def small_model(seed: int = 0, **changes) -> DiffusionGemma:
-    """Random weights, norms and scalars included, large enough for attention to matter."""
+def small_model(seed: int = 0, scale: float = 0.5, **changes) -> DiffusionGemma:
+    """Random weights, norms and scalars included; `scale` is the matrices' deviation, the embedding's is 0.5."""
     model = DiffusionGemma(ModelConfig.from_dict(small_config(**changes)))
     random = np.random.default_rng(seed)
     weights = []
     for name, array in tree_flatten(model.parameters()):
-        values = random.normal(size=array.shape) * (0.5 if array.ndim > 1 else 0.2) + (array.ndim == 1)
+        spread = 0.2 if array.ndim == 1 else 0.5 if "embed_tokens" in name else scale
+        values = random.normal(size=array.shape) * spread + (array.ndim == 1)
         weights.append((name, mx.array(values.astype(np.float32))))
     model.update(tree_unflatten(weights))
     mx.eval(model.parameters())

@@ -1,5 +1,7 @@
 """The prefix against the naive model: chunks, rings, padding, rewinding; window 5, canvas 4."""
 
+from itertools import pairwise
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def naive(model):
 def chunks_of(length, random):
     """A random way to cut `length` positions."""
     cuts = sorted({0, length, *random.integers(1, length, 3).tolist()})
-    return list(zip(cuts, cuts[1:]))
+    return list(pairwise(cuts))
 
 
 def far(a, b):

@@ -1,0 +1,373 @@
+"""The block loop: against a plain loop over fresh prefixes, by rows, and through the engine on the demo."""
+
+from dataclasses import fields, replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support import engine_of, random_tokens, small_model
+
+from mlx_dgemma.config import GenerationConfig
+from mlx_dgemma.errors import OptionError
+from mlx_dgemma.generate import Block, Draft, GenerationOptions, generate, prefill
+
+# A random model is never sure, so these bounds are wide: some canvases settle and some do not.
+OPTIONS = GenerationOptions(max_denoising_steps=10, entropy_bound=2.5, confidence_threshold=1.0, end_tokens=(39,))
+PROMPTS = [
+    "Write JSON for: Anna is 31 years old and lives in Oslo.",
+    "Count from 3 to 30.",
+    "Spell the word cat.",
+    "What is the capital of France?",
+]
+
+
+class Reader:
+    """Takes blocks until there are `blocks` of them."""
+
+    def __init__(self, blocks):
+        self.blocks, self.taken, self.reason = blocks, [], None
+
+    def feed(self, tokens):
+        self.taken.append(tokens)
+        return "length" if len(self.taken) == self.blocks else None
+
+    def cut(self, reason):
+        self.reason = reason
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(3, scale=0.2)  # calm enough for rounding not to grow from step to step
+
+
+@pytest.fixture(scope="module")
+def engine(demo):
+    return engine_of(demo)
+
+
+def run(model, prompts, blocks, seeds, options=OPTIONS, chunk=2048):
+    """All events and readers for prompts of any length, padded on the left."""
+    width = max(map(len, prompts))
+    padded = mx.array([[0] * (width - len(p)) + p for p in prompts])
+    mask = np.array([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+    prefix, readers = model.new_prefix(len(prompts)), [Reader(n) for n in blocks]
+    prefill(model, prefix, padded, chunk, mask)
+    return list(generate(model, prefix, readers, options, seeds)), readers
+
+
+def plain_loop(model, prompt, blocks, seed, options=OPTIONS):
+    """The block loop as the specification tells it: one row, a fresh prefix for every single step."""
+    tokens, out, key = list(prompt), [], mx.random.key(seed)
+    total, length, vocab = options.max_denoising_steps, model.config.canvas_length, model.config.text.vocab_size
+    for _ in range(blocks):
+        key, block_key = mx.random.split(key, 2)
+        draws = mx.random.split(block_key, 2 * total + 1)
+        canvas = mx.random.randint(0, vocab, (length,), key=draws[0])
+        conditioning, bests = None, []
+        for n in range(total, 0, -1):
+            prefix = model.new_prefix()
+            model.encode(mx.array([tokens]), prefix)
+            logits = model.logits(model.denoise(canvas[None], prefix, conditioning))
+            logits = logits / (options.t_min + (options.t_max - options.t_min) * n / total)
+            p = np.array(mx.softmax(logits[0], axis=-1), np.float64)
+            entropy = -(p * np.log(p)).sum(-1)
+            step, accepted, before = total - n, np.zeros(length, bool), 0.0
+            for j in np.argsort(entropy):
+                accepted[j] = before <= options.entropy_bound
+                before += entropy[j]
+            gumbel = mx.random.gumbel((length, vocab), key=draws[2 * step + 1])
+            sampled = mx.argmax(logits[0] + gumbel, axis=-1)
+            fresh = mx.random.randint(0, vocab, (length,), key=draws[2 * step + 2])
+            canvas = mx.where(mx.array(accepted), sampled, fresh).astype(mx.int32)
+            bests.append(mx.argmax(logits[0], axis=-1).tolist())
+            same = bests[-1 - options.stability_threshold : -1]
+            stable = len(same) == options.stability_threshold and all(best == bests[-1] for best in same)
+            if stable and entropy.mean() < options.confidence_threshold:
+                break
+            conditioning = model.condition(logits)
+        out.append((tuple(bests[-1]), len(bests)))
+        tokens += bests[-1]
+    return out
+
+
+@pytest.mark.parametrize("stability", [0, 1, 2])
+@pytest.mark.parametrize("seed", [2, 4, 2**63 + 5])
+def test_generate_equals_a_plain_loop(model, seed, stability):
+    options = replace(OPTIONS, stability_threshold=stability)
+    prompt = random_tokens(1, 9).tolist()
+    events, _ = run(model, [prompt], [4], [seed], options)
+    blocks = [(event.tokens, event.steps) for event in events if isinstance(event, Block)]
+    assert blocks == plain_loop(model, prompt, 4, seed, options)
+
+
+def test_some_canvases_settle_and_some_do_not(model):
+    """Otherwise the tests around this one would not reach the stop rule."""
+    taken = set()
+    for stability in range(3):
+        events, _ = run(
+            model, [random_tokens(1, 9).tolist()], [4], [2], replace(OPTIONS, stability_threshold=stability)
+        )
+        steps = tuple(event.steps for event in events if isinstance(event, Block))
+        assert min(steps) < OPTIONS.max_denoising_steps
+        taken.add(steps)
+    assert len(taken) == 3
+    assert max(steps) == OPTIONS.max_denoising_steps
+
+
+@pytest.mark.parametrize("stability", [0, 1])
+def test_rows_of_a_batch_equal_rows_alone(model, stability):
+    """Prompts of other lengths, rows that settle and end at other times: each is as if it were alone."""
+    prompts = [random_tokens(20 + n, n).tolist() for n in (7, 2, 11, 5)]
+    blocks, seeds = [2, 4, 1, 3], [5, 6, 7, 8]
+    options = replace(OPTIONS, stability_threshold=stability)
+    events, readers = run(model, prompts, blocks, seeds, options)
+    for row in range(4):
+        alone, (reader,) = run(model, [prompts[row]], [blocks[row]], [seeds[row]], options)
+        assert readers[row].taken == reader.taken
+        mine = [e for e in events if e.row == row]
+        assert [(type(e), e.block) for e in mine] == [(type(e), e.block) for e in alone]
+        assert [e.steps for e in mine if isinstance(e, Block)] == [e.steps for e in alone if isinstance(e, Block)]
+        drafts = [(e.step, np.array(e.tokens).tolist()) for e in mine if isinstance(e, Draft)]
+        assert drafts == [(e.step, np.array(e.tokens).tolist()) for e in alone if isinstance(e, Draft)]
+
+
+def test_equal_rows_with_other_seeds_differ(model):
+    prompt = random_tokens(1, 9).tolist()
+    _, readers = run(model, [prompt] * 3, [3] * 3, [1, 2, 1])
+    assert readers[0].taken == readers[2].taken != readers[1].taken
+
+
+def test_events_of_a_block_are_its_drafts_and_then_the_block(model):
+    events, _ = run(model, [random_tokens(1, 9).tolist()], [3], [0])
+    for number in range(3):
+        *drafts, block = [event for event in events if event.block == number]
+        assert isinstance(block, Block)
+        assert [draft.step for draft in drafts] == list(range(1, block.steps + 1))
+        assert drafts[-1].tokens.tolist() == list(block.tokens)
+        assert all(draft.accepted.any().item() and draft.entropy.shape == (4,) for draft in drafts)
+    assert [event.block for event in events] == sorted(event.block for event in events)
+
+
+def test_chunks_of_the_prompt_do_not_change_the_tokens(model):
+    prompt = random_tokens(1, 23).tolist()
+    whole = run(model, [prompt], [3], [0])[1][0].taken
+    for chunk in (1, 4, 6):
+        assert run(model, [prompt], [3], [0], chunk=chunk)[1][0].taken == whole
+
+
+def test_the_last_block_is_not_committed(model, monkeypatch):
+    prefix, reader, calls = model.new_prefix(), Reader(3), []
+    model.encode(mx.array([[1, 2, 3]]), prefix)
+    encode = model.encode
+    monkeypatch.setattr(
+        type(model), "encode", lambda self, tokens, *rest: calls.append(tokens.tolist()) or encode(tokens, *rest)
+    )
+    blocks = [e.tokens for e in generate(model, prefix, [reader], OPTIONS, [0]) if isinstance(e, Block)]
+    assert calls == [[list(blocks[0])], [list(blocks[1])]]
+    assert prefix.offset == 3 + 2 * 4
+
+
+@pytest.mark.parametrize(("length", "blocks"), [(52, 3), (53, 2), (60, 1), (61, 0)])
+def test_the_context_limit_cuts_the_text(model, length, blocks):
+    """64 positions: a canvas is begun only where it fits."""
+    _, (reader,) = run(model, [random_tokens(1, length).tolist()], [9], [0])
+    assert len(reader.taken) == blocks
+    assert reader.reason == "length"
+
+
+def test_a_step_costs_one_forward_and_a_block_stops_when_all_rows_have(model, monkeypatch):
+    calls = []
+    denoise = model.denoise
+    monkeypatch.setattr(type(model), "denoise", lambda self, *arguments: calls.append(1) or denoise(*arguments))
+    prompts = [random_tokens(1, 9).tolist()] * 3
+    events, _ = run(model, prompts, [1] * 3, [0, 1, 2], replace(OPTIONS, stability_threshold=0))
+    steps = [e.steps for e in events if isinstance(e, Block)]
+    assert len(set(steps)) == 3
+    assert len(calls) == max(steps)
+    assert sum(isinstance(e, Draft) for e in events) == sum(steps)
+
+
+# Through the engine.
+
+
+@pytest.fixture(scope="module")
+def answers(engine):
+    return [engine.generate(prompt, seed=seed, max_tokens=100) for seed, prompt in enumerate(PROMPTS)]
+
+
+def test_the_demo_answers(answers):
+    assert answers[0].text == '{"name": "Anna", "age": 31, "city": "Oslo"}'
+    assert answers[1].text.startswith("3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, ")
+    assert answers[1].stats.blocks == 2
+    assert answers[2].text == "c a t"
+
+
+def test_watching_changes_nothing(engine, answers):
+    events = list(engine.stream(PROMPTS[1], seed=1, max_tokens=100))
+    assert events[-1].result.tokens == answers[1].tokens
+    assert sum(isinstance(e, Draft) for e in events) == answers[1].stats.denoising_steps
+    assert "".join(e.text for e in events if isinstance(e, Block)) == answers[1].text
+
+
+def test_chunked_prefill_changes_nothing(engine, answers):
+    chunked = engine.generate(PROMPTS[1], seed=1, max_tokens=100, prefill_chunk=16)
+    assert chunked.tokens == answers[1].tokens
+
+
+def test_a_batch_changes_nothing(engine, answers):
+    together = engine.generate_batch(PROMPTS, seeds=[0, 1, 2, 3], max_tokens=100)
+    assert [r.tokens for r in together] == [r.tokens for r in answers]
+    assert [r.stats.denoising_steps for r in together] == [r.stats.denoising_steps for r in answers]
+    assert [r.stats.blocks for r in together] == [r.stats.blocks for r in answers]
+
+
+def test_a_batch_of_one_changes_nothing(engine, answers):
+    (alone,) = engine.generate_batch(PROMPTS[:1], seeds=[0], max_tokens=100)
+    assert alone.tokens == answers[0].tokens
+
+
+def test_other_seeds_give_other_tokens(engine):
+    texts = {
+        engine.generate("Tell a story about a cat named Leo.", seed=s, max_denoising_steps=3).text for s in range(3)
+    }
+    assert len(texts) > 1
+
+
+def test_max_tokens_cuts_the_text_and_not_the_canvas(engine, answers):
+    events = list(engine.stream(PROMPTS[1], seed=1, max_tokens=10, drafts=False))
+    block, result = events[0], events[-1].result
+    assert result.tokens == answers[1].tokens[:10] == list(block.tokens[:10])
+    assert len(block.tokens) == engine.config.canvas_length
+    assert result.finish_reason == "length"
+    assert answers[1].text.startswith(result.text)
+
+
+@pytest.mark.parametrize("max_tokens", [64, 65])
+def test_max_tokens_at_a_block_border(engine, max_tokens):
+    result = engine.generate(PROMPTS[1], seed=1, max_tokens=max_tokens)
+    assert len(result.tokens) == max_tokens
+    assert result.stats.blocks == max_tokens - 63
+    assert result.finish_reason == "length"
+
+
+def test_an_end_token_ends_the_text_and_is_left_out(engine, answers):
+    assert answers[0].finish_reason == "stop"
+    assert not set(answers[0].tokens) & set(engine.options.end_tokens)
+    comma = engine.tokenizer.encode(",", add_special_tokens=False)[-1]
+    at = answers[0].tokens.index(comma)
+    cut = engine.generate(PROMPTS[0], seed=0, end_tokens=(comma,))
+    assert cut.tokens == answers[0].tokens[:at]
+    assert cut.finish_reason == "stop"
+
+
+def test_a_stop_string_ends_the_text_before_it(engine):
+    result = engine.generate(PROMPTS[0], seed=0, stop=('"city"', ' "age"'))
+    assert result.text == '{"name": "Anna",'
+    assert result.finish_reason == "stop"
+
+
+def test_a_stop_string_may_straddle_a_block_border(engine, answers):
+    first = engine.tokenizer.decode(answers[1].tokens[:64])
+    assert answers[1].text.startswith(first)
+    stop = answers[1].text[len(first) - 3 : len(first) + 3]
+    events = list(engine.stream(PROMPTS[1], seed=1, max_tokens=100, stop=stop, drafts=False))
+    at = answers[1].text.find(stop)
+    assert len(first) - 3 == at  # the string is nowhere before the border
+    assert [e.text for e in events[:-1]] == [first[:-3], ""]
+    assert events[-1].result.text == first[:-3]
+    assert events[-1].result.finish_reason == "stop"
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_tokens", 0, "max_tokens is 0; it should be a whole number, at least 1."),
+        ("max_tokens", 2.0, "max_tokens is 2.0; it should be a whole number, at least 1."),
+        ("max_tokens", True, "max_tokens is True; it should be a whole number, at least 1."),
+        ("max_denoising_steps", 0, "max_denoising_steps is 0; it should be a whole number, at least 1."),
+        ("max_denoising_steps", "8", "max_denoising_steps is '8'; it should be a whole number, at least 1."),
+        ("entropy_bound", -0.1, "entropy_bound is -0.1; it should be a number, at least 0."),
+        ("entropy_bound", float("nan"), "entropy_bound is nan; it should be a number, at least 0."),
+        ("entropy_bound", float("inf"), "entropy_bound is inf; it should be a number, at least 0."),
+        ("t_min", -0.5, "t_min is -0.5; it should be a number, at least 0."),
+        ("t_max", 0.3, "t_max is 0.3; it should be a number, at least t_min = 0.4."),
+        ("stability_threshold", -1, "stability_threshold is -1; it should be a whole number, at least 0."),
+        ("stability_threshold", 1.5, "stability_threshold is 1.5; it should be a whole number, at least 0."),
+        ("confidence_threshold", -1.0, "confidence_threshold is -1.0; it should be a number, at least 0."),
+        ("confidence_threshold", False, "confidence_threshold is False; it should be a number, at least 0."),
+        ("prefill_chunk", 0, "prefill_chunk is 0; it should be a whole number, at least 1."),
+        ("stop", ("a", ""), "stop is ('a', ''); it should be strings that are not empty."),
+        ("stop", [3], "stop is (3,); it should be strings that are not empty."),
+    ],
+)
+def test_a_value_outside_its_bounds_is_named(name, value, message):
+    with pytest.raises(OptionError) as caught:
+        GenerationOptions(**{name: value})
+    assert str(caught.value) == message
+
+
+def test_temperature_zero_throughout_is_refused():
+    with pytest.raises(OptionError) as caught:
+        GenerationOptions(t_min=0, t_max=0)
+    assert str(caught.value) == "t_max is 0; it should be above 0."
+
+
+@pytest.mark.parametrize(
+    "least",
+    [
+        {"max_tokens": 1},
+        {"max_denoising_steps": 1},
+        {"entropy_bound": 0},
+        {"t_min": 0},
+        {"t_max": 0.4},
+        {"stability_threshold": 0},
+        {"confidence_threshold": 0},
+        {"prefill_chunk": 1},
+    ],
+)
+def test_the_least_value_is_taken(least):
+    options = GenerationOptions(**least)
+    assert all(getattr(options, name) == value for name, value in least.items())
+
+
+def test_an_unknown_option_is_named_with_the_nearest_one():
+    with pytest.raises(OptionError) as caught:
+        GenerationOptions().override(max_denoising_step=3)
+    assert str(caught.value) == "max_denoising_step is not an option; did you mean max_denoising_steps?"
+    with pytest.raises(OptionError) as caught:
+        GenerationOptions().override(zzz=3)
+    known = ", ".join(f.name for f in fields(GenerationOptions))
+    assert str(caught.value) == f"zzz is not an option; the options are {known}."
+
+
+def test_override_replaces_what_is_given_and_checks_it():
+    options = GenerationOptions(max_tokens=7, t_min=0.5).override(max_tokens=None, t_max=0.6, stop="end")
+    assert (options.max_tokens, options.t_min, options.t_max, options.stop) == (7, 0.5, 0.6, ("end",))
+    with pytest.raises(OptionError, match=r"^t_max is 0.2; it should be a number, at least t_min = 0.5.$"):
+        options.override(t_max=0.2)
+
+
+def test_the_checkpoints_generation_config_is_the_default():
+    own = GenerationConfig(
+        max_new_tokens=9,
+        max_denoising_steps=8,
+        entropy_bound=0.7,
+        t_min=0.1,
+        t_max=0.2,
+        stability_threshold=2,
+        confidence_threshold=0.3,
+        eos_token_ids=(4, 5),
+    )
+    assert GenerationOptions.of(own) == GenerationOptions(
+        max_tokens=9,
+        max_denoising_steps=8,
+        entropy_bound=0.7,
+        t_min=0.1,
+        t_max=0.2,
+        stability_threshold=2,
+        confidence_threshold=0.3,
+        end_tokens=(4, 5),
+    )
