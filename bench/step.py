@@ -15,6 +15,7 @@ import time
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_dgemma.convert.recipes import RECIPES
 
@@ -80,7 +81,7 @@ def ours(model: DiffusionGemma, prompt: mx.array, steps: int):
     prefix = model.new_prefix(capacity=prompt.shape[1] + 2 * model.config.canvas_length)
     mx.reset_peak_memory()
     started = time.perf_counter()
-    prefill(model, prefix, prompt, options.prefill_chunk)
+    prefill(model, prefix, np.asarray(prompt), options.prefill_chunk)
     encoded = time.perf_counter() - started
     times, last = [], time.perf_counter()
     for _ in denoise_block(model, prefix, options, mx.random.key(1)[None]):

@@ -257,7 +257,7 @@ class Engine:
         if session is not None:
             prefix = session.prefix
             rows[0].reused = session.reuse(rows[0].tokens)
-            prefill(self.model, prefix, mx.array([rows[0].tokens[rows[0].reused :]]), options.prefill_chunk)
+            prefill(self.model, prefix, np.array([rows[0].tokens[rows[0].reused :]], np.int32), options.prefill_chunk)
             prefix.mark()
             return prefix
         canvas = self.config.canvas_length
@@ -268,7 +268,7 @@ class Engine:
         for i, row in enumerate(rows):
             padded[i, length - len(row.tokens) :] = row.tokens
             mask[i, length - len(row.tokens) :] = True
-        prefill(self.model, prefix, mx.array(padded), options.prefill_chunk, None if mask.all() else mask)
+        prefill(self.model, prefix, padded, options.prefill_chunk, None if mask.all() else mask)
         return prefix
 
     def _draft_text(self, tokens: mx.array, options: GenerationOptions) -> str:

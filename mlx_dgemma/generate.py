@@ -8,7 +8,7 @@ comes from a key that depends on the row's seed, the block and the step alone.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -133,14 +133,58 @@ class Reader(Protocol):
         """No further block will come."""
 
 
-def prefill(model: DiffusionGemma, prefix: Prefix, tokens: mx.array, chunk: int, mask: Any = None) -> None:
-    """Encode a prompt [B, L] chunk by chunk, so that memory is bounded by the chunk; `mask` as in `encode`."""
-    for start in range(0, tokens.shape[1], chunk):
-        part = slice(start, start + chunk)
-        model.encode(tokens[:, part], prefix, mask=None if mask is None else mask[:, part])
+def prefill(
+    model: DiffusionGemma,
+    prefix: Prefix,
+    tokens: np.ndarray,
+    chunk: int,
+    mask: np.ndarray | None = None,
+    features: Sequence[mx.array | None] = (),
+) -> None:
+    """Encode a prompt chunk by chunk, so that memory is bounded by the chunk.
+
+    Args:
+        tokens: [B, L] int32.
+        chunk: tokens at once; a chunk ends before a picture rather than in it, and a longer picture is whole.
+        mask: [B, L], false where the left padding is.
+        features: of each row the soft tokens [tokens, H] of its placeholders, or None.
+    """
+    held = (
+        tokens == model.config.image_token_id if any(f is not None for f in features) else np.zeros_like(tokens, bool)
+    )
+    for start, end in chunks(held, chunk):
+        seen = [
+            f[int(row[:start].sum()) : int(row[:end].sum())]
+            for f, row in zip(features, held)
+            if f is not None and row[start:end].any()
+        ]
+        model.encode(
+            mx.array(tokens[:, start:end]),
+            prefix,
+            mask=None if mask is None else mask[:, start:end],
+            features=mx.concatenate(seen) if seen else None,
+        )
         mx.eval(prefix.state)
-        if start + chunk < tokens.shape[1]:
+        if end < tokens.shape[1]:
             mx.clear_cache()
+
+
+def chunks(held: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
+    """Cut [B, L] into (start, end) of about `size` columns, never inside a run of true in any row."""
+    length = held.shape[1]
+    inside = np.zeros(length + 1, bool)  # a border here would cut a run
+    inside[1:length] = (held[:, 1:] & held[:, :-1]).any(axis=0)
+    start = 0
+    while start < length:
+        end = min(start + size, length)
+        while inside[end] and end > start:
+            end -= 1
+        if end == start:
+            end = min(start + size, length)
+            while inside[end]:
+                end += 1
+        yield start, end
+        start = end
 
 
 @dataclass(frozen=True)

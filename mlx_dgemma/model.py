@@ -19,6 +19,8 @@ from .layers import Keys, Layer, SelfConditioning, fused
 from .prefix import Prefix
 from .vision import Projector, VisionTower
 
+LOOK_PATCHES = 10240  # patches that the vision tower encodes at once
+
 
 @fused
 def _softcap(x: mx.array, cap: mx.array) -> mx.array:
@@ -97,6 +99,7 @@ class DiffusionGemma(nn.Module):
         prefix: Prefix,
         images: tuple[mx.array, mx.array] | None = None,
         mask: mx.array | np.ndarray | None = None,
+        features: mx.array | None = None,
     ) -> mx.array:
         """Encode tokens causally in one pass and append them to the prefix.
 
@@ -106,6 +109,7 @@ class DiffusionGemma(nn.Module):
             images: patches [N, P, 3 * patch_size**2] and positions [N, P, 2] (padded with -1) of the
                 pictures whose placeholders stand in `tokens`, in their order.
             mask: [B, L], false where the left padding is.
+            features: [tokens, H] from `look`, instead of `images`.
 
         Returns:
             Hidden states [B, L, H] after the final norm. They are lazy: who needs only the prefix
@@ -120,12 +124,37 @@ class DiffusionGemma(nn.Module):
         h = self._embed(tokens)
         spans = None
         if images is not None:
-            h, spans = self._place_images(tokens, h, images)
+            features = self.look(images)
+        if features is not None:
+            h, spans = self._place(tokens, h, features)
         masks = prefix.encode_masks(tokens.shape[1], spans)
         scalars = [one.layer_scalar for one in self.model.encoder.language_model.layers]
         h = self._run(h, prefix, masks, scalars, canvas=False)
         prefix.offset += tokens.shape[1]
         return h
+
+    def look(self, images: tuple[mx.array, mx.array]) -> mx.array:
+        """Soft tokens of pictures, encoded in groups so that memory does not grow with their number.
+
+        Args:
+            images: patches [N, P, 3 * patch_size**2] in 0..1 and positions [N, P, 2], padded with -1.
+
+        Returns:
+            [tokens, H], the pictures one after another, padding left out.
+
+        Raises:
+            PromptError: the checkpoint has no vision tower.
+        """
+        encoder = self.model.encoder
+        if "vision_tower" not in encoder:
+            raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
+        patches, positions = (mx.array(a) for a in images)
+        group, found = max(1, LOOK_PATCHES // patches.shape[1]), []
+        for start in range(0, patches.shape[0], group):
+            part = slice(start, start + group)
+            found.append(encoder.embed_vision(encoder.vision_tower(patches[part], positions[part])))
+            mx.eval(found[-1])
+        return mx.concatenate(found)
 
     def denoise(self, canvas: mx.array, prefix: Prefix, conditioning: mx.array | None = None) -> mx.array:
         """Run the stack over a canvas in both directions; the prefix is read, never extended.
@@ -186,12 +215,8 @@ class DiffusionGemma(nn.Module):
             h = layer(h, scalar, Keys(kv, prefix.offset, rope_offset, masks[layer._layer_type], canvas))
         return self.model.decoder.norm(h)
 
-    def _place_images(self, tokens: mx.array, h: mx.array, images: tuple) -> tuple[mx.array, np.ndarray | None]:
+    def _place(self, tokens: mx.array, h: mx.array, features: mx.array) -> tuple[mx.array, np.ndarray | None]:
         """Put soft tokens on their placeholders; returns them and the spans that see themselves whole."""
-        encoder = self.model.encoder
-        if "vision_tower" not in encoder:
-            raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
-        features = encoder.embed_vision(encoder.vision_tower(*images)).astype(h.dtype)
         held = np.asarray(tokens) == self.config.image_token_id
         if held.sum() != features.shape[0]:
             raise PromptError(
@@ -200,7 +225,7 @@ class DiffusionGemma(nn.Module):
             )
         rows = mx.array(np.flatnonzero(held))
         flat = h.reshape(-1, h.shape[-1])
-        flat[rows] = features
+        flat[rows] = features.astype(h.dtype)
         starts = held & ~np.pad(held, ((0, 0), (1, 0)))[:, :-1]
         spans = np.where(held, np.cumsum(starts, axis=1), 0).astype(np.int32)
         return flat.reshape(h.shape), spans if self.config.text.use_bidirectional_attention == "vision" else None

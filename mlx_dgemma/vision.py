@@ -9,6 +9,8 @@ import numpy as np
 from .config import VisionConfig
 from .layers import geglu, rms_norm
 
+ROWS = 2560  # queries attended at once: bounds the scores where attention is not fused
+
 
 class ClippedLinear(nn.Module):
     """A linear layer inside a `linear` key, with the calibrated clipping that some towers carry."""
@@ -52,7 +54,11 @@ class VisionAttention(nn.Module):
         v = rms_norm(self.v_proj(x).reshape(batch, length, self._kv_heads, self._dim), self._eps)
         q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
+        rows = [
+            mx.fast.scaled_dot_product_attention(q[:, :, i : i + ROWS], k, v, scale=1.0, mask=mask)
+            for i in range(0, length, ROWS)
+        ]
+        out = mx.concatenate(rows, axis=2)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 
