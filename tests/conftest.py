@@ -1,0 +1,80 @@
+"""Fixtures: the bundled demo, and the same weights as the Hugging Face release that it was converted from.
+
+The release is rebuilt from the demo byte by byte. `data/hf_manifest.json` holds the checksums of every file and
+tensor of the original, so that what the tests convert is the real layout and not one that suits the converter.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlx_dgemma.checkpoint import DEMO
+
+DATA = Path(__file__).parent / "data"
+INDEX = "model.safetensors.index.json"
+
+
+def read_safetensors(file: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """{name: (dtype, shape, bytes)}, read without the package's own reader."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header.pop("__metadata__", None)
+    data = memoryview(content)[8 + length :]
+    return {
+        name: (one["dtype"], one["shape"], bytes(data[slice(*one["data_offsets"])])) for name, one in header.items()
+    }
+
+
+def write_safetensors(file: Path, tensors: dict[str, tuple[str, list[int], bytes]], form: str = "pt") -> None:
+    """Write tensors in the order given, as the safetensors library does."""
+    header, at = {"__metadata__": {"format": form}}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data for *_, data in tensors.values()))
+
+
+def read_folder(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """All tensors of a checkpoint folder."""
+    return {name: one for file in sorted(folder.glob("*.safetensors")) for name, one in read_safetensors(file).items()}
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The bundled checkpoint, in MLX's layout."""
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def hf_checkpoint(tmp_path_factory) -> Path:
+    """The release that the demo was converted from: three shards, experts as bare tensors."""
+    manifest = json.loads((DATA / "hf_manifest.json").read_text())
+    folder = tmp_path_factory.mktemp("release")
+    ours = read_folder(DEMO)
+    tensors = {}
+    for name, one in manifest["tensors"].items():
+        dtype, shape, data = ours.pop(name if name in ours else f"{name}.weight")
+        assert (dtype, shape, sha256(data)) == (one["dtype"], one["shape"], one["sha256"]), name
+        tensors[name] = (dtype, shape, data)
+    assert not ours
+    shards = {name: one["shard"] for name, one in manifest["tensors"].items()}
+    for shard in sorted(set(shards.values())):
+        write_safetensors(folder / shard, {name: tensors[name] for name in sorted(shards) if shards[name] == shard})
+    index = {"metadata": manifest["metadata"], "weight_map": dict(sorted(shards.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    shutil.copyfile(DATA / "hf_config.json", folder / "config.json")
+    for file in DEMO.iterdir():
+        if file.name in manifest["files"] and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    assert {file.name: sha256(file.read_bytes()) for file in folder.iterdir()} == manifest["files"]
+    return folder
