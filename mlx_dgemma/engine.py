@@ -11,18 +11,22 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from . import memory
 from .checkpoint import Checkpoint, build, find, on_cpu
 from .config import ModelConfig
 from .errors import CheckpointError, OptionError, PromptError
 from .generate import Block, Draft, Finished, GenerationOptions, generate, prefill
+from .images import Patches, digest, join, open_image, patchify
 from .model import DiffusionGemma
 from .prefix import Prefix
-from .prompt import Answer, Message, messages_of, render
+from .prompt import Answer, Message, messages_of, parts_of, render
+from .video import sample_frames, stamp
 
 Prompt = str | Sequence[Message]
 CONTEXT = 4096  # tokens of context that loading makes sure of
+VIDEO = "<|video|>"  # Gemma 4's marker in chat templates; it never reaches the model
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Stats:
     tokens_per_second: float  # generated tokens over seconds["total"]
     peak_memory_bytes: int
     seed: int
+    images: int = 0  # pictures and video frames in the prompt
+    images_encoded: int = 0  # of them, run through the vision tower this time
 
 
 @dataclass(frozen=True)
@@ -55,22 +61,38 @@ class Result:
 
 
 class Session:
-    """A conversation's prefix: a prompt that begins as the last one did encodes only what is new."""
+    """A conversation's prefix and pictures: a prompt that begins as the last one did encodes only what is new.
+
+    Attributes:
+        prefix: the keys and values held.
+        held: what they are of: token ids, and for a placeholder its picture's digest.
+        features: soft tokens of the pictures seen so far, by digest.
+    """
 
     def __init__(self, prefix: Prefix):
         self.prefix = prefix
-        self.tokens: list[int] = []
+        self.held: list[int | str] = []
+        self.features: dict[str, mx.array] = {}
 
-    def reuse(self, tokens: list[int]) -> int:
-        """Go back to what the prefix shares with `tokens`; returns how many tokens that are."""
-        shared = 0
-        for mine, new in zip(self.tokens, tokens):
-            if mine != new:
-                break
-            shared += 1
-        held = self.prefix.rewind(shared)
-        del self.tokens[held:]
-        return held
+    def reuse(self, wanted: list[int | str]) -> int:
+        """Go back to what the prefix shares with a prompt; returns how many tokens that are."""
+        pairs = enumerate(zip(self.held, wanted))
+        shared = next((i for i, (mine, new) in pairs if mine != new), min(len(self.held), len(wanted)))
+        count = self.prefix.rewind(shared)
+        del self.held[count:]
+        return count
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture or video frame of a prompt."""
+
+    digest: str  # of its pixels and its budget
+    patches: Patches
+
+    @property
+    def tokens(self) -> int:
+        return self.patches.tokens[0]
 
 
 @dataclass
@@ -78,9 +100,12 @@ class _Row:
     """One prompt on its way through the loop."""
 
     tokens: list[int]
+    held: list[int | str]  # as `Session.held`
+    pictures: list[_Picture]
     seed: int
     answer: Answer
     reused: int = 0
+    encoded: int = 0  # pictures
     blocks: int = 0
     steps: int = 0
     first_block: float = 0.0
@@ -146,8 +171,9 @@ class Engine:
 
         Args:
             prompt: a user's text, or chat messages with role and content.
-            images: pictures (not in this version: refused when given).
-            video: a video (not in this version: refused when given).
+            images: paths, bytes, PIL images, arrays or data URLs; they stand before a text prompt, or take
+                the places of the messages' image parts in order.
+            video: a file (needs the extra `video`), a folder of frames, or a list of them.
             seed: the same seed gives the same tokens; without one it is drawn and told in the statistics.
             max_tokens: the text is cut there.
             thinking: let the model think first, where its template can.
@@ -163,10 +189,9 @@ class Engine:
         Raises:
             PromptError, OptionError: at once, before anything is computed.
         """
-        if images or video is not None:
-            raise PromptError("Pictures and video cannot be prompted in this version; send text alone.")
         effective = self.options.override(max_tokens=max_tokens, **options)
-        row = self._row(prompt, seed, effective, thinking, tools, system)
+        messages = messages_of(prompt, system, images, video)
+        row = self._row(messages, seed, effective, thinking, tools)
         return self._events([row], effective, session, drafts)
 
     def generate_batch(
@@ -189,7 +214,7 @@ class Engine:
             raise OptionError(f"There are {len(prompts)} prompts and {len(seeds or ())} seeds; give one seed a prompt.")
         effective = self.options.override(max_tokens=max_tokens, **options)
         rows = [
-            self._row(prompt, seeds[i] if seeds else None, effective, thinking, tools, system)
+            self._row(messages_of(prompt, system), seeds[i] if seeds else None, effective, thinking, tools)
             for i, prompt in enumerate(prompts)
         ]
         events = self._events(rows, effective, None, drafts=False)
@@ -197,18 +222,19 @@ class Engine:
 
     def _row(
         self,
-        prompt: Prompt,
+        messages: list[Message],
         seed: int | None,
         options: GenerationOptions,
         thinking: bool,
         tools: list[dict] | None,
-        system: str | None,
     ) -> _Row:
         if seed is None:
             seed = secrets.randbits(32)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
             raise OptionError(f"seed is {seed!r}; it should be a whole number from 0 to 2**64 - 1.")
-        tokens = render(self.tokenizer, messages_of(prompt, system), tools, thinking)
+        pictures, shown = self._media(messages, options)
+        image = self._marker(self.config.image_token_id)
+        tokens = render(self.tokenizer, messages, tools, thinking, shown, (image, VIDEO))
         room = self.config.text.max_position_embeddings - self.config.canvas_length
         if len(tokens) > room:
             raise PromptError(
@@ -216,7 +242,42 @@ class Engine:
                 f"beside a canvas of {self.config.canvas_length}; shorten it."
             )
         answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop)
-        return _Row(tokens, seed, answer)
+        digests = iter([picture.digest for picture in pictures for _ in range(picture.tokens)])
+        placeholder = self.config.image_token_id
+        held = [next(digests) if token == placeholder and pictures else token for token in tokens]
+        return _Row(tokens, held, pictures, seed, answer)
+
+    def _marker(self, token: int) -> str:
+        return self.tokenizer.convert_ids_to_tokens(token)
+
+    def _media(
+        self, messages: list[Message], options: GenerationOptions
+    ) -> tuple[list[_Picture], list[tuple[str, str]]]:
+        """The pictures of a prompt, and for each part its marker and the placeholders that take its place."""
+        pictures: list[_Picture] = []
+        shown: list[tuple[str, str]] = []
+        parts = parts_of(messages, "image", "video")
+        if not parts:
+            return pictures, shown
+        if self.config.vision is None:
+            raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
+        config, vision = self.config, self.config.vision
+        image = self._marker(config.image_token_id)
+        begin, end = self._marker(config.boi_token_id), self._marker(config.eoi_token_id)
+
+        def span(picture: Image.Image, budget: int) -> str:
+            patches = patchify([picture], budget, vision.patch_size, vision.pooling_kernel_size)
+            pictures.append(_Picture(f"{digest(picture)}/{budget}", patches))
+            return begin + image * pictures[-1].tokens + end
+
+        for part in parts:
+            if part["type"] == "image":
+                shown.append((image, span(open_image(part["image"]), options.image_tokens)))
+                continue
+            budget = self.checkpoint.processor.video_tokens
+            frames = sample_frames(part["video"], options.fps, options.max_frames)
+            shown.append((VIDEO, " ".join(f"{stamp(f.seconds)} {span(f.image, budget)}" for f in frames)))
+        return pictures, shown
 
     def _events(
         self, rows: list[_Row], options: GenerationOptions, session: Session | None, drafts: bool
@@ -226,7 +287,7 @@ class Engine:
         with memory.wired_limit():
             prefix = self._encode(rows, options, session)
             encoded = time.perf_counter()
-            history = list(rows[0].tokens)
+            history: list[int | str] = list(rows[0].held)
             try:
                 for event in generate(self.model, prefix, [r.answer for r in rows], options, [r.seed for r in rows]):
                     row = rows[event.row]
@@ -241,7 +302,7 @@ class Engine:
                     yield replace(event, text=text, thinking=thinking)
             finally:
                 if session is not None:  # the prefix knows how much of what was generated it holds
-                    session.tokens = history[: prefix.offset]
+                    session.held = history[: prefix.offset]
         ended = time.perf_counter()
         seconds = {
             "load": self.load_seconds,
@@ -255,9 +316,10 @@ class Engine:
     def _encode(self, rows: list[_Row], options: GenerationOptions, session: Session | None) -> Prefix:
         length = max(len(row.tokens) for row in rows)
         if session is not None:
-            prefix = session.prefix
-            rows[0].reused = session.reuse(rows[0].tokens)
-            prefill(self.model, prefix, np.array([rows[0].tokens[rows[0].reused :]], np.int32), options.prefill_chunk)
+            prefix, row = session.prefix, rows[0]
+            row.reused = session.reuse(row.held)
+            new = np.array([row.tokens[row.reused :]], np.int32)
+            prefill(self.model, prefix, new, options.prefill_chunk, features=[self._look(row, session.features)])
             prefix.mark()
             return prefix
         canvas = self.config.canvas_length
@@ -268,8 +330,24 @@ class Engine:
         for i, row in enumerate(rows):
             padded[i, length - len(row.tokens) :] = row.tokens
             mask[i, length - len(row.tokens) :] = True
-        prefill(self.model, prefix, padded, options.prefill_chunk, None if mask.all() else mask)
+        features = [self._look(row, {}) for row in rows]
+        prefill(self.model, prefix, padded, options.prefill_chunk, None if mask.all() else mask, features)
         return prefix
+
+    def _look(self, row: _Row, known: dict[str, mx.array]) -> mx.array | None:
+        """Soft tokens [tokens, H] of the row's pictures that the prefix does not hold; `known` is filled."""
+        before = sum(isinstance(one, str) for one in row.held[: row.reused])
+        ends = np.cumsum([picture.tokens for picture in row.pictures])
+        new = [picture for picture, end in zip(row.pictures, ends) if end > before]
+        fresh = {picture.digest: picture for picture in new if picture.digest not in known}
+        if fresh:
+            joined = join([picture.patches for picture in fresh.values()])
+            features = self.model.look((mx.array(joined.patches), mx.array(joined.positions)))
+            cuts = np.cumsum([picture.tokens for picture in fresh.values()])[:-1]
+            for name, part in zip(fresh, mx.split(features, cuts.tolist())):
+                known[name] = part
+        row.encoded = len(fresh)
+        return mx.concatenate([known[picture.digest] for picture in new]) if new else None
 
     def _draft_text(self, tokens: mx.array, options: GenerationOptions) -> str:
         ids = np.asarray(tokens).tolist()
@@ -290,6 +368,8 @@ class Engine:
             tokens_per_second=len(answer.tokens) / total if total else 0.0,
             peak_memory_bytes=mx.get_peak_memory(),
             seed=row.seed,
+            images=len(row.pictures),
+            images_encoded=row.encoded,
         )
         return Result(
             answer.text, answer.thinking, answer.tool_calls, answer.tokens, answer.finish_reason or "length", stats
@@ -335,7 +415,7 @@ def load(
         memory.check(checkpoint, memory.need(checkpoint, context, dtype, dequantize))
     tokenizer = _load_tokenizer(checkpoint)
     model = build(checkpoint, dtype, dequantize)
-    options = GenerationOptions.of(checkpoint.generation)
+    options = GenerationOptions.of(checkpoint.generation, checkpoint.processor)
     return Engine(checkpoint, model, tokenizer, options, tuple(notes), time.perf_counter() - started)
 
 

@@ -16,8 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from . import sampler
-from .config import GenerationConfig
+from .config import GenerationConfig, ProcessorConfig
 from .errors import OptionError
+from .images import check_budget
 
 if TYPE_CHECKING:
     from .engine import Result
@@ -43,6 +44,9 @@ class GenerationOptions:
     confidence_threshold: float = 0.005  # nats; mean entropy below which a canvas has settled
     end_tokens: tuple[int, ...] = (1,)  # any of these ends the text
     prefill_chunk: int = 2048  # prompt tokens encoded at once
+    image_tokens: int = 280  # the most soft tokens of a picture: 70, 140, 280, 560 or 1120
+    fps: float = 1.0  # frames looked at in a second of video
+    max_frames: int = 32  # frames looked at in a whole video
 
     def __post_init__(self):
         if isinstance(self.stop, str):
@@ -56,6 +60,8 @@ class GenerationOptions:
             ("stability_threshold", int, 0),
             ("confidence_threshold", float, 0),
             ("prefill_chunk", int, 1),
+            ("max_frames", int, 1),
+            ("fps", float, 0),
         ):
             value = getattr(self, name)
             number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
@@ -63,18 +69,25 @@ class GenerationOptions:
                 noun = "a whole number" if kind is int else "a number"
                 bound = f"t_min = {low}" if name == "t_max" else low
                 raise OptionError(f"{name} is {value!r}; it should be {noun}, at least {bound}.")
-        if self.t_max == 0:
-            raise OptionError(f"t_max is {self.t_max!r}; it should be above 0.")
+        for name in ("t_max", "fps"):
+            if getattr(self, name) == 0:
+                raise OptionError(f"{name} is {getattr(self, name)!r}; it should be above 0.")
+        check_budget(self.image_tokens)
         object.__setattr__(self, "stop", tuple(self.stop))
         if not all(isinstance(one, str) and one for one in self.stop):
             raise OptionError(f"stop is {self.stop!r}; it should be strings that are not empty.")
 
     @classmethod
-    def of(cls, config: GenerationConfig) -> GenerationOptions:
+    def of(cls, config: GenerationConfig, processor: ProcessorConfig) -> GenerationOptions:
         """The checkpoint's own settings."""
         names = {f.name for f in fields(cls)} & {f.name for f in fields(config)}
-        own = {name: getattr(config, name) for name in names}
-        return cls(**own, max_tokens=config.max_new_tokens, end_tokens=config.eos_token_ids)
+        return cls(
+            **{name: getattr(config, name) for name in names},
+            max_tokens=config.max_new_tokens,
+            end_tokens=config.eos_token_ids,
+            image_tokens=processor.image_tokens,
+            max_frames=processor.video_frames,
+        )
 
     def override(self, **changes: Any) -> GenerationOptions:
         """These options with some replaced; None leaves one as it is.

@@ -14,28 +14,53 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
 
 
-def messages_of(prompt: str | Sequence[Message], system: str | None = None) -> list[Message]:
-    """Chat messages as the template takes them.
+def messages_of(
+    prompt: str | Sequence[Message], system: str | None = None, images: Sequence[Any] = (), video: Any = None
+) -> list[Message]:
+    """Chat messages as the template takes them, every picture and video in its place.
 
     Args:
         prompt: a user's text, or messages with role and content; an assistant's `tool_calls` may carry
-            their arguments as JSON text, its thinking stands in `reasoning_content`.
+            their arguments as JSON text, its thinking stands in `reasoning_content`. Parts of a content
+            are {"type": "text", "text"}, {"type": "image"} or {"type": "video"}; a part may carry its
+            own source under "image", "video" or, as OpenAI writes it, {"image_url": {"url"}}.
         system: a system message to begin with.
+        images: sources for the image parts that carry none; a text prompt is put behind them.
+        video: the same for a video part.
 
     Raises:
-        PromptError: an empty prompt, an unknown role, or a message that is none.
+        PromptError: an empty prompt, an unknown role, a message that is none, audio, or parts and
+            sources that differ in number.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise PromptError("The prompt is empty; say what you want.")
-        messages = [{"role": "user", "content": prompt}]
+        parts: list[Message] = [{"type": "image"} for _ in images]
+        parts += [] if video is None else [{"type": "video"}]
+        text = {"type": "text", "text": prompt}
+        messages: list[Message] = [{"role": "user", "content": [*parts, text] if parts else prompt}]
     else:
         messages = _checked(prompt)
+    for kind, sources in (("image", list(images)), ("video", [] if video is None else [video])):
+        open_parts = [part for part in parts_of(messages, kind) if kind not in part]
+        if len(open_parts) != len(sources):
+            raise PromptError(
+                f"The messages have {len(open_parts)} {kind} placeholders without a source, "
+                f"and {len(sources)} {kind}s are given; they must agree."
+            )
+        for part, source in zip(open_parts, sources):
+            part[kind] = source
     if system:
         if messages[0]["role"] in ("system", "developer"):
             raise PromptError("There are two system messages: one in the messages and one beside them; give one.")
         messages.insert(0, {"role": "system", "content": system})
     return messages
+
+
+def parts_of(messages: Sequence[Message], *kinds: str) -> list[Message]:
+    """The parts of these kinds in all messages, in their order."""
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part for content in contents for part in content if part["type"] in kinds]
 
 
 def _checked(prompt: Sequence[Message]) -> list[Message]:
@@ -67,10 +92,27 @@ def _content(i: int, message: Message) -> Any:
         return content
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise PromptError(f"Message {i} has the content {content!r}; it should be a text or a list of parts.")
-    for part in content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise PromptError(f"Message {i} has a part of type {part.get('type')!r}; only text can be prompted yet.")
-    return content
+    return [_part(i, part) for part in content]
+
+
+def _part(i: int, part: Message) -> Message:
+    """A content part with its source, if it has one, under its kind."""
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind in ("audio", "input_audio"):
+        raise PromptError(
+            f"Message {i} has audio, which is not a modality of DiffusionGemma; transcribe it first and send the text."
+        )
+    if kind == "image_url":
+        url = part.get("image_url")
+        source = url.get("url") if isinstance(url, dict) else url
+        if source is None:
+            raise PromptError(f"Message {i} has an image_url part without a url.")
+        return {"type": "image", "image": source}
+    if kind in ("image", "video"):
+        return {"type": kind} if part.get(kind) is None else {"type": kind, kind: part[kind]}
+    raise PromptError(f"Message {i} has a part of type {kind!r}; it should be text, image, image_url or video.")
 
 
 def _call(i: int, call: Any) -> Any:
@@ -87,23 +129,47 @@ def _call(i: int, call: Any) -> Any:
 
 
 def render(
-    tokenizer: Any, messages: list[Message], tools: list[dict] | None = None, thinking: bool = False
+    tokenizer: Any,
+    messages: list[Message],
+    tools: list[dict] | None = None,
+    thinking: bool = False,
+    media: Sequence[tuple[str, str]] = (),
+    markers: Sequence[str] = (),
 ) -> list[int]:
     """Token ids of the messages in the checkpoint's own chat template, ready for the answer.
 
+    Args:
+        tokenizer: mlx-lm's wrapper.
+        messages: from `messages_of`.
+        tools: function declarations in OpenAI's form.
+        thinking: switch the template's thinking on.
+        media: for each image and video part, in order, (the template's marker, the text that takes its place).
+        markers: every marker that there is.
+
     Raises:
-        PromptError: the checkpoint has no chat template, or the template refuses these messages.
+        PromptError: the checkpoint has no chat template, the template refuses these messages, or it shows
+            another number of markers than there are pictures and videos.
     """
     if not tokenizer.has_chat_template:
         raise PromptError("This checkpoint has no chat template; add its chat_template.jinja to the folder.")
     try:
-        return list(
-            tokenizer.apply_chat_template(
-                messages, tools=tools or None, add_generation_prompt=True, enable_thinking=bool(thinking)
-            )
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools or None, add_generation_prompt=True, enable_thinking=bool(thinking), tokenize=False
         )
     except Exception as error:  # templates raise what they like
         raise PromptError(f"The chat template refuses these messages: {error}") from None
+    for marker in markers:
+        given = sum(one == marker for one, _ in media)
+        if text.count(marker) != given:
+            raise PromptError(
+                f"The prompt has {text.count(marker)} {marker} placeholders, but {given} sources are given for them; "
+                "they must agree."
+            )
+    done = ""
+    for marker, shown in media:
+        head, _, text = text.partition(marker)
+        done += head + shown
+    return tokenizer.encode(done + text, add_special_tokens=False)
 
 
 @dataclass
