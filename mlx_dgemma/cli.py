@@ -1,0 +1,434 @@
+"""`mlx-dgemma`: commands of a few lines each over the engine.
+
+Text goes to stdout and nothing else does. Exit codes: 0 done, 1 a failure, 2 wrong usage, 130
+interrupted. What is heavy to import is imported inside the commands, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .errors import DgemmaError, OptionError, PromptError
+from .prompt import messages_of
+from .terminal import Terminal, count, segments, summary
+
+if TYPE_CHECKING:
+    from .engine import Engine, Result
+
+DEMO_NOTICE = (
+    "This is the bundled demo of 6.7 M parameters, a toy. "
+    "For the real model: mlx-dgemma convert -q google/diffusiongemma-26B-A4B-it, then --model mlx_model."
+)
+CHAT_HELP = """\
+/system TEXT   set the system message; without TEXT there is none
+/reset         forget the conversation
+/help          show this
+/exit          leave, as Ctrl-D does
+A line that ends in \\ goes on in the next one; Ctrl-C stops an answer."""
+Command = Callable[..., Any]
+
+
+class Commands(click.Group):
+    """Prints a user's mistake as one sentence, exits with 130 on Ctrl-C, imports `convert` on demand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they are met."""
+        return ["generate", "chat", "info", "convert"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A command by its name."""
+        if cmd_name == "convert":
+            from .convert.cli import command
+
+            return command
+        return super().get_command(ctx, cmd_name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except DgemmaError as error:
+            raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click leaves quietly: the reader wants no more
+                raise
+            raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            Terminal().interrupted("Interrupted.")
+            ctx.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mlx-dgemma")
+def main() -> None:
+    """DiffusionGemma on MLX: text by block diffusion.
+
+    Without a model named, a bundled demo of 6.7 M parameters answers.
+
+    \b
+    mlx-dgemma generate "Write JSON for: Anna is 31 years old and lives in Oslo."
+    cat log.txt | mlx-dgemma generate "What failed?"
+    mlx-dgemma chat --model FOLDER
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller: the next file opened would take its place
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8")  # whatever the locale says
+
+
+def _all(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, listed in this order."""
+    return lambda command: reduce(lambda inner, one: one(inner), reversed(decorators), command)
+
+
+model_options = _all(
+    click.option(
+        "-m",
+        "--model",
+        metavar="PATH_OR_ID",
+        envvar="MLX_DGEMMA_MODEL",
+        show_default="$MLX_DGEMMA_MODEL, else the bundled demo",
+        help="Checkpoint folder or Hub id.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        show_default="as stored; float32 on a CPU",
+        help="Of activations and unquantized weights.",
+    ),
+    click.option("--ignore-memory", is_flag=True, help="Load even what does not seem to fit."),
+)
+
+
+def _number(name: str, low: float, help: str, default: str = "the checkpoint's") -> Callable[[Command], Command]:
+    kind: Any = click.IntRange(min=low) if isinstance(low, int) else click.FloatRange(min=low)
+    return click.option(name, type=kind, metavar="N" if isinstance(low, int) else "X", show_default=default, help=help)
+
+
+answer_options = _all(
+    click.option("--system", metavar="TEXT", help="System message."),
+    _number("--seed", 0, "The same seed gives the same text.", "drawn"),
+    _number("--max-tokens", 1, "Where the answer is cut."),
+    click.option("--thinking/--no-thinking", default=False, show_default=True, help="Let the model think first."),
+    click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; repeatable."),
+    _number("--max-denoising-steps", 1, "Steps that a canvas may take."),
+    _number("--entropy-bound", 0.0, "Nats accepted at once; more is faster and riskier."),
+    _number("--t-min", 0.0, "Temperature at the last step."),
+    _number("--t-max", 0.0, "Temperature at the first step."),
+    _number("--stability-threshold", 0, "Steps without a change before a canvas settles."),
+    _number("--confidence-threshold", 0.0, "Mean nats below which a canvas settles."),
+    _number("--prefill-chunk", 1, "Prompt tokens encoded at once.", "2048"),
+)
+
+
+@main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
+@click.argument("prompt", required=False)
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    multiple=True,
+    help="Prompt from a UTF-8 file, - for stdin; repeatable.",
+)
+@click.option("--tools", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False), help="Tools on offer.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
+@model_options
+@answer_options
+@click.pass_context
+def generate(
+    ctx: click.Context,
+    prompt: str | None,
+    files: tuple[str, ...],
+    tools: str | None,
+    as_json: bool,
+    model: str | None,
+    dtype: str | None,
+    ignore_memory: bool,
+    system: str | None,
+    **options: Any,
+) -> None:
+    """Answer one prompt.
+
+    The prompt is an argument, files, or stdin. Files or stdin come first, then a blank line and the
+    argument. stdin is read when it is no terminal and no file is named.
+
+    Tool calls are printed one a line: {"name": ..., "arguments": {...}}. --tools takes a JSON list of
+    function declarations in OpenAI's form. --json prints {text, thinking, tool_calls, finish_reason,
+    stats}. Ctrl-C keeps the blocks that are done: with --json the finish_reason is then "interrupted"
+    and stats is null.
+
+    \b
+    mlx-dgemma generate "Write JSON for: Anna is 31 years old and lives in Oslo."
+    cat log.txt | mlx-dgemma generate "What failed?"
+    mlx-dgemma generate -f chapter.txt -f notes.txt "Summarise." --seed 7 --json
+    """
+    options = _given(options)
+    messages = messages_of(_read_prompt(prompt, files), _utf8(system, "--system"))
+    declarations = _read_tools(tools) if tools else None
+    terminal = Terminal()
+    engine = _load(model, dtype, ignore_memory, terminal)
+    events = engine.stream(messages, tools=declarations, drafts=terminal.live, **options)
+    heard = _listen(engine, events, terminal, silent=as_json)
+    if as_json:
+        terminal.say(json.dumps(heard.as_dict(), ensure_ascii=False) + "\n")
+    if heard.result is None:
+        ctx.exit(130)
+
+
+@main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
+@model_options
+@answer_options
+@click.pass_context
+def chat(
+    ctx: click.Context, model: str | None, dtype: str | None, ignore_memory: bool, system: str | None, **options: Any
+) -> None:
+    """Talk, turn by turn: each encodes only what is new.
+
+    Commands are /system TEXT, /reset, /help and /exit. A line that ends in \\ goes on in the next one.
+    Ctrl-C stops an answer and keeps what is finished. Without a terminal each line of stdin is a turn.
+
+    \b
+    mlx-dgemma chat --model FOLDER --system "Answer in one sentence."
+    mlx-dgemma chat --model FOLDER --seed 1 < questions.txt
+    """
+    terminal, interactive = Terminal(), sys.stdin.isatty()
+    system, options = _utf8(system, "--system"), _given(options)
+    engine = _load(model, dtype, ignore_memory, terminal)
+    if interactive:
+        terminal.hint("/help lists the commands, Ctrl-D leaves.")
+        if model is None:
+            terminal.hint("The demo learned single questions: /reset before the next one.")
+    session = engine.session()
+    messages: list[dict[str, Any]] = []
+    while (line := _read_turn(terminal)) is not None:
+        command, _, rest = line.strip().partition(" ")
+        if not command or command == "/help":
+            terminal.hint(CHAT_HELP if command else "")
+        elif command == "/exit":
+            break
+        elif command == "/reset":
+            messages = []
+        elif command == "/system":
+            system = rest.strip() or None
+        elif command[0] == "/" and command[1:].isalpha():
+            terminal.warn(f"There is no command {command}; /help lists them.")
+        else:
+            messages.append({"role": "user", "content": line})
+            try:
+                events = engine.stream(messages, system=system, session=session, drafts=terminal.live, **options)
+            except PromptError as error:
+                if not interactive:
+                    raise
+                messages.pop()
+                terminal.warn(f"Error: {error} /reset starts anew.")
+                continue
+            heard = _listen(engine, events, terminal)
+            if heard.result or heard.text:  # thinking is not part of the history
+                messages.append({"role": "assistant", "content": heard.text})
+            else:
+                messages.pop()
+            if heard.result is None and not interactive:
+                ctx.exit(130)
+
+
+@main.command()
+@click.argument("model", required=False, envvar="MLX_DGEMMA_MODEL")
+@_number("--context", 1, "Tokens of prompt and answer to plan memory for.", "4096")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
+def info(model: str | None, context: int | None, as_json: bool) -> None:
+    """Show a checkpoint's architecture, sizes and sampler, and whether it fits this machine.
+
+    MODEL is a folder or a downloaded Hub id [default: $MLX_DGEMMA_MODEL, else the bundled demo]. No
+    weight is loaded.
+
+    \b
+    mlx-dgemma info
+    mlx-dgemma info google/diffusiongemma-26B-A4B-it --context 32768
+    """
+    from .info import describe, lines, open_local
+
+    terminal = Terminal()
+    if model is None:
+        terminal.warn(DEMO_NOTICE)
+    about = describe(open_local(model), context)
+    terminal.say((json.dumps(about, ensure_ascii=False) if as_json else "\n".join(lines(about))) + "\n")
+
+
+@dataclass
+class Heard:
+    """What came of an answer; without a result it was interrupted."""
+
+    text: str = ""
+    thinking: str = ""
+    result: Result | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        result = self.result
+        return {
+            "text": self.text,
+            "thinking": self.thinking,
+            "tool_calls": result.tool_calls if result else [],
+            "finish_reason": result.finish_reason if result else "interrupted",
+            "stats": asdict(result.stats) if result else None,
+        }
+
+
+def _load(model: str | None, dtype: str | None, ignore_memory: bool, terminal: Terminal) -> Engine:
+    if model is None:
+        terminal.warn(DEMO_NOTICE)
+    if not terminal.hints:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    terminal.draw([], f"loading {model or 'the demo'}")
+    try:
+        from .engine import load
+
+        engine = load(model, dtype, ignore_memory=ignore_memory)
+    finally:
+        terminal.erase()
+    for note in engine.notes:
+        terminal.hint(note)
+    return engine
+
+
+def _listen(engine: Engine, events: Any, terminal: Terminal, silent: bool = False) -> Heard:
+    """Follow an answer; `silent` keeps it from stdout. Ctrl-C ends it."""
+    from .generate import Block, Draft
+
+    heard, blocks = Heard(), 0
+    with warnings.catch_warnings(record=True) as caught, closing(events):
+        try:
+            terminal.draw([], "reading the prompt")
+            for event in events:
+                if isinstance(event, Draft):
+                    canvas = segments(event, engine.tokenizer, engine.options.end_tokens)
+                    terminal.draw(canvas, f"block {event.block + 1}, step {event.step}")
+                elif isinstance(event, Block):
+                    blocks += 1
+                    heard.text, heard.thinking = heard.text + event.text, heard.thinking + event.thinking
+                    terminal.hint(event.thinking)
+                    terminal.say("" if silent else event.text)
+                else:
+                    heard.result = event.result
+        except KeyboardInterrupt:
+            terminal.interrupted(f"Interrupted after {count(blocks, 'finished block')}.")
+        finally:
+            terminal.erase()
+    result = heard.result
+    if not silent:
+        calls = result.tool_calls if result else []
+        if not heard.text.endswith("\n") and (heard.text or not calls):
+            terminal.say("\n")
+        for call in calls:
+            terminal.say(json.dumps(call["function"], ensure_ascii=False) + "\n")
+    for warning in caught:
+        terminal.warn(f"Warning: {warning.message}")
+    if result is None:
+        return heard
+    if result.finish_reason == "length":
+        terminal.hint(f"Cut at {count(len(result.tokens), 'token')}; --max-tokens N makes room for more.")
+    terminal.hint(summary(result.stats))
+    return heard
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that were set; the checkpoint decides the others."""
+    stop = tuple(_utf8(one, "--stop") for one in options["stop"]) or None
+    return {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
+
+
+def _read_prompt(argument: str | None, files: Sequence[str]) -> str:
+    """Files or stdin, then the argument, with blank lines between.
+
+    Raises:
+        PromptError: something is not UTF-8.
+        click.UsageError: there is nothing to read.
+    """
+    piped = not sys.stdin.isatty()
+    if argument is None and not files and not piped:
+        raise click.UsageError("There is no prompt: give it as an argument, with --file, or on stdin.")
+    parts = []
+    for name in files or (["-"] if piped else []):
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        parts.append(_decode(data, "stdin" if name == "-" else name).rstrip())
+    if argument is not None:
+        parts.append(_utf8(argument, "The prompt") or "")
+    return "\n\n".join(part for part in parts if part.strip())
+
+
+def _read_turn(terminal: Terminal) -> str | None:
+    """The next line, joined with those that it goes on in; None when the user leaves."""
+    lines: list[str] = []
+    try:
+        while True:
+            line = _read_line(terminal, "… " if lines else "> ")
+            if not line.endswith("\\"):
+                return "\n".join([*lines, line])
+            lines.append(line[:-1])
+    except (EOFError, KeyboardInterrupt):
+        terminal.hint("\n" if sys.stdin.isatty() else "")
+        return None
+
+
+def _read_line(terminal: Terminal, prompt: str) -> str:
+    if not sys.stdin.isatty():
+        if not (data := sys.stdin.buffer.readline()):
+            raise EOFError
+        return _decode(data, "stdin").rstrip("\r\n")
+    with suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history for input)
+    if sys.stdout.isatty():
+        return _utf8(input(prompt), "The line") or ""
+    terminal.hint(prompt)
+    return _utf8(input(), "The line") or ""
+
+
+def _decode(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{what} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; convert it, for example with iconv."
+        ) from None
+
+
+def _utf8(text: str | None, what: str) -> str | None:
+    """Text from the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
+    return text if text is None else _decode(os.fsencode(text), what)
+
+
+def _read_tools(path: str) -> list[dict]:
+    """Function declarations from a JSON file.
+
+    Raises:
+        OptionError: no JSON, or something else than a list of declarations.
+    """
+    try:
+        tools = json.loads(_decode(Path(path).read_bytes(), path))
+    except ValueError as error:
+        raise OptionError(f"{path} is not JSON ({error}); give a list of function declarations.") from None
+    if not isinstance(tools, list):
+        raise OptionError(f"{path} holds {type(tools).__name__}; give a list of function declarations.")
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
+            raise OptionError(
+                f"{path} has no function declaration at position {i}; each should be "
+                '{"type": "function", "function": {"name": ..., "parameters": {...}}}.'
+            )
+    return tools
