@@ -7,7 +7,9 @@ with its name. Keys known to change nothing here are listed, and a null is no st
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,28 @@ _FIXED: dict[str, Any] = {
     "tie_word_embeddings": True,
     "use_double_wide_mlp": False,
 }
-_ROPE_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}
+# JSON's types for a field, by the type of its default.
+_KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    bool: ("true or false", (bool,)),
+}
+
+
+def _understood(file: str) -> Callable:
+    """Whatever trips over a value of an unexpected type is the file's fault, not a traceback."""
+
+    def wrap(function: Callable) -> Callable:
+        @wraps(function)
+        def call(*args):
+            try:
+                return function(*args)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{file} cannot be understood ({error}); download it again.") from None
+
+        return call
+
+    return wrap
 
 
 def _read(cls: type, raw: Any, where: str, **derived: Any):
@@ -52,9 +75,9 @@ def _read(cls: type, raw: Any, where: str, **derived: Any):
                     f"{where} has {key} = {value!r}, but this model is only computed with {_FIXED[key]!r}."
                 )
         elif key in known:
-            want = type(known[key].default)
-            if want in (int, float) and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise CheckpointError(f"{where} has {key} = {value!r}, which should be a number.")
+            noun, kinds = _KINDS.get(type(known[key].default), ("", ()))
+            if noun and type(value) not in kinds:
+                raise CheckpointError(f"{where} has {key} = {value!r}, which should be {noun}.")
             values[key] = tuple(value) if isinstance(value, list) else value
         elif key not in _INERT:
             raise CheckpointError(
@@ -64,10 +87,17 @@ def _read(cls: type, raw: Any, where: str, **derived: Any):
     return cls(**values)
 
 
-def _rope(raw: Any, where: str, default: dict) -> dict:
-    rope = dict(default if raw is None else raw)
-    if unknown := sorted(set(rope) - _ROPE_KEYS):
+def _rope(raw: Any, where: str, default: dict, *other_types: str) -> dict:
+    """rope_parameters, of the default's type or one that means the same, and without what is not computed."""
+    rope = {key: value for key, value in (raw or default).items() if value is not None}
+    kind, share, factor = rope.get("rope_type"), rope.get("partial_rotary_factor", 1), rope.get("factor", 1)
+    if unknown := sorted(set(rope) - {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}):
         raise CheckpointError(f"{where} has the unknown key {unknown[0]!r} = {rope[unknown[0]]!r} in rope_parameters.")
+    if kind not in (default["rope_type"], *other_types):
+        raise CheckpointError(f"{where} has rope_type = {kind!r}, but only {default['rope_type']!r} is computed there.")
+    if factor != 1 or (share != 1 and "partial_rotary_factor" not in default):
+        raise CheckpointError(f"{where} has rope_parameters = {rope}, whose factors are not computed.")
+    rope["rope_theta"] = float(rope.get("rope_theta", default["rope_theta"]))
     return rope
 
 
@@ -189,9 +219,9 @@ class VisionConfig:
 
 def _vision_config(raw: dict) -> VisionConfig:
     where = "config.json (vision_config)"
-    rope = _rope(raw.get("rope_parameters"), where, {"rope_type": "axial", "rope_theta": 100.0})
+    rope = _rope(raw.get("rope_parameters"), where, {"rope_type": "axial", "rope_theta": 100.0}, "default")
     rest = {k: v for k, v in raw.items() if k not in ("rope_parameters", "layer_types", "use_bidirectional_attention")}
-    return _read(VisionConfig, rest, where, rope_theta=float(rope.get("rope_theta", 100.0)))
+    return _read(VisionConfig, rest, where, rope_theta=rope["rope_theta"])
 
 
 @dataclass(frozen=True)
@@ -208,6 +238,7 @@ class ModelConfig:
     model_type: str = "diffusion_gemma"
 
     @classmethod
+    @_understood("config.json")
     def from_dict(cls, raw: dict) -> ModelConfig:
         """Read config.json's content.
 
@@ -244,6 +275,7 @@ class GenerationConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
+    @_understood("generation_config.json")
     def from_dict(cls, raw: dict, eos_token_ids: tuple[int, ...]) -> GenerationConfig:
         """Read generation_config.json's content; `eos_token_ids` stand in where it names none.
 
@@ -282,6 +314,7 @@ class ProcessorConfig:
     video_frames: int = 32
 
     @classmethod
+    @_understood("processor_config.json")
     def from_dict(cls, raw: dict) -> ProcessorConfig:
         """Read processor_config.json's content; what is missing takes Gemma 4's defaults."""
         image, video = raw.get("image_processor") or {}, raw.get("video_processor") or {}
@@ -293,9 +326,10 @@ class ProcessorConfig:
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(type(one) is int for one in ids):
+        raise CheckpointError(f"eos_token_id is {value!r}; it should be token ids.")
+    return ids
 
 
 def read_json(path: Path) -> dict:
