@@ -311,7 +311,7 @@ def _arrays(
         parts = []
         for source in sources:
             info = checkpoint.tensors[source.name]
-            _check(info, source, target, shapes[target])
+            _check(info, source, shapes[target], packed=f"{target.rpartition('.')[0]}.scales" in shapes)
             if info.file not in files:
                 loaded = mx.load(str(info.file))  # lazy: read when evaluated
                 assert isinstance(loaded, dict)
@@ -323,14 +323,13 @@ def _arrays(
         yield target, array
 
 
-def _check(info: TensorInfo, source: weights.Source, target: str, shape: tuple[int, ...]) -> None:
+def _check(info: TensorInfo, source: weights.Source, shape: tuple[int, ...], packed: bool) -> None:
     wanted = shape if source.half is None else (shape[0], shape[1] // 2, *shape[2:])
     if info.shape != wanted:
         raise CheckpointError(
             f"{source.name} has the shape {list(info.shape)}, but config.json asks for {list(wanted)}."
         )
-    packed = target.endswith((".weight", ".scales")) and info.dtype in ("U32", "U8")
-    if info.dtype not in FLOATS and not packed:
+    if info.dtype not in FLOATS and not (packed and info.dtype in ("U32", "U8")):
         raise CheckpointError(f"{source.name} has the dtype {info.dtype}; it should be one of {', '.join(FLOATS)}.")
 
 

@@ -403,15 +403,18 @@ def load(
     notes = []
     if on_cpu() and dtype is None and (dequantize is not False or not checkpoint.quantization):
         dtype = "float32"
+    context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
     if dequantize is None:
         dequantize = on_cpu() and checkpoint.quantization is not None
-        if dequantize and memory.need(checkpoint, CONTEXT, dtype, True).total > memory.available():
+        if dequantize and memory.need(checkpoint, context, dtype, True).total > memory.available():
             dequantize = False
     if on_cpu():
-        how = f"dequantized to {dtype}" if dequantize else f"computed in {dtype or 'the stored dtype'}"
-        notes.append(f"CPU device: weights of {checkpoint.bits_per_weight:.1f} bits are {how}, the fastest there.")
+        how = f"{'dequantized to' if dequantize else 'computed in'} {dtype}"
+        how += ", the fastest there" if dtype == "float32" else ""
+        if checkpoint.quantization and not dequantize:
+            how = "kept packed, which is slow there"
+        notes.append(f"CPU device: weights of {checkpoint.bits_per_weight:.1f} bits are {how}.")
     if not ignore_memory:
-        context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
         memory.check(checkpoint, memory.need(checkpoint, context, dtype, dequantize))
     tokenizer = _load_tokenizer(checkpoint)
     model = build(checkpoint, dtype, dequantize)
