@@ -1,6 +1,7 @@
 """How many answers are right: prompts with known answers, eight of each text family.
 
     python bench/quality.py                        # the bundled demo, the checkpoint's own sampler
+    python bench/quality.py --vision --per-family 30      # pictures and frames
     python bench/quality.py --transformers PATH    # the same prompts through Transformers (needs torch)
 
 Prints a row per family and a last line of JSON. `tasks/` makes the prompts and marks the answers.
@@ -17,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 import score
 import tasks
 
-FAMILIES = [family for family in tasks.TEXT if family.__name__ != "arithmetic"]  # the model's own weakness
+TEXT = [family for family in tasks.TEXT if family.__name__ != "arithmetic"]  # the model's own weakness
 
 
-def cases(per_family: int, seed: int) -> list[dict]:
+def cases(families: list, per_family: int, seed: int) -> list[dict]:
     """Prompts with their last, expected turn taken off."""
     out = []
-    for family in FAMILIES:
+    for family in families:
         source = random.Random(f"{family.__name__}-{seed}")
         for _ in range(per_family):
             case = family(source)
@@ -37,6 +38,8 @@ def cases(per_family: int, seed: int) -> list[dict]:
                     "tool_calls": answer.get("tool_calls"),
                     "tools": case.get("tools"),
                     "enable_thinking": case.get("enable_thinking", False),
+                    "images": case.get("images", []),
+                    "video": case.get("video"),
                 }
             )
     return out
@@ -51,7 +54,13 @@ def ours(args):
 
     def answer(case: dict) -> tuple[str, int]:
         r = engine.generate(
-            case["messages"], seed=args.seed, thinking=case["enable_thinking"], tools=case["tools"], **changes
+            case["messages"],
+            images=case["images"],
+            video=case["video"],
+            seed=args.seed,
+            thinking=case["enable_thinking"],
+            tools=case["tools"],
+            **changes,
         )
         marked = r.text if not r.tool_calls else engine.tokenizer.decode(r.tokens)
         return marked, r.stats.canvas_positions
@@ -63,25 +72,45 @@ def transformers(args):
     """The same through Transformers' generate, in float32."""
     import torch
     from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
+    processor = Gemma4ImageProcessorPil.from_pretrained(args.transformers)
     tokenizer = AutoTokenizer.from_pretrained(args.transformers)
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(args.transformers, dtype=torch.float32).eval()
     forwards = [0]
     model.model.decoder.register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
     length = model.config.canvas_length
 
-    def answer(case: dict) -> tuple[str, int]:
-        torch.manual_seed(args.seed)
-        ids = tokenizer.apply_chat_template(
+    def encode(case: dict) -> dict:
+        text = tokenizer.apply_chat_template(
             case["messages"],
             tools=case["tools"],
             enable_thinking=case["enable_thinking"],
             add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )["input_ids"]
+            tokenize=False,
+        )
+        pictures, inputs = case["images"] or case["video"] or [], {}
+        if pictures:
+            seen = processor(pictures, return_tensors="pt")
+            spans = ["<|image>" + "<|image|>" * int(n) + "<image|>" for n in seen.pop("num_soft_tokens_per_image")]
+            if case["video"]:
+                stamped = " ".join(f"00:{i:02d} {span}" for i, span in enumerate(spans))
+                text = text.replace("<|video|>", stamped)
+            else:
+                head, *tails = text.split("<|image|>")
+                text = head + "".join(span + tail for span, tail in zip(spans, tails))
+            inputs = dict(seen)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        if pictures:
+            inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+        return {"input_ids": ids, **inputs}
+
+    def answer(case: dict) -> tuple[str, int]:
+        torch.manual_seed(args.seed)
+        inputs = encode(case)
+        ids = inputs["input_ids"]
         forwards[0] = 0
-        out = model.generate(ids, max_new_tokens=256)
+        out = model.generate(**inputs, max_new_tokens=256)
         out = getattr(out, "sequences", out)[0, ids.shape[1] :].tolist()
         ends = set(model.generation_config.eos_token_id)
         cut = next((i for i, token in enumerate(out) if token in ends), len(out))
@@ -98,11 +127,13 @@ def main() -> None:
     parser.add_argument("--per-family", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and generation")
     parser.add_argument("--entropy-bound", type=float)
+    parser.add_argument("--vision", action="store_true", help="pictures and frames instead of text")
     parser.add_argument("--transformers", metavar="PATH", help="run Transformers on this checkpoint instead")
     args = parser.parse_args()
     answer = (transformers if args.transformers else ours)(args)
-    started, table = time.perf_counter(), {family.__name__: [0, 0, 0] for family in FAMILIES}
-    for case in cases(args.per_family, args.seed):
+    families = tasks.VISION if args.vision else TEXT
+    started, table = time.perf_counter(), {family.__name__: [0, 0, 0] for family in families}
+    for case in cases(families, args.per_family, args.seed):
         text, positions = answer(case)
         row = table[case["task"]]
         row[0] += score.right(case, text)
