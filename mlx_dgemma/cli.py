@@ -33,6 +33,7 @@ DEMO_NOTICE = (
     "For the real model: mlx-dgemma convert -q google/diffusiongemma-26B-A4B-it, then --model mlx_model."
 )
 CHAT_HELP = """\
+/image FILE    show a picture along with the next line
 /system TEXT   set the system message; without TEXT there is none
 /reset         forget the conversation
 /help          show this
@@ -146,6 +147,15 @@ answer_options = _all(
     multiple=True,
     help="Prompt from a UTF-8 file, - for stdin; repeatable.",
 )
+@click.option(
+    "--image", "images", type=click.Path(exists=True, dir_okay=False), multiple=True, help="Picture; repeatable."
+)
+@click.option(
+    "--video", type=click.Path(exists=True), help="Video file (needs the extra video), or a folder of frames."
+)
+@_number("--image-tokens", 1, "Tokens that a picture may take: 70, 140, 280, 560 or 1120.")
+@_number("--fps", 0.0, "Frames looked at in a second of video.", "1")
+@_number("--max-frames", 1, "Frames looked at in a whole video.")
 @click.option("--tools", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False), help="Tools on offer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
 @model_options
@@ -155,6 +165,8 @@ def generate(
     ctx: click.Context,
     prompt: str | None,
     files: tuple[str, ...],
+    images: tuple[str, ...],
+    video: str | None,
     tools: str | None,
     as_json: bool,
     model: str | None,
@@ -176,10 +188,11 @@ def generate(
     \b
     mlx-dgemma generate "Write JSON for: Anna is 31 years old and lives in Oslo."
     cat log.txt | mlx-dgemma generate "What failed?"
+    mlx-dgemma generate --image photo.jpg "What is this?"
     mlx-dgemma generate -f chapter.txt -f notes.txt "Summarise." --seed 7 --json
     """
     options = _given(options)
-    messages = messages_of(_read_prompt(prompt, files), _utf8(system, "--system"))
+    messages = messages_of(_read_prompt(prompt, files), _utf8(system, "--system"), images, video)
     declarations = _read_tools(tools) if tools else None
     terminal = Terminal()
     engine = _load(model, dtype, ignore_memory, terminal)
@@ -200,7 +213,7 @@ def chat(
 ) -> None:
     """Talk, turn by turn: each encodes only what is new.
 
-    Commands are /system TEXT, /reset, /help and /exit. A line that ends in \\ goes on in the next one.
+    Commands are /image FILE, /system TEXT, /reset, /help and /exit. A line that ends in \\ goes on in the next one.
     Ctrl-C stops an answer and keeps what is finished. Without a terminal each line of stdin is a turn.
 
     \b
@@ -216,6 +229,7 @@ def chat(
             terminal.hint("The demo learned single questions: /reset before the next one.")
     session = engine.session()
     messages: list[dict[str, Any]] = []
+    images: list[str] = []
     while (line := _read_turn(terminal)) is not None:
         command, _, rest = line.strip().partition(" ")
         if not command or command == "/help":
@@ -223,13 +237,16 @@ def chat(
         elif command == "/exit":
             break
         elif command == "/reset":
-            messages = []
+            messages, images = [], []
+        elif command == "/image":
+            images.append(rest.strip())
         elif command == "/system":
             system = rest.strip() or None
         elif command[0] == "/" and command[1:].isalpha():
             terminal.warn(f"There is no command {command}; /help lists them.")
         else:
-            messages.append({"role": "user", "content": line})
+            messages += messages_of(line, images=images)
+            images = []
             try:
                 events = engine.stream(messages, system=system, session=session, drafts=terminal.live, **options)
             except PromptError as error:

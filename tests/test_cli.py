@@ -14,6 +14,7 @@ import warnings
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from PIL import Image, ImageDraw
 from support import engine_of
 
 from mlx_dgemma import cli, engine, info, memory, terminal
@@ -23,6 +24,7 @@ from mlx_dgemma.terminal import Terminal
 
 JSON_PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."
 COUNT = "Count from 1 to 60."
+TWO_BLOCKS = ("--max-tokens", 100)
 BIG_SEED = f"seed is {2**64}; it should be a whole number from 0 to 2**64 - 1."
 NO_FOLDER = "./none does not exist; give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it."
 NO_DOWNLOAD = (
@@ -191,7 +193,7 @@ def asked(monkeypatch):
 
     def stream(self, messages, **options):
         heard.append((messages, options))
-        return real(self, "Spell the word cat.", seed=0)
+        return real(self, "Spell the word cat.", seed=0, max_denoising_steps=1)
 
     monkeypatch.setattr(engine.Engine, "stream", stream)
     return heard
@@ -233,6 +235,33 @@ def test_thinking_stays_off_stdout():
     assert json.loads(run(*arguments, "--json").stdout)["thinking"].startswith("Ones: 3 + 5 = 8.")
 
 
+@pytest.fixture
+def red(tmp_path):
+    path = tmp_path / "red.png"
+    picture = Image.new("RGB", (160, 160), (250, 250, 250))
+    ImageDraw.Draw(picture).rectangle((45, 45, 115, 115), fill=(220, 40, 40))
+    picture.save(path)
+    return path
+
+
+def test_pictures_and_video(red):
+    question = "What color is the shape?"
+    arguments = (question, "--seed", 0, "--json", "--image-tokens", 70)
+    told = json.loads(run("generate", "--image", red, *arguments).stdout)
+    assert told["text"] == "The square is red."
+    assert 49 < told["stats"]["prompt_tokens"] < 100  # 7 x 7 soft tokens and the text
+    told = json.loads(run("generate", "--video", red.parent, *arguments, "--max-denoising-steps", 1).stdout)
+    same = engine_of(DEMO).generate(question, video=red.parent, seed=0, image_tokens=70, max_denoising_steps=1)
+    assert (told["text"], told["stats"]["prompt_tokens"]) == (same.text, same.stats.prompt_tokens)
+
+
+def test_a_picture_in_a_chat(red):
+    done = run("chat", "--seed", 0, data=f"/image {red}\nWhat color is the shape?\n".encode())
+    assert (done.exit_code, done.stdout) == (0, "The square is red.\n")
+    done = run("chat", "--seed", 0, "-m", DEMO, data=b"/image none.png\nWhat color is the shape?\n")
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", "Error: none.png does not exist.\n")
+
+
 def test_warnings_are_one_line(monkeypatch):
     real = engine.Engine.stream
 
@@ -249,7 +278,7 @@ def test_warnings_are_one_line(monkeypatch):
 @pytest.fixture
 def interrupted(monkeypatch):
     """Ctrl-C as soon as a first block is finished; the whole answer to COUNT."""
-    whole = engine_of(DEMO).generate(COUNT, seed=0).text
+    whole = engine_of(DEMO).generate(COUNT, seed=0, max_tokens=100).text
     real = engine.Engine.stream
 
     def stream(self, *arguments, **options):
@@ -263,11 +292,11 @@ def interrupted(monkeypatch):
 
 
 def test_ctrl_c_keeps_finished_blocks(interrupted):
-    done = run("generate", COUNT, "--seed", 0)
+    done = run("generate", COUNT, "--seed", 0, *TWO_BLOCKS)
     assert done.exit_code == 130
     text = done.stdout.removesuffix("\n")
     assert interrupted.startswith(text) and 0 < len(text) < len(interrupted)
-    done = run("generate", COUNT, "--seed", 0, "--json")
+    done = run("generate", COUNT, "--seed", 0, *TWO_BLOCKS, "--json")
     assert done.exit_code == 130
     assert json.loads(done.stdout) == {
         "text": text,
@@ -288,7 +317,8 @@ def test_ctrl_c_while_loading(monkeypatch):
 
 
 def test_a_reader_that_leaves_is_no_error():
-    done = shell(f'"{sys.executable}" -m mlx_dgemma generate "{COUNT}" --seed 0 -m "{DEMO}" </dev/null | head -c 5')
+    command = f'"{sys.executable}" -m mlx_dgemma generate "{COUNT}" --seed 0 --max-tokens 70 -m "{DEMO}"'
+    done = shell(command + " </dev/null | head -c 5")
     assert (done.stdout, done.stderr) == ("1, 2,", "")
 
 
@@ -318,21 +348,32 @@ def turns(monkeypatch):
 
 
 def test_chat_reuses_what_is_encoded(turns):
-    done = run("chat", "--seed", 1, "--max-tokens", 64, data=b"Spell the word cat.\n\nSpell the word dog.")
+    done = run(
+        "chat",
+        "--seed",
+        1,
+        "--max-denoising-steps",
+        4,
+        "--max-tokens",
+        64,
+        data=b"Spell the word cat.\n\nSpell the word dog.",
+    )
     assert done.exit_code == 0
     assert done.stdout.startswith("c a t\n")
     (_, _, first), (said, _, second) = turns
     assert [one["content"] for one in said] == ["Spell the word cat.", "c a t", "Spell the word dog."]
     assert first.stats.reused_tokens == 0
     assert second.stats.reused_tokens >= first.stats.prompt_tokens
-    same = engine_of(DEMO).generate(said, seed=1, max_tokens=64)
+    same = engine_of(DEMO).generate(said, seed=1, max_tokens=64, max_denoising_steps=4)
     assert second.tokens == same.tokens
 
 
 def test_chat_commands(turns):
     lines = ["Spell the word \\", "cat.", "/system Be brief.", "Spell the word cat.", "/nonsense", "/reset", "/system"]
     lines += ["Hello.", "/exit", "not said"]
-    done = run("chat", "--seed", 1, "--max-tokens", 8, "-m", DEMO, data="\n".join(lines).encode())
+    done = run(
+        "chat", "--seed", 1, "--max-denoising-steps", 1, "--max-tokens", 8, "-m", DEMO, data="\n".join(lines).encode()
+    )
     assert done.exit_code == 0
     assert done.stderr == "There is no command /nonsense; /help lists them.\n"
     assert [(len(said), said[-1]["content"], system) for said, system, _ in turns] == [
@@ -343,7 +384,7 @@ def test_chat_commands(turns):
 
 
 def test_ctrl_c_in_a_piped_chat(interrupted):
-    done = run("chat", "--seed", 0, data=f"{COUNT}\nSpell the word cat.\n".encode())
+    done = run("chat", "--seed", 0, *TWO_BLOCKS, data=f"{COUNT}\nSpell the word cat.\n".encode())
     assert done.exit_code == 130
     assert done.stdout.startswith("1, 2, 3") and done.stdout.count("\n") == 1
 
@@ -361,7 +402,7 @@ def test_ctrl_c_in_a_chat_keeps_what_is_finished(monkeypatch, interrupted):
     monkeypatch.setattr(cli, "_read_turn", lambda _: next(lines))
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     monkeypatch.setenv("TERM", "dumb")
-    done = run("chat", "--seed", 0)
+    done = run("chat", "--seed", 0, *TWO_BLOCKS)
     assert done.exit_code == 0
     assert said[1][0] == COUNT and said[1][1].startswith("1, 2, 3") and said[1][2] == "Go on."
 
@@ -566,11 +607,12 @@ def test_a_draft_becomes_segments():
 def test_a_whole_answer_on_a_terminal(monkeypatch):
     screen, view = on_screen(monkeypatch, 40, 10)
     held = engine_of(DEMO)
-    heard = cli._listen(held, held.stream(COUNT, seed=0, drafts=view.live), view)
+    heard = cli._listen(held, held.stream(COUNT, seed=0, max_tokens=100, drafts=view.live), view)
     assert heard.result is not None and heard.text == heard.result.text
     assert "block 2, step 1" in view.err.getvalue()
     plain = Screen(40, 10)
-    plain.write(heard.text + "\n" + terminal.summary(heard.result.stats))
+    cut = "Cut at 100 tokens; --max-tokens N makes room for more."
+    plain.write(f"{heard.text}\n{cut}\n" + terminal.summary(heard.result.stats))
     assert screen.text() == plain.text()
     assert screen.text().endswith("seed 0")
 
