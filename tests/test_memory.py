@@ -1,0 +1,162 @@
+"""What a checkpoint is said to need, against what is really held."""
+
+import json
+import os
+import re
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_dgemma.convert.recipes import RECIPES
+from support import engine_of, random_tokens, small_config, small_model
+
+import mlx_dgemma
+from mlx_dgemma import memory
+from mlx_dgemma.checkpoint import Checkpoint
+from mlx_dgemma.config import GenerationConfig, ModelConfig, ProcessorConfig
+from mlx_dgemma.errors import MemoryLimitError
+from mlx_dgemma.memory import Need
+from mlx_dgemma.prefix import STEP
+
+RELEASE = {"model_type": "diffusion_gemma", "text_config": {"num_global_key_value_heads": 2}}
+
+
+@pytest.fixture(scope="module")
+def held(demo):
+    return Checkpoint.open(demo)
+
+
+@pytest.mark.parametrize("context", [1, 5, STEP - 4, STEP - 3, 2 * STEP + 7])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_prefix_takes_what_is_foreseen(context, batch):
+    """Encoded in one go, by pieces or with room made before: with a canvas, the bytes are those of the estimate."""
+    model = small_model()
+    foreseen = memory.prefix_bytes(model.config, context, 4, batch)
+    tokens = random_tokens(0, batch, context)
+    for capacity in (0, context + model.config.canvas_length):
+        prefix = model.new_prefix(batch, capacity)
+        model.encode(tokens[:, : context // 2 + 1], prefix)
+        if context > 1:
+            model.encode(tokens[:, context // 2 + 1 :], prefix)
+        mx.eval(model.denoise(random_tokens(1, batch, 4), prefix))
+        assert prefix.nbytes == foreseen
+
+
+def test_the_demos_prefix_takes_what_is_foreseen(demo):
+    engine = engine_of(demo)
+    prefix = engine.model.new_prefix()
+    engine.model.encode(random_tokens(0, 1, 200, vocab=2048), prefix)
+    mx.eval(engine.model.denoise(random_tokens(1, 1, 64, vocab=2048), prefix))
+    assert prefix.nbytes == memory.prefix_bytes(engine.config, 200, 4)
+
+
+def test_the_release_takes_20480_bytes_a_token_in_its_full_layers():
+    release = ModelConfig.from_dict(RELEASE)
+    near, far = (memory.prefix_bytes(release, slots - release.canvas_length, 2) for slots in (5 * STEP, 800 * STEP))
+    assert far - near == 20_480 * 795 * STEP
+    assert near - 20_480 * 5 * STEP == 25 * 2 * 8 * 256 * 2 * 5 * STEP  # 1,023 positions and a canvas, in steps
+
+
+def test_weights_are_what_is_stored_or_what_they_become(held):
+    assert memory.need(held, 64).weights == held.nbytes
+    assert memory.need(held, 64, "bfloat16").weights == 2 * held.parameters
+    assert memory.need(held, 64, "float32").weights == 4 * held.parameters
+    assert memory.need(held, 64, None, dequantize=True).weights == 2 * held.parameters
+
+
+def test_the_workspace_is_the_larger_of_a_step_and_a_chunk(held):
+    step = 8 * 4 * 64 * 2048
+    assert memory.need(held, 64, "float32").workspace == step
+    assert memory.need(held, 4096, "float32").workspace == 6 * 4 * 6 * 2048 * 4096
+    assert memory.need(held, 4096, "float32", chunk=512).workspace == 6 * 4 * 6 * 512 * 4096
+
+
+def test_a_need_adds_up(held):
+    one = memory.need(held, 512, "float32")
+    assert one.prefix == memory.prefix_bytes(held.config, 512, 4)
+    assert one.total == one.weights + one.prefix + one.workspace
+
+
+def test_the_device_gives_something():
+    assert memory.available() > 2**28
+    if mx.default_device() == mx.cpu:
+        assert memory.available() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def refusal(monkeypatch, held, need, have):
+    monkeypatch.setattr(memory, "available", lambda: have)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    with pytest.raises(MemoryLimitError) as caught:
+        memory.check(held, need)
+    return str(caught.value)
+
+
+def test_what_fits_is_let_through(monkeypatch, held):
+    monkeypatch.setattr(memory, "available", lambda: 60)
+    memory.check(held, Need(10, 20, 30))
+    monkeypatch.setattr(memory, "available", lambda: 59)
+    with pytest.raises(MemoryLimitError):
+        memory.check(held, Need(10, 20, 30))
+
+
+def test_the_refusal_names_the_largest_recipe_that_fits(monkeypatch, tmp_path):
+    """At the release's size, whose 51.6 GB do not fit into 32 GB."""
+    config = ModelConfig.from_dict(RELEASE)
+    release = Checkpoint(tmp_path, config, GenerationConfig(), ProcessorConfig(), RELEASE, {})
+    text = refusal(monkeypatch, release, Need(51_600_000_000, 300_000_000, 2_100_000_000), 32_000_000_000)
+    sizes = {name: recipe.nbytes(release.shapes) for name, recipe in RECIPES.items()}
+    best = max((name for name in sizes if sizes[name] + 2_400_000_000 <= 32_000_000_000), key=sizes.__getitem__)
+    assert text == (
+        f"{tmp_path.name} needs 54.0 GB (weights 51.6, prefix 0.3, workspace 2.1) and this machine gives 32.0 GB: "
+        f"22.0 GB are missing; the recipe {best} would fit ({sizes[best] / 1e9:.1f} GB of weights); "
+        "--ignore-memory (ignore_memory=True) tries anyway."
+    )
+
+
+def test_the_refusal_says_when_no_recipe_fits(monkeypatch, held):
+    sizes = {name: recipe.nbytes(held.shapes) for name, recipe in RECIPES.items()}
+    small = min(sizes, key=sizes.__getitem__)
+    text = refusal(monkeypatch, held, Need(2_000_000_000, 0, 0), 1_000_000)
+    assert text == (
+        "demo needs 2.0 GB (weights 2.0, prefix 0.0, workspace 0.0) and this machine gives 0.0 GB: "
+        f"2.0 GB are missing; no recipe fits (the smallest, {small}, has {sizes[small] / 1e9:.1f} GB of weights); "
+        "--ignore-memory (ignore_memory=True) tries anyway."
+    )
+
+
+def test_on_metal_the_refusal_tells_of_the_wired_limit(monkeypatch, held):
+    monkeypatch.setattr(memory, "available", lambda: 1)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    with pytest.raises(
+        MemoryLimitError, match=re.escape("`sudo sysctl iogpu.wired_limit_mb=N` raises what macOS gives;")
+    ):
+        memory.check(held, Need(2, 0, 0))
+
+
+def test_load_refuses_what_does_not_fit_unless_told_to_try(monkeypatch, demo):
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    with pytest.raises(MemoryLimitError, match=r"^demo needs \d+\.\d GB "):
+        mlx_dgemma.load(demo)
+    assert mlx_dgemma.load(demo, ignore_memory=True).model.dtype in (mx.float32, mx.bfloat16)
+
+
+def test_load_asks_for_no_more_context_than_the_model_has(monkeypatch, demo, held):
+    dtype = "float32" if mx.default_device() == mx.cpu else None
+    monkeypatch.setattr(memory, "available", lambda: memory.need(held, 4096, dtype).total)
+    mlx_dgemma.load(demo)
+    monkeypatch.setattr(memory, "available", lambda: memory.need(held, 4096, dtype).total - 1)
+    with pytest.raises(MemoryLimitError):
+        mlx_dgemma.load(demo)
+
+
+def test_small_checkpoints_ask_for_their_own_context(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(small_config()))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(small_model().parameters())))
+    asked = []
+    need = memory.need
+    monkeypatch.setattr(
+        memory, "need", lambda held, context, *rest: asked.append(context) or need(held, context, *rest)
+    )
+    with pytest.raises(mlx_dgemma.CheckpointError, match="tokenizer"):
+        mlx_dgemma.load(tmp_path)
+    assert asked == [64]
