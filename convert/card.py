@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_dgemma import __version__
-from mlx_dgemma.checkpoint import Checkpoint
+import yaml  # huggingface-hub brings it
 
-from .recipes import RECIPES
+from mlx_dgemma import __version__
+
+from .recipes import RECIPES, Recipe
+from .writer import readable
 
 if TYPE_CHECKING:
     from .conversion import Report
@@ -25,13 +27,15 @@ NAMES = {
 }
 
 
-def write(folder: Path, report: Report, checkpoint: Checkpoint) -> None:
-    """Write README.md; a source whose weights stay as they are keeps its own."""
-    own = checkpoint.path / "README.md"
-    if report.unchanged and own.exists():
-        shutil.copyfile(own, folder / "README.md")
+def write(folder: Path, report: Report, recipe: Recipe | None, source: Path) -> None:
+    """Write README.md into `folder`; `source` is the source's own card, if it has one.
+
+    A source whose weights stay as they are keeps its card.
+    """
+    if report.unchanged and source.exists():
+        shutil.copyfile(source, folder / "README.md")
         return
-    data = _front_matter(own)
+    data = _front_matter(source)
     base = data.get("base_model") if Path(report.source).exists() else report.source
     front: dict[str, Any] = {key: data[key] for key in CARRIED if key in data}
     front |= {"library_name": "mlx", "pipeline_tag": "image-text-to-text", "tags": ["mlx", "diffusion_gemma"]}
@@ -39,42 +43,27 @@ def write(folder: Path, report: Report, checkpoint: Checkpoint) -> None:
         front["base_model"] = base
         if report.quantized:
             front["base_model_relation"] = "quantized"
-    import yaml  # huggingface-hub brings it
-
     text = yaml.safe_dump(front, sort_keys=True, allow_unicode=True)
-    (folder / "README.md").write_text(f"---\n{text}---\n\n{_body(report, base)}", encoding="utf-8")
+    (folder / "README.md").write_text(f"---\n{text}---\n\n{_body(report, recipe, base)}", encoding="utf-8")
 
 
-def _body(report: Report, base: str | list | None) -> str:
+def _body(report: Report, recipe: Recipe | None, base: str | list | None) -> str:
     name = report.target.name
-    if not base:
-        origin = "a DiffusionGemma checkpoint"
-    elif isinstance(base, str):
-        origin = f"[{base}](https://huggingface.co/{base})"
-    else:
-        origin = ", ".join(base)
-    flags = "" if report.recipe is None else f" --recipe {report.recipe}" if report.recipe in RECIPES else " -q"
-    made = f"with mlx-dgemma {__version__}" + (f", recipe `{report.recipe}`" if report.recipe else "")
+    origin = f"[{base}](https://huggingface.co/{base})" if isinstance(base, str) else "A DiffusionGemma checkpoint"
+    made = f"with mlx-dgemma {__version__}" + (f", recipe `{recipe.name}`" if recipe else "")
     rows = [f"| {NAMES[part]} | {how} |" for part, how in report.quantized.items()]
-    rest = "vision tower, projector, norms, scalars" if rows else "all weights"
-    rows.append(f"| {rest} | {report.dtype} |")
+    rows.append(f"| {'vision tower, projector, norms, scalars' if rows else 'all weights'} | {report.dtype} |")
     table = "\n".join(rows)
-    quality = ""
-    if report.verification:
-        v = report.verification
-        quality = f"""
-Compared with the source's float32 logits over {v.positions} positions of two denoising steps on random tokens:
-mean KL divergence {v.mean_kl:.3g} nats, same best token at {v.argmax_agreement:.1%}, largest difference of a logit
-{v.max_difference:.3g}.
-"""
-    source = base if isinstance(base, str) else "path/to/source"
+    command = f"mlx-dgemma convert --hf-path {base if isinstance(base, str) else 'SOURCE'} --mlx-path {name}"
     return f"""# {name}
 
 {origin} in the layout of [MLX](https://github.com/ml-explore/mlx), converted {made}.
-DiffusionGemma writes text by block diffusion: a whole canvas of tokens is denoised at once, a few dozen steps a
-block. It reads text, pictures and video frames.
+DiffusionGemma writes text by block diffusion: a whole canvas of tokens is denoised at once, in a few dozen steps a
+block at most. It reads text, pictures and video frames.
 
 ## Use
+
+`{name}` stands for this folder or its Hub id.
 
 ```bash
 pip install mlx-dgemma
@@ -88,28 +77,41 @@ engine = mlx_dgemma.load("{name}")
 print(engine.generate("Why is the sky blue?").text)
 ```
 
-`{name}` is this folder or its Hub id.
-
 ## Weights
 
-{report.parameters / 1e6:,.1f} M parameters, {report.nbytes / 1e9:.2f} GB, {report.bits_per_weight:.2f} bits per weight.
+{report.parameters / 1e6:,.1f} M parameters, {readable(report.nbytes)}, {report.bits_per_weight:.2f} bits per weight.
+Made by `{command}{_flags(report, recipe)}`.
 
 | part | stored as |
 |---|---|
 {table}
-{quality}
-Made by
+{_quality(report)}"""
 
-```bash
-mlx-dgemma convert --hf-path {source} --mlx-path {name}{flags}
-```
+
+def _flags(report: Report, recipe: Recipe | None) -> str:
+    """The options that make this conversion again."""
+    dtype = f" --dtype {report.dtype}"
+    if recipe is None or recipe.experts is None:
+        return dtype
+    if recipe.name in RECIPES:
+        return f" --recipe {recipe.name}{dtype}"
+    bits, group_size, mode = recipe.experts.bits, recipe.experts.group_size, recipe.experts.mode
+    return f" -q --q-bits {bits} --q-group-size {group_size} --q-mode {mode}{dtype}"
+
+
+def _quality(report: Report) -> str:
+    found = report.verification
+    if found is None:
+        return ""
+    return f"""
+Compared with the source's logits, both in float32, over {found.positions} positions of two denoising steps: mean KL
+divergence {found.mean_kl:.3g} nats, same best token at {found.argmax_agreement:.1%}, largest difference of a logit
+{found.max_difference:.3g}.
 """
 
 
 def _front_matter(readme: Path) -> dict[str, Any]:
     """The YAML block at a card's head; a card without one, or with a broken one, says nothing."""
-    import yaml
-
     if not readme.exists():
         return {}
     head, mark, rest = readme.read_text(encoding="utf-8", errors="replace").partition("---\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import click
 from mlx_dgemma.errors import DgemmaError
 
 from . import recipes
+from .writer import readable
 
 if TYPE_CHECKING:
     from .conversion import Report
@@ -39,12 +41,12 @@ def command(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
 
     Memory stays below 1 GB, and a result appears only when it is whole.
     """
-    if bool(source) == bool(hf_path):
+    if (source and hf_path) or not (origin := source or hf_path):
         raise click.UsageError("Give one checkpoint: --hf-path or the argument SOURCE.")
     experts = {key: options.pop(f"q_{key}") for key in ("bits", "group_size", "mode")}
     given = [f"--q-{key.replace('_', '-')}" for key, value in experts.items() if value is not None]
     if given and recipe:
-        raise click.UsageError(f"--recipe and {given[0]} exclude each other: a recipe says it all.")
+        raise click.UsageError(f"--recipe and {given[0]} exclude each other.")
     if given and not quantize:
         raise click.UsageError(f"{given[0]} needs -q.")
     try:
@@ -53,7 +55,7 @@ def command(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
         from .conversion import convert
 
         with _stoppable(), _bar() as progress:
-            report = convert(source or hf_path, mlx_path, chosen, progress=progress, **options)
+            report = convert(origin, mlx_path, chosen, progress=progress, **options)
     except DgemmaError as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
@@ -110,11 +112,11 @@ def _tell(report: Report) -> None:
         click.echo(f"  {part.replace('_', '-'):18} {how}")
     rest = "the rest" if report.quantized else "all weights"
     click.echo(f"  {rest:18} {report.dtype}")
-    for path, how in report.regrouped.items():
+    for path, how in _by_kind(report.regrouped).items():
         click.echo(f"  {path}: {how}, as the recipe's groups do not divide its input")
-    for path in report.unquantized:
+    for path in _by_kind(dict.fromkeys(report.unquantized, "")):
         click.echo(f"  {path}: left in {report.dtype}, as no group size divides its input")
-    size = f"{report.nbytes / 1e9:.2f} GB" if report.nbytes >= 1e9 else f"{report.nbytes / 1e6:.1f} MB"
+    size = readable(report.nbytes)
     click.echo(f"{report.bits_per_weight:.2f} bits per weight, {size}, {report.seconds:.1f} s.")
     if not report.quantized:
         click.echo("Nothing is quantized; -q quantizes.")
@@ -132,3 +134,8 @@ def _tell(report: Report) -> None:
         )
     if report.url:
         click.echo(f"Uploaded to {report.url}.")
+
+
+def _by_kind(paths: dict[str, str]) -> dict[str, str]:
+    """The paths of all layers as one."""
+    return {re.sub(r"\.\d+\.", ".*.", path): how for path, how in paths.items()}

@@ -10,24 +10,24 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint import Checkpoint, find
+from mlx_dgemma.checkpoint import Checkpoint, find, on_cpu
 from mlx_dgemma.errors import CheckpointError, DgemmaError, OptionError
 
 from . import card, hub
 from .jobs import DTYPES, SLICE_BYTES, Job, make_jobs, read, source_quantization, to_array, to_bytes
 from .recipes import PARTS, Quantization, Recipe, named, part_of
 from .verify import Verification, verify_conversion
-from .writer import Writer, write_json
+from .writer import INDEX, Writer, readable, write_json
 
 Progress = Callable[[int, int], None]  # bytes read, of so many
 _CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
-_REWRITTEN = ("config.json", "model.safetensors.index.json")
-_STREAMS = 3  # slices computed at a time
+_REWRITTEN = ("config.json", INDEX)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def convert(
     if upload_repo:
         hub.check(upload_repo)
     checkpoint = Checkpoint.open(find(source))
-    if not any((checkpoint.path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not (checkpoint.path / "tokenizer.json").exists():
         raise CheckpointError(
             f"{checkpoint.path} holds no tokenizer.json; download it, for nothing can be answered without a tokenizer."
         )
@@ -103,7 +103,7 @@ def convert(
         _carry(checkpoint, folder, work)
         verification = verify_conversion(checkpoint, Checkpoint.open(folder), work.exact) if verify else None
         report = _report(source, target, checkpoint, chosen, work, nonfinite, verification, start)
-        card.write(folder, report, checkpoint)
+        card.write(folder, report, chosen, checkpoint.path / "README.md")
     url = hub.upload(target, upload_repo) if upload_repo else None
     return Report(**{**vars(report), "url": url})
 
@@ -154,7 +154,7 @@ def _folder(target: Path, nbytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(parent).free
         if free < nbytes:
             raise DgemmaError(
-                f"{parent} has {_size(free)} free, but the result takes {_size(nbytes)}; "
+                f"{parent} has {readable(free)} free, but the result takes {readable(nbytes)}; "
                 "free some space or choose another --mlx-path."
             )
         partial.mkdir()
@@ -169,25 +169,31 @@ def _folder(target: Path, nbytes: int) -> Iterator[Path]:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DgemmaError(
-                f"The disk under {parent} is full, and the result takes {_size(nbytes)}; "
+                f"The disk under {parent} is full, and the result takes {readable(nbytes)}; "
                 "free some space or choose another --mlx-path."
             ) from None
-        where = error.filename or parent
-        raise DgemmaError(f"{where}: {error.strerror or error}; choose another --mlx-path or mend it.") from None
+        # The hidden folder means nothing to a user; the one that holds it does.
+        where = parent if error.filename is None or str(partial) in str(error.filename) else error.filename
+        raise DgemmaError(
+            f"{where} cannot be used ({error.strerror or error}); mend that or choose another --mlx-path."
+        ) from None
 
 
 def _sweep(target: Path) -> None:
     """Remove what killed runs left: folders for this target whose process is gone."""
-    for left in target.absolute().parent.glob(f".{target.name}.partial-*"):
+    for left in target.absolute().parent.glob(f".{escape(target.name)}.partial-*"):
         number = left.name.rpartition("-")[2]
         if not number.isdigit():
             continue
         try:
-            os.kill(int(number), 0)
+            if int(number) != os.getpid():  # its number may have come round again, to us
+                os.kill(int(number), 0)
+                continue
         except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)
+            pass
         except OSError:  # somebody else's, and alive
             continue
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _copy(checkpoint: Checkpoint, folder: Path, progress: Progress | None) -> None:
@@ -201,8 +207,8 @@ def _copy(checkpoint: Checkpoint, folder: Path, progress: Progress | None) -> No
                 done += len(data)
                 if progress:
                     progress(done, total)
-    if (checkpoint.path / _REWRITTEN[1]).exists():
-        shutil.copyfile(checkpoint.path / _REWRITTEN[1], folder / _REWRITTEN[1])
+    if (checkpoint.path / INDEX).exists():
+        shutil.copyfile(checkpoint.path / INDEX, folder / INDEX)
 
 
 def _scan(jobs: list[Job]) -> tuple[str, ...]:
@@ -218,7 +224,9 @@ def _scan(jobs: list[Job]) -> tuple[str, ...]:
 def _write(jobs: list[Job], folder: Path, scan: bool, progress: Progress | None) -> tuple[str, ...]:
     """Convert every job slice by slice; returns the parameters that hold NaN or infinity, if asked to scan."""
     writer = Writer(folder, [job.entries for job in jobs])
-    streams = [mx.new_stream(mx.default_device()) for _ in range(_STREAMS)]
+    # A CPU stream is one thread; one more than there are cores keeps them busy while a slice is written.
+    count = min(8, (os.cpu_count() or 1) + 1) if on_cpu() else 3
+    streams = [mx.new_stream(mx.default_device()) for _ in range(count)]
     pending: deque[tuple[Job, dict[str, int], list[mx.array], mx.array | None, int]] = deque()
     nonfinite: dict[str, None] = {}
     total, done, turn = sum(job.nbytes for job in jobs), 0, 0
@@ -247,14 +255,14 @@ def _write(jobs: list[Job], folder: Path, scan: bool, progress: Progress | None)
                     if progress:
                         progress(done, total)
                     continue
-                with mx.stream(streams[turn % _STREAMS]):
+                with mx.stream(streams[turn % count]):
                     arrays, finite = _compute(job, data, scan)
                 mx.async_eval(*arrays, *([] if finite is None else [finite]))
                 pending.append((job, dict(offsets), arrays, finite, len(data)))
                 for name, array in zip(offsets, arrays):
                     offsets[name] += array.nbytes
                 turn += 1
-                if len(pending) == _STREAMS:
+                if len(pending) == count:
                     settle()
         while pending:
             settle()
@@ -336,11 +344,3 @@ def _report(
         seconds=time.perf_counter() - start,
         verification=verification,
     )
-
-
-def _size(nbytes: int) -> str:
-    """Bytes as people read them, in decimal units as disks are sold."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.1f} {unit}"
-    return f"{nbytes / 1000:.1f} kB"

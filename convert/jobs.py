@@ -18,7 +18,7 @@ from mlx_dgemma.errors import CheckpointError, OptionError
 from .recipes import Quantization, Recipe
 from .writer import ITEM, Entry
 
-SLICE_BYTES = 32 * 2**20  # of source read at a time
+SLICE_BYTES = 16 * 2**20  # of source read at a time
 Range = tuple[Path, int, int]  # file[start:end]
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DTYPES = {name: short for short, name in _NAMES.items()}  # safetensors' name: ours
@@ -89,7 +89,7 @@ def source_quantization(checkpoint: Checkpoint) -> dict[str, Quantization]:
             gate and up packed differently where they lie apart.
     """
     declared = checkpoint.quantization or {}
-    default = {key: declared[key] for key in ("group_size", "bits", "mode") if key in declared}
+    default: dict[str, Any] = {key: declared[key] for key in ("group_size", "bits", "mode") if key in declared}
     found: dict[str, Quantization] = {}
     for name in checkpoint.tensors:
         match = weights.match(name, checkpoint.config) if name.endswith(".scales") else None

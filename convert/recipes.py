@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from mlx_dgemma.errors import OptionError
 
@@ -57,7 +58,7 @@ class Quantization:
         return f"{self.bits}-bit {self.mode}, groups of {self.group_size}"
 
     @property
-    def as_dict(self) -> dict[str, int | str]:
+    def as_dict(self) -> dict[str, Any]:
         """The keywords of `mx.quantize` and the entry of config.json."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
@@ -96,7 +97,7 @@ class Recipe:
         part = part_of(path)
         return getattr(self, part) if part else None
 
-    def quantization(self, path: str, width: int) -> dict[str, int | str] | None:
+    def quantization(self, path: str, width: int) -> dict[str, Any] | None:
         """{"group_size", "bits", "mode"} of the module at `path` with `width` inputs; None where it stays float."""
         fitting = (wanted := self.wanted(path)) and wanted.fit(width)
         return fitting.as_dict if fitting else None
@@ -147,6 +148,8 @@ def named(name: str) -> Recipe:
 def custom(bits: int | None = None, group_size: int | None = None, mode: str | None = None) -> Recipe:
     """The default recipe with other experts; what is None takes its mode's default (affine: 4 bits, groups of 64).
 
+    Where that is what a named recipe does, it is that recipe.
+
     Raises:
         OptionError: a combination that MLX does not compute.
     """
@@ -155,7 +158,8 @@ def custom(bits: int | None = None, group_size: int | None = None, mode: str | N
     experts = Quantization(
         default_bits if bits is None else bits, default_group if group_size is None else group_size, mode
     )
-    return Recipe(f"experts at {experts}", experts)
+    same = (recipe for recipe in RECIPES.values() if recipe.experts == experts)
+    return next(same, Recipe(f"experts at {experts}", experts))
 
 
 def part_of(path: str) -> str | None:

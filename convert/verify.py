@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_dgemma.checkpoint import Checkpoint
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.prefix import Prefix
+from mlx_dgemma.prompt import messages_of, render
 
 from .jobs import make_jobs, source_quantization
 
-PROMPT, CANVAS = 32, 64  # tokens
+PROMPT = "Tell me a short story about a fox."
+CANVAS = 32  # tokens at most
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Verification:
 
 
 def verify_conversion(source: Checkpoint, result: Checkpoint, exact: bool) -> Verification:
-    """Compare the logits of two denoising steps, the second self-conditioned, on fixed tokens.
+    """Compare the logits of two denoising steps, the second self-conditioned, on a fixed prompt and canvas.
 
     Weights are unpacked to float32 as they are needed and dropped after use, so that a few layers'
     worth of them are in memory at a time. The vision tower takes no part.
@@ -39,13 +45,17 @@ def verify_conversion(source: Checkpoint, result: Checkpoint, exact: bool) -> Ve
         exact: whether every weight kept its bits, so that nothing may differ.
 
     Raises:
-        CheckpointError: something differs although nothing may.
+        CheckpointError: something differs although nothing may, or the tokenizer cannot be used.
     """
-    before = _logits(source)
-    after = _logits(result)
+    try:
+        prompt = render(load_tokenizer(result.path), messages_of(PROMPT))
+    except Exception as error:  # readers of tokenizers raise what they like
+        raise CheckpointError(f"The tokenizer in {source.path} cannot be used ({error}); download it again.") from None
+    before = _logits(source, prompt)
+    after = _logits(result, prompt)
     p, q = (a - mx.logsumexp(a, axis=-1, keepdims=True) for a in (before, after))
-    equal = mx.array_equal(before, after, equal_nan=True).item()
-    difference = mx.abs(before - after).max().item()
+    equal = bool(mx.array_equal(before, after, equal_nan=True))
+    difference = float(mx.abs(before - after).max())
     if exact and not equal:
         raise CheckpointError(
             f"The result's logits differ from the source's by up to {difference:.3g}, although its weights should be "
@@ -54,23 +64,22 @@ def verify_conversion(source: Checkpoint, result: Checkpoint, exact: bool) -> Ve
     return Verification(
         positions=before.shape[0],
         max_difference=difference,
-        mean_kl=mx.sum(mx.exp(p) * (p - q), axis=-1).mean().item(),
-        argmax_agreement=(before.argmax(axis=-1) == after.argmax(axis=-1)).mean().item(),
+        mean_kl=float(mx.sum(mx.exp(p) * (p - q), axis=-1).mean()),
+        argmax_agreement=float((before.argmax(axis=-1) == after.argmax(axis=-1)).mean()),
         equal=equal,
     )
 
 
-def _logits(checkpoint: Checkpoint) -> mx.array:
+def _logits(checkpoint: Checkpoint, prompt: list[int]) -> mx.array:
     """Logits of two steps, [2 * canvas, vocabulary] float32.
 
     Each pass takes a model of its own whose weights are not evaluated yet: the graph frees them layer by layer.
     """
     config = checkpoint.config
-    random = np.random.default_rng(0)
-    draw = (random.integers(0, config.text.vocab_size, (1, n)) for n in (PROMPT, min(CANVAS, config.canvas_length)))
-    prompt, canvas = (mx.array(tokens, mx.int32) for tokens in draw)
+    size = (1, min(CANVAS, config.canvas_length))
+    canvas = mx.array(np.random.default_rng(0).integers(0, config.text.vocab_size, size), mx.int32)
     prefix = _lazy(checkpoint).new_prefix()
-    _lazy(checkpoint).encode(prompt, prefix)
+    _lazy(checkpoint).encode(mx.array([prompt], mx.int32), prefix)
     mx.eval(prefix.state)
     first = _step(_lazy(checkpoint), canvas, prefix, None)
     conditioning = _lazy(checkpoint).condition(first)
@@ -79,7 +88,7 @@ def _logits(checkpoint: Checkpoint) -> mx.array:
     return mx.concatenate([first[0], second[0]])
 
 
-def _step(model: DiffusionGemma, canvas, prefix, conditioning) -> mx.array:
+def _step(model: DiffusionGemma, canvas: mx.array, prefix: Prefix, conditioning: mx.array | None) -> mx.array:
     logits = model.logits(model.denoise(canvas, prefix, conditioning))
     model.clear()  # nothing but the graph may hold a weight
     mx.eval(logits)
@@ -89,15 +98,16 @@ def _step(model: DiffusionGemma, canvas, prefix, conditioning) -> mx.array:
 def _lazy(checkpoint: Checkpoint) -> DiffusionGemma:
     """The model with float32 weights that are read when they are needed."""
     packed = source_quantization(checkpoint)
-    files = {file: mx.load(str(file)) for file in {info.file for info in checkpoint.tensors.values()}}
-    arrays = {}
+    files: dict[Path, Any] = {file: mx.load(str(file)) for file in {info.file for info in checkpoint.tensors.values()}}
+    arrays: dict[str, mx.array] = {}
     for job in make_jobs(checkpoint, packed, None, None):
         parts = [files[info.file][name] for name, info in zip(job.names, job.sources)]
         array = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
         arrays[job.target] = array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
     for path, quantization in packed.items():
-        packing = (arrays[f"{path}.weight"], arrays.pop(f"{path}.scales"), arrays.pop(f"{path}.biases", None))
-        arrays[f"{path}.weight"] = mx.dequantize(*packing, **quantization.as_dict).astype(mx.float32)
+        scales, biases = arrays.pop(f"{path}.scales"), arrays.pop(f"{path}.biases", None)
+        weight = mx.dequantize(arrays[f"{path}.weight"], scales, biases, **quantization.as_dict)
+        arrays[f"{path}.weight"] = weight.astype(mx.float32)
     model = DiffusionGemma(checkpoint.config)
     model.load_weights(list(arrays.items()), strict=True)
     return model
