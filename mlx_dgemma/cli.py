@@ -68,7 +68,9 @@ class Commands(click.Group):
                 raise
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
-            Terminal().interrupted("Interrupted.")
+            terminal = Terminal()
+            terminal.interrupted()
+            terminal.hint("Interrupted.")
             ctx.exit(130)
 
 
@@ -344,7 +346,7 @@ def _listen(engine: Engine, events: Any, terminal: Terminal, silent: bool = Fals
                 else:
                     heard.result = event.result
         except KeyboardInterrupt:
-            terminal.interrupted(f"Interrupted after {count(blocks, 'finished block')}.")
+            terminal.interrupted()
         finally:
             terminal.erase()
     result = heard.result
@@ -357,6 +359,7 @@ def _listen(engine: Engine, events: Any, terminal: Terminal, silent: bool = Fals
     for warning in caught:
         terminal.warn(f"Warning: {warning.message}")
     if result is None:
+        terminal.hint(f"Interrupted after {count(blocks, 'finished block')}.")
         return heard
     if result.finish_reason == "length":
         terminal.hint(f"Cut at {count(len(result.tokens), 'token')}; --max-tokens N makes room for more.")

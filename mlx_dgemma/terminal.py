@@ -167,9 +167,13 @@ class Terminal:
             self.fresh_line()
             self._tell(self._dim(text.translate(_HARMLESS)) + "\n")
 
-    def interrupted(self, text: str) -> None:
-        """Hint at a Ctrl-C; the terminal has written ^C where the cursor was, and erasing a canvas takes that away."""
-        self.hint(text if self._drawn or self._line else "\n" + text)
+    def interrupted(self) -> None:
+        """Take away the canvas and the ^C that the terminal wrote where the cursor was."""
+        self.erase()
+        if self.live:
+            self._tell(self._back(self._size()[0]) + "\x1b[J")
+        elif self.hints and not self._line:
+            self._tell("\n")
 
     def warn(self, text: str) -> None:
         """Write a line to stderr, terminal or not."""

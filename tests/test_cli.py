@@ -565,6 +565,21 @@ def test_the_canvas_continues_the_text_and_is_capped(monkeypatch):
     assert screen.text() == "Finished.\nDone."
 
 
+@pytest.mark.parametrize(("variables", "text"), [({}, "1, 2, 3\n"), ({"NO_COLOR": "1"}, "1, 2, 3^C\n")])
+def test_ctrl_c_leaves_a_clean_screen(monkeypatch, variables, text):
+    screen, view = on_screen(monkeypatch, **variables)
+
+    def events():
+        yield Block(0, 0, 1, (), "1, 2, 3")
+        yield Draft(0, 1, 1, mx.array([400]), mx.array([True]), mx.array([2.0]))
+        screen.write("^C")
+        raise KeyboardInterrupt
+
+    heard = cli._listen(engine_of(DEMO), events(), view)
+    assert (heard.text, heard.result) == ("1, 2, 3", None)
+    assert screen.text() == text + "Interrupted after 1 finished block."
+
+
 def test_control_characters_do_not_act(monkeypatch):
     screen, view = on_screen(monkeypatch)
     view.say("a\x1b[2Jb\r\x9b")
