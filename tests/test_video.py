@@ -51,7 +51,7 @@ def song(cover=False):
         if cover:
             picture = container.add_stream("mjpeg", rate=1)
             picture.width, picture.height, picture.pix_fmt = 32, 32, "yuvj420p"
-            picture.disposition = av.stream.Disposition.attached_pic
+            picture.disposition = av.stream.Disposition.attached_pic.value
             container.mux(picture.encode(av.VideoFrame.from_image(Image.new("RGB", (32, 32)))))
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
