@@ -424,6 +424,20 @@ def test_info_tells_what_loading_would_do(monkeypatch):
     assert list(told["recipes"]) == ["3bit", "4bit", "6bit", "8bit", "mxfp4", "mxfp8", "nvfp4"]
 
 
+def test_convert_then_info(tmp_path, monkeypatch):
+    small = tmp_path / "small"
+    done = run("convert", DEMO, "-q", "--mlx-path", small)
+    assert done.exit_code == 0, done.stderr
+    seen = []
+    check = memory.check
+    monkeypatch.setattr(memory, "check", lambda checkpoint, need: seen.append(need) or check(checkpoint, need))
+    engine.load(small)
+    told = json.loads(run("info", small, "--json").stdout)
+    assert told["memory"]["total"] == seen[0].total
+    assert told["quantization"]["bits"] == 4 and told["recipes"] is None
+    assert told["bits_per_weight"] < 10
+
+
 def test_info_for_people():
     done = run("info", "--context", 1024)
     assert done.stderr == cli.DEMO_NOTICE + "\n"
