@@ -39,7 +39,7 @@ of the weights; the rest of the text stack is stored at 8 bit, and the vision to
 def command(source: str | None, hf_path: str | None, mlx_path: str, quantize: bool, recipe: str | None, **options: Any):
     """Convert a DiffusionGemma checkpoint to MLX, quantized or not.
 
-    Memory stays below 1 GB, and a result appears only when it is whole.
+    Memory stays below 1 GB (--verify needs a few layers in float32), and a result appears only when it is whole.
     """
     if (source and hf_path) or not (origin := source or hf_path):
         raise click.UsageError("Give one checkpoint: --hf-path or the argument SOURCE.")

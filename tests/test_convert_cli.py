@@ -315,8 +315,7 @@ def test_scales_without_an_entry_or_with_a_wrong_one(demo, tmp_path):
 # --- verifying ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [[], ["-q"], ["--dtype", "float32"]])
-@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("options, value", [([], np.inf), (["-q"], np.nan), (["--dtype", "float32"], -np.inf)])
 def test_weights_that_are_not_finite_are_named(release, tmp_path, options, value):
     name = "model.decoder.layers.2.experts.gate_up_proj"
     shard = json.loads((release / INDEX).read_text())["weight_map"][name]
