@@ -49,8 +49,6 @@ class GenerationOptions:
     max_frames: int = 32  # frames looked at in a whole video
 
     def __post_init__(self):
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
         for name, kind, low in (
             ("max_tokens", int, 1),
             ("max_denoising_steps", int, 1),
@@ -73,9 +71,12 @@ class GenerationOptions:
             if getattr(self, name) == 0:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it should be above 0.")
         check_budget(self.image_tokens)
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if not all(isinstance(one, str) and one for one in self.stop):
-            raise OptionError(f"stop is {self.stop!r}; it should be strings that are not empty.")
+        for name, single, noun in (("stop", str, "strings that are not empty"), ("end_tokens", int, "token ids")):
+            given = getattr(self, name)
+            values = (given,) if isinstance(given, single) else given
+            if not isinstance(values, (list, tuple)) or not all(type(one) is single and one != "" for one in values):
+                raise OptionError(f"{name} is {given!r}; it should be {noun}.")
+            object.__setattr__(self, name, tuple(values))
 
     @classmethod
     def of(cls, config: GenerationConfig, processor: ProcessorConfig) -> GenerationOptions:

@@ -5,11 +5,11 @@ from dataclasses import fields, replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from support import engine_of, random_tokens, small_model
+from support import engine_of, gap, random_tokens, small_model
 
-from mlx_dgemma.config import GenerationConfig
+from mlx_dgemma.config import GenerationConfig, ProcessorConfig
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.generate import Block, Draft, GenerationOptions, generate, prefill
+from mlx_dgemma.generate import Block, Draft, GenerationOptions, chunks, generate, prefill
 
 # A random model is never sure, so these bounds are wide: some canvases settle and some do not.
 OPTIONS = GenerationOptions(max_denoising_steps=10, entropy_bound=2.5, confidence_threshold=1.0, end_tokens=(39,))
@@ -48,7 +48,7 @@ def engine(demo):
 def run(model, prompts, blocks, seeds, options=OPTIONS, chunk=2048):
     """All events and readers for prompts of any length, padded on the left."""
     width = max(map(len, prompts))
-    padded = mx.array([[0] * (width - len(p)) + p for p in prompts])
+    padded = np.array([[0] * (width - len(p)) + p for p in prompts], np.int32)
     mask = np.array([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
     prefix, readers = model.new_prefix(len(prompts)), [Reader(n) for n in blocks]
     prefill(model, prefix, padded, chunk, mask)
@@ -153,6 +153,39 @@ def test_chunks_of_the_prompt_do_not_change_the_tokens(model):
     whole = run(model, [prompt], [3], [0])[1][0].taken
     for chunk in (1, 4, 6):
         assert run(model, [prompt], [3], [0], chunk=chunk)[1][0].taken == whole
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 100])
+def test_chunks_never_cut_a_picture(size):
+    """Runs of true stay whole in every row; a chunk is longer than asked for only where a run is."""
+    random = np.random.default_rng(size)
+    for _ in range(30):
+        held = np.repeat(random.random((2, 12)) < 0.3, 2, axis=1)
+        borders = [0]
+        for start, end in chunks(held, size):
+            assert borders[-1] == start < end
+            assert end == held.shape[1] or not (held[:, end - 1] & held[:, end]).any()
+            inside = (held[:, start + 1 : end] & held[:, start : end - 1]).any(axis=0)
+            assert end - start <= size or inside[size - 1 :].all()
+            borders.append(end)
+        assert borders[-1] == held.shape[1]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 100])
+def test_soft_tokens_land_on_their_placeholders_in_any_chunking(chunk):
+    """Two padded rows with pictures of two sizes against one pass of each row alone."""
+    model = small_model(5, scale=0.2)
+    model.config = replace(model.config, image_token_id=7)
+    rows = [[1, 2, 7, 7, 7, 3, 7, 4], [5, 7, 7, 6]]
+    features = [mx.random.normal((row.count(7), 16), key=mx.random.key(i)) for i, row in enumerate(rows)]
+    tokens, mask = np.array([rows[0], [0] * 4 + rows[1]], np.int32), np.array([[True] * 8, [False] * 4 + [True] * 4])
+    prefix, canvas = model.new_prefix(2), random_tokens(0, 2, 4)
+    prefill(model, prefix, tokens, chunk, mask, features)
+    together = model.denoise(canvas, prefix)
+    for i, row in enumerate(rows):
+        alone = model.new_prefix()
+        model.encode(mx.array([row]), alone, features=features[i])
+        assert gap(together[i], model.denoise(canvas[i : i + 1], alone)[0]) < 1e-5
 
 
 def test_the_last_block_is_not_committed(model, monkeypatch):
@@ -300,7 +333,15 @@ def test_a_stop_string_may_straddle_a_block_border(engine, answers):
         ("confidence_threshold", False, "confidence_threshold is False; it should be a number, at least 0."),
         ("prefill_chunk", 0, "prefill_chunk is 0; it should be a whole number, at least 1."),
         ("stop", ("a", ""), "stop is ('a', ''); it should be strings that are not empty."),
-        ("stop", [3], "stop is (3,); it should be strings that are not empty."),
+        ("prefill_chunk", 2.5, "prefill_chunk is 2.5; it should be a whole number, at least 1."),
+        ("max_frames", 0, "max_frames is 0; it should be a whole number, at least 1."),
+        ("fps", -1, "fps is -1; it should be a number, at least 0."),
+        ("fps", 0, "fps is 0; it should be above 0."),
+        ("stop", [3], "stop is [3]; it should be strings that are not empty."),
+        ("stop", 3, "stop is 3; it should be strings that are not empty."),
+        ("stop", "", "stop is ''; it should be strings that are not empty."),
+        ("end_tokens", "x", "end_tokens is 'x'; it should be token ids."),
+        ("end_tokens", (1, "x"), "end_tokens is (1, 'x'); it should be token ids."),
     ],
 )
 def test_a_value_outside_its_bounds_is_named(name, value, message):
@@ -350,7 +391,13 @@ def test_override_replaces_what_is_given_and_checks_it():
         options.override(t_max=0.2)
 
 
-def test_the_checkpoints_generation_config_is_the_default():
+def test_one_string_or_token_is_a_tuple_of_one():
+    options = GenerationOptions(stop="end", end_tokens=7)
+    assert (options.stop, options.end_tokens) == (("end",), (7,))
+    assert GenerationOptions(stop=["a", "b"], end_tokens=[]).stop == ("a", "b")
+
+
+def test_the_checkpoints_own_settings_are_the_defaults():
     own = GenerationConfig(
         max_new_tokens=9,
         max_denoising_steps=8,
@@ -361,7 +408,7 @@ def test_the_checkpoints_generation_config_is_the_default():
         confidence_threshold=0.3,
         eos_token_ids=(4, 5),
     )
-    assert GenerationOptions.of(own) == GenerationOptions(
+    assert GenerationOptions.of(own, ProcessorConfig(image_tokens=140, video_frames=6)) == GenerationOptions(
         max_tokens=9,
         max_denoising_steps=8,
         entropy_bound=0.7,
@@ -370,4 +417,6 @@ def test_the_checkpoints_generation_config_is_the_default():
         stability_threshold=2,
         confidence_threshold=0.3,
         end_tokens=(4, 5),
+        image_tokens=140,
+        max_frames=6,
     )
