@@ -23,10 +23,9 @@ from mlx.utils import tree_flatten
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mlx_dgemma.convert.writer import ITEM, Entry, Writer, write_json
-
 from mlx_dgemma.checkpoint import DEMO
 from mlx_dgemma.config import ModelConfig
+from mlx_dgemma.convert.writer import ITEM, Entry, Writer, write_json
 from mlx_dgemma.model import DiffusionGemma
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,10 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_dgemma.convert.recipes import RECIPES
 
 from mlx_dgemma.checkpoint import DTYPES, suit_device
 from mlx_dgemma.config import ModelConfig
+from mlx_dgemma.convert.recipes import RECIPES
 from mlx_dgemma.generate import GenerationOptions, denoise_block, prefill
 from mlx_dgemma.model import DiffusionGemma
 

@@ -294,7 +294,7 @@ def _quantize(model: nn.Module, quantization: dict, stored: set[str], config: Mo
     def choose(path: str, module: nn.Module):
         if path not in paths:
             return False
-        own = quantization.get(path)
+        own = quantization.get(path) or quantization.get(path.replace("gate_up_proj", "gate_proj"))
         return {**default, "mode": "affine", **own} if isinstance(own, dict) else default
 
     try:

@@ -25,7 +25,6 @@ from .prompt import Answer, Message, messages_of, parts_of, render
 from .video import sample_frames, stamp
 
 Prompt = str | Sequence[Message]
-CONTEXT = 4096  # tokens of context that loading makes sure of
 VIDEO = "<|video|>"  # Gemma 4's marker in chat templates; it never reaches the model
 
 
@@ -401,13 +400,7 @@ def load(
     started = time.perf_counter()
     checkpoint = Checkpoint.open(find(path))
     notes = []
-    if on_cpu() and dtype is None and (dequantize is not False or not checkpoint.quantization):
-        dtype = "float32"
-    context = min(CONTEXT, checkpoint.config.text.max_position_embeddings)
-    if dequantize is None:
-        dequantize = on_cpu() and checkpoint.quantization is not None
-        if dequantize and memory.need(checkpoint, context, dtype, True).total > memory.available():
-            dequantize = False
+    dtype, dequantize = memory.settle(checkpoint, dtype, dequantize)
     if on_cpu():
         how = f"{'dequantized to' if dequantize else 'computed in'} {dtype}"
         how += ", the fastest there" if dtype == "float32" else ""
@@ -415,7 +408,7 @@ def load(
             how = "kept packed, which is slow there"
         notes.append(f"CPU device: weights of {checkpoint.bits_per_weight:.1f} bits are {how}.")
     if not ignore_memory:
-        memory.check(checkpoint, memory.need(checkpoint, context, dtype, dequantize))
+        memory.check(checkpoint, memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize))
     tokenizer = _load_tokenizer(checkpoint)
     model = build(checkpoint, dtype, dequantize)
     options = GenerationOptions.of(checkpoint.generation, checkpoint.processor)

@@ -11,9 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from . import memory
-from .checkpoint import Checkpoint, find, on_cpu
+from .checkpoint import Checkpoint, find
 from .convert.recipes import RECIPES
-from .engine import CONTEXT
 from .errors import CheckpointError, OptionError
 from .terminal import count, human
 
@@ -47,10 +46,10 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
     """
     text = checkpoint.config.text
     longest = text.max_position_embeddings
-    context = min(CONTEXT, longest) if context is None else context
+    context = memory.context(checkpoint) if context is None else context
     if not 1 <= context <= longest:
         raise OptionError(f"context is {context}; it should be from 1 to {longest}, this model's longest.")
-    loaded = as_loaded(checkpoint)
+    loaded = memory.settle(checkpoint)
     need = memory.need(checkpoint, context, *loaded)
     available = memory.available()
     sampler = asdict(checkpoint.generation)
@@ -75,16 +74,6 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
         },
         "recipes": None if checkpoint.quantization else _recipes(checkpoint, need.total - need.weights),
     }
-
-
-def as_loaded(checkpoint: Checkpoint) -> tuple[str | None, bool]:
-    """(dtype, dequantize) that `load` chooses here when it is given neither."""
-    if not on_cpu():
-        return None, False
-    if not checkpoint.quantization:
-        return "float32", False
-    fits = memory.need(checkpoint, CONTEXT, "float32", True).total <= memory.available()
-    return "float32", fits
 
 
 def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -63,6 +63,25 @@ def need(
     return Need(weights, prefix_bytes(config, context, itemsize), workspace)
 
 
+def context(checkpoint: Checkpoint) -> int:
+    """Tokens of context that loading makes sure of: 4,096, or all that a smaller model has."""
+    return min(4096, checkpoint.config.text.max_position_embeddings)
+
+
+def settle(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool | None = None) -> tuple[str | None, bool]:
+    """(dtype, dequantize) as loading takes them where None leaves the choice.
+
+    On the CPU quantized matrix products are slow and float32 is fastest, so weights are unpacked to it
+    where they fit; on a GPU they stay as stored.
+    """
+    if on_cpu() and dtype is None and (dequantize is not False or not checkpoint.quantization):
+        dtype = "float32"
+    if dequantize is None:
+        packed = on_cpu() and checkpoint.quantization is not None
+        dequantize = packed and need(checkpoint, context(checkpoint), dtype, True).total <= available()
+    return dtype, dequantize
+
+
 def available() -> int:
     """Bytes that MLX's default device can hold: Metal's recommended working set, a GPU's or the machine's memory."""
     info = mx.device_info()

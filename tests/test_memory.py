@@ -7,13 +7,13 @@ import re
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from mlx_dgemma.convert.recipes import RECIPES
 from support import engine_of, random_tokens, small_config, small_model
 
 import mlx_dgemma
 from mlx_dgemma import memory
 from mlx_dgemma.checkpoint import Checkpoint
 from mlx_dgemma.config import GenerationConfig, ModelConfig, ProcessorConfig
+from mlx_dgemma.convert.recipes import RECIPES
 from mlx_dgemma.errors import MemoryLimitError
 from mlx_dgemma.memory import Need
 from mlx_dgemma.prefix import STEP

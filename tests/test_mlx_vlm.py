@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_map
-from mlx_dgemma.convert import convert
 
 from mlx_dgemma.checkpoint import Checkpoint, build
+from mlx_dgemma.convert import convert
 
 vlm = pytest.importorskip("mlx_vlm.utils")
 
