@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -10,9 +11,10 @@ from mlx.utils import tree_flatten
 from support import gap, random_tokens, small_config, small_model
 
 import mlx_dgemma
-from mlx_dgemma import checkpoint, memory
+from mlx_dgemma import checkpoint, memory, weights
 from mlx_dgemma.checkpoint import DEMO, INDEX, Checkpoint, build, find, read_header
 from mlx_dgemma.errors import CheckpointError, OptionError
+from mlx_dgemma.model import DiffusionGemma
 
 
 def message(function, *arguments):
@@ -118,6 +120,15 @@ def test_an_unknown_dtype(tmp_path, tensors):
     with pytest.raises(OptionError) as caught:
         build(Checkpoint.open(write(tmp_path / "a", tensors)), "int8")
     assert str(caught.value) == "dtype is 'int8'; it should be one of float32, bfloat16, float16."
+
+
+def test_clipping_bounds_count_only_where_the_tower_clips(demo):
+    name = "model.encoder.vision_tower.encoder.layers.0.mlp.up_proj.input_min"
+    plain = Checkpoint.open(demo).config
+    clipped = replace(plain, vision=replace(plain.vision, use_clipped_linears=True))
+    assert weights.match(name, plain) is None
+    assert weights.match(name, clipped) == (name, None)
+    assert name in dict(tree_flatten(DiffusionGemma(clipped).parameters()))
 
 
 # Quantized weights.

@@ -6,10 +6,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from support import engine_of, gap, random_tokens, reference, small_model
 
 from mlx_dgemma import sampler
 from mlx_dgemma.errors import PromptError
+from mlx_dgemma.vision import ClippedLinear
 
 BOUND = 1e-4
 
@@ -104,6 +106,26 @@ def test_every_step_of_a_generation_is_reproduced(model):
         conditioning, earlier = model.condition(processed), [best]
     blocks = held["argmax"][held["finished"]]
     assert blocks.flatten().tolist() == held["sequence"][0, prompt:].tolist()
+
+
+def test_pictures_looked_at_in_groups_and_rows_are_the_same(demo, monkeypatch):
+    """One picture at a time and 100 patches' queries at a time; every picture keeps its own positions."""
+    held, model = reference("two_images"), engine_of(demo).model
+    monkeypatch.setattr("mlx_dgemma.model.LOOK_PATCHES", 1)
+    monkeypatch.setattr("mlx_dgemma.vision.ROWS", 100)
+    assert gap(model.look((held["pixel_values"], held["image_position_ids"])), held["features"]) < BOUND
+
+
+def test_clipped_linears_clip_what_goes_in_and_comes_out():
+    linear = ClippedLinear(2, 1, clipped=True)
+    linear.linear.weight = mx.array([[1.0, 10.0]])
+    assert linear(mx.array([[-3.0, 5.0]])).item() == 47
+    linear.input_min, linear.input_max, linear.output_max = mx.array(-1.0), mx.array(2.0), mx.array(15.0)
+    assert linear(mx.array([[-3.0, 5.0]])).item() == 15
+    assert linear(mx.array([[-3.0, 0.5]])).item() == 4
+    linear.output_min = mx.array(4.5)
+    assert linear(mx.array([[-3.0, 0.5]])).item() == 4.5
+    assert dict(tree_flatten(ClippedLinear(2, 1, clipped=False).parameters())).keys() == {"linear.weight"}
 
 
 def test_placeholders_and_soft_tokens_must_agree(model):
