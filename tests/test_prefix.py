@@ -218,14 +218,15 @@ def test_rewinding_to_a_mark_restores_the_rings(model, marked):
         assert prefix.rewind(marked) == marked
 
 
-def test_rewinding_before_the_mark_or_without_one_holds_nothing(model):
-    tokens, canvas = random_tokens(0, 1, 9), random_tokens(2, 1, 4)
+@pytest.mark.parametrize("length", [5, 9])  # 5 is the first that the ring of 4 cannot hold
+def test_rewinding_before_the_mark_or_without_one_holds_nothing(model, length):
+    tokens, canvas = random_tokens(0, 1, length), random_tokens(2, 1, 4)
     for mark in (False, True):
         prefix = model.new_prefix()
         model.encode(tokens, prefix)
         if mark:
             prefix.mark()
-        assert prefix.rewind(8) == 0 == prefix.offset
+        assert prefix.rewind(length - 1) == 0 == prefix.offset
         model.encode(tokens, prefix)
         assert gap(model.denoise(canvas, prefix), held(model, tokens, canvas)) < 1e-5
 
