@@ -88,21 +88,62 @@ class Experts(nn.Module):
     def __call__(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         """x [N, H], indices and weights [N, K] -> [N, H]."""
         rows, top_k = indices.shape
-        sort = indices.size >= SORT_FROM
-        if sort:
-            order = mx.argsort(indices.flatten())
-            x, chosen = x[order // top_k][:, None], indices.flatten()[order]
+        flat = indices.flatten()
+        if flat.size < SORT_FROM:
+            y = self._feed(x[:, None, None], indices)
         else:
-            x, chosen = x[:, None, None], indices
+            order = mx.argsort(flat)
+            back = mx.argsort(order)
+            if pads_runs():
+                slots, owners, length = runs(flat[order], self.gate_up_proj.num_experts)
+                source = mx.zeros((owners.size * length,), order.dtype)
+                source[slots] = order // top_k
+                y = self._feed(x[source].reshape(owners.size, length, -1), owners).flatten(0, 1)[slots[back]]
+            else:
+                # The unit axis comes before the gather: MLX's sorted kernels misread rows that get it after.
+                y = self._feed(x[:, None][order // top_k], flat[order], sorted_indices=True)[back]
+        y = y.reshape(rows, top_k, -1)
+        return (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
+
+    def _feed(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """x [..., rows, H] through the expert of each leading index."""
         dtype = x.dtype
         if isinstance(self.gate_up_proj, SwitchLinear):
             x = x.astype(self.gate_up_proj.weight.dtype)  # float32 on the CPU, whatever the rest is
-        gate, up = mx.split(self.gate_up_proj(x, chosen, sorted_indices=sort), 2, axis=-1)
-        y = self.down_proj(geglu(gate, up), chosen, sorted_indices=sort).astype(dtype)
-        if sort:
-            y = y[mx.argsort(order)]
-        y = y.reshape(rows, top_k, -1)
-        return (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
+        gate, up = mx.split(self.gate_up_proj(x, indices, sorted_indices=sorted_indices), 2, axis=-1)
+        return self.down_proj(geglu(gate, up), indices, sorted_indices=sorted_indices).astype(dtype)
+
+
+def pads_runs() -> bool:
+    """Whether experts are computed in padded runs.
+
+    CUDA's gather kernels read an expert once for every row, so there its rows are padded to runs that
+    read it once each. Metal's sorted kernels tile runs themselves, and on the CPU nothing is gained.
+    """
+    return mx.default_device() == mx.gpu and not mx.metal.is_available()
+
+
+def runs(chosen: mx.array, experts: int) -> tuple[mx.array, mx.array, int]:
+    """Lay rows that are sorted by expert out in runs of equal length, each of one expert.
+
+    Args:
+        chosen: [N] expert of each row, ascending.
+        experts: how many there are.
+
+    Returns:
+        [N] slot of each row, [runs] expert of each run, and the length of a run: a power of two near the
+        mean number of rows an expert, 16 at least, so that padding stays below one run an expert.
+    """
+    count = chosen.size
+    length = min(max(16, 1 << (max(count // experts, 1).bit_length() - 1)), 128)
+    rows = (chosen[:, None] == mx.arange(experts)).sum(axis=0)
+    needed = (rows + length - 1) // length
+    ends = mx.cumsum(needed)
+    start = (ends - needed) * length - (mx.cumsum(rows) - rows)
+    slots = start[chosen] + mx.arange(count)
+    total = count // length + min(experts, count)
+    owners = (mx.arange(total)[:, None] >= ends).sum(axis=1)
+    return slots, mx.minimum(owners, experts - 1).astype(mx.uint32), length
 
 
 class Keys(NamedTuple):

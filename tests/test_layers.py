@@ -1,0 +1,67 @@
+"""The mixture of experts: every way of computing it gives the same."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support import engine_of
+
+from mlx_dgemma import layers
+
+
+@pytest.fixture
+def layer(demo):
+    return engine_of(demo).model.model.decoder.layers[1]
+
+
+def naive(experts, x, indices, weights):
+    """Row by row and expert by expert, in NumPy's float64."""
+    gate_up, down = (np.asarray(m.weight, np.float64) for m in (experts.gate_up_proj, experts.down_proj))
+    out = np.zeros(x.shape)
+    for row, (chosen, share) in enumerate(zip(np.asarray(indices), np.asarray(weights))):
+        for expert, weight in zip(chosen, share):
+            gate, up = np.split(gate_up[expert] @ np.asarray(x[row], np.float64), 2)
+            gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+            out[row] += weight * (down[expert] @ (gelu * up))
+    return out
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33, 90])
+@pytest.mark.parametrize("way", ["gathered", "sorted", "runs"])
+def test_experts_equal_a_plain_loop(monkeypatch, layer, rows, way):
+    monkeypatch.setattr(layers, "SORT_FROM", 10**9 if way == "gathered" else 1)
+    monkeypatch.setattr(layers, "pads_runs", lambda: way == "runs")
+    x = mx.random.normal((rows, 192), key=mx.random.key(rows))
+    indices, weights = layer.router(x)
+    assert np.allclose(layer.experts(x, indices, weights), naive(layer.experts, x, indices, weights), atol=2e-4)
+
+
+@pytest.mark.parametrize("count, experts", [(1, 8), (16, 8), (128, 8), (1000, 8), (4096, 8), (50, 128), (2048, 128)])
+def test_runs_hold_one_expert_each_and_every_row_once(count, experts):
+    chosen = mx.sort(mx.random.randint(0, experts, (count,), key=mx.random.key(count)))
+    slots, owners, length = layers.runs(chosen, experts)
+    slots, owners = np.asarray(slots), np.asarray(owners)
+    assert len(set(slots.tolist())) == count
+    assert slots.max() < owners.size * length
+    assert (owners[slots // length] == np.asarray(chosen)).all()
+    assert owners.size * length <= count + length * min(experts, count)
+
+
+def test_runs_of_a_single_expert():
+    slots, owners, length = layers.runs(mx.full((40,), 3), 8)
+    assert np.asarray(slots).tolist() == list(range(40))
+    assert np.asarray(owners)[: 40 // length + 1].tolist() == [3] * (40 // length + 1)
+
+
+def test_runs_grow_with_the_rows_of_an_expert():
+    lengths = [layers.runs(mx.zeros((count,), mx.int32), 128)[2] for count in (64, 2048, 8192, 16384, 10**6)]
+    assert lengths == [16, 16, 64, 128, 128]
+
+
+@pytest.mark.skipif(mx.default_device() == mx.cpu, reason="the CPU has no sorted kernel to misread rows")
+def test_sorted_rows_are_read_right(layer):
+    weight = mx.random.normal((8, 64, 32), key=mx.random.key(0))
+    rows = mx.random.normal((128, 64), key=mx.random.key(1))
+    chosen = mx.sort(mx.random.randint(0, 8, (128,), key=mx.random.key(2)))
+    taken = rows[:, None][mx.arange(128)]  # the order of axes that `Experts` relies on
+    plain = mx.gather_mm(taken, weight, rhs_indices=chosen)
+    assert mx.abs(mx.gather_mm(taken, weight, rhs_indices=chosen, sorted_indices=True) - plain).max() < 1e-2
