@@ -150,7 +150,11 @@ answer_options = _all(
     help="Prompt from a UTF-8 file, - for stdin; repeatable.",
 )
 @click.option(
-    "--image", "images", type=click.Path(exists=True, dir_okay=False), multiple=True, help="Picture; repeatable."
+    "--image",
+    "images",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    multiple=True,
+    help="Picture, - for stdin; repeatable.",
 )
 @click.option(
     "--video", type=click.Path(exists=True), help="Video file (needs the extra video), or a folder of frames."
@@ -180,7 +184,7 @@ def generate(
     """Answer one prompt.
 
     The prompt is an argument, files, or stdin. Files or stdin come first, then a blank line and the
-    argument. stdin is read when it is no terminal and no file is named.
+    argument. stdin is read when it is no terminal and no file is named, or by --image - as a picture.
 
     Tool calls are printed one a line: {"name": ..., "arguments": {...}}. --tools takes a JSON list of
     function declarations in OpenAI's form. --json prints {text, thinking, tool_calls, finish_reason,
@@ -194,7 +198,11 @@ def generate(
     mlx-dgemma generate -f chapter.txt -f notes.txt "Summarise." --seed 7 --json
     """
     options = _given(options)
-    messages = messages_of(_read_prompt(prompt, files), _utf8(system, "--system"), images, video)
+    if [*files, *images].count("-") > 1:
+        raise click.UsageError("- is given twice, but stdin can be read once.")
+    sources = [sys.stdin.buffer.read() if one == "-" else one for one in images]
+    asked = _read_prompt(prompt, files, piped="-" not in images and not sys.stdin.isatty())
+    messages = messages_of(asked, _utf8(system, "--system"), sources, video)
     declarations = _read_tools(tools) if tools else None
     terminal = Terminal()
     engine = _load(model, dtype, ignore_memory, terminal)
@@ -373,14 +381,13 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
 
 
-def _read_prompt(argument: str | None, files: Sequence[str]) -> str:
-    """Files or stdin, then the argument, with blank lines between.
+def _read_prompt(argument: str | None, files: Sequence[str], piped: bool) -> str:
+    """Files or piped stdin, then the argument, with blank lines between.
 
     Raises:
         PromptError: something is not UTF-8.
         click.UsageError: there is nothing to read.
     """
-    piped = not sys.stdin.isatty()
     if argument is None and not files and not piped:
         raise click.UsageError("There is no prompt: give it as an argument, with --file, or on stdin.")
     parts = []

@@ -32,6 +32,8 @@ def messages_of(
         PromptError: an empty prompt, an unknown role, a message that is none, audio, or parts and
             sources that differ in number.
     """
+    if not isinstance(images, (list, tuple)):  # a single path would be taken letter by letter
+        raise PromptError(f"images is of type {type(images).__name__}; give a list of pictures.")
     if isinstance(prompt, str):
         if not prompt.strip():
             raise PromptError("The prompt is empty; say what you want.")

@@ -46,18 +46,19 @@ class VisionAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self._dim, eps=self._eps)
         self.k_norm = nn.RMSNorm(self._dim, eps=self._eps)
 
-    def __call__(self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: mx.array) -> mx.array:
-        """x [N, P, hidden], rotation as `_rotate` takes it, mask [N, 1, 1, P] true for real patches."""
+    def __call__(self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: mx.array | None) -> mx.array:
+        """x [N, P, hidden], rotation as `_rotate` takes it, mask [N, 1, 1, P] true for real patches, or None."""
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).reshape(batch, length, self._heads, self._dim))
         k = self.k_norm(self.k_proj(x).reshape(batch, length, self._kv_heads, self._dim))
         v = rms_norm(self.v_proj(x).reshape(batch, length, self._kv_heads, self._dim), self._eps)
         q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-        rows = [
-            mx.fast.scaled_dot_product_attention(q[:, :, i : i + ROWS], k, v, scale=1.0, mask=mask)
-            for i in range(0, length, ROWS)
-        ]
+        rows = []
+        for i in range(0, length, ROWS):
+            rows.append(mx.fast.scaled_dot_product_attention(q[:, :, i : i + ROWS], k, v, scale=1.0, mask=mask))
+            if length > ROWS:
+                mx.eval(rows[-1])  # else the scores of all rows would be held at once
         out = mx.concatenate(rows, axis=2)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
@@ -99,7 +100,7 @@ class VisionLayer(nn.Module):
         ):
             setattr(self, name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
-    def __call__(self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: mx.array | None) -> mx.array:
         """x [N, P, hidden]; the rest as the attention takes it."""
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotation, mask))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
@@ -158,24 +159,29 @@ class VisionTower(nn.Module):
         frequencies = config.rope_theta ** (-mx.arange(quarter) / quarter)
         angles = positions.astype(mx.float32)[:, :, None, :, None] * frequencies
         rotation = mx.cos(angles).astype(x.dtype), mx.sin(angles).astype(x.dtype)
-        mask = (positions[..., 0] >= 0)[:, None, None]
+        grid = np.asarray(positions)
+        # Without padding no mask: fused attention kernels want none.
+        mask = None if (grid >= 0).all() else mx.array(grid[:, None, None, :, 0] >= 0)
         for layer in self.encoder.layers:
             x = layer(x, rotation, mask)
-        x = self._pool(x, np.asarray(positions)) * config.hidden_size**0.5
+            if x.shape[1] > ROWS:
+                mx.eval(x)  # layers in flight together would each hold their scores
+        # float32 until standardized: scaled features leave float16's range, and the bias cancels most of them.
+        pooled = self._pool(x, grid) * config.hidden_size**0.5
         if config.standardize:
-            x = (x - self.std_bias) * self.std_scale
-        return x
+            pooled = (pooled - self.std_bias) * self.std_scale
+        return pooled.astype(x.dtype)
 
     def _pool(self, x: mx.array, positions: np.ndarray) -> mx.array:
-        """Mean of each k x k square of patches: [N, P, hidden] -> [tokens, hidden]."""
+        """Mean of each k x k square of patches: [N, P, hidden] -> [tokens, hidden] float32."""
         k = self._config.pooling_kernel_size
         pooled = []
-        for i, grid in enumerate(positions):
-            where = grid[grid[:, 0] >= 0]
+        for i, one in enumerate(positions):
+            where = one[one[:, 0] >= 0]
             columns = (where[:, 0].max() + 1) // k
             square = where[:, 1] // k * columns + where[:, 0] // k
             members = np.argsort(square, kind="stable").reshape(-1, k * k)
-            pooled.append(x[i][mx.array(members)].astype(mx.float32).mean(axis=1).astype(x.dtype))
+            pooled.append(x[i][mx.array(members)].astype(mx.float32).mean(axis=1))
         return mx.concatenate(pooled)
 
 
