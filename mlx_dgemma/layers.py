@@ -95,7 +95,8 @@ class Experts(nn.Module):
             order = mx.argsort(flat)
             back = mx.argsort(order)
             if pads_runs():
-                slots, owners, length = runs(flat[order], self.gate_up_proj.num_experts)
+                longest = 128 if isinstance(self.gate_up_proj, SwitchLinear) else 32  # longer ones stall gather_qmm
+                slots, owners, length = runs(flat[order], self.gate_up_proj.num_experts, longest)
                 source = mx.zeros((owners.size * length,), order.dtype)
                 source[slots] = order // top_k
                 y = self._feed(x[source].reshape(owners.size, length, -1), owners).flatten(0, 1)[slots[back]]
@@ -123,19 +124,20 @@ def pads_runs() -> bool:
     return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
-def runs(chosen: mx.array, experts: int) -> tuple[mx.array, mx.array, int]:
+def runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.array, int]:
     """Lay rows that are sorted by expert out in runs of equal length, each of one expert.
 
     Args:
         chosen: [N] expert of each row, ascending.
         experts: how many there are.
+        longest: bound of a run's length, a power of two.
 
     Returns:
         [N] slot of each row, [runs] expert of each run, and the length of a run: a power of two near the
         mean number of rows an expert, 16 at least, so that padding stays below one run an expert.
     """
     count = chosen.size
-    length = min(max(16, 1 << (max(count // experts, 1).bit_length() - 1)), 128)
+    length = min(max(16, 1 << (max(count // experts, 1).bit_length() - 1)), longest)
     rows = (chosen[:, None] == mx.arange(experts)).sum(axis=0)
     needed = (rows + length - 1) // length
     ends = mx.cumsum(needed)

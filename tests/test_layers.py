@@ -38,7 +38,7 @@ def test_experts_equal_a_plain_loop(monkeypatch, layer, rows, way):
 @pytest.mark.parametrize("count, experts", [(1, 8), (16, 8), (128, 8), (1000, 8), (4096, 8), (50, 128), (2048, 128)])
 def test_runs_hold_one_expert_each_and_every_row_once(count, experts):
     chosen = mx.sort(mx.random.randint(0, experts, (count,), key=mx.random.key(count)))
-    slots, owners, length = layers.runs(chosen, experts)
+    slots, owners, length = layers.runs(chosen, experts, 128)
     slots, owners = np.asarray(slots), np.asarray(owners)
     assert len(set(slots.tolist())) == count
     assert slots.max() < owners.size * length
@@ -47,14 +47,15 @@ def test_runs_hold_one_expert_each_and_every_row_once(count, experts):
 
 
 def test_runs_of_a_single_expert():
-    slots, owners, length = layers.runs(mx.full((40,), 3), 8)
+    slots, owners, length = layers.runs(mx.full((40,), 3), 8, 128)
     assert np.asarray(slots).tolist() == list(range(40))
     assert np.asarray(owners)[: 40 // length + 1].tolist() == [3] * (40 // length + 1)
 
 
 def test_runs_grow_with_the_rows_of_an_expert():
-    lengths = [layers.runs(mx.zeros((count,), mx.int32), 128)[2] for count in (64, 2048, 8192, 16384, 10**6)]
+    lengths = [layers.runs(mx.zeros((count,), mx.int32), 128, 128)[2] for count in (64, 2048, 8192, 16384, 10**6)]
     assert lengths == [16, 16, 64, 128, 128]
+    assert layers.runs(mx.zeros((10**6,), mx.int32), 128, 32)[2] == 32
 
 
 @pytest.mark.skipif(mx.default_device() == mx.cpu, reason="the CPU has no sorted kernel to misread rows")
