@@ -5,15 +5,19 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from PIL import Image, ImageDraw
 
 import mlx_dgemma
 from mlx_dgemma.config import ModelConfig
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.prompt import messages_of
 
 DATA = Path(__file__).parent / "data"
 SLIDING, FULL = "sliding_attention", "full_attention"
+RED, BLUE, GREEN = (220, 40, 40), (50, 80, 220), (40, 170, 60)
 
 
 @lru_cache(maxsize=3)
@@ -73,3 +77,26 @@ def small_model(seed: int = 0, scale: float = 0.5, **changes) -> DiffusionGemma:
 
 def random_tokens(seed: int, *shape: int, vocab: int = 40) -> mx.array:
     return mx.array(np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32))
+
+
+def square(color, x=80, y=80, half=26, size=(160, 160)):
+    picture = Image.new("RGB", size, (250, 250, 250))
+    ImageDraw.Draw(picture).rectangle((x - half, y - half, x + half, y + half), fill=color)
+    return picture
+
+
+def strip(color, x=40):
+    """35 soft tokens, half as many as a square picture has, for tests of which pictures are seen."""
+    return square(color, x, 10, 9, (180, 10))
+
+
+def refusal(kind, call, *arguments, **options):
+    """The message of the error that a call ends in."""
+    with pytest.raises(kind) as caught:
+        call(*arguments, **options)
+    return str(caught.value)
+
+
+def row_of(engine, prompt, images=(), video=None, **options):
+    """A prompt as it goes into the loop; nothing is computed."""
+    return engine._row(messages_of(prompt, None, images, video), 0, engine.options.override(**options), False, None)
