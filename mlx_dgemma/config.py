@@ -139,9 +139,8 @@ class TextConfig:
 def _text_config(raw: dict) -> TextConfig:
     where = "config.json (text_config)"
     count = raw.get("num_hidden_layers", TextConfig.num_hidden_layers)
-    types = tuple(
-        raw.get("layer_types") or ("full_attention" if i % 6 == 5 else "sliding_attention" for i in range(count))
-    )
+    pattern = ("full_attention" if i % 6 == 5 or i == count - 1 else "sliding_attention" for i in range(count))
+    types = tuple(raw.get("layer_types") or pattern)
     if len(types) != count or not set(types) <= {"sliding_attention", "full_attention"}:
         raise CheckpointError(
             f"{where} has layer_types for {len(types)} layers ({', '.join(sorted(set(types)))}) "

@@ -25,6 +25,7 @@ from .prompt import Answer, Message, messages_of, parts_of, render
 from .video import sample_frames, stamp
 
 Prompt = str | Sequence[Message]
+KEPT_PICTURES = 64  # whose soft tokens a conversation keeps, the newest
 VIDEO = "<|video|>"  # Gemma 4's marker in chat templates; it never reaches the model
 
 
@@ -209,7 +210,9 @@ class Engine:
         Raises:
             PromptError, OptionError: as `generate`; also when seeds and prompts differ in number.
         """
-        if not prompts or (seeds is not None and len(seeds) != len(prompts)):
+        if not prompts:
+            raise PromptError("There are no prompts; give at least one.")
+        if seeds is not None and len(seeds) != len(prompts):
             raise OptionError(f"There are {len(prompts)} prompts and {len(seeds or ())} seeds; give one seed a prompt.")
         effective = self.options.override(max_tokens=max_tokens, **options)
         rows = [
@@ -319,6 +322,8 @@ class Engine:
             row.reused = session.reuse(row.held)
             new = np.array([row.tokens[row.reused :]], np.int32)
             prefill(self.model, prefix, new, options.prefill_chunk, features=[self._look(row, session.features)])
+            for name in list(session.features)[:-KEPT_PICTURES]:
+                del session.features[name]
             prefix.mark()
             return prefix
         canvas = self.config.canvas_length

@@ -267,9 +267,13 @@ def generate(
     keys = mx.stack([mx.random.key(seed) for seed in seeds])
     length, block = model.config.canvas_length, 0
     while rows:
-        if prefix.offset + length > model.config.text.max_position_embeddings:
-            for row in rows:
+        padding = np.zeros(len(rows)) if prefix.padding is None else np.asarray(prefix.padding)
+        full = prefix.offset - padding + length > model.config.text.max_position_embeddings
+        for row, cut in zip(rows, full):
+            if cut:
                 readers[row].cut("length")
+        rows, keys = _keep(rows, [i for i, cut in enumerate(full) if not cut], keys, prefix)
+        if not rows:
             return
         keys, block_keys = sampler.split(keys, 2)
         step, over = None, [False] * len(rows)
@@ -286,10 +290,16 @@ def generate(
             yield Block(row, block, step.steps[i], tuple(tokens))
         if not going:
             return
-        if len(going) < len(rows):
-            prefix.keep(going)
-            keys, rows = keys[mx.array(going)], [rows[i] for i in going]
+        rows, keys = _keep(rows, going, keys, prefix)
         model.encode(step.best[mx.array(going)], prefix)
         mx.eval(prefix.state)
         mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
         block += 1
+
+
+def _keep(rows: list[int], going: list[int], keys: mx.array, prefix: Prefix) -> tuple[list[int], mx.array]:
+    """Drop every row of the batch but these; returns their numbers and random keys."""
+    if going and len(going) < len(rows):
+        prefix.keep(going)
+        keys = keys[mx.array(going)]
+    return [rows[i] for i in going], keys

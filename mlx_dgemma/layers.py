@@ -95,7 +95,8 @@ class Experts(nn.Module):
             order = mx.argsort(flat)
             back = mx.argsort(order)
             if pads_runs():
-                longest = 128 if isinstance(self.gate_up_proj, SwitchLinear) else 32  # longer ones stall gather_qmm
+                # CUDA compiles a gather_qmm for every length, a minute each: packed weights get a single one.
+                longest = 128 if isinstance(self.gate_up_proj, SwitchLinear) else 16
                 slots, owners, length = runs(flat[order], self.gate_up_proj.num_experts, longest)
                 source = mx.zeros((owners.size * length,), order.dtype)
                 source[slots] = order // top_k

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ def _checked(prompt: Sequence[Message]) -> list[Message]:
         role = given.get("role") if isinstance(given, dict) else None
         if role not in ROLES:
             raise PromptError(f"Message {i} has the role {role!r}; it should be one of {', '.join(ROLES)}.")
+        if i and role in ("system", "developer"):
+            raise PromptError(f"Message {i} is a {role} message, and templates take only the first; put it there.")
         message = dict(given)
         if calls := message.get("tool_calls"):
             message["tool_calls"] = calls = [_call(i, call) for call in calls]
@@ -274,7 +277,7 @@ class Answer:
         raw = self.tokenizer.decode(self._inner)
         self._inner = []
         if part == "thinking":
-            thought = raw.removeprefix("thought").strip()
+            thought = re.sub(r"^thought(\n|$)", "", raw).strip()
             self.thinking += ("\n" if self.thinking and thought else "") + thought
             return
         calls = self._parse(raw) if closed else None

@@ -3,7 +3,7 @@
 import inspect
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from support import engine_of
@@ -172,7 +172,7 @@ def test_batches_refuse_what_single_prompts_refuse(engine):
     assert message(OptionError, engine.generate_batch, ["a", "b"], seeds=[1]) == (
         "There are 2 prompts and 1 seeds; give one seed a prompt."
     )
-    assert message(OptionError, engine.generate_batch, []) == "There are 0 prompts and 0 seeds; give one seed a prompt."
+    assert message(PromptError, engine.generate_batch, []) == "There are no prompts; give at least one."
     assert message(PromptError, engine.generate_batch, ["a", " "]) == "The prompt is empty; say what you want."
     assert message(OptionError, engine.generate_batch, ["a"], zzz=1).startswith(
         "zzz is not an option; the options are "
@@ -270,3 +270,20 @@ def test_an_abandoned_stream_leaves_a_usable_session(engine):
     stream.close()
     messages += [assistant("No."), user("Spell the word dog.")]
     assert say(engine, session, messages, **FEW).stats.reused_tokens > 0
+
+
+def test_padding_does_not_count_as_context(demo):
+    """A short row beside a long one goes on as long as it would alone."""
+    engine = engine_of(demo)
+    model = engine.model
+    config = model.config
+    model.config = replace(config, text=replace(config.text, max_position_embeddings=200))
+    try:
+        prompts = ["Count from 1 to 30.", "Sort these numbers: " + ", ".join(["7"] * 20)]
+        together = engine.generate_batch(prompts, seeds=[0, 0])
+        alone = [engine.generate(prompt, seed=0) for prompt in prompts]
+    finally:
+        model.config = config
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert [r.finish_reason for r in together] == [r.finish_reason for r in alone]
+    assert together[0].stats.prompt_tokens + 40 < together[1].stats.prompt_tokens

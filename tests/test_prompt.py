@@ -387,3 +387,9 @@ def test_a_templates_own_refusal_is_told():
     with pytest.raises(PromptError) as caught:
         render(Bare(True), messages_of("Hi"))
     assert str(caught.value) == "The chat template refuses these messages: no two users in a row"
+
+
+def test_a_late_system_message_is_refused():
+    with pytest.raises(PromptError) as error:
+        messages_of([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}])
+    assert str(error.value) == "Message 1 is a system message, and templates take only the first; put it there."
