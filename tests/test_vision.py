@@ -104,7 +104,7 @@ def test_features_may_leave_float16_until_they_are_standardized(tmp_path):
     half, single = (build(checkpoint(tmp_path, vision, weights), dtype) for dtype in ("float16", "float32"))
     features, exact = (one.model.encoder.vision_tower(held["patches"], held["positions"]) for one in (half, single))
     assert mx.abs(exact).max() > 6.5504  # times 10000 that is beyond the range
-    assert gap(features.astype(mx.float32), exact) < 0.05
+    assert gap(features.astype(mx.float32), exact) < 0.1
 
 
 # Chunks.
