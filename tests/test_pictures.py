@@ -119,7 +119,7 @@ def test_another_picture_at_the_same_place_is_not_taken_for_the_first(engine):
     answers = [ask(engine, session, [user(image(square(color, half=35)), text(COLOR))]) for color in (RED, BLUE, RED)]
     assert [one.text for one in answers] == ["The square is red.", "The square is blue.", "The square is red."]
     assert [one.stats.images_encoded for one in answers[:2]] == [1, 1]
-    assert {one.stats.reused_tokens for one in answers[1:]} == {5}  # <bos> <|turn> user \\n <|image>
+    assert {one.stats.reused_tokens for one in answers[1:]} == {5}  # <bos> <|turn> user \n <|image>
 
 
 def test_another_budget_is_another_picture(engine):
