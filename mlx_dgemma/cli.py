@@ -23,7 +23,7 @@ import click
 from . import __version__
 from .errors import DgemmaError, OptionError, PromptError
 from .prompt import messages_of
-from .terminal import Terminal, count, segments, summary
+from .terminal import Terminal, count, details, segments, summary
 
 if TYPE_CHECKING:
     from .engine import Engine, Result
@@ -34,6 +34,7 @@ DEMO_NOTICE = (
 )
 CHAT_HELP = """\
 /image FILE    show a picture along with the next line
+/video FILE    show a video along with the next line
 /system TEXT   set the system message; without TEXT there is none
 /reset         forget the conversation
 /help          show this
@@ -139,6 +140,26 @@ answer_options = _all(
 )
 
 
+media_options = _all(
+    click.option(
+        "--image",
+        "images",
+        type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+        multiple=True,
+        help="Picture, - for stdin; repeatable.",
+    ),
+    click.option(
+        "--video", type=click.Path(exists=True), help="Video file (needs the extra video), or a folder of frames."
+    ),
+    _number("--image-tokens", 1, "Tokens that a picture may take: 70, 140, 280, 560 or 1120."),
+    _number("--fps", 0.0, "Frames looked at in a second of video.", "1"),
+    _number("--max-frames", 1, "Frames looked at in a whole video."),
+    click.option(
+        "-v", "--verbose", is_flag=True, help="Tell on stderr the options in force, frames chosen, and statistics."
+    ),
+)
+
+
 @main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
 @click.argument("prompt", required=False)
 @click.option(
@@ -149,19 +170,7 @@ answer_options = _all(
     multiple=True,
     help="Prompt from a UTF-8 file, - for stdin; repeatable.",
 )
-@click.option(
-    "--image",
-    "images",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
-    multiple=True,
-    help="Picture, - for stdin; repeatable.",
-)
-@click.option(
-    "--video", type=click.Path(exists=True), help="Video file (needs the extra video), or a folder of frames."
-)
-@_number("--image-tokens", 1, "Tokens that a picture may take: 70, 140, 280, 560 or 1120.")
-@_number("--fps", 0.0, "Frames looked at in a second of video.", "1")
-@_number("--max-frames", 1, "Frames looked at in a whole video.")
+@media_options
 @click.option("--tools", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False), help="Tools on offer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
 @model_options
@@ -175,6 +184,7 @@ def generate(
     video: str | None,
     tools: str | None,
     as_json: bool,
+    verbose: bool,
     model: str | None,
     dtype: str | None,
     ignore_memory: bool,
@@ -208,6 +218,8 @@ def generate(
     engine = _load(model, dtype, ignore_memory, terminal)
     events = engine.stream(messages, tools=declarations, drafts=terminal.live, **options)
     heard = _listen(engine, events, terminal, silent=as_json)
+    if verbose and heard.result:
+        _tell(engine, heard.result, options, terminal)
     if as_json:
         terminal.say(json.dumps(heard.as_dict(), ensure_ascii=False) + "\n")
     if heard.result is None:
@@ -215,21 +227,33 @@ def generate(
 
 
 @main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
+@media_options
 @model_options
 @answer_options
 @click.pass_context
 def chat(
-    ctx: click.Context, model: str | None, dtype: str | None, ignore_memory: bool, system: str | None, **options: Any
+    ctx: click.Context,
+    images: tuple[str, ...],
+    video: str | None,
+    verbose: bool,
+    model: str | None,
+    dtype: str | None,
+    ignore_memory: bool,
+    system: str | None,
+    **options: Any,
 ) -> None:
     """Talk, turn by turn: each encodes only what is new.
 
-    Commands are /image FILE, /system TEXT, /reset, /help and /exit. A line that ends in \\ goes on in the next one.
-    Ctrl-C stops an answer and keeps what is finished. Without a terminal each line of stdin is a turn.
+    Pictures and a video named here go with the first turn. Commands are /image FILE, /video FILE, /system TEXT,
+    /reset, /help and /exit. A line that ends in \\ goes on in the next one. Ctrl-C stops an answer and keeps
+    what is finished. Without a terminal each line of stdin is a turn.
 
     \b
     mlx-dgemma chat --model FOLDER --system "Answer in one sentence."
     mlx-dgemma chat --model FOLDER --seed 1 < questions.txt
     """
+    if "-" in images:
+        raise click.UsageError("- is stdin, which holds the conversation; name the picture's file.")
     terminal, interactive = Terminal(), sys.stdin.isatty()
     system, options = _utf8(system, "--system"), _given(options)
     engine = _load(model, dtype, ignore_memory, terminal)
@@ -239,7 +263,7 @@ def chat(
             terminal.hint("The demo learned single questions: /reset before the next one.")
     session = engine.session()
     messages: list[dict[str, Any]] = []
-    images: list[str] = []
+    shown = list(images)
     while (line := _read_turn(terminal)) is not None:
         command, _, rest = line.strip().partition(" ")
         if not command or command == "/help":
@@ -247,16 +271,18 @@ def chat(
         elif command == "/exit":
             break
         elif command == "/reset":
-            messages, images = [], []
+            messages, shown, video = [], [], None
         elif command == "/image":
-            images.append(rest.strip())
+            shown.append(rest.strip())
+        elif command == "/video":
+            video = rest.strip() or None
         elif command == "/system":
             system = rest.strip() or None
         elif command[0] == "/" and command[1:].isalpha():
             terminal.warn(f"There is no command {command}; /help lists them.")
         else:
-            messages += messages_of(line, images=images)
-            images = []
+            messages += messages_of(line, images=shown, video=video)
+            shown, video = [], None
             try:
                 events = engine.stream(messages, system=system, session=session, drafts=terminal.live, **options)
             except PromptError as error:
@@ -272,6 +298,8 @@ def chat(
                 messages.pop()
             if heard.result is None and not interactive:
                 ctx.exit(130)
+            if verbose and heard.result:
+                _tell(engine, heard.result, options, terminal)
 
 
 @main.command()
@@ -373,6 +401,14 @@ def _listen(engine: Engine, events: Any, terminal: Terminal, silent: bool = Fals
         terminal.hint(f"Cut at {count(len(result.tokens), 'token')}; --max-tokens N makes room for more.")
     terminal.hint(summary(result.stats))
     return heard
+
+
+def _tell(engine: Engine, result: Result, options: dict[str, Any], terminal: Terminal) -> None:
+    """What --verbose asks for."""
+    known = {name: value for name, value in options.items() if name not in ("seed", "thinking")}
+    told = details(result.stats, engine.options.override(**known))
+    for line in [*engine.notes, *told][: None if not terminal.hints else -1]:  # a terminal had the summary
+        terminal.warn(line)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Stats:
     seed: int
     images: int = 0  # pictures and video frames in the prompt
     images_encoded: int = 0  # of them, run through the vision tower this time
+    frame_seconds: tuple[float, ...] = ()  # times of the video frames in the prompt
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class _Row:
     tokens: list[int]
     held: list[int | str]  # as `Session.held`
     pictures: list[_Picture]
+    times: list[float]  # of video frames, seconds
     seed: int
     answer: Answer
     reused: int = 0
@@ -234,7 +236,7 @@ class Engine:
             seed = secrets.randbits(32)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
             raise OptionError(f"seed is {seed!r}; it should be a whole number from 0 to 2**64 - 1.")
-        pictures, shown = self._media(messages, options)
+        pictures, shown, times = self._media(messages, options)
         image = self._marker(self.config.image_token_id)
         tokens = render(self.tokenizer, messages, tools, thinking, shown, (image, VIDEO))
         room = self.config.text.max_position_embeddings - self.config.canvas_length
@@ -247,20 +249,21 @@ class Engine:
         digests = iter([picture.digest for picture in pictures for _ in range(picture.tokens)])
         placeholder = self.config.image_token_id
         held = [next(digests) if token == placeholder and pictures else token for token in tokens]
-        return _Row(tokens, held, pictures, seed, answer)
+        return _Row(tokens, held, pictures, times, seed, answer)
 
     def _marker(self, token: int) -> str:
         return self.tokenizer.convert_ids_to_tokens(token)
 
     def _media(
         self, messages: list[Message], options: GenerationOptions
-    ) -> tuple[list[_Picture], list[tuple[str, str]]]:
-        """The pictures of a prompt, and for each part its marker and the placeholders that take its place."""
+    ) -> tuple[list[_Picture], list[tuple[str, str]], list[float]]:
+        """A prompt's pictures, each part's marker with the placeholders in its place, and the frames' times."""
         pictures: list[_Picture] = []
         shown: list[tuple[str, str]] = []
+        times: list[float] = []
         parts = parts_of(messages, "image", "video")
         if not parts:
-            return pictures, shown
+            return pictures, shown, times
         if self.config.vision is None:
             raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
         config, vision = self.config, self.config.vision
@@ -278,8 +281,12 @@ class Engine:
                 continue
             budget = self.checkpoint.processor.video_tokens
             frames = sample_frames(part["video"], options.fps, options.max_frames)
-            shown.append((VIDEO, " ".join(f"{stamp(f.seconds)} {span(f.image, budget)}" for f in frames)))
-        return pictures, shown
+            spans = []
+            for frame in frames:
+                times.append(frame.seconds)
+                spans.append(f"{stamp(frame.seconds)} {span(frame.image, budget)}")
+            shown.append((VIDEO, " ".join(spans)))
+        return pictures, shown, times
 
     def _events(
         self, rows: list[_Row], options: GenerationOptions, session: Session | None, drafts: bool
@@ -334,7 +341,8 @@ class Engine:
         for i, row in enumerate(rows):
             padded[i, length - len(row.tokens) :] = row.tokens
             mask[i, length - len(row.tokens) :] = True
-        features = [self._look(row, {}) for row in rows]
+        known: dict[str, mx.array] = {}
+        features = [self._look(row, known) for row in rows]
         prefill(self.model, prefix, padded, options.prefill_chunk, None if mask.all() else mask, features)
         return prefix
 
@@ -374,6 +382,7 @@ class Engine:
             seed=row.seed,
             images=len(row.pictures),
             images_encoded=row.encoded,
+            frame_seconds=tuple(row.times),
         )
         return Result(
             answer.text, answer.thinking, answer.tool_calls, answer.tokens, answer.finish_reason or "length", stats

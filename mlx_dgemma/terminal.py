@@ -12,11 +12,12 @@ import stat
 import sys
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from .engine import Stats
-    from .generate import Draft
+    from .generate import Draft, GenerationOptions
 
 Segment = tuple[str, int]  # text and how uncertain it is: an index into STYLES
 STYLES = ("", "\x1b[2m", "\x1b[90m")  # as it is, dim, grey
@@ -127,6 +128,18 @@ def summary(stats: Stats) -> str:
     if stats.reused_tokens:
         parts.insert(1, f"{stats.reused_tokens} of {count(stats.prompt_tokens, 'prompt token')} reused")
     return " · ".join(parts)
+
+
+def details(stats: Stats, options: GenerationOptions) -> list[str]:
+    """What --verbose tells of an answer: the options in force, the prompt, and the frames that were looked at."""
+    held = [f"{name.replace('_', '-')} {value}" for name, value in asdict(options).items() if name != "end_tokens"]
+    prompt = f"{count(stats.prompt_tokens, 'prompt token')}, {stats.reused_tokens} reused"
+    if stats.images:
+        prompt += f"; {count(stats.images, 'picture')}, {stats.images_encoded} encoded"
+    told = [f"options: {', '.join(held)}", prompt]
+    if stats.frame_seconds:
+        told.append(f"frames at {', '.join(f'{one:.2f}' for one in stats.frame_seconds)} s")
+    return [*told, summary(stats)]
 
 
 class Terminal:

@@ -164,8 +164,6 @@ class VisionTower(nn.Module):
         mask = None if (grid >= 0).all() else mx.array(grid[:, None, None, :, 0] >= 0)
         for layer in self.encoder.layers:
             x = layer(x, rotation, mask)
-            if x.shape[1] > ROWS:
-                mx.eval(x)  # layers in flight together would each hold their scores
         # float32 until standardized: scaled features leave float16's range, and the bias cancels most of them.
         pooled = self._pool(x, grid) * config.hidden_size**0.5
         if config.standardize:

@@ -258,6 +258,27 @@ def test_a_picture_in_a_chat(red):
     assert (done.exit_code, done.stdout, done.stderr) == (1, "", "Error: none.png does not exist.\n")
 
 
+def test_a_chat_begins_with_the_pictures_named(red):
+    done = run("chat", "--seed", 0, "--image", red, data=b"What color is the shape?\n")
+    assert (done.exit_code, done.stdout) == (0, "The square is red.\n")
+    done = run("chat", "--image", "-", data=b"What color is the shape?\n")
+    assert done.exit_code == 2
+    assert "- is stdin, which holds the conversation; name the picture's file." in done.stderr
+
+
+def test_verbose_tells_what_was_chosen(red):
+    few = ("--seed", 0, "-v", "-m", DEMO, "--max-denoising-steps", 1, "--max-frames", 2)
+    done = run("generate", "--video", red.parent, "What color is the shape?", *few)
+    told = done.stderr.splitlines()
+    assert told[1].startswith("options: max-tokens 256, stop (), max-denoising-steps 1, entropy-bound 0.1")
+    assert told[2].endswith("prompt tokens, 0 reused; 1 picture, 1 encoded")
+    assert told[3] == "frames at 0.00 s"
+    assert told[4].endswith("seed 0")
+    by_command = run("chat", *few, data=f"/video {red.parent}\nWhat color is the shape?\n".encode())
+    assert by_command.stdout == done.stdout
+    assert by_command.stderr.splitlines()[1:4] == told[1:4]
+
+
 def test_warnings_are_one_line(monkeypatch):
     real = engine.Engine.stream
 
