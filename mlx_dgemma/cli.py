@@ -12,9 +12,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,8 +216,8 @@ def generate(
     declarations = _read_tools(tools) if tools else None
     terminal = Terminal()
     engine = _load(model, dtype, ignore_memory, terminal)
-    events = engine.stream(messages, tools=declarations, drafts=terminal.live, **options)
-    heard = _listen(engine, events, terminal, silent=as_json)
+    stream = partial(engine.stream, messages, tools=declarations, **options)
+    heard = _listen(engine, stream, terminal, silent=as_json)
     if verbose and heard.result:
         _tell(engine, heard.result, options, terminal)
     if as_json:
@@ -284,14 +284,14 @@ def chat(
             messages += messages_of(line, images=shown, video=video)
             shown, video = [], None
             try:
-                events = engine.stream(messages, system=system, session=session, drafts=terminal.live, **options)
+                stream = partial(engine.stream, messages, system=system, session=session, **options)
+                heard = _listen(engine, stream, terminal)
             except PromptError as error:
                 if not interactive:
                     raise
                 messages.pop()
                 terminal.warn(f"Error: {error} /reset starts anew.")
                 continue
-            heard = _listen(engine, events, terminal)
             if heard.result or heard.text:  # thinking is not part of the history
                 messages.append({"role": "assistant", "content": heard.text})
             else:
@@ -362,12 +362,14 @@ def _load(model: str | None, dtype: str | None, ignore_memory: bool, terminal: T
     return engine
 
 
-def _listen(engine: Engine, events: Any, terminal: Terminal, silent: bool = False) -> Heard:
-    """Follow an answer; `silent` keeps it from stdout. Ctrl-C ends it."""
+def _listen(engine: Engine, stream: Callable[..., Any], terminal: Terminal, silent: bool = False) -> Heard:
+    """Start an answer and follow it; `silent` keeps it from stdout. Ctrl-C ends it, warnings become lines."""
     from .generate import Block, Draft
 
     heard, blocks = Heard(), 0
-    with warnings.catch_warnings(record=True) as caught, closing(events):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        events = stream(drafts=terminal.live)
         try:
             terminal.draw([], "reading the prompt")
             for event in events:
@@ -384,6 +386,7 @@ def _listen(engine: Engine, events: Any, terminal: Terminal, silent: bool = Fals
         except KeyboardInterrupt:
             terminal.interrupted()
         finally:
+            events.close()
             terminal.erase()
     result = heard.result
     if not silent:
@@ -392,8 +395,8 @@ def _listen(engine: Engine, events: Any, terminal: Terminal, silent: bool = Fals
             terminal.say("\n")
         for call in calls:
             terminal.say(json.dumps(call["function"], ensure_ascii=False) + "\n")
-    for warning in caught:
-        terminal.warn(f"Warning: {warning.message}")
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        terminal.warn(f"Warning: {message}")
     if result is None:
         terminal.hint(f"Interrupted after {count(blocks, 'finished block')}.")
         return heard

@@ -302,6 +302,12 @@ def patchify(images: Iterable[Image.Image], budget: int, patch: int = 16, poolin
     parts = []
     for image in images:
         size = target_size(*image.size, budget, patch, pooling)
+        if max(image.size) >= (budget + 1) * min(image.size):
+            warnings.warn(
+                f"A picture of {image.width} x {image.height} pixels is more elongated than {budget} soft tokens in a "
+                "row; it is squeezed, so crop it to see it in proportion.",
+                stacklevel=2,
+            )
         pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
         columns, rows = size[0] // patch, size[1] // patch
         cut = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2).reshape(1, rows * columns, -1)

@@ -279,6 +279,13 @@ def test_verbose_tells_what_was_chosen(red):
     assert by_command.stderr.splitlines()[1:4] == told[1:4]
 
 
+def test_a_warning_about_a_picture_is_one_line(tmp_path, red):
+    Image.open(red).save(tmp_path / "two.gif", save_all=True, append_images=[Image.new("RGB", (9, 9))])
+    done = run("generate", "What color is the shape?", "--seed", 0, "-m", DEMO, "--image", tmp_path / "two.gif")
+    assert done.stderr == f"Warning: {tmp_path / 'two.gif'} holds several frames; only the first is taken.\n"
+    assert done.exit_code == 0
+
+
 def test_warnings_are_one_line(monkeypatch):
     real = engine.Engine.stream
 

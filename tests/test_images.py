@@ -60,6 +60,20 @@ def test_target_sizes_equal_transformers():
         assert target[0] * target[1] <= budget * 48 * 48
 
 
+def test_an_elongated_picture_is_squeezed_with_a_warning():
+    sentence = (
+        "A picture of 142 x 2 pixels is more elongated than 70 soft tokens in a row; "
+        "it is squeezed, so crop it to see it in proportion."
+    )
+    with pytest.warns(UserWarning) as caught:
+        patchify([Image.new("RGB", (142, 2))], 70)
+    assert [str(one.message) for one in caught] == [sentence]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patchify([Image.new("RGB", (141, 2))], 70)
+
+
+@pytest.mark.filterwarnings("ignore:A picture of")
 def test_an_elongated_picture_becomes_one_strip():
     assert target_size(10_000, 10, 70) == (70 * 48, 48)
     assert target_size(1, 5000, 280) == (48, 280 * 48)
@@ -79,6 +93,7 @@ def test_patches_hold_their_pixels_row_by_row():
         assert (x, y) == (i % (size[0] // 16), i // (size[0] // 16))
 
 
+@pytest.mark.filterwarnings("ignore:A picture of")
 def test_shorter_pictures_are_padded_and_join_is_patchify_of_all():
     pictures = [noise(100, 100), noise(37, 500, seed=1), noise(2000, 10, seed=2)]
     whole, joined = patchify(pictures, 140), join([patchify([picture], 140) for picture in pictures])
