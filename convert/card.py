@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import yaml  # huggingface-hub brings it
 
 from mlx_dgemma import __version__
+from mlx_dgemma.terminal import human
 
 from .recipes import RECIPES, Recipe
-from .writer import readable
 
 if TYPE_CHECKING:
     from .conversion import Report
@@ -79,7 +79,7 @@ print(engine.generate("Why is the sky blue?").text)
 
 ## Weights
 
-{report.parameters / 1e6:,.1f} M parameters, {readable(report.nbytes)}, {report.bits_per_weight:.2f} bits per weight.
+{report.parameters / 1e6:,.1f} M parameters, {human(report.nbytes)}, {report.bits_per_weight:.2f} bits per weight.
 Made by `{command}{_flags(report, recipe)}`.
 
 | part | stored as |

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.terminal import human
 
 from . import recipes
-from .writer import readable
 
 if TYPE_CHECKING:
     from .conversion import Report
@@ -116,7 +116,7 @@ def _tell(report: Report) -> None:
         click.echo(f"  {path}: {how}, as the recipe's groups do not divide its input")
     for path in _by_kind(dict.fromkeys(report.unquantized, "")):
         click.echo(f"  {path}: left in {report.dtype}, as no group size divides its input")
-    size = readable(report.nbytes)
+    size = human(report.nbytes)
     click.echo(f"{report.bits_per_weight:.2f} bits per weight, {size}, {report.seconds:.1f} s.")
     if not report.quantized:
         click.echo("Nothing is quantized; -q quantizes.")

@@ -18,12 +18,13 @@ import mlx.core as mx
 
 from mlx_dgemma.checkpoint import Checkpoint, find, on_cpu
 from mlx_dgemma.errors import CheckpointError, DgemmaError, OptionError
+from mlx_dgemma.terminal import human
 
 from . import card, hub
 from .jobs import DTYPES, SLICE_BYTES, Job, make_jobs, read, source_quantization, to_array, to_bytes
 from .recipes import PARTS, Quantization, Recipe, named, part_of
 from .verify import Verification, verify_conversion
-from .writer import INDEX, Writer, readable, write_json
+from .writer import INDEX, Writer, write_json
 
 Progress = Callable[[int, int], None]  # bytes read, of so many
 _CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
@@ -154,7 +155,7 @@ def _folder(target: Path, nbytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(parent).free
         if free < nbytes:
             raise DgemmaError(
-                f"{parent} has {readable(free)} free, but the result takes {readable(nbytes)}; "
+                f"{parent} has {human(free)} free, but the result takes {human(nbytes)}; "
                 "free some space or choose another --mlx-path."
             )
         partial.mkdir()
@@ -169,7 +170,7 @@ def _folder(target: Path, nbytes: int) -> Iterator[Path]:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DgemmaError(
-                f"The disk under {parent} is full, and the result takes {readable(nbytes)}; "
+                f"The disk under {parent} is full, and the result takes {human(nbytes)}; "
                 "free some space or choose another --mlx-path."
             ) from None
         # The hidden folder means nothing to a user; the one that holds it does.

@@ -112,11 +112,3 @@ def _shard_name(index: int, count: int) -> str:
 def write_json(file: Path, content: dict) -> None:
     """Write an object as indented JSON with sorted keys."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def readable(nbytes: int) -> str:
-    """Bytes as people read them, in decimal units as disks are sold."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.1f} {unit}"
-    return f"{nbytes / 1000:.1f} kB"

@@ -42,9 +42,7 @@ def prefix_bytes(config: ModelConfig, context: int, itemsize: int, batch_size: i
     return total
 
 
-def need(
-    checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False, chunk: int = 2048
-) -> Need:
+def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False) -> Need:
     """Estimate from the headers what loading and a prompt of `context` tokens take.
 
     The workspace is the larger of a denoising step's and a prefill chunk's, fitted to peaks measured at
@@ -58,7 +56,7 @@ def need(
         weights = checkpoint.nbytes
     config = checkpoint.config
     step = 8 * 4 * config.canvas_length * config.text.vocab_size
-    scores = 6 * itemsize * config.text.num_attention_heads * min(chunk, context) * context
+    scores = 6 * itemsize * config.text.num_attention_heads * min(2048, context) * context
     workspace = max(step, scores)
     return Need(weights, prefix_bytes(config, context, itemsize), workspace)
 
