@@ -16,8 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint import Checkpoint, find, on_cpu
+from mlx_dgemma.checkpoint import Checkpoint, find
 from mlx_dgemma.errors import CheckpointError, DgemmaError, OptionError
+from mlx_dgemma.layers import on_cpu
 from mlx_dgemma.terminal import human
 
 from . import card, hub

@@ -18,6 +18,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from . import weights
 from .config import GenerationConfig, ModelConfig, ProcessorConfig, read_json
 from .errors import CheckpointError, OptionError
+from .layers import on_cpu
 from .model import DiffusionGemma
 
 DEMO = Path(__file__).parent / "demo"
@@ -230,11 +231,6 @@ def _download(repo: str) -> Path:
             f"{repo} is not on this machine and the Hub cannot be reached ({type(error).__name__}); "
             "connect and try again, or give a folder."
         ) from None
-
-
-def on_cpu() -> bool:
-    """Whether MLX computes on its CPU backend."""
-    return mx.default_device() == mx.cpu
 
 
 def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = False) -> DiffusionGemma:

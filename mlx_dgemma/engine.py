@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from . import memory
-from .checkpoint import Checkpoint, build, find, on_cpu
+from .checkpoint import Checkpoint, build, find
 from .config import ModelConfig
 from .errors import CheckpointError, OptionError, PromptError
 from .generate import Block, Draft, Finished, GenerationOptions, generate, prefill
 from .images import Patches, digest, join, open_image, patchify
+from .layers import on_cpu
 from .model import DiffusionGemma
 from .prefix import Prefix
 from .prompt import Answer, Message, messages_of, parts_of, render

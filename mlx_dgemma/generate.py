@@ -8,14 +8,14 @@ comes from a key that depends on the row's seed, the block and the step alone.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from . import sampler
+from . import head, sampler
 from .config import GenerationConfig, ProcessorConfig
 from .errors import OptionError
 from .images import check_budget
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from .engine import Result
     from .model import DiffusionGemma
     from .prefix import Prefix
+
+
+# How early a canvas is taken, by mode: bench/RESULTS.md has what that costs and saves.
+SETTLE: dict[str, dict[str, Any]] = {
+    "exact": {"certainty_threshold": 0, "patience": 0},
+    "default": {"certainty_threshold": 0.1, "patience": 2},
+    "fast": {"certainty_threshold": 0.5, "patience": 1},
+}
+DENSE = 64  # diffuse positions are counted in steps of so many: each count is a graph of its own
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,10 @@ class GenerationOptions:
     t_max: float = 0.8  # temperature at the first step
     stability_threshold: int = 1  # earlier steps whose argmax must be the same
     confidence_threshold: float = 0.005  # nats; mean entropy below which a canvas has settled
+    exact: bool = False  # settle as the reference does, by the two thresholds above over the whole canvas
+    fast: bool = False  # other defaults for the next two: fewer steps, more risk
+    certainty_threshold: float | None = None  # nats; settled where no position is above (0.1, fast 0.5; 0: never)
+    patience: int | None = None  # steps without change that settle a canvas (2, fast 1; 0: never)
     end_tokens: tuple[int, ...] = (1,)  # any of these ends the text
     prefill_chunk: int = 2048  # prompt tokens encoded at once
     image_tokens: int = 280  # the most soft tokens of a picture: 70, 140, 280, 560 or 1120
@@ -49,6 +62,16 @@ class GenerationOptions:
     max_frames: int = 32  # frames looked at in a whole video
 
     def __post_init__(self):
+        for name in ("exact", "fast"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} is {getattr(self, name)!r}; it should be true or false.")
+        mode = "exact" if self.exact else "fast" if self.fast else "default"
+        for name, value in SETTLE[mode].items():
+            given = getattr(self, name)
+            if self.exact and (given or self.fast):
+                other = f"{name} is {given!r}" if given else "fast is True"
+                raise OptionError(f"exact is True and {other}; the reference knows no such thing: leave one out.")
+            object.__setattr__(self, name, value if given is None else given)
         for name, kind, low in (
             ("max_tokens", int, 1),
             ("max_denoising_steps", int, 1),
@@ -57,6 +80,8 @@ class GenerationOptions:
             ("t_max", float, self.t_min),
             ("stability_threshold", int, 0),
             ("confidence_threshold", float, 0),
+            ("certainty_threshold", float, 0),
+            ("patience", int, 0),
             ("prefill_chunk", int, 1),
             ("max_frames", int, 1),
             ("fps", float, 0),
@@ -102,7 +127,10 @@ class GenerationOptions:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(known)}."
                 raise OptionError(f"{name} is not an option; {hint}")
-        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if {"exact", "fast"} & set(changes):
+            changes = {**dict.fromkeys(SETTLE["default"]), **changes}  # they follow the mode
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -139,6 +167,10 @@ class Finished:
 
 class Reader(Protocol):
     """Takes a row's blocks and says when its text has ended."""
+
+    @property
+    def left(self) -> int:
+        """Tokens that the text has room for."""
 
     def feed(self, tokens: tuple[int, ...]) -> str | None:
         """Take a block; returns the finish reason once there is one."""
@@ -212,45 +244,90 @@ class _Step:
     steps: list[int]
 
 
-def denoise_block(model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, keys: mx.array) -> Iterator[_Step]:
+class _Forward(NamedTuple):
+    """A step that is under way: arrays [B, C], nothing of it known to the host yet."""
+
+    reading: head.Reading | head.WholeReading
+    accepted: mx.array
+    canvas: mx.array  # of the next step
+    best: mx.array  # the reading's, but a settled row keeps its own
+    done: mx.array  # [B] bool
+    known: mx.array  # [B + 1] int32, what the host must learn: `done`, and how many positions are diffuse
+
+
+def denoise_block(
+    model: DiffusionGemma,
+    prefix: Prefix,
+    options: GenerationOptions,
+    keys: mx.array,
+    left: Sequence[int] | None = None,
+) -> Iterator[_Step]:
     """Denoise one canvas per row until all rows have settled or the steps are used up.
+
+    The host learns once a step whether to go on; while the device works, it builds the next step's graph.
 
     Args:
         keys: [B, 2], one random key per row for this block.
+        left: tokens that each row's text has room for; None: the canvas and more.
 
     Yields:
         A `_Step` per forward; a row that has settled keeps its argmax while others go on.
     """
-    total, vocab, length = options.max_denoising_steps, model.config.text.vocab_size, model.config.canvas_length
+    total, rows, length = options.max_denoising_steps, prefix.batch_size, model.config.canvas_length
     draws = sampler.split(keys, 2 * total + 1)
-    canvas = sampler.noise(length, vocab, draws[0])
-    conditioning, done = None, mx.zeros((prefix.batch_size,), mx.bool_)
-    earlier: list[mx.array] = []
-    steps = [0] * prefix.batch_size
-    finished = [False] * prefix.batch_size
-    for step in range(total):
+    room = mx.array([length] * rows if left is None else list(left))
+    ends = mx.array(options.end_tokens, mx.int32)
+    read: Callable[..., head.Reading | head.WholeReading] = head.read_whole if options.exact else head.read
+    certainty, patience = options.certainty_threshold or 0.0, options.patience or 0
+    earlier: list[mx.array] = []  # argmaxes, oldest first
+
+    def forward(step: int, last: _Forward | None, dense: int = 0) -> _Forward:
+        canvas = sampler.noise(length, model.config.text.vocab_size, draws[0]) if last is None else last.canvas
+        conditioning = None if last is None else last.reading.condition(model, dense)
         t = sampler.temperature(total - step, total, options.t_min, options.t_max)
-        logits = model.logits(model.denoise(canvas, prefix, conditioning)) / t
-        best = mx.argmax(logits, axis=-1).astype(mx.int32)
-        if any(finished):
-            best = mx.where(done[:, None], earlier[-1], best)
-        uncertainty = sampler.entropy(logits)
-        accepted = sampler.accept(uncertainty, options.entropy_bound)
-        done = done | sampler.settled(
-            best, earlier, uncertainty, options.stability_threshold, options.confidence_threshold
+        reading = read(model, model.denoise(canvas, prefix, conditioning), t, draws[2 * step + 1])
+        best = reading.best if last is None else mx.where(last.done[:, None], last.best, reading.best)
+        accepted = sampler.accept(reading.entropy, options.entropy_bound)
+        text = None if options.exact else sampler.text(best, ends, room)
+        done = sampler.settled(
+            best, earlier, reading.entropy, options.stability_threshold, options.confidence_threshold, text
         )
-        # What the next step needs stays lazy: after the last step nobody pays for it.
-        drawn = sampler.sample(logits, draws[2 * step + 1])
-        canvas = mx.where(accepted, drawn, sampler.noise(length, vocab, draws[2 * step + 2]))
-        conditioning = model.condition(logits)
-        del logits
-        mx.eval(best, accepted, uncertainty, done)
+        if text is not None:
+            done = done | sampler.certain(reading.entropy, certainty, text)
+            if patience:
+                done = done | sampler.unchanged(best, earlier, patience, text)
+        if last is not None:
+            done = done | last.done
+        noise = sampler.noise(length, model.config.text.vocab_size, draws[2 * step + 2])
+        known = mx.concatenate([done.astype(mx.int32), reading.diffuse.sum(keepdims=True).flatten()])
+        return _Forward(reading, accepted, mx.where(accepted, reading.drawn, noise), best, done, known)
+
+    def start(step: _Forward) -> None:
+        mx.async_eval(step.known, step.best, step.accepted, step.reading.entropy)
+
+    current, dense, steps = forward(0, None), rows * length, [0] * rows
+    finished = [False] * rows
+    start(current)
+    for step in range(1, total + 1):
+        earlier = [*earlier, current.best][-max(options.stability_threshold, patience, 1) :]
+        handles = prefix.handles()
+        following = forward(step, current, dense) if step < total else None
+        known = np.asarray(current.known)
         steps = [n + (not over) for n, over in zip(steps, finished)]
-        finished = [bool(one) for one in np.asarray(done)]
-        yield _Step(best, accepted, uncertainty, finished, steps)
-        if all(finished):
+        finished = [bool(one) for one in known[:-1]]
+        over = all(finished) or following is None
+        needed = -(-int(known[-1]) // DENSE) * DENSE
+        if over or needed != dense:  # what was built is of no use, and must not be computed for its side effects
+            prefix.restore(handles)
+            dense = min(needed, rows * length)
+            following = None if over else forward(step, current, dense)
+        del handles
+        if following is not None:
+            start(following)
+        yield _Step(current.best, current.accepted, current.reading.entropy, finished, steps)
+        if following is None:
             return
-        earlier = [*earlier, best][-max(options.stability_threshold, 1) :]
+        current = following
 
 
 def generate(
@@ -277,7 +354,8 @@ def generate(
             return
         keys, block_keys = sampler.split(keys, 2)
         step, over = None, [False] * len(rows)
-        for step in denoise_block(model, prefix, options, block_keys):
+        left = [readers[row].left for row in rows]
+        for step in denoise_block(model, prefix, options, block_keys, left):
             for i, row in enumerate(rows):
                 if not over[i]:
                     yield Draft(row, block, step.steps[i], step.best[i], step.accepted[i], step.entropy[i])

@@ -17,13 +17,18 @@ from .prefix import LayerKV
 SORT_FROM = 64  # rows * top_k from which sorting by expert pays: MLX's grouped kernels need it
 
 
+def on_cpu() -> bool:
+    """Whether MLX computes on its CPU backend."""
+    return mx.default_device() == mx.cpu
+
+
 def fused(function: Callable) -> Callable:
     """Compile elementwise chains on a GPU; MLX's CPU compiler needs a C++ compiler that may be missing."""
     compiled = mx.compile(function, shapeless=True)
 
     @wraps(function)
     def call(*args):
-        return (compiled if mx.default_device() == mx.gpu else function)(*args)
+        return (function if on_cpu() else compiled)(*args)
 
     return call
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .checkpoint import Checkpoint, on_cpu
+from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import MemoryLimitError
+from .layers import on_cpu
 from .prefix import STEP
 
 GB = 1e9

@@ -201,13 +201,14 @@ class DiffusionGemma(nn.Module):
             )
         else:
             expected = p @ table.weight
-        return expected * self._embed_scale()
+        return expected * self.embed_scale()
 
-    def _embed_scale(self) -> mx.array:
-        return mx.array(self.config.text.hidden_size**0.5, self.dtype)  # rounded, as the reference rounds it
+    def embed_scale(self) -> mx.array:
+        """What embeddings are multiplied by, rounded as the reference rounds it."""
+        return mx.array(self.config.text.hidden_size**0.5, self.dtype)
 
     def _embed(self, tokens: mx.array) -> mx.array:
-        return self.model.decoder.embed_tokens(tokens).astype(self.dtype) * self._embed_scale()
+        return self.model.decoder.embed_tokens(tokens).astype(self.dtype) * self.embed_scale()
 
     def _run(self, h: mx.array, prefix: Prefix, masks: dict, scalars: list[mx.array], canvas: bool) -> mx.array:
         rope_offset = prefix.rope_offset()

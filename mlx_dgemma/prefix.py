@@ -190,6 +190,15 @@ class Prefix:
             for kind in ("full_attention", "sliding_attention")
         }
 
+    def handles(self) -> list[tuple[mx.array | None, mx.array | None]]:
+        """What the layers hold now, for `restore`; while it is kept, the next write copies the buffers."""
+        return [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers]
+
+    def restore(self, handles: list[tuple[mx.array | None, mx.array | None]]) -> None:
+        """Forget what was written since `handles` was taken, as if it had never been asked for."""
+        for layer, (keys, values) in zip(self.layers, handles):
+            layer.keys, layer.values = keys, values
+
     def mark(self) -> None:
         """Remember this state, so that `rewind` can come back here after the rings have moved on."""
         rings = [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers if layer.ring]

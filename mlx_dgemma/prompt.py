@@ -212,6 +212,11 @@ class Answer:
         self._text = wrapper.detokenizer
         self._given = 0, 0  # characters of text and thinking already taken
 
+    @property
+    def left(self) -> int:
+        """Tokens that the text has room for."""
+        return self.max_tokens - len(self.tokens)
+
     def feed(self, tokens: Sequence[int]) -> str | None:
         """Take a block; returns the finish reason once there is one."""
         for token in tokens:

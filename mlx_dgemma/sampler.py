@@ -40,9 +40,12 @@ def accept(uncertainty: mx.array, bound: float) -> mx.array:
 
 def sample(logits: mx.array, keys: mx.array) -> mx.array:
     """One token per position by the Gumbel-max trick: [B, C, V] and keys [B, 2] -> [B, C] int32."""
-    shape = logits.shape[1:]
-    gumbel = mx.vmap(lambda key: mx.random.gumbel(shape, key=key))(keys)
-    return mx.argmax(logits + gumbel, axis=-1).astype(mx.int32)
+    return mx.argmax(logits + gumbel(logits.shape[1:], keys), axis=-1).astype(mx.int32)
+
+
+def gumbel(shape: tuple[int, ...], keys: mx.array) -> mx.array:
+    """Standard Gumbel noise: keys [B, 2] -> [B, *shape] float32."""
+    return mx.vmap(lambda key: mx.random.gumbel(shape, key=key))(keys)
 
 
 def noise(length: int, vocab_size: int, keys: mx.array) -> mx.array:
@@ -50,10 +53,31 @@ def noise(length: int, vocab_size: int, keys: mx.array) -> mx.array:
     return mx.vmap(lambda key: mx.random.randint(0, vocab_size, (length,), key=key))(keys)
 
 
+def text(best: mx.array, end_tokens: mx.array, room: mx.array) -> mx.array:
+    """Positions that an answer is made of: up to and including the first end token, and within its room.
+
+    Args:
+        best: [B, C] argmax of a step.
+        end_tokens: [N] token ids.
+        room: [B] tokens that may still be taken.
+
+    Returns:
+        [B, C] bool.
+    """
+    ends = (best[..., None] == end_tokens).any(axis=-1).astype(mx.int32)
+    before = mx.cumsum(ends, axis=-1) - ends
+    return (before == 0) & (mx.arange(best.shape[-1]) < room[:, None])
+
+
 def settled(
-    best: mx.array, earlier: Sequence[mx.array], uncertainty: mx.array, stability: int, confidence: float
+    best: mx.array,
+    earlier: Sequence[mx.array],
+    uncertainty: mx.array,
+    stability: int,
+    confidence: float,
+    where: mx.array | None = None,
 ) -> mx.array:
-    """The stop rule: argmax unchanged over the last `stability` steps, and certain on average.
+    """The reference's stop rule: argmax unchanged over the last `stability` steps, and certain on average.
 
     Args:
         best: [B, C] argmax of this step.
@@ -61,16 +85,30 @@ def settled(
         uncertainty: [B, C] entropies in nats.
         stability: how many earlier argmaxes must equal this one.
         confidence: bound of the mean entropy in nats (exclusive).
+        where: [B, C] bool, positions that count; what lies behind an answer passes for certain. None: all.
 
     Returns:
         [B] bool.
     """
+    if where is not None:
+        uncertainty = mx.where(where, uncertainty, 0)
     confident = uncertainty.mean(axis=-1) < confidence
-    if len(earlier) < stability:
-        return mx.zeros(confident.shape, mx.bool_)
-    for other in list(earlier)[len(earlier) - stability :]:
-        confident = confident & (best == other).all(axis=-1)
-    return confident
+    return confident & unchanged(best, earlier, stability, where)
+
+
+def unchanged(best: mx.array, earlier: Sequence[mx.array], steps: int, where: mx.array | None = None) -> mx.array:
+    """[B] bool: the argmax equals that of the last `steps` steps at every position that counts (None: all)."""
+    if len(earlier) < steps:
+        return mx.zeros(best.shape[:1], mx.bool_)
+    same = mx.ones(best.shape, mx.bool_)
+    for other in list(earlier)[len(earlier) - steps :]:
+        same = same & (best == other)
+    return (same if where is None else same | ~where).all(axis=-1)
+
+
+def certain(uncertainty: mx.array, threshold: float, where: mx.array) -> mx.array:
+    """[B] bool: no position that counts has an entropy of `threshold` nats or more."""
+    return ((uncertainty < threshold) | ~where).all(axis=-1)
 
 
 def split(keys: mx.array, count: int) -> mx.array:

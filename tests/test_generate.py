@@ -12,7 +12,7 @@ from mlx_dgemma.errors import OptionError
 from mlx_dgemma.generate import Block, Draft, GenerationOptions, chunks, generate, prefill
 
 # A random model is never sure, so these bounds are wide: some canvases settle and some do not.
-OPTIONS = GenerationOptions(max_denoising_steps=10, entropy_bound=2.5, confidence_threshold=1.0, end_tokens=(39,))
+OPTIONS = GenerationOptions(max_denoising_steps=10, entropy_bound=2.5, confidence_threshold=1.0, end_tokens=(39,), exact=True)
 PROMPTS = [
     "Write JSON for: Anna is 31 years old and lives in Oslo.",
     "Count from 3 to 30.",
@@ -26,6 +26,10 @@ class Reader:
 
     def __init__(self, blocks):
         self.blocks, self.taken, self.reason = blocks, [], None
+
+    @property
+    def left(self):
+        return 10**6
 
     def feed(self, tokens):
         self.taken.append(tokens)

@@ -1,0 +1,251 @@
+"""The streaming head: what a denoising step asks of the vocabulary, a chunk of it at a time.
+
+The vocabulary is dealt into about 4,096 tiles. A chunk's logits become a few numbers per tile (its maximum
+and where that is, sums of exponentials) and are dropped; argmax, entropy, the sample and the likely tokens
+are reductions over tiles. No [canvas, vocabulary] array is made, and no result depends on the chunk's size.
+
+B is the batch, C the canvas length, V the vocabulary, H the hidden size. `sampler.entropy`, `sampler.sample`
+and `DiffusionGemma.condition` compute the same from whole logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import sampler
+from .layers import fused, on_cpu
+
+if TYPE_CHECKING:
+    from .model import DiffusionGemma
+
+TILES = 4096  # about so many: more cost memory, fewer let likely tokens meet in one tile
+STRIDE = 64  # tokens between two of a tile: neighbours such as the digits are likely together
+CHUNK_BYTES = 16 << 20  # of float32 logits at once
+LIKELY = 32  # tokens a position whose embeddings make its conditioning where they suffice
+TAIL = 1e-4  # probability that conditioning may leave out
+NOWHERE = -1e9  # logit of what pads the last tiles: finite, since 0 * -inf is not a number
+
+
+class Reading(NamedTuple):
+    """A step's processed logits (softcapped, over temperature), read chunk by chunk. Positions are [B, C]."""
+
+    hidden: mx.array  # [B, C, H], what was read
+    t: mx.array  # float32, the temperature
+    best: mx.array  # int32, the most probable token
+    entropy: mx.array  # float32, nats
+    drawn: mx.array  # int32, a sample
+    likely: mx.array  # [B, C, K] int32, the best tokens of the K best tiles
+    probability: mx.array  # [B, C, K] float32, theirs; of logits rounded to the model's dtype, as conditioning is
+    log_mass: mx.array  # float32, log-sum-exp of the logits so rounded
+
+    @property
+    def diffuse(self) -> mx.array:
+        """[B, C] bool, where the likely tokens leave out more than `TAIL`."""
+        return 1 - self.probability.sum(axis=-1) > TAIL
+
+    def condition(self, model: DiffusionGemma, dense: int, nbytes: int = CHUNK_BYTES) -> mx.array:
+        """The expected embedding under these logits, for the next step.
+
+        Where the likely tokens carry all but `TAIL` of the probability, their embeddings make it; what is left
+        out moves it by at most `TAIL` times the largest embedding. Other positions take the whole vocabulary,
+        in a second pass over it that is for them alone.
+
+        Args:
+            model: the one that was read.
+            dense: positions of the batch that the second pass has room for, at least as many as are diffuse.
+            nbytes: of float32 logits at once.
+
+        Returns:
+            [B, C, H] as `DiffusionGemma.condition`.
+        """
+        table, dtype = model.model.decoder.embed_tokens, model.dtype
+        weights = self.probability.astype(dtype)[..., None, :]
+        expected = (weights @ table(self.likely).astype(dtype))[..., 0, :]
+        if dense:
+            flat = expected.reshape(-1, expected.shape[-1])
+            diffuse = self.diffuse.flatten()
+            index = mx.argsort(~diffuse)[:dense]
+            states, log_mass = self.hidden.reshape(flat.shape)[index], self.log_mass.flatten()[index, None]
+            whole = mx.zeros(states.shape, mx.float32)
+            for start, end in chunks(model.config.text.vocab_size, dense, nbytes):
+                z = _round(processed(model, states, self.t, start, end), dtype)
+                whole = whole + part(table, mx.exp(z - log_mass).astype(dtype), start, end, transpose=False)
+                states = mx.depends(states, [whole])  # one chunk in memory at a time
+            flat[index] = mx.where(diffuse[index, None], whole.astype(dtype), flat[index])
+            expected = flat.reshape(expected.shape)
+        return expected * model.embed_scale()
+
+
+class WholeReading(NamedTuple):
+    """The same from whole logits, [B, C, V] float32, in the reference's own way."""
+
+    logits: mx.array
+    best: mx.array
+    entropy: mx.array
+    drawn: mx.array
+
+    @property
+    def diffuse(self) -> mx.array:
+        """[B, C] bool; no position needs a second pass."""
+        return mx.zeros(self.best.shape, mx.bool_)
+
+    def condition(self, model: DiffusionGemma, dense: int) -> mx.array:
+        """[B, C, H], from all of the vocabulary at every position."""
+        return model.condition(self.logits)
+
+
+def read_whole(model: DiffusionGemma, hidden: mx.array, t: float, keys: mx.array) -> WholeReading:
+    """As `read`, but a sample takes a random number for every token of the vocabulary."""
+    logits = model.logits(hidden) / t
+    best = mx.argmax(logits, axis=-1).astype(mx.int32)
+    return WholeReading(logits, best, sampler.entropy(logits), sampler.sample(logits, keys))
+
+
+class _Tiles(NamedTuple):
+    """What is kept of a chunk; arrays are [B, C, tiles]."""
+
+    top: mx.array  # the largest logit
+    where: mx.array  # its token
+    mass: mx.array  # sum of exp(logit - top)
+    depth: mx.array  # sum of exp(logit - top) * (logit - top)
+    rounded: mx.array  # as `mass`, of logits rounded to the model's dtype
+
+
+@fused
+def _process(x: mx.array, cap: mx.array, t: mx.array) -> mx.array:
+    return cap * mx.tanh(x.astype(mx.float32) / cap) / t
+
+
+@fused
+def _masses(z: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
+    mass = mx.exp(z - top)
+    return mass, mass * (z - top)
+
+
+def _round(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    return x.astype(dtype).astype(mx.float32)
+
+
+def tile_size(vocab_size: int) -> int:
+    """Tokens of a tile; the sample depends on it, so it depends on the vocabulary alone."""
+    return max(vocab_size // TILES, 1)
+
+
+def part(table: nn.Module, x: mx.array, start: int, end: int, transpose: bool = True) -> mx.array:
+    """x @ table[start:end].T, or without the transposition, for plain and quantized embeddings."""
+    if isinstance(table, nn.QuantizedEmbedding):
+        biases = table.get("biases")
+        return mx.quantized_matmul(
+            x,
+            table.weight[start:end],
+            table.scales[start:end],
+            None if biases is None else biases[start:end],
+            transpose=transpose,
+            group_size=table.group_size,
+            bits=table.bits,
+            mode=table.mode,
+        )
+    weight = table.weight[start:end]
+    if not transpose:
+        return x @ weight
+    if on_cpu():  # the CPU wheels' BLAS takes less than half the time for columns
+        flat = x.reshape(-1, x.shape[-1])
+        return (weight @ mx.contiguous(flat.T)).T.reshape(*x.shape[:-1], end - start)
+    return x @ weight.T
+
+
+def chunks(vocab_size: int, positions: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the chunks whose float32 logits at so many positions take `nbytes`, or of single blocks."""
+    block = tile_size(vocab_size) * STRIDE
+    size = max(nbytes // (4 * block * positions), 1) * block
+    for start in range(0, vocab_size, size):
+        yield start, min(start + size, vocab_size)
+
+
+def processed(model: DiffusionGemma, hidden: mx.array, t: mx.array, start: int, end: int) -> mx.array:
+    """Logits of a part of the vocabulary, softcapped and over the temperature: [..., H] -> [..., end - start]."""
+    cap = mx.array(model.config.text.final_logit_softcapping, mx.float32)
+    return _process(part(model.model.decoder.embed_tokens, hidden, start, end), cap, t)
+
+
+def read(model: DiffusionGemma, hidden: mx.array, t: float, keys: mx.array, nbytes: int = CHUNK_BYTES) -> Reading:
+    """Argmax, entropy, a sample and the likely tokens of every position, in one pass over the vocabulary.
+
+    The sample is Gumbel-max in two levels, over the tiles' masses and then within the tile that won: a draw
+    from the softmax that takes TILES + V / TILES random numbers a position instead of V.
+
+    Args:
+        hidden: [B, C, H] from `denoise`.
+        t: the temperature.
+        keys: [B, 2], one random key per row of the batch.
+        nbytes: of float32 logits at once; no result depends on it.
+    """
+    temperature, vocab, dtype = mx.array(t, mx.float32), model.config.text.vocab_size, model.dtype
+    shape, tall = hidden.shape[:2], tile_size(vocab)
+    block = tall * STRIDE
+    tile_keys, token_keys = sampler.split(keys, 2)
+    noise = sampler.gumbel((shape[1], -(-vocab // block) * STRIDE), tile_keys)
+    kept: list[_Tiles] = []
+    # Of the tile that leads so far: its score, its logits and its first token.
+    lead = [mx.full((*shape, 1), -mx.inf), mx.zeros((*shape, tall)), mx.zeros((*shape, 1), mx.int32)]
+    states = hidden
+    for start, end in chunks(vocab, shape[0] * shape[1], nbytes):
+        z, blocks = processed(model, states, temperature, start, end), -(-(end - start) // block)
+        if padding := blocks * block - (end - start):
+            z = mx.pad(z, [(0, 0), (0, 0), (0, padding)], constant_values=NOWHERE)
+        first = mx.arange(blocks * STRIDE, dtype=mx.int32)  # token of each tile, from the chunk's first
+        first = first + first // STRIDE * (block - STRIDE)
+        tiles = _summarise(z.reshape(*shape, blocks, tall, STRIDE), start + first, dtype)
+        scores = tiles.top + mx.log(tiles.mass) + noise[..., start // tall : start // tall + blocks * STRIDE]
+        tile = mx.argmax(scores, axis=-1, keepdims=True)
+        tokens = first[tile] + mx.arange(tall, dtype=mx.int32) * STRIDE
+        found = mx.take_along_axis(scores, tile, axis=-1), mx.take_along_axis(z, tokens, axis=-1), start + first[tile]
+        better = found[0] > lead[0]
+        lead = [mx.where(better, new, old) for new, old in zip(found, lead)]
+        kept.append(tiles)
+        states = mx.depends(states, [*tiles, *lead])  # one chunk in memory at a time
+    _, inside, begin = lead
+    drawn = mx.argmax(inside + sampler.gumbel((shape[1], tall), token_keys), axis=-1, keepdims=True)
+    drawn = (begin + drawn.astype(mx.int32) * STRIDE)[..., 0]
+    tiles = _Tiles(*(mx.concatenate(list(parts), axis=-1) for parts in zip(*kept)))
+    return _reduce(hidden, temperature, tiles, drawn, dtype)
+
+
+def _summarise(tiled: mx.array, first: mx.array, dtype: mx.Dtype) -> _Tiles:
+    """Numbers of each tile: logits [B, C, blocks, tile, STRIDE], and the tokens that the tiles begin with."""
+    shape = (*tiled.shape[:2], -1)
+    top = tiled.max(axis=-2, keepdims=True)
+    where = mx.argmax(tiled, axis=-2).astype(mx.int32)
+    mass, depth = (one.sum(axis=-2) for one in _masses(tiled, top))
+    rounded = mass
+    if dtype != mx.float32:
+        rounded, _ = (one.sum(axis=-2) for one in _masses(_round(tiled, dtype), _round(top, dtype)))
+    where = first + where.reshape(shape) * STRIDE
+    return _Tiles(top.reshape(shape), where, mass.reshape(shape), depth.reshape(shape), rounded.reshape(shape))
+
+
+def _reduce(hidden: mx.array, t: mx.array, tiles: _Tiles, drawn: mx.array, dtype: mx.Dtype) -> Reading:
+    best = mx.argmax(tiles.top, axis=-1, keepdims=True)
+    peak = mx.take_along_axis(tiles.top, best, axis=-1)
+    below = tiles.top - peak
+    share = mx.exp(below)
+    mass = (share * tiles.mass).sum(axis=-1)
+    depth = (share * (tiles.depth + below * tiles.mass)).sum(axis=-1)
+    low, low_peak = _round(tiles.top, dtype), _round(peak, dtype)
+    log_mass = low_peak + mx.log((mx.exp(low - low_peak) * tiles.rounded).sum(axis=-1, keepdims=True))
+    count = min(LIKELY, low.shape[-1])
+    likely = mx.argpartition(tiles.top, kth=-count, axis=-1)[..., -count:]
+    return Reading(
+        hidden=hidden,
+        t=t,
+        best=mx.take_along_axis(tiles.where, best, axis=-1)[..., 0],
+        entropy=mx.log(mass) - depth / mass,
+        drawn=drawn,
+        likely=mx.take_along_axis(tiles.where, likely, axis=-1),
+        probability=mx.exp(mx.take_along_axis(low, likely, axis=-1) - log_mass),
+        log_mass=log_mass[..., 0],
+    )
