@@ -19,6 +19,8 @@ from . import sampler
 from .config import GenerationConfig, ProcessorConfig
 from .errors import OptionError
 from .images import check_budget
+from .layers import SCORES
+from .memory import evaluate
 
 if TYPE_CHECKING:
     from .engine import Result
@@ -43,7 +45,7 @@ class GenerationOptions:
     stability_threshold: int = 1  # earlier steps whose argmax must be the same
     confidence_threshold: float = 0.005  # nats; mean entropy below which a canvas has settled
     end_tokens: tuple[int, ...] = (1,)  # any of these ends the text
-    prefill_chunk: int = 2048  # prompt tokens encoded at once
+    prefill_chunk: int | None = None  # prompt tokens encoded at once; None: 2048, or less where it takes much memory
     image_tokens: int = 280  # the most soft tokens of a picture: 70, 140, 280, 560 or 1120
     fps: float = 1.0  # frames looked at in a second of video
     max_frames: int = 32  # frames looked at in a whole video
@@ -62,6 +64,8 @@ class GenerationOptions:
             ("fps", float, 0),
         ):
             value = getattr(self, name)
+            if name == "prefill_chunk" and value is None:
+                continue
             number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
             if not number or not low <= value < float("inf"):
                 noun = "a whole number" if kind is int else "a number"
@@ -151,7 +155,7 @@ def prefill(
     model: DiffusionGemma,
     prefix: Prefix,
     tokens: np.ndarray,
-    chunk: int,
+    chunk: int | None,
     mask: np.ndarray | None = None,
     features: Sequence[mx.array | None] = (),
 ) -> None:
@@ -159,14 +163,15 @@ def prefill(
 
     Args:
         tokens: [B, L] int32.
-        chunk: tokens at once; a chunk ends before a picture rather than in it, and a longer picture is whole.
+        chunk: tokens at once, None for `fitting_chunk`; a chunk ends before a picture rather than in it, and a longer
+            picture is whole.
         mask: [B, L], false where the left padding is.
         features: of each row the soft tokens [tokens, H] of its placeholders, or None.
     """
     held = (
         tokens == model.config.image_token_id if any(f is not None for f in features) else np.zeros_like(tokens, bool)
     )
-    for start, end in chunks(held, chunk):
+    for start, end in chunks(held, chunk or fitting_chunk(model, prefix.batch_size)):
         seen = [
             f[int(row[:start].sum()) : int(row[:end].sum())]
             for f, row in zip(features, held)
@@ -178,9 +183,18 @@ def prefill(
             mask=None if mask is None else mask[:, start:end],
             features=mx.concatenate(seen) if seen else None,
         )
-        mx.eval(prefix.state)
+        evaluate(prefix.state)
         if end < tokens.shape[1]:
             mx.clear_cache()
+
+
+def fitting_chunk(model: DiffusionGemma, batch_size: int) -> int:
+    """Prompt tokens to encode at once: 2048, or less (256 at least) where a sliding layer's pass exceeds `SCORES`."""
+    config, size = model.config.text, 2048
+    near = batch_size * config.num_attention_heads * model.dtype.size  # bytes of scores, of a query over a key
+    while size > 256 and near * size * (config.sliding_window - 1 + size) > SCORES:
+        size //= 2
+    return size
 
 
 def chunks(held: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
@@ -244,7 +258,7 @@ def denoise_block(model: DiffusionGemma, prefix: Prefix, options: GenerationOpti
         canvas = mx.where(accepted, drawn, sampler.noise(length, vocab, draws[2 * step + 2]))
         conditioning = model.condition(logits)
         del logits
-        mx.eval(best, accepted, uncertainty, done)
+        evaluate(best, accepted, uncertainty, done)
         steps = [n + (not over) for n, over in zip(steps, finished)]
         finished = [bool(one) for one in np.asarray(done)]
         yield _Step(best, accepted, uncertainty, finished, steps)
@@ -292,7 +306,7 @@ def generate(
             return
         rows, keys = _keep(rows, going, keys, prefix)
         model.encode(step.best[mx.array(going)], prefix)
-        mx.eval(prefix.state)
+        evaluate(prefix.state)
         mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
         block += 1
 

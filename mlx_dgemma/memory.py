@@ -12,9 +12,11 @@ import mlx.core as mx
 from .checkpoint import Checkpoint, on_cpu
 from .config import ModelConfig
 from .errors import MemoryLimitError
+from .layers import SCORES
 from .prefix import STEP
 
 GB = 1e9
+ROOM = 3 * 2**29  # bytes; from there on an evaluation waits for what is in flight
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequant
 
     The workspace is the larger of a denoising step's and a prefill chunk's, fitted to peaks measured at
     the release's shape (bench/RESULTS.md): eight float32 arrays of [canvas, vocabulary] (logits, their
-    exponentials, Gumbel noise and what is in flight), and six of [heads, chunk, context] attention scores.
+    exponentials, Gumbel noise and what is in flight), and six of [heads, chunk, context] attention scores, which
+    come in chunks of at most `layers.SCORES`.
     """
     itemsize = 4 if dtype == "float32" else 2
     if dequantize or (not checkpoint.quantization and dtype is not None):
@@ -56,7 +59,7 @@ def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequant
         weights = checkpoint.nbytes
     config = checkpoint.config
     step = 8 * 4 * config.canvas_length * config.text.vocab_size
-    scores = 6 * itemsize * config.text.num_attention_heads * min(2048, context) * context
+    scores = 6 * min(itemsize * config.text.num_attention_heads * min(2048, context) * context, SCORES)
     workspace = max(step, scores)
     return Need(weights, prefix_bytes(config, context, itemsize), workspace)
 
@@ -116,6 +119,21 @@ def check(checkpoint: Checkpoint, needed: Need) -> None:
         f"{needed.prefix / GB:.1f}, workspace {needed.workspace / GB:.1f}) and this machine gives {have / GB:.1f} GB: "
         f"{(needed.total - have) / GB:.1f} GB are missing; {way}; --ignore-memory (ignore_memory=True) tries anyway."
     )
+
+
+def evaluate(*arrays: mx.array | list[mx.array]) -> None:
+    """`mx.eval` that does not run far ahead of the device.
+
+    MLX enqueues up to a thousand operations, and what they allocate is held until they have run: many chunks of
+    attention at once. Above its memory limit, here `ROOM` more than is held already, it waits for the oldest first.
+    """
+    room = mx.get_active_memory() + ROOM
+    limit = mx.set_memory_limit(room)
+    mx.set_memory_limit(min(limit, room))
+    try:
+        mx.eval(*arrays)
+    finally:
+        mx.set_memory_limit(limit)
 
 
 @contextmanager

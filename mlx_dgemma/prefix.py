@@ -107,7 +107,7 @@ class Mask:
         if not (padded or future or self._passes_window(keys)):
             return None
         key = mx.array(keys)[None, None, None]
-        pad = None if self.padding is None else mx.array(self.padding)[:, None, None, None]
+        pad = mx.array([0] if self.padding is None else self.padding)[:, None, None, None]
         if self.queries is None:
             return key >= pad
         query = mx.array(self.queries)[None, None, :, None]
@@ -119,7 +119,7 @@ class Mask:
             span = mx.array(self.spans)[:, None, :, None]
             other = mx.array(np.pad(self.spans, ((0, 0), (held, 0)))[:, start:end])[:, None, None]
             mask = mask | ((span == other) & (span > 0))
-        if pad is not None:
+        if padded:
             # A padded query attends to itself alone: a row without any key would become NaN.
             mask = mask & ((key >= pad) | (key == query))
         return mask
