@@ -9,7 +9,7 @@ nor changed by a denoising step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -88,13 +88,13 @@ class Mask:
     keys: np.ndarray  # [N], the position that each key holds
     queries: np.ndarray | None = None  # [L], their positions; None where all see every key but padding
     window: int | None = None  # positions that a query sees, itself included
-    padding: np.ndarray | None = None  # [B], left padding of each row
+    padding: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int32))  # [B or 1], left padding of each row
     spans: np.ndarray | None = None  # [B, L] ids of image spans over the last L keys, 0 for text
 
     @cached_property
     def whole(self) -> Any:
         """The mask of all keys as fused attention takes it: "causal", None or bool [B or 1, 1, L or 1, N]."""
-        plain = self.padding is None and self.spans is None and not self._passes_window(self.keys)
+        plain = self.spans is None and not self.padding.any() and not self._passes_window(self.keys)
         if plain and self.queries is not None and len(self.queries) > 1:
             return "causal"
         return self.part(0, len(self.keys))
@@ -102,12 +102,12 @@ class Mask:
     def part(self, start: int, end: int) -> mx.array | None:
         """bool [B or 1, 1, L or 1, end - start], or None where nothing of these keys is hidden."""
         keys = self.keys[start:end]
-        padded = self.padding is not None and keys.min() < self.padding.max()
+        padded = keys.min() < self.padding.max()
         future = self.queries is not None and keys.max() > self.queries[0]
         if not (padded or future or self._passes_window(keys)):
             return None
         key = mx.array(keys)[None, None, None]
-        pad = mx.array([0] if self.padding is None else self.padding)[:, None, None, None]
+        pad = mx.array(self.padding)[:, None, None, None]
         if self.queries is None:
             return key >= pad
         query = mx.array(self.queries)[None, None, :, None]
@@ -214,8 +214,8 @@ class Prefix:
             for kind in ("full_attention", "sliding_attention")
         }
 
-    def _padding(self) -> np.ndarray | None:
-        return None if self.padding is None else np.asarray(self.padding)
+    def _padding(self) -> np.ndarray:
+        return np.zeros(1, np.int32) if self.padding is None else np.asarray(self.padding)
 
     def mark(self) -> None:
         """Remember this state, so that `rewind` can come back here after the rings have moved on."""

@@ -48,7 +48,7 @@ def masks(batch, length, count, seed):
 def visible(mask, batch, length, row, i, j):
     """The rule of a mask for query i and key j, in words."""
     key = mask.keys[j]
-    padding = 0 if mask.padding is None else mask.padding[row]
+    padding = mask.padding[row % len(mask.padding)]
     if mask.queries is None:
         return key >= padding
     query = mask.queries[i]
