@@ -136,7 +136,7 @@ answer_options = _all(
     _number("--t-max", 0.0, "Temperature at the first step."),
     _number("--stability-threshold", 0, "Steps without a change before a canvas settles."),
     _number("--confidence-threshold", 0.0, "Mean nats below which a canvas settles."),
-    _number("--prefill-chunk", 1, "Prompt tokens encoded at once.", "2048"),
+    _number("--prefill-chunk", 1, "Prompt tokens encoded at once.", "2048, less where that takes much memory"),
 )
 
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 
-from . import head, sampler
+from . import head, memory, sampler
 from .config import GenerationConfig, ProcessorConfig
 from .errors import OptionError
 from .images import check_budget
+from .layers import SCORES
 
 if TYPE_CHECKING:
     from .engine import Result
@@ -56,7 +57,7 @@ class GenerationOptions:
     certainty_threshold: float | None = None  # nats; settled where no position is above (0.1, fast 0.5; 0: never)
     patience: int | None = None  # steps without change that settle a canvas (2, fast 1; 0: never)
     end_tokens: tuple[int, ...] = (1,)  # any of these ends the text
-    prefill_chunk: int = 2048  # prompt tokens encoded at once
+    prefill_chunk: int | None = None  # prompt tokens encoded at once; None: 2048, or less where it takes much memory
     image_tokens: int = 280  # the most soft tokens of a picture: 70, 140, 280, 560 or 1120
     fps: float = 1.0  # frames looked at in a second of video
     max_frames: int = 32  # frames looked at in a whole video
@@ -87,6 +88,8 @@ class GenerationOptions:
             ("fps", float, 0),
         ):
             value = getattr(self, name)
+            if name == "prefill_chunk" and value is None:
+                continue
             number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
             if not number or not low <= value < float("inf"):
                 noun = "a whole number" if kind is int else "a number"
@@ -183,7 +186,7 @@ def prefill(
     model: DiffusionGemma,
     prefix: Prefix,
     tokens: np.ndarray,
-    chunk: int,
+    chunk: int | None,
     mask: np.ndarray | None = None,
     features: Sequence[mx.array | None] = (),
 ) -> None:
@@ -191,14 +194,15 @@ def prefill(
 
     Args:
         tokens: [B, L] int32.
-        chunk: tokens at once; a chunk ends before a picture rather than in it, and a longer picture is whole.
+        chunk: tokens at once, None for `fitting_chunk`; a chunk ends before a picture rather than in it, and a longer
+            picture is whole.
         mask: [B, L], false where the left padding is.
         features: of each row the soft tokens [tokens, H] of its placeholders, or None.
     """
     held = (
         tokens == model.config.image_token_id if any(f is not None for f in features) else np.zeros_like(tokens, bool)
     )
-    for start, end in chunks(held, chunk):
+    for start, end in chunks(held, chunk or fitting_chunk(model, prefix.batch_size)):
         seen = [
             f[int(row[:start].sum()) : int(row[:end].sum())]
             for f, row in zip(features, held)
@@ -210,9 +214,19 @@ def prefill(
             mask=None if mask is None else mask[:, start:end],
             features=mx.concatenate(seen) if seen else None,
         )
-        mx.eval(prefix.state)
+        with memory.bounded(memory.PREFILL_ROOM):
+            mx.eval(prefix.state)
         if end < tokens.shape[1]:
             mx.clear_cache()
+
+
+def fitting_chunk(model: DiffusionGemma, batch_size: int) -> int:
+    """Prompt tokens to encode at once: 2048, or less (256 at least) where a sliding layer's pass exceeds `SCORES`."""
+    config, size = model.config.text, 2048
+    near = batch_size * config.num_attention_heads * model.dtype.size  # bytes of scores, of a query over a key
+    while size > 256 and near * size * (config.sliding_window - 1 + size) > SCORES:
+        size //= 2
+    return size
 
 
 def chunks(held: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
@@ -303,9 +317,10 @@ def denoise_block(
         return _Forward(reading, accepted, mx.where(accepted, reading.drawn, noise), best, done, known)
 
     def start(step: _Forward) -> None:
-        mx.async_eval(step.known, step.best, step.accepted, step.reading.entropy)
+        with memory.bounded(memory.STEP_ROOM):
+            mx.async_eval(step.known, step.best, step.accepted, step.reading.entropy)
 
-    current, dense, steps = forward(0, None), rows * length, [0] * rows
+    current, dense, steps = forward(0, None), 0 if options.exact else rows * length, [0] * rows
     finished = [False] * rows
     start(current)
     for step in range(1, total + 1):
@@ -316,10 +331,10 @@ def denoise_block(
         steps = [n + (not over) for n, over in zip(steps, finished)]
         finished = [bool(one) for one in known[:-1]]
         over = all(finished) or following is None
-        needed = -(-int(known[-1]) // DENSE) * DENSE
+        needed = min(-(-int(known[-1]) // DENSE) * DENSE, rows * length)
         if over or needed != dense:  # what was built is of no use, and must not be computed for its side effects
             prefix.restore(handles)
-            dense = min(needed, rows * length)
+            dense = needed
             following = None if over else forward(step, current, dense)
         del handles
         if following is not None:
@@ -370,7 +385,8 @@ def generate(
             return
         rows, keys = _keep(rows, going, keys, prefix)
         model.encode(step.best[mx.array(going)], prefix)
-        mx.eval(prefix.state)
+        with memory.bounded(memory.PREFILL_ROOM):
+            mx.eval(prefix.state)
         mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
         block += 1
 

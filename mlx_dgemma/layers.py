@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,8 +12,10 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from .config import TextConfig
-from .prefix import LayerKV
+from .prefix import LayerKV, Mask
 
+SCORES = 256 * 2**20  # bytes of attention scores at once; where a whole pass has more, keys come in chunks
+CHUNK = 256  # keys; a chunk is a multiple of this
 SORT_FROM = 64  # rows * top_k from which sorting by expert pays: MLX's grouped kernels need it
 
 
@@ -154,13 +156,62 @@ def runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.arr
     return slots, mx.minimum(owners, experts - 1).astype(mx.uint32), length
 
 
+def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
+    """Grouped-query attention with scale 1; where its scores exceed `SCORES`, chunk by chunk of the keys.
+
+    Chunks are merged by log-sum-exp in float32; products are in the dtype of their factors either way.
+
+    Args:
+        queries: [B, heads, L, D].
+        keys: [B, kv_heads, N, D].
+        values: [B, kv_heads, N, D].
+        mask: of L queries and N keys; every query sees at least one.
+
+    Returns:
+        [B, heads, L, D] in the dtype of the values.
+    """
+    batch, heads, length, dim = queries.shape
+    kv_heads, count = keys.shape[1:3]
+    rows = batch * heads * length
+    if rows * count * queries.dtype.size <= SCORES:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask.whole)
+    size = max(SCORES // (rows * mx.float32.size) // CHUNK * CHUNK, CHUNK)
+    queries = queries.reshape(batch, kv_heads, -1, dim)  # a KV head's queries in one matrix: no key is repeated
+    # Finite, unlike the scores of hidden keys: a chunk that is all hidden then adds zeros instead of NaN.
+    top = mx.full((*queries.shape[:3], 1), mx.finfo(mx.float32).min)
+    total, out = mx.zeros(top.shape), mx.zeros(queries.shape)
+    for start in range(0, count, size):
+        end = min(start + size, count)
+        scores = queries @ keys[:, :, start:end].swapaxes(-1, -2)
+        seen = mask.part(start, end)
+        if seen is not None:
+            grouped = scores.reshape(batch, kv_heads, -1, length, end - start)
+            scores = mx.where(seen[:, :, None], grouped, -mx.inf).reshape(scores.shape)
+        highest = mx.maximum(top, scores.max(axis=-1, keepdims=True))
+        shares, kept = _exp_above(scores, highest), _exp_above(top, highest)
+        total = _add_scaled(total, kept, shares.sum(axis=-1, keepdims=True))
+        out = _add_scaled(out, kept, shares.astype(values.dtype) @ values[:, :, start:end])
+        top = highest
+    return (out / total).astype(values.dtype).reshape(batch, heads, length, dim)
+
+
+@fused
+def _exp_above(scores: mx.array, highest: mx.array) -> mx.array:
+    return mx.exp(scores.astype(mx.float32) - highest)
+
+
+@fused
+def _add_scaled(old: mx.array, scale: mx.array, new: mx.array) -> mx.array:
+    return old * scale + new
+
+
 class Keys(NamedTuple):
     """What a layer's attention may see: the mode's own half of a forward."""
 
     kv: LayerKV
     offset: int  # positions that the prefix holds
     rope_offset: int | mx.array  # position of the first row, [B] where rows are padded differently
-    mask: Any  # "causal", None or bool [B or 1, 1, L, keys]
+    mask: Mask
     canvas: bool  # attend to prefix and canvas and leave the prefix alone; otherwise extend it
 
 
@@ -201,7 +252,7 @@ class Attention(nn.Module):
         queries = self._rope(queries.transpose(0, 2, 1, 3), offset=see.rope_offset)
         keys = self._rope(keys.transpose(0, 2, 1, 3), offset=see.rope_offset)
         keys, values = (see.kv.with_canvas if see.canvas else see.kv.extend)(keys, values, see.offset)
-        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=see.mask)
+        out = attend(queries, keys, values, see.mask)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 

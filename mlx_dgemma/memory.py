@@ -12,10 +12,12 @@ import mlx.core as mx
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import MemoryLimitError
-from .layers import on_cpu
+from .layers import SCORES, on_cpu
 from .prefix import STEP
 
 GB = 1e9
+# Bytes beyond what is held, from which on an evaluation waits for what is in flight.
+PREFILL_ROOM, STEP_ROOM = 3 * 2**29, 3 * 2**27
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequant
 
     The workspace is the larger of a denoising step's and a prefill chunk's, fitted to peaks measured at
     the release's shape (bench/RESULTS.md): eight float32 arrays of [canvas, vocabulary] (logits, their
-    exponentials, Gumbel noise and what is in flight), and six of [heads, chunk, context] attention scores.
+    exponentials, Gumbel noise and what is in flight), and six of [heads, chunk, context] attention scores, which
+    come in chunks of at most `layers.SCORES`.
     """
     itemsize = 4 if dtype == "float32" else 2
     if dequantize or (not checkpoint.quantization and dtype is not None):
@@ -57,7 +60,7 @@ def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequant
         weights = checkpoint.nbytes
     config = checkpoint.config
     step = 8 * 4 * config.canvas_length * config.text.vocab_size
-    scores = 6 * itemsize * config.text.num_attention_heads * min(2048, context) * context
+    scores = 6 * min(itemsize * config.text.num_attention_heads * min(2048, context) * context, SCORES)
     workspace = max(step, scores)
     return Need(weights, prefix_bytes(config, context, itemsize), workspace)
 
@@ -117,6 +120,22 @@ def check(checkpoint: Checkpoint, needed: Need) -> None:
         f"{needed.prefix / GB:.1f}, workspace {needed.workspace / GB:.1f}) and this machine gives {have / GB:.1f} GB: "
         f"{(needed.total - have) / GB:.1f} GB are missing; {way}; --ignore-memory (ignore_memory=True) tries anyway."
     )
+
+
+@contextmanager
+def bounded(room: int) -> Iterator[None]:
+    """Keep what is evaluated here from running far ahead of the device.
+
+    MLX enqueues up to a thousand operations, and what they allocate is held until they have run: many chunks of
+    attention at once. Above its memory limit, here `room` bytes more than is held, it waits for the oldest first.
+    """
+    most = mx.get_active_memory() + room
+    limit = mx.set_memory_limit(most)
+    mx.set_memory_limit(min(limit, most))
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(limit)
 
 
 @contextmanager

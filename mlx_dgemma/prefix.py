@@ -9,6 +9,8 @@ nor changed by a denoising step.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -79,6 +81,54 @@ class LayerKV:
         self.keys, self.values = grown(self.keys, keys), grown(self.values, values)
 
 
+@dataclass(frozen=True)
+class Mask:
+    """Which keys each query may see, made for a range of keys when it is asked for: never [L, all keys] at once."""
+
+    keys: np.ndarray  # [N], the position that each key holds
+    queries: np.ndarray | None = None  # [L], their positions; None where all see every key but padding
+    window: int | None = None  # positions that a query sees, itself included
+    padding: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int32))  # [B or 1], left padding of each row
+    spans: np.ndarray | None = None  # [B, L] ids of image spans over the last L keys, 0 for text
+
+    @cached_property
+    def whole(self) -> Any:
+        """The mask of all keys as fused attention takes it: "causal", None or bool [B or 1, 1, L or 1, N]."""
+        plain = self.spans is None and not self.padding.any() and not self._passes_window(self.keys)
+        if plain and self.queries is not None and len(self.queries) > 1:
+            return "causal"
+        return self.part(0, len(self.keys))
+
+    def part(self, start: int, end: int) -> mx.array | None:
+        """bool [B or 1, 1, L or 1, end - start], or None where nothing of these keys is hidden."""
+        keys = self.keys[start:end]
+        padded = keys.min() < self.padding.max()
+        future = self.queries is not None and keys.max() > self.queries[0]
+        if not (padded or future or self._passes_window(keys)):
+            return None
+        key = mx.array(keys)[None, None, None]
+        pad = mx.array(self.padding)[:, None, None, None]
+        if self.queries is None:
+            return key >= pad
+        query = mx.array(self.queries)[None, None, :, None]
+        mask = key <= query
+        if self.window is not None:
+            mask = mask & (key > query - self.window)
+        if self.spans is not None:
+            held = len(self.keys) - len(self.queries)
+            span = mx.array(self.spans)[:, None, :, None]
+            other = mx.array(np.pad(self.spans, ((0, 0), (held, 0)))[:, start:end])[:, None, None]
+            mask = mask | ((span == other) & (span > 0))
+        if padded:
+            # A padded query attends to itself alone: a row without any key would become NaN.
+            mask = mask & ((key >= pad) | (key == query))
+        return mask
+
+    def _passes_window(self, keys: np.ndarray) -> bool:
+        """Whether the last query is too far from one of these."""
+        return self.queries is not None and self.window is not None and keys.min() <= self.queries[-1] - self.window
+
+
 class Prefix:
     """What was encoded: one `LayerKV` per layer and how far they reach.
 
@@ -144,49 +194,23 @@ class Prefix:
         held = self._ring_positions() if sliding else np.arange(self.offset)
         return np.concatenate([held, np.arange(self.offset, self.offset + length)])
 
-    def encode_masks(self, length: int, spans: np.ndarray | None = None) -> dict[str, Any]:
-        """Causal masks for `length` new positions, by layer type: "causal", None or bool arrays.
+    def encode_masks(self, length: int, spans: np.ndarray | None = None) -> dict[str, Mask]:
+        """Causal masks for `length` new positions, by layer type.
 
         Args:
             length: L, the new positions.
             spans: [B, L] ids of image spans, 0 for text; a span attends to itself both ways.
-
-        Returns:
-            {"full_attention": mask, "sliding_attention": mask}, bool [B or 1, 1, L, keys].
         """
-        if self.padding is None and spans is None:
-            plain = "causal" if length > 1 else None
-            if self.offset + length <= self.window:
-                return {"full_attention": plain, "sliding_attention": plain}
-            return {"full_attention": plain, "sliding_attention": self._encode_mask(length, True, None)}
+        queries = np.arange(self.offset, self.offset + length)
         return {
-            "full_attention": self._encode_mask(length, False, spans),
-            "sliding_attention": self._encode_mask(length, True, spans),
+            "full_attention": Mask(self._key_positions(length, False), queries, None, self._padding(), spans),
+            "sliding_attention": Mask(self._key_positions(length, True), queries, self.window, self._padding(), spans),
         }
 
-    def _encode_mask(self, length: int, sliding: bool, spans: np.ndarray | None) -> mx.array:
-        key = mx.array(self._key_positions(length, sliding))[None, None, None]
-        query = mx.arange(self.offset, self.offset + length)[None, None, :, None]
-        mask = key <= query
-        if sliding:
-            mask = mask & (key > query - self.window)
-        if spans is not None:
-            held = key.shape[-1] - length
-            span = mx.array(spans)
-            keys = mx.concatenate([mx.zeros((span.shape[0], held), span.dtype), span], axis=1)
-            mask = mask | ((span[:, None, :, None] == keys[:, None, None]) & (span[:, None, :, None] > 0))
-        if self.padding is not None:
-            # A padded query attends to itself alone: a row without any key would become NaN.
-            mask = mask & ((key >= self.padding[:, None, None, None]) | (key == query))
-        return mask
-
-    def denoise_masks(self, length: int) -> dict[str, Any]:
-        """Masks for a canvas of `length` positions: None where nothing is hidden, as without padding."""
-        if self.padding is None:
-            return {"full_attention": None, "sliding_attention": None}
-        pad = self.padding[:, None, None, None]
+    def denoise_masks(self, length: int) -> dict[str, Mask]:
+        """Masks for a canvas of `length` positions, which see all but padding, by layer type."""
         return {
-            kind: mx.array(self._key_positions(length, kind == "sliding_attention"))[None, None, None] >= pad
+            kind: Mask(self._key_positions(length, kind == "sliding_attention"), padding=self._padding())
             for kind in ("full_attention", "sliding_attention")
         }
 
@@ -198,6 +222,9 @@ class Prefix:
         """Forget what was written since `handles` was taken, as if it had never been asked for."""
         for layer, (keys, values) in zip(self.layers, handles):
             layer.keys, layer.values = keys, values
+
+    def _padding(self) -> np.ndarray:
+        return np.zeros(1, np.int32) if self.padding is None else np.asarray(self.padding)
 
     def mark(self) -> None:
         """Remember this state, so that `rewind` can come back here after the rings have moved on."""

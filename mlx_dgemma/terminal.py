@@ -132,7 +132,8 @@ def summary(stats: Stats) -> str:
 
 def details(stats: Stats, options: GenerationOptions) -> list[str]:
     """What --verbose tells of an answer: the options in force, the prompt, and the frames that were looked at."""
-    held = [f"{name.replace('_', '-')} {value}" for name, value in asdict(options).items() if name != "end_tokens"]
+    given = {name: value for name, value in asdict(options).items() if name != "end_tokens" and value is not None}
+    held = [f"{name.replace('_', '-')} {value}" for name, value in given.items()]
     prompt = f"{count(stats.prompt_tokens, 'prompt token')}, {stats.reused_tokens} reused"
     if stats.images:
         prompt += f"; {count(stats.images, 'picture')}, {stats.images_encoded} encoded"

@@ -1,6 +1,7 @@
 """The block loop: against a plain loop over fresh prefixes, by rows, and through the engine on the demo."""
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,7 @@ from support import engine_of, gap, random_tokens, small_model
 
 from mlx_dgemma.config import GenerationConfig, ProcessorConfig
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.generate import Block, Draft, GenerationOptions, chunks, generate, prefill
+from mlx_dgemma.generate import Block, Draft, GenerationOptions, chunks, fitting_chunk, generate, prefill
 
 # A random model is never sure, so these bounds are wide: some canvases settle and some do not.
 OPTIONS = GenerationOptions(max_denoising_steps=10, entropy_bound=2.5, confidence_threshold=1.0, end_tokens=(39,), exact=True)
@@ -190,6 +191,31 @@ def test_soft_tokens_land_on_their_placeholders_in_any_chunking(chunk):
         alone = model.new_prefix()
         model.encode(mx.array([row]), alone, features=features[i])
         assert gap(together[i], model.denoise(canvas[i : i + 1], alone)[0]) < 1e-5
+
+
+def test_a_chunk_fits_the_budget_of_scores():
+    """At the release's 16 heads and window: halved while a sliding layer's scores exceed 256 MiB, never below 256."""
+    release = SimpleNamespace(text=SimpleNamespace(num_attention_heads=16, sliding_window=1024))
+    model = SimpleNamespace(config=release, dtype=mx.bfloat16)
+    assert [fitting_chunk(model, batch) for batch in (1, 2, 4, 8, 16, 64)] == [2048, 1024, 1024, 512, 256, 256]
+    model.dtype = mx.float32
+    assert [fitting_chunk(model, batch) for batch in (1, 2, 4)] == [1024, 1024, 512]
+    release.text.sliding_window = 32768
+    assert fitting_chunk(model, 1) == 256
+
+
+@pytest.mark.parametrize(("chunk", "taken"), [(None, [1024, 1024]), (2000, [2000, 48])])
+def test_a_prefill_chunk_that_is_asked_for_is_taken_as_it_is(chunk, taken):
+    encoded, tokens = [], np.zeros((4, 2048), np.int32)
+    model = SimpleNamespace(
+        config=SimpleNamespace(
+            text=SimpleNamespace(num_attention_heads=16, sliding_window=1024), image_token_id=7, canvas_length=4
+        ),
+        dtype=mx.bfloat16,
+        encode=lambda tokens, prefix, mask, features: encoded.append(tokens.shape[1]),
+    )
+    prefill(model, SimpleNamespace(batch_size=4, state=[]), tokens, chunk)
+    assert encoded == taken
 
 
 def test_the_last_block_is_not_committed(model, monkeypatch):

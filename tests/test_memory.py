@@ -15,6 +15,7 @@ from mlx_dgemma.checkpoint import Checkpoint
 from mlx_dgemma.config import GenerationConfig, ModelConfig, ProcessorConfig
 from mlx_dgemma.convert.recipes import RECIPES
 from mlx_dgemma.errors import MemoryLimitError
+from mlx_dgemma.layers import SCORES
 from mlx_dgemma.memory import Need
 from mlx_dgemma.prefix import STEP
 
@@ -68,6 +69,7 @@ def test_the_workspace_is_the_larger_of_a_step_and_a_chunk(held):
     step = 8 * 4 * 64 * 2048
     assert memory.need(held, 64, "float32").workspace == step
     assert memory.need(held, 4096, "float32").workspace == 6 * 4 * 6 * 2048 * 4096
+    assert memory.need(held, 262_144, "float32").workspace == 6 * SCORES
 
 
 def test_a_need_adds_up(held):

@@ -1,0 +1,210 @@
+"""Attention in chunks of keys against attention in one piece, and masks made by ranges against whole ones."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support import FULL, SLIDING, gap, random_tokens, small_model
+
+from mlx_dgemma import layers, memory
+from mlx_dgemma.layers import attend
+from mlx_dgemma.prefix import Mask
+
+
+@pytest.fixture
+def chunked(monkeypatch):
+    """Make every attention take so many keys at once."""
+
+    def force(keys):
+        monkeypatch.setattr(layers, "SCORES", 1)
+        monkeypatch.setattr(layers, "CHUNK", keys)
+
+    return force
+
+
+def masks(batch, length, count, seed):
+    """What a prefix may ask for: `length` queries behind `count - length` positions, in full and sliding layers."""
+    random, held = np.random.default_rng(seed), count - length
+    at, queries = np.arange(count), np.arange(held, count)
+    spans = np.repeat(random.integers(0, 3, (batch, length)), 2, axis=1)[:, :length].astype(np.int32)
+    padding = random.integers(0, count, batch).astype(np.int32)
+    padding[0] = 0
+    ring = np.concatenate([np.roll(at[:held], 2), queries])
+    window = max(2, count // 3)
+    near = at[at > held - window]
+    return {
+        "canvas": Mask(at),
+        "padded canvas": Mask(ring, padding=np.minimum(padding, held)),
+        "causal": Mask(at, queries),
+        "causal, padded": Mask(at, queries, padding=padding),
+        "causal, spans": Mask(at, queries, spans=spans),
+        "causal, spans, padded": Mask(at, queries, padding=padding, spans=spans),
+        "sliding": Mask(near, queries, window),
+        "sliding, unordered": Mask(ring, queries, window),
+        "sliding, spans, padded": Mask(ring, queries, window, padding, spans),
+        "sliding, all in the window": Mask(at, queries, 2 * count),
+    }
+
+
+def visible(mask, batch, length, row, i, j):
+    """The rule of a mask for query i and key j, in words."""
+    key = mask.keys[j]
+    padding = mask.padding[row % len(mask.padding)]
+    if mask.queries is None:
+        return key >= padding
+    query = mask.queries[i]
+    seen = key <= query and (mask.window is None or key > query - mask.window)
+    new = j - (len(mask.keys) - length)
+    if mask.spans is not None and new >= 0:
+        seen |= mask.spans[row, i] == mask.spans[row, new] > 0
+    return seen and (key >= padding or key == query)
+
+
+def table(mask, batch, length):
+    return np.array(
+        [
+            [[visible(mask, batch, length, row, i, j) for j in range(len(mask.keys))] for i in range(length)]
+            for row in range(batch)
+        ]
+    )
+
+
+def plain(queries, keys, values, seen):
+    """Softmax attention in float64, head by head."""
+    queries, keys, values = (np.array(a.astype(mx.float32), np.float64) for a in (queries, keys, values))
+    group = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat(group, axis=1), values.repeat(group, axis=1)
+    scores = np.where(seen[:, None], queries @ keys.swapaxes(-1, -2), -np.inf)
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True) @ values
+
+
+def draw(batch, heads, kv_heads, length, count, dim=8, dtype=mx.float32):
+    shapes = (batch, heads, length, dim), (batch, kv_heads, count, dim), (batch, kv_heads, count, dim)
+    return [mx.random.normal(s, key=mx.random.key(i)).astype(dtype) for i, s in enumerate(shapes)]
+
+
+SHAPES = [(1, 4, 2, 6, 23), (3, 4, 1, 5, 17), (2, 2, 2, 1, 9), (2, 6, 2, 8, 8), (1, 1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "count"), SHAPES)
+def test_a_mask_of_ranges_is_the_mask_of_all_keys(batch, heads, kv_heads, length, count):
+    for name, mask in masks(batch, length, count, 1).items():
+        seen = table(mask, batch, length)
+        whole = len(mask.keys)
+        for start, end in {(0, whole), (0, 1), (whole - 1, whole), (whole // 3, whole - whole // 3), (0, whole // 2)}:
+            if start == end:
+                continue
+            part = mask.part(start, end)
+            expected = seen[:, :, start:end]
+            assert (part is None) == expected.all() or name.startswith(("causal, spans", "sliding, spans")), name
+            if part is not None:
+                assert np.array_equal(np.broadcast_to(np.array(part)[:, 0], expected.shape), expected), name
+        if isinstance(mask.whole, str):
+            assert mask.whole == "causal"
+            assert np.array_equal(seen[0], np.tri(length, count, count - length, dtype=bool)), name
+        else:
+            assert (mask.whole is None) == (mask.part(0, whole) is None), name
+
+
+@pytest.mark.parametrize("keys", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "count"), SHAPES)
+def test_attention_in_chunks_equals_a_plain_loop(chunked, batch, heads, kv_heads, length, count, keys):
+    for name, mask in masks(batch, length, count, keys).items():
+        queries, k, v = draw(batch, heads, kv_heads, length, len(mask.keys))
+        expected = plain(queries, k, v, table(mask, batch, length))
+        with pytest.MonkeyPatch.context() as once:
+            once.setattr(layers, "SCORES", 2**40)
+            assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
+        chunked(keys)
+        assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
+
+
+@pytest.mark.parametrize("spread", [1.0, 40.0])
+def test_chunks_keep_the_dtype_and_its_precision(chunked, spread):
+    """Scores of hundreds: without a running maximum their exponentials are infinite."""
+    queries, keys, values = draw(1, 4, 2, 6, 90, dtype=mx.bfloat16)
+    queries = queries * spread
+    mask = Mask(np.arange(90), np.arange(84, 90))
+    expected = plain(queries, keys, values, table(mask, 1, 6))
+    one = attend(queries, keys, values, mask)
+    chunked(16)
+    several = attend(queries, keys, values, mask)
+    assert several.dtype == one.dtype == mx.bfloat16
+    errors = [np.abs(np.array(a.astype(mx.float32)) - expected).max() for a in (one, several)]
+    assert errors[1] < max(1.5 * errors[0], 0.02)
+
+
+def test_what_fits_is_computed_in_one_piece(monkeypatch):
+    """Up to the budget to the byte; beyond it in chunks of a multiple of 256 keys."""
+    queries, keys, values = draw(2, 4, 2, 3, 1000)
+    asked = []
+    monkeypatch.setattr(Mask, "part", lambda self, start, end: asked.append((start, end)))
+    monkeypatch.setattr(layers, "SCORES", 2 * 4 * 3 * 1000 * 4)
+    attend(queries, keys, values, Mask(np.arange(1000)))
+    assert asked == [(0, 1000)]
+    asked.clear()
+    monkeypatch.setattr(layers, "SCORES", 2 * 4 * 3 * 1000 * 4 - 1)
+    attend(queries, keys, values, Mask(np.arange(1000)))
+    assert asked == [(0, 768), (768, 1000)]
+    asked.clear()
+    monkeypatch.setattr(layers, "SCORES", 1)
+    attend(queries, keys, values, Mask(np.arange(1000)))
+    assert asked == [(0, 256), (256, 512), (512, 768), (768, 1000)]
+
+
+def peak(queries, keys, values, room=2**30):
+    mask = Mask(np.arange(keys.shape[2]))
+    mx.eval(queries, keys, values)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with memory.bounded(room):
+        mx.eval(attend(queries, keys, values, mask))
+    return mx.get_peak_memory() - before
+
+
+def test_chunks_and_waiting_bound_the_peak(monkeypatch):
+    """8 MiB of room instead of 64 MiB of scores; what is in flight without waiting is half as much again."""
+    arrays = draw(1, 4, 1, 64, 65536)
+    assert peak(*arrays) >= 2**26
+    monkeypatch.setattr(layers, "SCORES", 2**20)
+    assert peak(*arrays, room=2**23) < 1.25 * 2**23
+
+
+def test_evaluating_leaves_the_memory_limit_as_it_was():
+    before = mx.set_memory_limit(2**33)
+    try:
+        with memory.bounded(1):
+            mx.eval(mx.ones(3) + 1)
+        assert mx.set_memory_limit(2**33) == 2**33
+    finally:
+        mx.set_memory_limit(before)
+
+
+@pytest.mark.parametrize("keys", [1, 3, 4, 64])
+@pytest.mark.parametrize("kinds", [(SLIDING, FULL, SLIDING), (FULL, FULL)])
+def test_a_model_in_chunks_gives_the_same_logits(chunked, kinds, keys):
+    """Chunked prefill, padded rows, rings that ran over, an image span, a commit and a conditioned canvas."""
+    model = small_model(4, layers=kinds)
+    tokens, more, canvas = random_tokens(0, 3, 21), random_tokens(1, 3, 6), random_tokens(2, 3, 4)
+    padded = np.arange(21)[None] >= np.array([[0], [13], [20]])
+    spans = np.zeros((3, 9), np.int32)
+    spans[0, 2:6], spans[1, 4:9], spans[2, :3] = 1, 1, 1
+    conditioning = mx.random.normal((3, 4, 16), key=mx.random.key(0))
+    scalars = [one.layer_scalar for one in model.model.encoder.language_model.layers]
+
+    def logits():
+        prefix = model.new_prefix(3)
+        hidden = [model.encode(tokens[:, a:b], prefix, mask=padded[:, a:b]) for a, b in ((0, 2), (2, 12))]
+        prefix.pad(padded[:, 12:])
+        embedded = model._embed(tokens[:, 12:])
+        hidden.append(model._run(embedded, prefix, prefix.encode_masks(9, spans), scalars, canvas=False))
+        prefix.offset += 9
+        first = model.denoise(canvas, prefix)
+        hidden.append(model.encode(more, prefix))
+        seen = mx.concatenate([*hidden, first, model.denoise(canvas, prefix, conditioning)], axis=1)
+        return model.logits(seen)
+
+    expected = logits()
+    chunked(keys)
+    assert gap(logits(), expected) < 1e-4
