@@ -295,11 +295,15 @@ def denoise_block(
     certainty, patience = options.certainty_threshold or 0.0, options.patience or 0
     earlier: list[mx.array] = []  # argmaxes, oldest first
 
-    def forward(step: int, last: _Forward | None, dense: int = 0) -> _Forward:
+    def forward(step: int, last: _Forward | None, diffuse: int) -> _Forward:
+        """Build a step; `diffuse` positions need all of the vocabulary for their conditioning."""
+        dense = min(-(-diffuse // DENSE) * DENSE, rows * length)
         canvas = sampler.noise(length, model.config.text.vocab_size, draws[0]) if last is None else last.canvas
         conditioning = None if last is None else last.reading.condition(model, dense)
         t = sampler.temperature(total - step, total, options.t_min, options.t_max)
-        reading = read(model, model.denoise(canvas, prefix, conditioning), t, draws[2 * step + 1])
+        reading = read(
+            model, model.denoise(canvas, prefix, conditioning), t, draws[2 * step + 1], 2 * diffuse > rows * length
+        )
         best = reading.best if last is None else mx.where(last.done[:, None], last.best, reading.best)
         accepted = sampler.accept(reading.entropy, options.entropy_bound)
         text = None if options.exact else sampler.text(best, ends, room)
@@ -318,24 +322,23 @@ def denoise_block(
 
     def start(step: _Forward) -> None:
         with memory.bounded(memory.STEP_ROOM):
-            mx.async_eval(step.known, step.best, step.accepted, step.reading.entropy)
+            mx.async_eval(step.known, step.best, step.accepted, step.reading.entropy, *step.reading.held)
 
-    current, dense, steps = forward(0, None), 0 if options.exact else rows * length, [0] * rows
-    finished = [False] * rows
+    diffuse, steps, finished = 0 if options.exact else rows * length, [0] * rows, [False] * rows
+    current = forward(0, None, diffuse)
     start(current)
     for step in range(1, total + 1):
         earlier = [*earlier, current.best][-max(options.stability_threshold, patience, 1) :]
         handles = prefix.handles()
-        following = forward(step, current, dense) if step < total else None
+        following = forward(step, current, diffuse) if step < total else None
         known = np.asarray(current.known)
         steps = [n + (not over) for n, over in zip(steps, finished)]
         finished = [bool(one) for one in known[:-1]]
-        over = all(finished) or following is None
-        needed = min(-(-int(known[-1]) // DENSE) * DENSE, rows * length)
-        if over or needed != dense:  # what was built is of no use, and must not be computed for its side effects
+        over, guess, diffuse = all(finished) or following is None, diffuse, int(known[-1])
+        fits = current.reading.whole is not None or -(-guess // DENSE) == -(-diffuse // DENSE)
+        if over or not fits:  # what was built is of no use, and must not be computed for its side effects
             prefix.restore(handles)
-            dense = needed
-            following = None if over else forward(step, current, dense)
+            following = None if over else forward(step, current, diffuse)
         del handles
         if following is not None:
             start(following)

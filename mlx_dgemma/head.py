@@ -41,6 +41,12 @@ class Reading(NamedTuple):
     likely: mx.array  # [B, C, K] int32, the best tokens of the K best tiles
     probability: mx.array  # [B, C, K] float32, theirs; of logits rounded to the model's dtype, as conditioning is
     log_mass: mx.array  # float32, log-sum-exp of the logits so rounded
+    whole: mx.array | None  # [B, C, H] float32, the expected embedding under all of the vocabulary, if asked for
+
+    @property
+    def held(self) -> list[mx.array]:
+        """What the next step is made of, to be evaluated with this one."""
+        return [one for one in self if one is not None]
 
     @property
     def diffuse(self) -> mx.array:
@@ -52,11 +58,11 @@ class Reading(NamedTuple):
 
         Where the likely tokens carry all but `TAIL` of the probability, their embeddings make it; what is left
         out moves it by at most `TAIL` times the largest embedding. Other positions take the whole vocabulary,
-        in a second pass over it that is for them alone.
+        from the reading's own pass or in a second one that is for them alone.
 
         Args:
             model: the one that was read.
-            dense: positions of the batch that the second pass has room for, at least as many as are diffuse.
+            dense: positions of the batch that a second pass has room for, at least as many as are diffuse.
             nbytes: of float32 logits at once.
 
         Returns:
@@ -65,7 +71,9 @@ class Reading(NamedTuple):
         table, dtype = model.model.decoder.embed_tokens, model.dtype
         weights = self.probability.astype(dtype)[..., None, :]
         expected = (weights @ table(self.likely).astype(dtype))[..., 0, :]
-        if dense:
+        if self.whole is not None:
+            expected = mx.where(self.diffuse[..., None], self.whole.astype(dtype), expected)
+        elif dense:
             flat = expected.reshape(-1, expected.shape[-1])
             diffuse = self.diffuse.flatten()
             index = mx.argsort(~diffuse)[:dense]
@@ -83,10 +91,15 @@ class Reading(NamedTuple):
 class WholeReading(NamedTuple):
     """The same from whole logits, [B, C, V] float32, in the reference's own way."""
 
-    logits: mx.array
+    whole: mx.array  # the logits
     best: mx.array
     entropy: mx.array
     drawn: mx.array
+
+    @property
+    def held(self) -> list[mx.array]:
+        """Nothing: what the next step takes stays lazy, and after the last one nobody pays for it."""
+        return []
 
     @property
     def diffuse(self) -> mx.array:
@@ -95,11 +108,11 @@ class WholeReading(NamedTuple):
 
     def condition(self, model: DiffusionGemma, dense: int) -> mx.array:
         """[B, C, H], from all of the vocabulary at every position."""
-        return model.condition(self.logits)
+        return model.condition(self.whole)
 
 
-def read_whole(model: DiffusionGemma, hidden: mx.array, t: float, keys: mx.array) -> WholeReading:
-    """As `read`, but a sample takes a random number for every token of the vocabulary."""
+def read_whole(model: DiffusionGemma, hidden: mx.array, t: float, keys: mx.array, whole: bool = True) -> WholeReading:
+    """As `read` with `whole`, but a sample takes a random number for every token of the vocabulary."""
     logits = model.logits(hidden) / t
     best = mx.argmax(logits, axis=-1).astype(mx.int32)
     return WholeReading(logits, best, sampler.entropy(logits), sampler.sample(logits, keys))
@@ -124,6 +137,11 @@ def _process(x: mx.array, cap: mx.array, t: mx.array) -> mx.array:
 def _masses(z: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
     mass = mx.exp(z - top)
     return mass, mass * (z - top)
+
+
+@fused
+def _exp_below(z: mx.array, top: mx.array) -> mx.array:
+    return mx.exp(z.astype(mx.float32) - top.astype(mx.float32))
 
 
 def _round(x: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -172,7 +190,14 @@ def processed(model: DiffusionGemma, hidden: mx.array, t: mx.array, start: int, 
     return _process(part(model.model.decoder.embed_tokens, hidden, start, end), cap, t)
 
 
-def read(model: DiffusionGemma, hidden: mx.array, t: float, keys: mx.array, nbytes: int = CHUNK_BYTES) -> Reading:
+def read(
+    model: DiffusionGemma,
+    hidden: mx.array,
+    t: float,
+    keys: mx.array,
+    whole: bool = False,
+    nbytes: int = CHUNK_BYTES,
+) -> Reading:
     """Argmax, entropy, a sample and the likely tokens of every position, in one pass over the vocabulary.
 
     The sample is Gumbel-max in two levels, over the tiles' masses and then within the tile that won: a draw
@@ -182,8 +207,11 @@ def read(model: DiffusionGemma, hidden: mx.array, t: float, keys: mx.array, nbyt
         hidden: [B, C, H] from `denoise`.
         t: the temperature.
         keys: [B, 2], one random key per row of the batch.
+        whole: sum up the expected embedding on the way, for all positions: half the work of a second pass over
+            as many, so it pays where most are diffuse.
         nbytes: of float32 logits at once; no result depends on it.
     """
+    table = model.model.decoder.embed_tokens
     temperature, vocab, dtype = mx.array(t, mx.float32), model.config.text.vocab_size, model.dtype
     shape, tall = hidden.shape[:2], tile_size(vocab)
     block = tall * STRIDE
@@ -192,6 +220,7 @@ def read(model: DiffusionGemma, hidden: mx.array, t: float, keys: mx.array, nbyt
     kept: list[_Tiles] = []
     # Of the tile that leads so far: its score, its logits and its first token.
     lead = [mx.full((*shape, 1), -mx.inf), mx.zeros((*shape, tall)), mx.zeros((*shape, 1), mx.int32)]
+    level, total = mx.full((*shape, 1), NOWHERE), mx.zeros(hidden.shape)  # the sum is total * exp(level)
     states = hidden
     for start, end in chunks(vocab, shape[0] * shape[1], nbytes):
         z, blocks = processed(model, states, temperature, start, end), -(-(end - start) // block)
@@ -199,7 +228,7 @@ def read(model: DiffusionGemma, hidden: mx.array, t: float, keys: mx.array, nbyt
             z = mx.pad(z, [(0, 0), (0, 0), (0, padding)], constant_values=NOWHERE)
         first = mx.arange(blocks * STRIDE, dtype=mx.int32)  # token of each tile, from the chunk's first
         first = first + first // STRIDE * (block - STRIDE)
-        tiles = _summarise(z.reshape(*shape, blocks, tall, STRIDE), start + first, dtype)
+        tiles, shares = _summarise(z.reshape(*shape, blocks, tall, STRIDE), start + first, dtype)
         scores = tiles.top + mx.log(tiles.mass) + noise[..., start // tall : start // tall + blocks * STRIDE]
         tile = mx.argmax(scores, axis=-1, keepdims=True)
         tokens = first[tile] + mx.arange(tall, dtype=mx.int32) * STRIDE
@@ -207,25 +236,43 @@ def read(model: DiffusionGemma, hidden: mx.array, t: float, keys: mx.array, nbyt
         better = found[0] > lead[0]
         lead = [mx.where(better, new, old) for new, old in zip(found, lead)]
         kept.append(tiles)
-        states = mx.depends(states, [*tiles, *lead])  # one chunk in memory at a time
+        if whole:
+            low = _round(tiles.top, dtype)
+            higher = mx.maximum(level, low.max(axis=-1, keepdims=True))
+            shares = shares * mx.exp(low - higher).reshape(*shape, blocks, 1, STRIDE)
+            p = shares.reshape(*shape, -1)[..., : end - start].astype(dtype)
+            total = total * mx.exp(level - higher) + part(table, p, start, end, transpose=False)
+            level = higher
+        states = mx.depends(states, [*tiles, *lead, total])  # one chunk in memory at a time
     _, inside, begin = lead
     drawn = mx.argmax(inside + sampler.gumbel((shape[1], tall), token_keys), axis=-1, keepdims=True)
     drawn = (begin + drawn.astype(mx.int32) * STRIDE)[..., 0]
     tiles = _Tiles(*(mx.concatenate(list(parts), axis=-1) for parts in zip(*kept)))
-    return _reduce(hidden, temperature, tiles, drawn, dtype)
+    reading = _reduce(hidden, temperature, tiles, drawn, dtype)
+    if whole:
+        reading = reading._replace(whole=total * mx.exp(level - reading.log_mass[..., None]))
+    return reading
 
 
-def _summarise(tiled: mx.array, first: mx.array, dtype: mx.Dtype) -> _Tiles:
-    """Numbers of each tile: logits [B, C, blocks, tile, STRIDE], and the tokens that the tiles begin with."""
+def _summarise(tiled: mx.array, first: mx.array, dtype: mx.Dtype) -> tuple[_Tiles, mx.array]:
+    """Numbers of each tile, and exp(logit - its tile's largest) of the logits rounded to the model's dtype.
+
+    Args:
+        tiled: [B, C, blocks, tile, STRIDE] logits.
+        first: the tokens that the tiles begin with.
+    """
     shape = (*tiled.shape[:2], -1)
     top = tiled.max(axis=-2, keepdims=True)
     where = mx.argmax(tiled, axis=-2).astype(mx.int32)
-    mass, depth = (one.sum(axis=-2) for one in _masses(tiled, top))
+    shares, depths = _masses(tiled, top)
+    mass, depth = shares.sum(axis=-2), depths.sum(axis=-2)
     rounded = mass
     if dtype != mx.float32:
-        rounded, _ = (one.sum(axis=-2) for one in _masses(_round(tiled, dtype), _round(top, dtype)))
+        shares = _exp_below(tiled.astype(dtype), top.astype(dtype))
+        rounded = shares.sum(axis=-2)
     where = first + where.reshape(shape) * STRIDE
-    return _Tiles(top.reshape(shape), where, mass.reshape(shape), depth.reshape(shape), rounded.reshape(shape))
+    kept = top.reshape(shape), where, mass.reshape(shape), depth.reshape(shape), rounded.reshape(shape)
+    return _Tiles(*kept), shares
 
 
 def _reduce(hidden: mx.array, t: mx.array, tiles: _Tiles, drawn: mx.array, dtype: mx.Dtype) -> Reading:
@@ -248,4 +295,5 @@ def _reduce(hidden: mx.array, t: mx.array, tiles: _Tiles, drawn: mx.array, dtype
         likely=mx.take_along_axis(tiles.where, likely, axis=-1),
         probability=mx.exp(mx.take_along_axis(low, likely, axis=-1) - log_mass),
         log_mass=log_mass[..., 0],
+        whole=None,
     )
