@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 SETTLE: dict[str, dict[str, Any]] = {
     "exact": {"certainty_threshold": 0, "patience": 0},
     "default": {"certainty_threshold": 0.1, "patience": 2},
-    "fast": {"certainty_threshold": 0.5, "patience": 1},
+    "fast": {"certainty_threshold": 0.5, "patience": 2},
 }
+CONFIDENT = 0.9  # probability at which fast mode keeps a position's best token for good
 DENSE = 64  # diffuse positions are counted in steps of so many: each count is a graph of its own
 
 
@@ -53,9 +54,9 @@ class GenerationOptions:
     stability_threshold: int = 1  # earlier steps whose argmax must be the same
     confidence_threshold: float = 0.005  # nats; mean entropy below which a canvas has settled
     exact: bool = False  # settle as the reference does, by the two thresholds above over the whole canvas
-    fast: bool = False  # other defaults for the next two: fewer steps, more risk
+    fast: bool = False  # keep best tokens for good once they are confident, instead of drawing by entropy_bound
     certainty_threshold: float | None = None  # nats; settled where no position is above (0.1, fast 0.5; 0: never)
-    patience: int | None = None  # steps without change that settle a canvas (2, fast 1; 0: never)
+    patience: int | None = None  # steps without change that settle a canvas (2; 0: never)
     end_tokens: tuple[int, ...] = (1,)  # any of these ends the text
     prefill_chunk: int | None = None  # prompt tokens encoded at once; None: 2048, or less where it takes much memory
     image_tokens: int = 280  # the most soft tokens of a picture: 70, 140, 280, 560 or 1120
@@ -131,6 +132,11 @@ class GenerationOptions:
                 hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(known)}."
                 raise OptionError(f"{name} is not an option; {hint}")
         changes = {name: value for name, value in changes.items() if value is not None}
+        if changes.get("fast", self.fast) and "entropy_bound" in changes:
+            raise OptionError(
+                f"fast is True and entropy_bound is {changes['entropy_bound']!r}; "
+                "fast mode accepts by confidence: leave one out."
+            )
         if {"exact", "fast"} & set(changes):
             changes = {**dict.fromkeys(SETTLE["default"]), **changes}  # they follow the mode
         return replace(self, **changes)
@@ -214,8 +220,7 @@ def prefill(
             mask=None if mask is None else mask[:, start:end],
             features=mx.concatenate(seen) if seen else None,
         )
-        with memory.bounded(memory.PREFILL_ROOM):
-            mx.eval(prefix.state)
+        evaluate(prefix)
         if end < tokens.shape[1]:
             mx.clear_cache()
 
@@ -227,6 +232,13 @@ def fitting_chunk(model: DiffusionGemma, batch_size: int) -> int:
     while size > 256 and near * size * (config.sliding_window - 1 + size) > SCORES:
         size //= 2
     return size
+
+
+def evaluate(prefix: Prefix) -> None:
+    """Compute what was encoded, layer after layer."""
+    queue = memory.Queue()
+    queue.add(*prefix.stages, prefix.state)
+    queue.finish()
 
 
 def chunks(held: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
@@ -305,32 +317,38 @@ def denoise_block(
             model, model.denoise(canvas, prefix, conditioning), t, draws[2 * step + 1], 2 * diffuse > rows * length
         )
         best = reading.best if last is None else mx.where(last.done[:, None], last.best, reading.best)
-        accepted = sampler.accept(reading.entropy, options.entropy_bound)
+        drawn, uncertainty = reading.drawn, reading.entropy
+        if isinstance(reading, head.Reading) and options.fast:
+            kept = mx.zeros(best.shape, mx.bool_) if last is None else last.accepted
+            accepted = sampler.accept_confident(reading.confidence, kept, CONFIDENT)
+            drawn, uncertainty = mx.where(kept, canvas, best), mx.where(accepted, 0, uncertainty)
+        else:
+            accepted = sampler.accept(uncertainty, options.entropy_bound)
         text = None if options.exact else sampler.text(best, ends, room)
         done = sampler.settled(
-            best, earlier, reading.entropy, options.stability_threshold, options.confidence_threshold, text
+            best, earlier, uncertainty, options.stability_threshold, options.confidence_threshold, text
         )
         if text is not None:
-            done = done | sampler.certain(reading.entropy, certainty, text)
+            done = done | sampler.certain(uncertainty, certainty, text)
             if patience:
                 done = done | sampler.unchanged(best, earlier, patience, text)
         if last is not None:
             done = done | last.done
         noise = sampler.noise(length, model.config.text.vocab_size, draws[2 * step + 2])
         known = mx.concatenate([done.astype(mx.int32), reading.diffuse.sum(keepdims=True).flatten()])
-        return _Forward(reading, accepted, mx.where(accepted, reading.drawn, noise), best, done, known)
-
-    def start(step: _Forward) -> None:
-        with memory.bounded(memory.STEP_ROOM):
-            mx.async_eval(step.known, step.best, step.accepted, step.reading.entropy, *step.reading.held)
+        return _Forward(reading, accepted, mx.where(accepted, drawn, noise), best, done, known)
 
     diffuse, steps, finished = 0 if options.exact else rows * length, [0] * rows, [False] * rows
+    queue = memory.Queue()
     current = forward(0, None, diffuse)
-    start(current)
+    queue.add(*prefix.stages)
     for step in range(1, total + 1):
         earlier = [*earlier, current.best][-max(options.stability_threshold, patience, 1) :]
         handles = prefix.handles()
         following = forward(step, current, diffuse) if step < total else None
+        shown = current.best, current.accepted, current.reading.entropy
+        queue.add(*current.reading.stages, [current.known, *shown, *current.reading.held])
+        queue.finish()
         known = np.asarray(current.known)
         steps = [n + (not over) for n, over in zip(steps, finished)]
         finished = [bool(one) for one in known[:-1]]
@@ -341,8 +359,8 @@ def denoise_block(
             following = None if over else forward(step, current, diffuse)
         del handles
         if following is not None:
-            start(following)
-        yield _Step(current.best, current.accepted, current.reading.entropy, finished, steps)
+            queue.add(*prefix.stages)
+        yield _Step(*shown, finished, steps)
         if following is None:
             return
         current = following
@@ -388,8 +406,7 @@ def generate(
             return
         rows, keys = _keep(rows, going, keys, prefix)
         model.encode(step.best[mx.array(going)], prefix)
-        with memory.bounded(memory.PREFILL_ROOM):
-            mx.eval(prefix.state)
+        evaluate(prefix)
         mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
         block += 1
 

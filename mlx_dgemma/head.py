@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TILES = 4096  # about so many: more cost memory, fewer let likely tokens meet in one tile
 STRIDE = 64  # tokens between two of a tile: neighbours such as the digits are likely together
-CHUNK_BYTES = 16 << 20  # of float32 logits at once
+CHUNK_BYTES = 32 << 20  # of float32 logits at once
 LIKELY = 32  # tokens a position whose embeddings make its conditioning where they suffice
 TAIL = 1e-4  # probability that conditioning may leave out
 NOWHERE = -1e9  # logit of what pads the last tiles: finite, since 0 * -inf is not a number
@@ -33,20 +33,22 @@ NOWHERE = -1e9  # logit of what pads the last tiles: finite, since 0 * -inf is n
 class Reading(NamedTuple):
     """A step's processed logits (softcapped, over temperature), read chunk by chunk. Positions are [B, C]."""
 
-    hidden: mx.array  # [B, C, H], what was read
-    t: mx.array  # float32, the temperature
     best: mx.array  # int32, the most probable token
+    confidence: mx.array  # float32, its probability
     entropy: mx.array  # float32, nats
     drawn: mx.array  # int32, a sample
     likely: mx.array  # [B, C, K] int32, the best tokens of the K best tiles
     probability: mx.array  # [B, C, K] float32, theirs; of logits rounded to the model's dtype, as conditioning is
     log_mass: mx.array  # float32, log-sum-exp of the logits so rounded
-    whole: mx.array | None  # [B, C, H] float32, the expected embedding under all of the vocabulary, if asked for
+    hidden: mx.array  # [B, C, H], what was read
+    t: mx.array  # float32, the temperature
+    stages: tuple[mx.array, ...]  # evaluated one after the other they take the memory of one chunk
+    whole: mx.array | None = None  # [B, C, H] float32, the expected embedding under the whole vocabulary
 
     @property
     def held(self) -> list[mx.array]:
         """What the next step is made of, to be evaluated with this one."""
-        return [one for one in self if one is not None]
+        return [one for one in self if isinstance(one, mx.array)]
 
     @property
     def diffuse(self) -> mx.array:
@@ -95,6 +97,7 @@ class WholeReading(NamedTuple):
     best: mx.array
     entropy: mx.array
     drawn: mx.array
+    stages: tuple[mx.array, ...] = ()
 
     @property
     def held(self) -> list[mx.array]:
@@ -134,14 +137,13 @@ def _process(x: mx.array, cap: mx.array, t: mx.array) -> mx.array:
 
 
 @fused
-def _masses(z: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
+def _masses(z: mx.array, top: mx.array, like: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """exp(z - top), its product with z - top, and the first again of numbers rounded to the dtype of `like`."""
     mass = mx.exp(z - top)
-    return mass, mass * (z - top)
-
-
-@fused
-def _exp_below(z: mx.array, top: mx.array) -> mx.array:
-    return mx.exp(z.astype(mx.float32) - top.astype(mx.float32))
+    if like.dtype == mx.float32:
+        return mass, mass * (z - top), mass
+    low, low_top = (one.astype(like.dtype).astype(mx.float32) for one in (z, top))
+    return mass, mass * (z - top), mx.exp(low - low_top)
 
 
 def _round(x: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -221,9 +223,9 @@ def read(
     # Of the tile that leads so far: its score, its logits and its first token.
     lead = [mx.full((*shape, 1), -mx.inf), mx.zeros((*shape, tall)), mx.zeros((*shape, 1), mx.int32)]
     level, total = mx.full((*shape, 1), NOWHERE), mx.zeros(hidden.shape)  # the sum is total * exp(level)
-    states = hidden
+    stages = [hidden]
     for start, end in chunks(vocab, shape[0] * shape[1], nbytes):
-        z, blocks = processed(model, states, temperature, start, end), -(-(end - start) // block)
+        z, blocks = processed(model, stages[-1], temperature, start, end), -(-(end - start) // block)
         if padding := blocks * block - (end - start):
             z = mx.pad(z, [(0, 0), (0, 0), (0, padding)], constant_values=NOWHERE)
         first = mx.arange(blocks * STRIDE, dtype=mx.int32)  # token of each tile, from the chunk's first
@@ -243,15 +245,13 @@ def read(
             p = shares.reshape(*shape, -1)[..., : end - start].astype(dtype)
             total = total * mx.exp(level - higher) + part(table, p, start, end, transpose=False)
             level = higher
-        states = mx.depends(states, [*tiles, *lead, total])  # one chunk in memory at a time
+        stages.append(mx.depends(stages[-1], [*tiles, *lead, total]))  # the next chunk waits for this one
     _, inside, begin = lead
     drawn = mx.argmax(inside + sampler.gumbel((shape[1], tall), token_keys), axis=-1, keepdims=True)
     drawn = (begin + drawn.astype(mx.int32) * STRIDE)[..., 0]
     tiles = _Tiles(*(mx.concatenate(list(parts), axis=-1) for parts in zip(*kept)))
-    reading = _reduce(hidden, temperature, tiles, drawn, dtype)
-    if whole:
-        reading = reading._replace(whole=total * mx.exp(level - reading.log_mass[..., None]))
-    return reading
+    reading = Reading(drawn=drawn, hidden=hidden, t=temperature, stages=tuple(stages), **_reduce(tiles, dtype))
+    return reading._replace(whole=total * mx.exp(level - reading.log_mass[..., None])) if whole else reading
 
 
 def _summarise(tiled: mx.array, first: mx.array, dtype: mx.Dtype) -> tuple[_Tiles, mx.array]:
@@ -264,18 +264,16 @@ def _summarise(tiled: mx.array, first: mx.array, dtype: mx.Dtype) -> tuple[_Tile
     shape = (*tiled.shape[:2], -1)
     top = tiled.max(axis=-2, keepdims=True)
     where = mx.argmax(tiled, axis=-2).astype(mx.int32)
-    shares, depths = _masses(tiled, top)
-    mass, depth = shares.sum(axis=-2), depths.sum(axis=-2)
-    rounded = mass
-    if dtype != mx.float32:
-        shares = _exp_below(tiled.astype(dtype), top.astype(dtype))
-        rounded = shares.sum(axis=-2)
+    masses, depths, shares = _masses(tiled, top, mx.zeros((1,), dtype))
+    mass, depth = masses.sum(axis=-2), depths.sum(axis=-2)
+    rounded = mass if dtype == mx.float32 else shares.sum(axis=-2)
     where = first + where.reshape(shape) * STRIDE
     kept = top.reshape(shape), where, mass.reshape(shape), depth.reshape(shape), rounded.reshape(shape)
     return _Tiles(*kept), shares
 
 
-def _reduce(hidden: mx.array, t: mx.array, tiles: _Tiles, drawn: mx.array, dtype: mx.Dtype) -> Reading:
+def _reduce(tiles: _Tiles, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The fields of a `Reading` that are reductions over tiles."""
     best = mx.argmax(tiles.top, axis=-1, keepdims=True)
     peak = mx.take_along_axis(tiles.top, best, axis=-1)
     below = tiles.top - peak
@@ -286,14 +284,11 @@ def _reduce(hidden: mx.array, t: mx.array, tiles: _Tiles, drawn: mx.array, dtype
     log_mass = low_peak + mx.log((mx.exp(low - low_peak) * tiles.rounded).sum(axis=-1, keepdims=True))
     count = min(LIKELY, low.shape[-1])
     likely = mx.argpartition(tiles.top, kth=-count, axis=-1)[..., -count:]
-    return Reading(
-        hidden=hidden,
-        t=t,
-        best=mx.take_along_axis(tiles.where, best, axis=-1)[..., 0],
-        entropy=mx.log(mass) - depth / mass,
-        drawn=drawn,
-        likely=mx.take_along_axis(tiles.where, likely, axis=-1),
-        probability=mx.exp(mx.take_along_axis(low, likely, axis=-1) - log_mass),
-        log_mass=log_mass[..., 0],
-        whole=None,
-    )
+    return {
+        "best": mx.take_along_axis(tiles.where, best, axis=-1)[..., 0],
+        "confidence": 1 / mass,
+        "entropy": mx.log(mass) - depth / mass,
+        "likely": mx.take_along_axis(tiles.where, likely, axis=-1),
+        "probability": mx.exp(mx.take_along_axis(low, likely, axis=-1) - log_mass),
+        "log_mass": log_mass[..., 0],
+    }

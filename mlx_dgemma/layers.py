@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from .prefix import LayerKV, Mask
 
 SCORES = 256 * 2**20  # bytes of attention scores at once; where a whole pass has more, keys come in chunks
 CHUNK = 256  # keys; a chunk is a multiple of this
+MATMUL_ROWS = 512  # up to here CUDA gathers rows faster as a product with a one-hot matrix
 SORT_FROM = 64  # rows * top_k from which sorting by expert pays: MLX's grouped kernels need it
 
 
@@ -24,9 +25,9 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.cpu
 
 
-def fused(function: Callable) -> Callable:
+def fused(function: Callable, shapeless: bool = True) -> Callable:
     """Compile elementwise chains on a GPU; MLX's CPU compiler needs a C++ compiler that may be missing."""
-    compiled = mx.compile(function, shapeless=True)
+    compiled = mx.compile(function, shapeless=shapeless)
 
     @wraps(function)
     def call(*args):
@@ -98,21 +99,28 @@ class Experts(nn.Module):
         flat = indices.flatten()
         if flat.size < SORT_FROM:
             y = self._feed(x[:, None, None], indices)
+        elif pads_runs():
+            return self._in_runs(x, flat, weights.flatten())
         else:
             order = mx.argsort(flat)
-            back = mx.argsort(order)
-            if pads_runs():
-                # CUDA compiles a gather_qmm for every length, a minute each: packed weights get a single one.
-                longest = 128 if isinstance(self.gate_up_proj, SwitchLinear) else 16
-                slots, owners, length = runs(flat[order], self.gate_up_proj.num_experts, longest)
-                source = mx.zeros((owners.size * length,), order.dtype)
-                source[slots] = order // top_k
-                y = self._feed(x[source].reshape(owners.size, length, -1), owners).flatten(0, 1)[slots[back]]
-            else:
-                # The unit axis comes before the gather: MLX's sorted kernels misread rows that get it after.
-                y = self._feed(x[:, None][order // top_k], flat[order], sorted_indices=True)[back]
+            # The unit axis comes before the gather: MLX's sorted kernels misread rows that get it after.
+            y = self._feed(x[:, None][order // top_k], flat[order], sorted_indices=True)[mx.argsort(order)]
         y = y.reshape(rows, top_k, -1)
         return (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
+
+    def _in_runs(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
+        """x [N, H], experts and weights [N * K] in the rows' order -> [N, H], by `runs`."""
+        rows, size = x.shape
+        # CUDA compiles a gather_qmm for every length, a minute each: packed weights get a single one.
+        longest = 64 if isinstance(self.gate_up_proj, SwitchLinear) else 16
+        slots, owners, length = runs(chosen, self.gate_up_proj.num_experts, longest)
+        source, share = fill(slots, weights, owners.size * length, rows)
+        if rows <= MATMUL_ROWS:
+            take, mix = one_hot(source, share, rows, x)
+            return mix.T @ self._feed((take @ x).reshape(owners.size, length, size), owners).reshape(-1, size)
+        y = self._feed(x[mx.minimum(source, rows - 1)].reshape(owners.size, length, size), owners)
+        y = y.reshape(-1, size)[slots].reshape(rows, -1, size)
+        return (y * weights.reshape(rows, -1, 1)).sum(axis=-2).astype(x.dtype)
 
     def _feed(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """x [..., rows, H] through the expert of each leading index."""
@@ -133,10 +141,10 @@ def pads_runs() -> bool:
 
 
 def runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.array, int]:
-    """Lay rows that are sorted by expert out in runs of equal length, each of one expert.
+    """Lay rows out in runs of equal length, each of one expert.
 
     Args:
-        chosen: [N] expert of each row, ascending.
+        chosen: [N] expert of each row.
         experts: how many there are.
         longest: bound of a run's length, a power of two.
 
@@ -146,14 +154,35 @@ def runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.arr
     """
     count = chosen.size
     length = min(max(16, 1 << (max(count // experts, 1).bit_length() - 1)), longest)
-    rows = (chosen[:, None] == mx.arange(experts)).sum(axis=0)
-    needed = (rows + length - 1) // length
+    slots, owners = _lay_out(chosen.astype(mx.int32), experts, length)
+    return slots, owners, length
+
+
+@partial(fused, shapeless=False)
+def _lay_out(chosen: mx.array, experts: int, length: int) -> tuple[mx.array, mx.array]:
+    numbers = mx.arange(experts, dtype=mx.int32)
+    rank = mx.cumsum((chosen[:, None] == numbers).astype(mx.int32), axis=0)
+    needed = (rank[-1] + (length - 1)) // length
     ends = mx.cumsum(needed)
-    start = (ends - needed) * length - (mx.cumsum(rows) - rows)
-    slots = start[chosen] + mx.arange(count)
-    total = count // length + min(experts, count)
-    owners = (mx.arange(total)[:, None] >= ends).sum(axis=1)
-    return slots, mx.minimum(owners, experts - 1).astype(mx.uint32), length
+    slots = ((ends - needed) * length)[chosen] + mx.take_along_axis(rank, chosen[:, None], axis=1)[:, 0] - 1
+    total = chosen.size // length + min(experts, chosen.size)
+    owners = (mx.arange(total, dtype=mx.int32)[:, None] >= ends).astype(mx.int32).sum(axis=1)
+    return slots, mx.minimum(owners, experts - 1).astype(mx.uint32)
+
+
+def fill(slots: mx.array, weights: mx.array, total: int, rows: int) -> tuple[mx.array, mx.array]:
+    """[total] row that each slot holds, `rows` where it is padding, and its weight, 0 there."""
+    source, share = mx.full((total,), rows, mx.int32), mx.zeros((total,), weights.dtype)
+    source[slots] = mx.arange(slots.size, dtype=mx.int32) // (slots.size // rows)
+    share[slots] = weights
+    return source, share
+
+
+@partial(fused, shapeless=False)
+def one_hot(source: mx.array, share: mx.array, rows: int, like: mx.array) -> tuple[mx.array, mx.array]:
+    """[slots, rows] matrices in the dtype of `like` that gather rows into slots and, transposed, mix slots to rows."""
+    taken = source[:, None] == mx.arange(rows, dtype=mx.int32)
+    return taken.astype(like.dtype), mx.where(taken, share[:, None], 0).astype(like.dtype)
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
@@ -192,6 +221,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> m
         total = _add_scaled(total, kept, shares.sum(axis=-1, keepdims=True))
         out = _add_scaled(out, kept, shares.astype(values.dtype) @ values[:, :, start:end])
         top = highest
+        queries = mx.depends(queries, [out, total])  # one chunk's scores in memory at a time
     return (out / total).astype(values.dtype).reshape(batch, heads, length, dim)
 
 

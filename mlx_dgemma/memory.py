@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,8 +18,7 @@ from .layers import SCORES, on_cpu
 from .prefix import STEP
 
 GB = 1e9
-# Bytes beyond what is held, from which on an evaluation waits for what is in flight.
-PREFILL_ROOM, STEP_ROOM = 3 * 2**29, 3 * 2**27
+AHEAD, ROOM = 2**28, 2**30  # bytes in flight, of several stages and of a single one
 
 
 @dataclass(frozen=True)
@@ -122,20 +123,36 @@ def check(checkpoint: Checkpoint, needed: Need) -> None:
     )
 
 
-@contextmanager
-def bounded(room: int) -> Iterator[None]:
-    """Keep what is evaluated here from running far ahead of the device.
+class Queue:
+    """Starts evaluations without running far ahead of the device.
 
-    MLX enqueues up to a thousand operations, and what they allocate is held until they have run: many chunks of
-    attention at once. Above its memory limit, here `room` bytes more than is held, it waits for the oldest first.
+    MLX enqueues up to a thousand operations, and what they allocate is held until they have run: at the release's
+    shape half the layers of a step, gigabytes. Where `AHEAD` bytes are in flight, a queue waits for the oldest stage;
+    where a single stage takes more than `ROOM`, as attention over a long prefix may, MLX waits by itself.
     """
-    most = mx.get_active_memory() + room
-    limit = mx.set_memory_limit(most)
-    mx.set_memory_limit(min(limit, most))
-    try:
-        yield
-    finally:
-        mx.set_memory_limit(limit)
+
+    def __init__(self):
+        self._base = mx.get_active_memory()
+        self._waiting: deque[Any] = deque()
+
+    def add(self, *stages: Any) -> None:
+        """Start stages, arrays or trees of them, in the order in which they are computed."""
+        most = self._base + ROOM
+        limit = mx.set_memory_limit(most)
+        mx.set_memory_limit(min(limit, most))
+        try:
+            for stage in stages:
+                while self._waiting and mx.get_active_memory() > self._base + AHEAD:
+                    mx.eval(self._waiting.popleft())
+                mx.async_eval(stage)
+                self._waiting.append(stage)
+        finally:
+            mx.set_memory_limit(limit)
+
+    def finish(self) -> None:
+        """Wait for all of it."""
+        while self._waiting:
+            mx.eval(self._waiting.popleft())
 
 
 @contextmanager

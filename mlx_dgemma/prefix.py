@@ -160,6 +160,11 @@ class Prefix:
         return [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]
 
     @property
+    def stages(self) -> list[mx.array | None]:
+        """Keys of every second layer, which are computed one after the other: for `memory.Queue`."""
+        return [_handle(layer.keys) for layer in self.layers[::2]]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of unified memory held, preallocated slots included."""
         return sum(a.nbytes for a in self.state)

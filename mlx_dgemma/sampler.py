@@ -38,6 +38,24 @@ def accept(uncertainty: mx.array, bound: float) -> mx.array:
     return mx.put_along_axis(mx.zeros(uncertainty.shape, mx.bool_), order, within, axis=-1)
 
 
+def accept_confident(confidence: mx.array, kept: mx.array, threshold: float) -> mx.array:
+    """Positions to keep for good: the confident ones, the most confident of the others if there is none, and the kept.
+
+    The confidence-aware acceptance of Fast-dLLM (arXiv 2505.22618).
+
+    Args:
+        confidence: [B, C] probability of the most probable token.
+        kept: [B, C] bool, positions that were kept before.
+        threshold: probability from which on a position is confident.
+
+    Returns:
+        [B, C] bool.
+    """
+    confidence = mx.where(kept, -1, confidence)
+    most = confidence.max(axis=-1, keepdims=True)
+    return kept | (confidence >= mx.minimum(most, threshold))
+
+
 def sample(logits: mx.array, keys: mx.array) -> mx.array:
     """One token per position by the Gumbel-max trick: [B, C, V] and keys [B, 2] -> [B, C] int32."""
     return mx.argmax(logits + gumbel(logits.shape[1:], keys), axis=-1).astype(mx.int32)

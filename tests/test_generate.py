@@ -13,7 +13,9 @@ from mlx_dgemma.errors import OptionError
 from mlx_dgemma.generate import Block, Draft, GenerationOptions, chunks, fitting_chunk, generate, prefill
 
 # A random model is never sure, so these bounds are wide: some canvases settle and some do not.
-OPTIONS = GenerationOptions(max_denoising_steps=10, entropy_bound=2.5, confidence_threshold=1.0, end_tokens=(39,), exact=True)
+OPTIONS = GenerationOptions(
+    max_denoising_steps=10, entropy_bound=2.5, confidence_threshold=1.0, end_tokens=(39,), exact=True
+)
 PROMPTS = [
     "Write JSON for: Anna is 31 years old and lives in Oslo.",
     "Count from 3 to 30.",
@@ -214,7 +216,7 @@ def test_a_prefill_chunk_that_is_asked_for_is_taken_as_it_is(chunk, taken):
         dtype=mx.bfloat16,
         encode=lambda tokens, prefix, mask, features: encoded.append(tokens.shape[1]),
     )
-    prefill(model, SimpleNamespace(batch_size=4, state=[]), tokens, chunk)
+    prefill(model, SimpleNamespace(batch_size=4, state=[], stages=[]), tokens, chunk)
     assert encoded == taken
 
 
