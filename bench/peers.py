@@ -12,6 +12,7 @@ import numpy as np
 from meter import MLX, Memory, Meter
 from shapes import quantize
 
+COMPUTED = ("DiffusionGemmaTextRotaryEmbedding", "DiffusionGemmaTextScaledWordEmbedding")  # buffers no file holds
 NEVER = 1e-30  # nats: no canvas's mean entropy is below it, so the stop rule is never met
 Answer = Callable[[dict, int], tuple[str, int]]  # (case, seed) -> (text with markers, positions denoised)
 
@@ -106,8 +107,8 @@ def transformers_model(raw: dict, dtype: str):
                     new.normal_(std=one.shape[-1] ** -0.5)
                 made[id(one)] = torch.nn.Parameter(new, requires_grad=False)
             module._parameters[name] = made[id(one)]
-        if "Rotary" in type(module).__name__ or "ScaledWordEmbedding" in type(module).__name__:
-            model._init_weights(module)  # fills the buffers that no checkpoint holds
+        if type(module).__name__ in COMPUTED:
+            model._init_weights(module)
     return model.eval()
 
 
