@@ -120,6 +120,11 @@ def main() -> None:
     parser.add_argument("--folder", help="where the temporary folder lies")
     args = parser.parse_args()
     found = machine()
+    if args.peer_python:
+        say = "from importlib.metadata import version; print(version('mlx-vlm'))"
+        run = subprocess.run([args.peer_python, "-c", say], capture_output=True, text=True, check=True)
+        found["versions"]["mlx-vlm"] = run.stdout.strip()
+        print(f"mlx-vlm {run.stdout.strip()}")
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         source, target = Path(temporary, "source"), Path(temporary, "target")
         source.mkdir()

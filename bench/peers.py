@@ -3,7 +3,9 @@
 Steps: random weights at a shape, the peer's entropy-bound loop. Answers: a checkpoint, the peer's default sampler.
 """
 
+import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -61,10 +63,24 @@ def mlx_vlm_step(model: nn.Module, prompt: mx.array, steps: int) -> dict:
     return meter.result()
 
 
+@cache
 def torch_device() -> str:
+    """Where PyTorch is to run; on a CPU with one thread where more are slower, as on shared cores they can be."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    threads, found = torch.get_num_threads(), {}
+    x = torch.randn(64, 512)
+    weight = torch.randn(512, 512)
+    for count in (threads, 1):
+        torch.set_num_threads(count)
+        started = time.perf_counter()
+        for _ in range(20):
+            torch.relu(x @ weight)
+        found[count] = time.perf_counter() - started
+    torch.set_num_threads(min(found, key=found.get))
+    return "cpu"
 
 
 def torch_memory() -> Memory | None:

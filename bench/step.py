@@ -26,15 +26,17 @@ from mlx_dgemma.model import DiffusionGemma
 
 
 def measure(model: DiffusionGemma, prompt: mx.array, steps: int, mode: str = "default") -> dict:
-    """One prefill and one canvas of so many steps."""
+    """One prefill and so many steps of a canvas that goes on: its last step has no next one to prepare."""
     changes = {} if mode == "default" else {mode: True}
-    options = GenerationOptions(confidence_threshold=0.0, max_denoising_steps=steps, **changes)
+    options = GenerationOptions(confidence_threshold=0.0, max_denoising_steps=steps + 1, **changes)
     meter = Meter()
     prefix = model.new_prefix(capacity=prompt.shape[1] + 2 * model.config.canvas_length)
     prefill(model, prefix, np.asarray(prompt), options.prefill_chunk)
     meter.prefilled(prefix.nbytes)
     for _ in denoise_block(model, prefix, options, mx.random.key(1)[None]):
         meter.stepped(prefix.nbytes)
+        if len(meter.steps) == steps:
+            break
     return meter.result()
 
 
