@@ -10,6 +10,8 @@ apart; counting fails in every mode, the model's own weakness. They are reported
 the prompts and marks the answers; `compare.py quality` runs peers on the same ones.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import random
