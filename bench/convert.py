@@ -4,18 +4,18 @@
     python bench/convert.py --peer-python PATH           # mlx-vlm's, too, run by that Python
 
 Makes a checkpoint of random weights in the release's layout and sizes, cut to a few layers, in a temporary
-folder; converts it with `-q` in a process of its own. Prints a table and a last line of JSON.
+folder; converts it with `-q` in a process of its own, in turn with the peer's. The ceiling is the time that
+the bytes read and written take at the rate of a plain copy of the source, in the same folder just before.
+Prints a table and a last line of JSON.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,12 @@ from mlx.utils import tree_flatten
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from report import finish, machine, ratio, show, spread, table
+from shapes import TOWER, raw_config
+
 from mlx_dgemma.checkpoint import DEMO
 from mlx_dgemma.config import ModelConfig
+from mlx_dgemma.convert.recipes import DEFAULT, RECIPES
 from mlx_dgemma.convert.writer import ITEM, Entry, Writer, write_json
 from mlx_dgemma.model import DiffusionGemma
 
@@ -36,59 +40,24 @@ MAX_RSS = 2.5e9
 
 def release_config(layers: int) -> dict:
     """The release's config.json with fewer layers: every second one is a full layer, and the tower has one."""
-    kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
-    rope = {
-        "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    }
-    text = {
-        "model_type": "diffusion_gemma_text",
-        "vocab_size": 262144,
-        "hidden_size": 2816,
-        "intermediate_size": 2112,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "sliding_window": 1024,
-        "num_global_key_value_heads": 2,
-        "global_head_dim": 512,
-        "layer_types": kinds,
-        "num_experts": 128,
-        "top_k_experts": 8,
-        "moe_intermediate_size": 704,
-        "rope_parameters": rope,
-        "use_bidirectional_attention": "vision",
-        "dtype": "bfloat16",
-    }
-    vision = {
-        "model_type": "gemma4_vision",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "head_dim": 72,
-        "standardize": True,
-    }
-    return {
-        "architectures": ["DiffusionGemmaForBlockDiffusion"],
-        "model_type": "diffusion_gemma",
-        "canvas_length": 256,
-        "dtype": "bfloat16",
-        "text_config": text,
-        "vision_config": vision,
-    }
+    raw = raw_config("26b", layers)
+    raw["text_config"]["layer_types"] = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    tower = {**TOWER, "num_hidden_layers": 1}
+    return {"architectures": ["DiffusionGemmaForBlockDiffusion"], "dtype": "bfloat16", **raw, "vision_config": tower}
+
+
+def release_model(layers: int) -> DiffusionGemma:
+    """That model; nothing of it is computed, so it takes no memory."""
+    return DiffusionGemma(ModelConfig.from_dict(release_config(layers)))
 
 
 def make_checkpoint(folder: Path, layers: int) -> int:
     """Write random bfloat16 weights in Hugging Face's layout; returns their bytes."""
-    config = release_config(layers)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", release_config(layers))
     for name in CARRIED:
         shutil.copy(DEMO / name, folder)
     entries = []
-    for name, array in tree_flatten(DiffusionGemma(ModelConfig.from_dict(config)).parameters()):
+    for name, array in tree_flatten(release_model(layers).parameters()):
         release = name.removesuffix(".weight") if ".experts." in name else name
         entries.append(Entry(release, "BF16", array.shape))
     noise = np.random.default_rng(0).normal(0, 0.02, BLOCK).astype(np.float32).view(np.uint32)
@@ -119,38 +88,84 @@ def measure(command: list[str], folder: Path) -> dict:
     }
 
 
-def main():
+def copy_rate(source: Path, folder: Path) -> float:
+    """Bytes read and written in a second by a plain copy of the weights; the page cache is as warm as later."""
+    folder.mkdir()
+    files = list(source.glob("*.safetensors"))
+    started = time.perf_counter()
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder)
+    return 2 * sum(file.stat().st_size for file in files) / seconds
+
+
+def ceiling(source: Path, folder: Path, layers: int, nbytes: int) -> dict:
+    """Print and return the bytes that a conversion moves, and how long they take."""
+    shapes = {name: a.shape for name, a in tree_flatten(release_model(layers).parameters())}
+    written, rate = RECIPES[DEFAULT].nbytes(shapes), copy_rate(source, folder)
+    floor = (nbytes + written) / rate
+    print(
+        f"ceiling: {nbytes / 1e9:.2f} GB read, {written / 1e9:.2f} GB written, "
+        f"{floor:.2f} s at a copy's {rate / 1e9:.2f} GB/s"
+    )
+    return {"read": nbytes, "written": written, "copy_bytes_per_second": rate, "floor_s": floor}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2, help="of 1.6 GB each, beside 1.5 GB of embedding")
-    parser.add_argument("--runs", type=int, default=1, help="take the fastest of so many, in turn")
+    parser.add_argument("--runs", type=int, default=2, help="conversions by each, in alternating order")
     parser.add_argument("--peer-python", help="a Python that can import mlx_vlm")
     parser.add_argument("--folder", help="where the temporary folder lies")
     args = parser.parse_args()
+    found = machine()
+    if args.peer_python:
+        say = "from importlib.metadata import version; print(version('mlx-vlm'))"
+        run = subprocess.run([args.peer_python, "-c", say], capture_output=True, text=True, check=True)
+        found["versions"]["mlx-vlm"] = run.stdout.strip()
+        print(f"mlx-vlm {run.stdout.strip()}")
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         source, target = Path(temporary, "source"), Path(temporary, "target")
         source.mkdir()
         nbytes = make_checkpoint(source, args.layers)
+        limit = ceiling(source, target, args.layers, nbytes)
         flags = ["--hf-path", str(source), "--mlx-path", str(target), "-q"]
         commands = {"mlx-dgemma": [sys.executable, "-m", "mlx_dgemma.convert", *flags]}
         if args.peer_python:
             commands["mlx-vlm"] = [args.peer_python, "-m", "mlx_vlm", "convert", *flags]
-        rows: dict[str, dict] = {}
-        for _ in range(args.runs):
-            for name, command in commands.items():
-                row = measure(command, target)
-                best = rows.setdefault(name, row)
-                best["seconds"] = min(best["seconds"], row["seconds"])
-                best["peak_rss"] = max(best["peak_rss"], row["peak_rss"])
-    print(f"{nbytes / 1e9:.2f} GB of bfloat16, {args.layers} layers, -q, mlx {version('mlx')}")
-    print(f"{'':12} {'seconds':>8} {'MB/s':>7} {'peak RSS, GB':>13} {'result, GB':>11}")
-    for name, row in rows.items():
-        rate, rss, size = nbytes / row["seconds"] / 1e6, row["peak_rss"] / 1e9, row["nbytes"] / 1e9
-        print(f"{name:12} {row['seconds']:8.1f} {rate:7.0f} {rss:13.2f} {size:11.2f}")
-    ours = rows["mlx-dgemma"]
+        runs: dict[str, list[dict]] = {name: [] for name in commands}
+        for i in range(args.runs):
+            for name in list(commands)[:: 1 if i % 2 == 0 else -1]:
+                runs[name].append(measure(commands[name], target))
+    rows = {
+        name: {
+            "seconds": spread([run["seconds"] for run in some]),
+            "peak_rss": max(run["peak_rss"] for run in some),
+            "nbytes": some[0]["nbytes"],
+        }
+        for name, some in runs.items()
+    }
+    print(f"{nbytes / 1e9:.2f} GB of bfloat16, {args.layers} layers, -q, whole processes")
+    table(
+        ["", "seconds: median (min-max)", "MB/s of source", "peak RSS, GB", "result, GB"],
+        [
+            [name, show(row["seconds"], 2), round(nbytes / row["seconds"]["median"] / 1e6),
+             row["peak_rss"] / 1e9, row["nbytes"] / 1e9]
+            for name, row in rows.items()
+        ],
+    )  # fmt: skip
+    ours, ratios = rows["mlx-dgemma"], {}
     bars = {"memory": ours["peak_rss"] < MAX_RSS}
-    if "mlx-vlm" in rows:
-        bars["time"] = ours["seconds"] <= rows["mlx-vlm"]["seconds"]
-    print(json.dumps({"source_bytes": nbytes, "rows": rows, "bars": bars}))
+    print(f"ours takes {ours['seconds']['median'] / limit['floor_s']:.1f} times the floor")
+    if peer := rows.get("mlx-vlm"):
+        ratios = {
+            "seconds": ratio(ours["seconds"]["median"], peer["seconds"]["median"]),
+            "peak_rss": ratio(ours["peak_rss"], peer["peak_rss"]),
+        }
+        bars["time"] = ratios["seconds"] <= 1
+        print(f"ours/mlx-vlm: seconds {ratios['seconds']}, peak RSS {ratios['peak_rss']}")
+    finish("convert", **found, ceiling=limit, rows=rows, ratios=ratios, bars=bars)
 
 
 if __name__ == "__main__":
