@@ -27,7 +27,9 @@ from mlx_dgemma.model import DiffusionGemma
 
 def measure(model: DiffusionGemma, prompt: mx.array, steps: int, mode: str = "default") -> dict:
     """One prefill and so many steps of a canvas that goes on: its last step has no next one to prepare."""
-    changes = {} if mode == "default" else {mode: True}
+    changes = {} if mode == "exact" else {"certainty_threshold": 0.0, "patience": 0}
+    if mode != "default":
+        changes[mode] = True
     options = GenerationOptions(confidence_threshold=0.0, max_denoising_steps=steps + 1, **changes)
     meter = Meter()
     prefix = model.new_prefix(capacity=prompt.shape[1] + 2 * model.config.canvas_length)

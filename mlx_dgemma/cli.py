@@ -136,6 +136,10 @@ answer_options = _all(
     _number("--t-max", 0.0, "Temperature at the first step."),
     _number("--stability-threshold", 0, "Steps without a change before a canvas settles."),
     _number("--confidence-threshold", 0.0, "Mean nats below which a canvas settles."),
+    _number("--certainty-threshold", 0.0, "Nats that no position of a settled answer reaches.", "0.1, --fast 0.3"),
+    _number("--patience", 0, "Steps without a change that settle an answer; 0: never.", "2"),
+    click.option("--exact", is_flag=True, default=None, help="Settle as Transformers does: slower, more memory."),
+    click.option("--fast", is_flag=True, default=None, help="Keep confident tokens for good: fewer steps."),
     _number("--prefill-chunk", 1, "Prompt tokens encoded at once.", "2048, less where that takes much memory"),
 )
 

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 SETTLE: dict[str, dict[str, Any]] = {
     "exact": {"certainty_threshold": 0, "patience": 0},
     "default": {"certainty_threshold": 0.1, "patience": 2},
-    "fast": {"certainty_threshold": 0.5, "patience": 2},
+    "fast": {"certainty_threshold": 0.3, "patience": 2},
 }
 CONFIDENT = 0.9  # probability at which fast mode keeps a position's best token for good
+STAGE = 2  # layers of a step that are started together
 DENSE = 64  # diffuse positions are counted in steps of so many: each count is a graph of its own
 
 
@@ -55,7 +56,7 @@ class GenerationOptions:
     confidence_threshold: float = 0.005  # nats; mean entropy below which a canvas has settled
     exact: bool = False  # settle as the reference does, by the two thresholds above over the whole canvas
     fast: bool = False  # keep best tokens for good once they are confident, instead of drawing by entropy_bound
-    certainty_threshold: float | None = None  # nats; settled where no position is above (0.1, fast 0.5; 0: never)
+    certainty_threshold: float | None = None  # nats; settled where no position is above (0.1, fast 0.3; 0: never)
     patience: int | None = None  # steps without change that settle a canvas (2; 0: never)
     end_tokens: tuple[int, ...] = (1,)  # any of these ends the text
     prefill_chunk: int | None = None  # prompt tokens encoded at once; None: 2048, or less where it takes much memory
@@ -237,7 +238,7 @@ def fitting_chunk(model: DiffusionGemma, batch_size: int) -> int:
 def evaluate(prefix: Prefix) -> None:
     """Compute what was encoded, layer after layer."""
     queue = memory.Queue()
-    queue.add(*prefix.stages, prefix.state)
+    queue.add(*prefix.stages(1), prefix.state)
     queue.finish()
 
 
@@ -341,7 +342,7 @@ def denoise_block(
     diffuse, steps, finished = 0 if options.exact else rows * length, [0] * rows, [False] * rows
     queue = memory.Queue()
     current = forward(0, None, diffuse)
-    queue.add(*prefix.stages)
+    queue.add(*prefix.stages(STAGE))
     for step in range(1, total + 1):
         earlier = [*earlier, current.best][-max(options.stability_threshold, patience, 1) :]
         handles = prefix.handles()
@@ -359,7 +360,7 @@ def denoise_block(
             following = None if over else forward(step, current, diffuse)
         del handles
         if following is not None:
-            queue.add(*prefix.stages)
+            queue.add(*prefix.stages(STAGE))
         yield _Step(*shown, finished, steps)
         if following is None:
             return
