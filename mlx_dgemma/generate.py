@@ -34,7 +34,6 @@ SETTLE: dict[str, dict[str, Any]] = {
     "fast": {"certainty_threshold": 0.3, "patience": 2},
 }
 CONFIDENT = 0.9  # probability at which fast mode keeps a position's best token for good
-STAGE = 2  # layers of a step that are started together
 DENSE = 64  # diffuse positions are counted in steps of so many: each count is a graph of its own
 
 
@@ -238,7 +237,7 @@ def fitting_chunk(model: DiffusionGemma, batch_size: int) -> int:
 def evaluate(prefix: Prefix) -> None:
     """Compute what was encoded, layer after layer."""
     queue = memory.Queue()
-    queue.add(*prefix.stages(1), prefix.state)
+    queue.add(*prefix.stages, prefix.state)
     queue.finish()
 
 
@@ -342,7 +341,7 @@ def denoise_block(
     diffuse, steps, finished = 0 if options.exact else rows * length, [0] * rows, [False] * rows
     queue = memory.Queue()
     current = forward(0, None, diffuse)
-    queue.add(*prefix.stages(STAGE))
+    queue.add(*prefix.stages)
     for step in range(1, total + 1):
         earlier = [*earlier, current.best][-max(options.stability_threshold, patience, 1) :]
         handles = prefix.handles()
@@ -360,7 +359,7 @@ def denoise_block(
             following = None if over else forward(step, current, diffuse)
         del handles
         if following is not None:
-            queue.add(*prefix.stages(STAGE))
+            queue.add(*prefix.stages)
         yield _Step(*shown, finished, steps)
         if following is None:
             return

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TILES = 4096  # about so many: more cost memory, fewer let likely tokens meet in one tile
 STRIDE = 64  # tokens between two of a tile: neighbours such as the digits are likely together
-CHUNK_BYTES = 32 << 20  # of float32 logits at once
+CHUNK_BYTES = 16 << 20  # of float32 logits at once
 LIKELY = 32  # tokens a position whose embeddings make its conditioning where they suffice
 TAIL = 1e-4  # probability that conditioning may leave out
 NOWHERE = -1e9  # logit of what pads the last tiles: finite, since 0 * -inf is not a number

@@ -127,8 +127,9 @@ class Queue:
     """Starts evaluations without running far ahead of the device.
 
     MLX enqueues up to a thousand operations, and what they allocate is held until they have run: at the release's
-    shape half the layers of a step, gigabytes. Where `AHEAD` bytes are in flight, a queue waits for the oldest stage;
-    where a single stage takes more than `ROOM`, as attention over a long prefix may, MLX waits by itself.
+    shape half the layers of a step, gigabytes. Where `AHEAD` bytes are in flight, a queue waits for the oldest
+    stage, though never for the last: the device should not run dry. Where a single stage takes more than `ROOM`,
+    as attention over a long prefix may, MLX waits by itself.
     """
 
     def __init__(self):
@@ -142,7 +143,7 @@ class Queue:
         mx.set_memory_limit(min(limit, most))
         try:
             for stage in stages:
-                while self._waiting and mx.get_active_memory() > self._base + AHEAD:
+                while len(self._waiting) > 1 and mx.get_active_memory() > self._base + AHEAD:
                     mx.eval(self._waiting.popleft())
                 mx.async_eval(stage)
                 self._waiting.append(stage)

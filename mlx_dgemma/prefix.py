@@ -159,9 +159,10 @@ class Prefix:
         """Every array held, to be evaluated between chunks."""
         return [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]
 
-    def stages(self, every: int) -> list[mx.array | None]:
-        """Keys of every so many layers, which are computed one after the other: for `memory.Queue`."""
-        return [_handle(layer.keys) for layer in self.layers[::every]]
+    @property
+    def stages(self) -> list[mx.array | None]:
+        """The layers' keys, which are computed one after the other: for `memory.Queue`."""
+        return [_handle(layer.keys) for layer in self.layers]
 
     @property
     def nbytes(self) -> int:
