@@ -49,10 +49,10 @@ def prefix_bytes(config: ModelConfig, context: int, itemsize: int, batch_size: i
 def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False) -> Need:
     """Estimate from the headers what loading and a prompt of `context` tokens take.
 
-    The workspace is the larger of a denoising step's and a prefill chunk's, fitted to peaks measured at
-    the release's shape (bench/RESULTS.md): eight float32 arrays of [canvas, vocabulary] (logits, their
-    exponentials, Gumbel noise and what is in flight), and six of [heads, chunk, context] attention scores, which
-    come in chunks of at most `layers.SCORES`.
+    The workspace is the larger of a denoising step's and a prefill chunk's, bounds of peaks measured at the
+    release's shape (bench/RESULTS.md): eight float32 arrays of [canvas, vocabulary], which exact mode may take and
+    the others do not, and eight of [heads, chunk, context] attention scores, which come in chunks of at
+    most `layers.SCORES`; the experts' rows are among them.
     """
     itemsize = 4 if dtype == "float32" else 2
     if dequantize or (not checkpoint.quantization and dtype is not None):
@@ -61,7 +61,7 @@ def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequant
         weights = checkpoint.nbytes
     config = checkpoint.config
     step = 8 * 4 * config.canvas_length * config.text.vocab_size
-    scores = 6 * min(itemsize * config.text.num_attention_heads * min(2048, context) * context, SCORES)
+    scores = 8 * min(itemsize * config.text.num_attention_heads * min(2048, context) * context, SCORES)
     workspace = max(step, scores)
     return Need(weights, prefix_bytes(config, context, itemsize), workspace)
 
