@@ -180,6 +180,16 @@ def test_samples_follow_the_softmax(monkeypatch):
     assert abs((drawn[1:] == drawn[:-1]).mean() - (p**2).sum()) < 0.004  # and positions are independent
 
 
+def test_many_samples_are_those_of_whole_logits_whatever_the_chunks(monkeypatch):
+    """So many that some win by little."""
+    monkeypatch.setattr(head, "TILES", 300)
+    model, keys = model_of("float32", 1000), keys_of(8)
+    hidden = mx.random.normal((1, 600, 64), key=mx.random.key(2)) * 0.1
+    expected = two_levels(whole_logits(model, hidden)[0], keys[0], 300)
+    for nbytes in sizes_of_chunks(1000, 3, 600):
+        assert head.read(model, hidden, T, keys, nbytes=nbytes).drawn.tolist() == [expected]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_a_batch_equal_rows_alone(kind, monkeypatch):
     monkeypatch.setattr(head, "TILES", 300)

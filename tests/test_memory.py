@@ -217,28 +217,29 @@ def test_a_queue_puts_mlxs_memory_limit_back(monkeypatch):
         mx.set_memory_limit(now)
         return now
 
-    before, during, start = limit(), [], mx.async_eval
+    own, before, during, start = limit(), 2**40, [], mx.async_eval
+    mx.set_memory_limit(before)
     monkeypatch.setattr(mx, "async_eval", lambda stage: during.append(limit()) or start(stage))
     base = mx.get_active_memory()
-    queue = memory.Queue()
-    queue.add(*stages_of(2, 1))
-    assert limit() == before
-    assert during == [min(before, base + memory.ROOM)] * 2
-    queue.finish()
-
-    low = base + 2**20  # a limit that is lower already stays
-    mx.set_memory_limit(low)
-    try:
-        queue.add(*stages_of(1, 1))
-        assert during[2:] == [low]
-        assert limit() == low
-    finally:
-        mx.set_memory_limit(before)
 
     def broken(stage):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(mx, "async_eval", broken)
-    with pytest.raises(RuntimeError):
+    try:
+        queue = memory.Queue()
+        queue.add(*stages_of(2, 1))
+        assert limit() == before
+        assert during == [base + memory.ROOM] * 2
+        queue.finish()
+        low = base + 2**20  # a limit that is lower already stays
+        mx.set_memory_limit(low)
         queue.add(*stages_of(1, 1))
-    assert limit() == before
+        assert during[2:] == [low]
+        assert limit() == low
+        mx.set_memory_limit(before)
+        monkeypatch.setattr(mx, "async_eval", broken)
+        with pytest.raises(RuntimeError, match="no memory"):
+            queue.add(*stages_of(1, 1))
+        assert limit() == before
+    finally:
+        mx.set_memory_limit(own)
