@@ -1,7 +1,29 @@
-"""The whole model once more, in numpy and float64: one row, one pass, explicit masks, no cache."""
+"""The whole model once more, in numpy and float64: one row, one pass, explicit masks, no cache. And its sample."""
 
+import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+
+
+def two_levels(logits, key, tiles=4096, stride=64):
+    """A sample [C] of logits [C, V]: Gumbel-max over the masses of tiles, then over the tokens of the tile that won.
+
+    Blocks of `size * stride` tokens, where a tile holds `size` of them: tile j has j, j + stride, j + 2 * stride, ...
+    """
+    logits = np.array(logits, np.float64)
+    count, vocab = logits.shape
+    size = max(vocab // tiles, 1)
+    block = size * stride
+    held = [range(b + j, min(b + block, vocab), stride) for b in range(0, vocab, block) for j in range(stride)]
+    tile_key, token_key = mx.random.split(key, 2)
+    tile_noise = np.array(mx.random.gumbel((count, len(held)), key=tile_key))
+    token_noise = np.array(mx.random.gumbel((count, size), key=token_key))
+    drawn = []
+    for z, outer, inner in zip(logits, tile_noise, token_noise):
+        masses = [np.logaddexp.reduce(z[list(tile)]) if tile else -np.inf for tile in held]
+        tokens = list(held[np.argmax(masses + outer)])
+        drawn.append(tokens[np.argmax(z[tokens] + inner[: len(tokens)])])
+    return drawn
 
 
 def _norm(x, weight=1.0):

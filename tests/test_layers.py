@@ -53,6 +53,61 @@ def test_runs_of_a_single_expert():
     assert np.asarray(owners)[: 40 // length + 1].tolist() == [3] * (40 // length + 1)
 
 
+def laid_out(rows, top_k, experts, seed):
+    """Unsorted rows in runs: chosen experts, weights, slots, owners, a run's length, and what `fill` makes of them."""
+    chosen = mx.random.randint(0, experts, (rows * top_k,), key=mx.random.key(seed))
+    weights = mx.random.uniform(0.1, 1, (rows * top_k,), key=mx.random.key(seed + 1))
+    slots, owners, length = layers.runs(chosen, experts, 64)
+    source, share = layers.fill(slots, weights, owners.size * length, rows)
+    return chosen, weights, slots, owners, length, source, share
+
+
+LAYOUTS = [(1, 1, 4), (1, 2, 8), (7, 2, 4), (64, 8, 128), (300, 2, 8), (40, 3, 1)]  # rows, top_k, experts
+
+
+@pytest.mark.parametrize("rows, top_k, experts", LAYOUTS)
+def test_fill_says_which_row_each_slot_holds_and_its_weight(rows, top_k, experts):
+    _, weights, slots, owners, length, source, share = laid_out(rows, top_k, experts, rows)
+    weights, slots, source, share = (np.asarray(one) for one in (weights, slots, source, share))
+    expected, weight = np.full(owners.size * length, rows), np.zeros(owners.size * length, np.float32)
+    for i, slot in enumerate(slots):
+        expected[slot], weight[slot] = i // top_k, weights[i]
+    assert source.tolist() == expected.tolist()
+    assert share.tolist() == weight.tolist()
+    assert np.bincount(source, minlength=rows + 1)[:rows].tolist() == [top_k] * rows
+
+
+@pytest.mark.parametrize("rows, top_k, experts", LAYOUTS)
+def test_runs_of_an_expert_follow_each_other_and_keep_the_rows_order(rows, top_k, experts):
+    chosen, _, slots, owners, length, *_ = laid_out(rows, top_k, experts, rows)
+    chosen, slots, owners = (np.asarray(one) for one in (chosen, slots, owners))
+    used = int(slots.max()) // length + 1
+    assert (np.diff(owners.astype(int)) >= 0).all()
+    for expert in set(chosen.tolist()):
+        mine = slots[chosen == expert]
+        assert mine.tolist() == list(range(mine[0], mine[0] + len(mine)))  # no padding between
+        assert mine[0] % length == 0
+        assert (owners[:used] == expert).sum() == -(-len(mine) // length)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("rows, top_k, experts", LAYOUTS)
+def test_one_hot_products_gather_rows_and_mix_them_by_weight(rows, top_k, experts, dtype):
+    """To slots and back without experts between them, a row comes out times the sum of its weights."""
+    _, weights, _, owners, length, source, share = laid_out(rows, top_k, experts, rows)
+    x = mx.random.normal((rows, 8), key=mx.random.key(9)).astype(dtype)
+    take, mix = layers.one_hot(source, share, rows, x)
+    assert take.dtype == mix.dtype == dtype
+    assert take.shape == mix.shape == (owners.size * length, rows)
+    gathered = np.asarray((take @ x).astype(mx.float32))
+    real = np.asarray(source) < rows
+    assert (gathered[~real] == 0).all()
+    assert (gathered[real] == np.asarray(x.astype(mx.float32))[np.asarray(source)[real]]).all()
+    total = np.asarray(weights).reshape(rows, top_k).sum(axis=1, keepdims=True)
+    mixed = np.asarray((mix.T @ (take @ x)).astype(mx.float32))
+    assert np.allclose(mixed, total * np.asarray(x.astype(mx.float32)), rtol=1e-5 if dtype == mx.float32 else 3e-2)
+
+
 def test_runs_grow_with_the_rows_of_an_expert():
     lengths = [layers.runs(mx.zeros((count,), mx.int32), 128, 128)[2] for count in (64, 2048, 8192, 16384, 10**6)]
     assert lengths == [16, 16, 64, 128, 128]

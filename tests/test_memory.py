@@ -161,3 +161,85 @@ def test_small_checkpoints_ask_for_their_own_context(monkeypatch, tmp_path):
     with pytest.raises(mlx_dgemma.CheckpointError, match="tokenizer"):
         mlx_dgemma.load(tmp_path)
     assert asked == [64]
+
+
+# Evaluation in bounded memory.
+
+
+def stages_of(count, mib):
+    """Stages that hold `mib` MiB each, one made after the other; none is computed yet."""
+    made = [mx.arange(mib * 2**18, dtype=mx.float32)]
+    for _ in range(count):
+        made.append(made[-1] + 1)
+    return made[1:]
+
+
+def test_a_queue_computes_all_of_it_in_order(monkeypatch):
+    started, waited = [], []
+    start, wait = mx.async_eval, mx.eval
+    monkeypatch.setattr(mx, "async_eval", lambda stage: started.append(stage) or start(stage))
+    monkeypatch.setattr(mx, "eval", lambda stage: waited.append(stage) or wait(stage))
+    stages, more = stages_of(5, 1), [mx.array(3) + 1, [mx.array(4) + 1, None]]
+    queue = memory.Queue()
+    queue.add(*stages, None, more)
+    queue.add()
+    assert waited == []  # nothing is in flight that would be too much
+    queue.finish()
+    assert [id(one) for one in started] == [id(one) for one in waited] == [id(one) for one in (*stages, None, more)]
+    assert [stage[0].item() for stage in stages] == [1, 2, 3, 4, 5]
+    assert (more[0].item(), more[1][0].item()) == (4, 5)
+    waited.clear()
+    queue.finish()
+    assert waited == []
+
+
+def test_a_queue_waits_for_the_oldest_where_too_much_is_in_flight(monkeypatch):
+    """Stages of 4 MiB with room for 5: two are under way when the oldest is waited for; all count, as they are held."""
+    monkeypatch.setattr(memory, "ROOM", 2**30)
+    waited = []
+    wait = mx.eval
+    monkeypatch.setattr(mx, "eval", lambda stage: waited.append(stage[0].item()) or wait(stage))
+    for ahead, expected in ((2**40, []), (5 * 2**20, [1, 2, 3, 4, 5, 6, 7])):
+        monkeypatch.setattr(memory, "AHEAD", ahead)
+        mx.synchronize()
+        waited.clear()
+        queue, stages = memory.Queue(), stages_of(8, 4)
+        queue.add(*stages)
+        assert waited == expected
+        queue.finish()
+        assert waited == list(range(1, 9))
+        del stages
+
+
+def test_a_queue_puts_mlxs_memory_limit_back(monkeypatch):
+    def limit():
+        now = mx.set_memory_limit(2**40)
+        mx.set_memory_limit(now)
+        return now
+
+    own, before, during, start = limit(), 2**40, [], mx.async_eval
+    mx.set_memory_limit(before)
+    monkeypatch.setattr(mx, "async_eval", lambda stage: during.append(limit()) or start(stage))
+    base = mx.get_active_memory()
+
+    def broken(stage):
+        raise RuntimeError("no memory")
+
+    try:
+        queue = memory.Queue()
+        queue.add(*stages_of(2, 1))
+        assert limit() == before
+        assert during == [base + memory.ROOM] * 2
+        queue.finish()
+        low = base + 2**20  # a limit that is lower already stays
+        mx.set_memory_limit(low)
+        queue.add(*stages_of(1, 1))
+        assert during[2:] == [low]
+        assert limit() == low
+        mx.set_memory_limit(before)
+        monkeypatch.setattr(mx, "async_eval", broken)
+        with pytest.raises(RuntimeError, match="no memory"):
+            queue.add(*stages_of(1, 1))
+        assert limit() == before
+    finally:
+        mx.set_memory_limit(own)

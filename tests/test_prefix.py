@@ -298,3 +298,78 @@ def test_an_empty_prefix_holds_no_memory(model):
     prefix = model.new_prefix()
     assert prefix.nbytes == 0
     assert prefix.state == []
+
+
+@pytest.mark.parametrize("length", [3, 9])
+def test_what_was_written_since_handles_were_taken_is_forgotten_by_restore(model, length):
+    """A canvas, in rings that have turned and that have not: all arrays are again what they were, to the last bit."""
+    prefix = model.new_prefix()
+    model.encode(random_tokens(0, 1, length), prefix)
+    mx.eval(model.denoise(random_tokens(1, 1, 4), prefix))
+    before = [np.array(array) for array in prefix.state]
+    handles = prefix.handles()
+    hidden = model.denoise(random_tokens(2, 1, 4), prefix)
+    mx.eval(hidden, prefix.state)
+    assert any((np.array(now) != old).any() for now, old in zip(prefix.state, before))
+    prefix.restore(handles)
+    assert all((np.array(now) == old).all() for now, old in zip(prefix.state, before))
+    assert gap(model.denoise(random_tokens(2, 1, 4), prefix), hidden) == 0
+
+
+def test_what_was_restored_is_never_computed(model):
+    """A canvas that depends on 64 MiB is built and forgotten: neither the next canvas nor a commit asks for them."""
+    peaks = []
+    for forget in (True, False):
+        prefix = model.new_prefix()
+        model.encode(random_tokens(0, 1, 7), prefix)
+        mx.eval(prefix.state)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        handles = prefix.handles()
+        model.denoise(random_tokens(1, 1, 4) + (mx.arange(2**24, dtype=mx.int32).sum() * 0).astype(mx.int32), prefix)
+        if forget:
+            prefix.restore(handles)
+        mx.eval(model.encode(random_tokens(2, 1, 4), prefix), model.denoise(random_tokens(3, 1, 4), prefix))
+        mx.eval(prefix.state)
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] < 2**24 < 2**25 < peaks[1]
+
+
+def test_restoring_an_empty_prefix_empties_it(model):
+    prefix = model.new_prefix()
+    handles = prefix.handles()
+    model.denoise(random_tokens(1, 1, 4), prefix)
+    assert prefix.nbytes > 0
+    prefix.restore(handles)
+    assert prefix.state == []
+    assert prefix.nbytes == 0
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_write_copies_the_buffers_while_handles_are_kept_and_not_after(model, kept):
+    """Right either way: the canvas behind the prefix is the one of a prefix that nobody held."""
+    prefix, fresh = (model.new_prefix(capacity=40_000) for _ in range(2))
+    for one in (prefix, fresh):
+        model.encode(random_tokens(0, 1, 7), one)
+        mx.eval(model.denoise(random_tokens(1, 1, 4), one), one.state)
+    full = prefix.layers[1].keys.nbytes
+    handles = prefix.handles()
+    if not kept:
+        del handles
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    hidden = model.denoise(random_tokens(2, 1, 4), prefix)
+    mx.eval(hidden, prefix.state)
+    copied = mx.get_peak_memory() - before
+    assert copied > 2 * full if kept else copied < full / 2
+    assert gap(hidden, model.denoise(random_tokens(2, 1, 4), fresh)) == 0
+
+
+def test_stages_are_the_keys_of_every_second_layer_as_they_are_now(model):
+    prefix = model.new_prefix()
+    assert prefix.stages == [None, None]
+    model.encode(random_tokens(0, 1, 7), prefix)
+    stages = prefix.stages
+    held_now = [np.array(prefix.layers[i].keys) for i in (0, 2)]
+    mx.eval(model.denoise(random_tokens(1, 1, 4), prefix))  # writes; what was handed out stays
+    assert [np.array(one).tolist() for one in stages] == [one.tolist() for one in held_now]

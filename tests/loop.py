@@ -1,0 +1,114 @@
+"""The block loop for tests: run over a random model, and once more as the specification tells it."""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from naive import two_levels
+
+from mlx_dgemma import head
+from mlx_dgemma.generate import GenerationOptions, generate, prefill
+
+# A random model is never sure, so these bounds are wide: some canvases settle and some do not.
+OPTIONS = GenerationOptions(
+    max_denoising_steps=10, entropy_bound=2.5, confidence_threshold=1.0, end_tokens=(39,), exact=True
+)
+
+
+class Reader:
+    """Takes blocks until there are `blocks` of them, whatever their text has room for."""
+
+    def __init__(self, blocks, room=10**6):
+        self.blocks, self.room, self.taken, self.reason = blocks, room, [], None
+
+    @property
+    def left(self):
+        return max(self.room - sum(map(len, self.taken)), 1)
+
+    def feed(self, tokens):
+        self.taken.append(tokens)
+        return "length" if len(self.taken) == self.blocks else None
+
+    def cut(self, reason):
+        self.reason = reason
+
+
+def run(model, prompts, blocks, seeds, options=OPTIONS, chunk=2048, room=10**6):
+    """All events and readers for prompts of any length, padded on the left."""
+    width = max(map(len, prompts))
+    padded = np.array([[0] * (width - len(p)) + p for p in prompts], np.int32)
+    mask = np.array([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+    prefix, readers = model.new_prefix(len(prompts)), [Reader(n, room) for n in blocks]
+    prefill(model, prefix, padded, chunk, mask)
+    return list(generate(model, prefix, readers, options, seeds)), readers
+
+
+class Told(NamedTuple):
+    """A block of `plain_loop`."""
+
+    tokens: tuple
+    steps: int
+    why: set  # the rules that ended it; none where the steps were used up
+    accepted: list  # of each step, as the two that follow
+    entropy: list
+    counted: list  # positions that had to settle
+
+
+def plain_loop(model, prompt, blocks, seed, options=OPTIONS, room=10**6):
+    """The block loop as the specification tells it: one row, a fresh prefix for every single step."""
+    tokens, out, key = list(prompt), [], mx.random.key(seed)
+    total, length, vocab = options.max_denoising_steps, model.config.canvas_length, model.config.text.vocab_size
+    for block in range(blocks):
+        key, block_key = mx.random.split(key, 2)
+        draws = mx.random.split(block_key, 2 * total + 1)
+        canvas = mx.random.randint(0, vocab, (length,), key=draws[0])
+        conditioning, bests, why, seen, kept = None, [], set(), ([], [], []), np.zeros(length, bool)
+        for step in range(total):
+            prefix = model.new_prefix()
+            model.encode(mx.array([tokens]), prefix)
+            logits = model.logits(model.denoise(canvas[None], prefix, conditioning))
+            logits = logits / (options.t_min + (options.t_max - options.t_min) * (total - step) / total)
+            conditioning = model.condition(logits)
+            p = np.array(mx.softmax(logits[0], axis=-1), np.float64)
+            entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+            bests.append(np.array(mx.argmax(logits[0], axis=-1)))
+            uncertainty = entropy
+            if options.fast:
+                accepted = kept | (p.max(-1) >= min(p.max(-1)[~kept].max(initial=0), 0.9))
+                taken = np.where(kept, np.array(canvas), bests[-1])
+                kept, uncertainty = accepted, np.where(accepted, 0, entropy)
+            else:
+                accepted, before = np.zeros(length, bool), 0.0
+                for j in np.argsort(entropy):
+                    accepted[j] = before <= options.entropy_bound
+                    before += entropy[j]
+                if options.exact:
+                    gumbel = mx.random.gumbel((length, vocab), key=draws[2 * step + 1])
+                    taken = np.array(mx.argmax(logits[0] + gumbel, axis=-1))
+                else:
+                    taken = two_levels(logits[0], draws[2 * step + 1], head.TILES, head.STRIDE)
+            fresh = np.array(mx.random.randint(0, vocab, (length,), key=draws[2 * step + 2]))
+            canvas = mx.array(np.where(accepted, taken, fresh).astype(np.int32))
+            counts = np.ones(length, bool)
+            if not options.exact:
+                ends = [j + 1 for j in range(length) if bests[-1][j] in options.end_tokens]
+                counts[min([*ends, max(room - block * length, 1)]) :] = False
+            for one, value in zip(seen, (accepted, entropy, counts)):
+                one.append(value)
+
+            def stood(steps, bests=bests, counts=counts):
+                return len(bests) > steps and all((b == bests[-1])[counts].all() for b in bests[-1 - steps :])
+
+            if stood(options.stability_threshold) and (
+                uncertainty[counts].sum() / length < options.confidence_threshold
+            ):
+                why.add("settled")
+            if options.patience and stood(options.patience):
+                why.add("patience")
+            if (uncertainty[counts] < options.certainty_threshold).all():
+                why.add("certainty")
+            if why:
+                break
+        out.append(Told(tuple(bests[-1].tolist()), len(bests), why, *seen))
+        tokens += bests[-1].tolist()
+    return out

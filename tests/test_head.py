@@ -1,0 +1,348 @@
+"""The streaming head against whole logits: float, 8-bit and mxfp4 embeddings, in chunks of any size."""
+
+from functools import lru_cache
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from naive import two_levels
+from support import FULL, gap, small_model
+
+from mlx_dgemma import head, memory, sampler
+
+T = 0.7
+KINDS = ["float32", "8bit", "mxfp4", "bfloat16"]
+SIZES = [(40, 1), (40, 40), (1000, 1), (1000, 3), (5000, 3), (5000, 64)]  # vocabulary, tokens of a tile
+
+
+@lru_cache(maxsize=8)
+def model_of(kind, vocab):
+    model = small_model(vocab, layers=(FULL,), vocab_size=vocab, hidden_size=64)
+    packed = {"8bit": {"bits": 8, "group_size": 64}, "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}
+    if kind in packed:
+        nn.quantize(model, class_predicate=lambda _, module: isinstance(module, nn.Embedding), **packed[kind])
+    if kind == "bfloat16":
+        model.set_dtype(mx.bfloat16)
+    return model
+
+
+def states(model, rows=2, seed=0):
+    """[rows, 4, H]: of a row's positions the first is certain, the second nearly, the third of many minds."""
+    table = model.model.decoder.embed_tokens
+    tokens = mx.random.randint(0, model.config.text.vocab_size, (rows, 4), key=mx.random.key(seed))
+    noise = mx.random.normal((rows, 4, 64), key=mx.random.key(seed + 100))
+    mine, other = mx.array([2, 0.7, 0.25, 0])[:, None], mx.array([0.1, 0.2, 0.3, 0.05])[:, None]
+    return (table(tokens).astype(mx.float32) * mine + noise * other).astype(model.dtype)
+
+
+def keys_of(*seeds):
+    return mx.stack([mx.random.key(seed) for seed in seeds])
+
+
+def f64(array):
+    return np.array(array.astype(mx.float32), np.float64)
+
+
+def rows_of(model):
+    """The whole embedding in float64, unpacked."""
+    return f64(model.model.decoder.embed_tokens(mx.arange(model.config.text.vocab_size)))
+
+
+def whole_logits(model, hidden):
+    return model.logits(hidden) / T
+
+
+def wide(logits, dtype=None):
+    """Log-probabilities in float64, of logits rounded to a dtype if there is one."""
+    if dtype is not None:
+        logits = logits.astype(dtype)
+    logits = f64(logits)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+def sizes_of_chunks(vocab, tall, positions):
+    """`nbytes` for a single block at once, two, three, and everything."""
+    return [4 * tall * head.STRIDE * positions * blocks for blocks in (0, 1, 2, 3, 10**4)]
+
+
+@pytest.fixture(params=SIZES, ids=lambda size: "x".join(map(str, size)))
+def size(request, monkeypatch):
+    """Vocabulary and tokens of a tile."""
+    vocab, tall = request.param
+    monkeypatch.setattr(head, "TILES", vocab // tall)
+    assert head.tile_size(vocab) == tall
+    return vocab, tall
+
+
+def test_tiles_depend_on_the_vocabulary_alone():
+    assert [head.tile_size(vocab) for vocab in (40, 4095, 8191, 8192, 262_144)] == [1, 1, 1, 2, 64]
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 7, 100])
+def test_chunks_are_whole_blocks_and_cover_the_vocabulary(size, blocks):
+    vocab, tall = size
+    block = tall * head.STRIDE
+    found = list(head.chunks(vocab, 8, 4 * block * 8 * blocks + 3))
+    assert [token for chunk in found for token in range(*chunk)] == list(range(vocab))
+    assert all(end - start == max(blocks, 1) * block for start, end in found[:-1])
+    assert found[-1][1] - found[-1][0] <= max(blocks, 1) * block
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_of_the_table_is_its_rows(kind):
+    model = model_of(kind, 1000)
+    hidden = states(model)
+    rows = model.model.decoder.embed_tokens(mx.arange(130, 997)).astype(mx.float32)
+    close = 0.02 if kind == "bfloat16" else 1e-5  # of its largest
+    across = head.part(model.model.decoder.embed_tokens, hidden, 130, 997)
+    assert gap(across, hidden.astype(mx.float32) @ rows.T) < close * mx.abs(across).max().item()
+    p = mx.softmax(mx.random.normal((2, 4, 867), key=mx.random.key(1)), axis=-1).astype(model.dtype)
+    back = head.part(model.model.decoder.embed_tokens, p, 130, 997, transpose=False)
+    assert gap(back, p.astype(mx.float32) @ rows) < close * mx.abs(back).max().item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_reading_equals_whole_logits_whatever_the_chunks(kind, size, whole):
+    vocab, tall = size
+    model = model_of(kind, vocab)
+    hidden, keys = states(model), keys_of(3, 4)
+    logits = whole_logits(model, hidden)
+    log_p = wide(logits)
+    entropy = -(np.exp(log_p) * log_p).sum(-1)
+    expected = [two_levels(logits[row], keys[row], head.TILES) for row in range(2)]
+    low = np.logaddexp.reduce(f64(logits.astype(model.dtype)), axis=-1)
+    for nbytes in sizes_of_chunks(vocab, tall, 8):
+        reading = head.read(model, hidden, T, keys, whole, nbytes)
+        assert reading.best.dtype == reading.drawn.dtype == mx.int32
+        assert reading.best.tolist() == mx.argmax(logits, axis=-1).tolist()
+        assert np.abs(np.array(reading.entropy) - entropy).max() < 1e-5
+        accepted = sampler.accept(reading.entropy, 0.5)
+        assert accepted.tolist() == sampler.accept(sampler.entropy(logits), 0.5).tolist()
+        assert np.abs(np.array(reading.confidence) / np.exp(log_p.max(-1)) - 1).max() < 1e-5
+        assert np.abs(np.array(reading.log_mass) - low).max() < 1e-5
+        assert reading.drawn.tolist() == expected
+    assert entropy.min() < 0.01 < 0.9 * np.log(vocab) < entropy.max()
+
+
+def best_of_tiles(logits, tall):
+    """The best tokens [likely] of the best tiles of logits [V]."""
+    block = tall * head.STRIDE
+    tiles = [
+        range(b + j, min(b + block, len(logits)), head.STRIDE)
+        for b in range(0, len(logits), block)
+        for j in range(head.STRIDE)
+    ]
+    best = [max(tile, key=logits.__getitem__) for tile in tiles if tile]
+    return sorted(best, key=lambda token: -logits[token])[: head.LIKELY]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_likely_tokens_are_the_best_of_the_best_tiles(kind, size, monkeypatch):
+    """And diffuse is where they leave out more than the tail."""
+    vocab, tall = size
+    model = model_of(kind, vocab)
+    hidden = states(model)
+    reading = head.read(model, hidden, T, keys_of(3, 4), nbytes=0)
+    logits, p = np.array(whole_logits(model, hidden)), np.exp(wide(whole_logits(model, hidden), model.dtype))
+    left_out = np.zeros((2, 4))
+    for at in np.ndindex(2, 4):
+        best = best_of_tiles(logits[at], tall)
+        left_out[at] = 1 - p[at][best].sum()
+        found, probability = np.array(reading.likely[at]), np.array(reading.probability[at])
+        real = found < vocab  # what pads the last tiles has no probability
+        assert (probability[~real] == 0).all()
+        assert np.allclose(probability[real], p[at][found[real]], rtol=1e-4, atol=0)
+        # Tokens that are as likely may take each other's place.
+        assert sorted(logits[at][found[real]], reverse=True) == pytest.approx(logits[at][best].tolist(), abs=1e-5)
+        assert abs(probability.sum() - p[at][best].sum()) < 1e-5
+    assert (left_out > 1e-3).any()
+    for tail in left_out.flatten():
+        for bound in (tail - 3e-6, tail + 3e-6):
+            monkeypatch.setattr(head, "TAIL", bound)
+            assert np.array(reading.diffuse).tolist() == (left_out > bound).tolist()
+
+
+def test_samples_follow_the_softmax(monkeypatch):
+    """150 tokens in 64 tiles of two or three: neither level alone would do."""
+    monkeypatch.setattr(head, "TILES", 50)
+    model, count = model_of("float32", 150), 10_000
+    hidden = mx.random.normal((1, 1, 64), key=mx.random.key(5)) * 0.12
+    p = np.exp(wide(whole_logits(model, hidden))[0, 0])
+    reading = head.read(model, mx.broadcast_to(hidden, (1, count, 64)), T, keys_of(1))
+    seen = np.bincount(np.array(reading.drawn)[0], minlength=150)
+    assert len(seen) == 150
+    assert p.min() * count > 5
+    assert p.max() > 5 * p.min()
+    assert ((seen - count * p) ** 2 / (count * p)).sum() < 207  # 149 degrees of freedom, one key in a thousand
+    drawn = np.array(reading.drawn)[0]
+    assert abs((drawn[1:] == drawn[:-1]).mean() - (p**2).sum()) < 0.004  # and positions are independent
+
+
+def test_many_samples_are_those_of_whole_logits_whatever_the_chunks(monkeypatch):
+    """So many that some win by little."""
+    monkeypatch.setattr(head, "TILES", 300)
+    model, keys = model_of("float32", 1000), keys_of(8)
+    hidden = mx.random.normal((1, 600, 64), key=mx.random.key(2)) * 0.1
+    expected = two_levels(whole_logits(model, hidden)[0], keys[0], 300)
+    for nbytes in sizes_of_chunks(1000, 3, 600):
+        assert head.read(model, hidden, T, keys, nbytes=nbytes).drawn.tolist() == [expected]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch_equal_rows_alone(kind, monkeypatch):
+    monkeypatch.setattr(head, "TILES", 300)
+    model = model_of(kind, 1000)
+    hidden = states(model, rows=3)
+    together = head.read(model, hidden, T, keys_of(4, 5, 6), True, nbytes=0)
+    for row, seed in enumerate((4, 5, 6)):
+        alone = head.read(model, hidden[row : row + 1], T, keys_of(seed), True, nbytes=0)
+        assert together.best[row].tolist() == alone.best[0].tolist()
+        assert together.drawn[row].tolist() == alone.drawn[0].tolist()
+        assert gap(together.entropy[row], alone.entropy[0]) < 1e-5
+        assert gap(together.condition(model, 0)[row], alone.condition(model, 0)[0]) < (
+            0.05 if kind == "bfloat16" else 1e-4
+        )
+
+
+def test_a_sample_depends_on_its_rows_key_alone():
+    model = model_of("float32", 1000)
+    same = mx.broadcast_to(mx.random.normal((1, 1, 64), key=mx.random.key(0)) * 0.1, (2, 30, 64))
+    first, second = head.read(model, same, T, keys_of(4, 5)).drawn.tolist()
+    assert first != second
+    assert len(set(first)) > 15  # positions of a row draw for themselves
+    assert head.read(model, same, T, keys_of(5, 4)).drawn.tolist() == [second, first]
+
+
+# Conditioning.
+
+
+def near(model, positions):
+    """Bound of the rounding of an expected embedding: relative to the largest."""
+    return {mx.bfloat16: 0.02, mx.float32: 1e-5}[model.dtype] * mx.abs(positions).max().item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["whole", "second pass", "larger second pass", "all"])
+def test_conditioning_of_diffuse_positions_is_dense_and_of_others_within_the_tail(kind, size, way):
+    vocab, tall = size
+    model = model_of(kind, vocab)
+    hidden = states(model)
+    dense = model.condition(whole_logits(model, hidden))
+    bound = head.TAIL * 8 * np.linalg.norm(rows_of(model), axis=-1).max()
+    for nbytes in sizes_of_chunks(vocab, tall, 8):
+        reading = head.read(model, hidden, T, keys_of(3, 4), way == "whole", nbytes)
+        diffuse = np.array(reading.diffuse)
+        assert 0 < diffuse.sum() < 8
+        room = {"second pass": int(diffuse.sum()), "larger second pass": int(diffuse.sum()) + 1, "all": 8}.get(way, 0)
+        got = reading.condition(model, room, nbytes)
+        assert got.dtype == model.dtype
+        off = f64(got) - f64(dense)
+        assert np.abs(off[diffuse]).max() < near(model, dense)
+        assert np.linalg.norm(off[~diffuse], axis=-1).max() < bound + 8 * near(model, dense)
+
+
+def test_what_the_tail_leaves_out_is_within_its_bound(monkeypatch):
+    """With so wide a tail the bound tells, and rounding does not."""
+    model = model_of("float32", 1000)
+    monkeypatch.setattr(head, "TAIL", 0.2)
+    hidden = states(model, rows=16)
+    reading = head.read(model, hidden, T, keys_of(*range(16)))
+    left_out = 1 - np.array(reading.probability, np.float64).sum(-1)
+    off = np.array(reading.condition(model, 0) - model.condition(whole_logits(model, hidden)), np.float64)
+    norms = np.linalg.norm(off, axis=-1)
+    largest = 8 * np.linalg.norm(rows_of(model), axis=-1).max()
+    sparse = ~np.array(reading.diffuse)
+    assert left_out[sparse].max() > 0.02
+    assert (norms[sparse] <= left_out[sparse] * largest + 1e-4).all()
+    assert norms[sparse].max() <= 0.2 * largest
+    assert norms[sparse].max() > 0.01  # something was left out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conditioning_of_a_certain_position_does_not_ask_for_the_others(kind):
+    model = model_of(kind, 1000)
+    hidden = states(model)
+    reading, summed = (head.read(model, hidden, T, keys_of(3, 4), whole) for whole in (False, True))
+    sure = ~np.array(reading.diffuse)
+    at = mx.array(np.flatnonzero(sure))
+    plain = reading.condition(model, 0).reshape(8, -1)[at]
+    for other in (reading.condition(model, 5), reading.condition(model, 8), summed.condition(model, 0)):
+        assert gap(other.reshape(8, -1)[at], plain) == 0
+    # And where nobody is diffuse, nobody is asked for: a batch of the certain positions alone.
+    alone = head.read(model, hidden.reshape(1, 8, -1)[:, at], T, keys_of(3))
+    assert not alone.diffuse.any().item()
+    assert gap(alone.condition(model, 0)[0], plain) <= near(model, plain)
+    assert gap(alone.condition(model, len(at)), alone.condition(model, 0)) == 0
+
+
+@pytest.mark.parametrize("likely", [32, 1])
+def test_conditioning_follows_logits_rounded_to_bfloat16(monkeypatch, likely):
+    """As the reference's does. Of two tokens with logits above 16, rounded to eighths, it tells the shares."""
+    monkeypatch.setattr(head, "LIKELY", likely)  # with a single one every position is diffuse
+    model = model_of("bfloat16", 1000)
+    pairs = mx.random.randint(0, 1000, (2, 4, 2), key=mx.random.key(1))
+    hidden = model.model.decoder.embed_tokens(pairs).sum(axis=-2)
+    rounded, plain = (wide(whole_logits(model, hidden), dtype) for dtype in (mx.bfloat16, None))
+    table = rows_of(model)
+
+    def near_the_rounded(got, scale):
+        one, other = (np.abs(f64(got) - np.exp(p) @ table * scale).max() for p in (rounded, plain))
+        return one < other / 3
+
+    for whole in (False, True):
+        reading = head.read(model, hidden, T, keys_of(3, 4), whole)
+        assert bool(reading.diffuse.all().item()) == (likely == 1)
+        of = np.take_along_axis(rounded, np.array(reading.likely), axis=-1)
+        assert np.allclose(np.array(reading.probability), np.exp(of), rtol=1e-4, atol=0)
+        assert near_the_rounded(reading.condition(model, 8), 8)
+        assert not whole or near_the_rounded(reading.whole, 1)
+        assert np.abs(np.array(reading.confidence) - np.exp(plain).max(-1)).max() < 1e-5  # of the logits as they are
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_reading_is_the_plain_functions(kind):
+    model = model_of(kind, 1000)
+    hidden, keys = states(model), keys_of(3, 4)
+    logits = whole_logits(model, hidden)
+    reading = head.read_whole(model, hidden, T, keys, False)
+    assert reading.best.dtype == mx.int32
+    assert reading.best.tolist() == mx.argmax(logits, axis=-1).tolist()
+    assert gap(reading.entropy, sampler.entropy(logits)) == 0
+    for row in range(2):
+        noise = mx.random.gumbel((4, 1000), key=keys[row])
+        assert reading.drawn[row].tolist() == mx.argmax(logits[row] + noise, axis=-1).tolist()
+    assert gap(reading.condition(model, 0), model.condition(logits)) == 0
+    assert reading.diffuse.shape == (2, 4)
+    assert not reading.diffuse.any().item()
+    assert list(reading.stages) == reading.held == []
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_no_array_of_positions_by_vocabulary_is_made(monkeypatch, whole):
+    """A reading and its conditioning, evaluated as the block loop does it, against the bytes of whole logits."""
+    monkeypatch.setattr(head, "TILES", 512)
+    monkeypatch.setattr(head, "STRIDE", 8)
+    monkeypatch.setattr(memory, "AHEAD", 2**20)
+    model, positions, vocab = model_of("float32", 65_536), 128, 65_536
+    hidden = mx.random.normal((1, positions, 64), key=mx.random.key(0)) * 0.1
+    keys = keys_of(0)
+    mx.eval(hidden, keys)
+
+    def peak(nbytes):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        reading, queue = head.read(model, hidden, T, keys, whole, nbytes), memory.Queue()
+        queue.add(*reading.stages, reading.held)
+        queue.finish()
+        mx.eval(reading.condition(model, positions, nbytes))
+        return mx.get_peak_memory() - before
+
+    logits = 4 * positions * vocab
+    assert peak(0) < logits / 5
+    assert peak(logits) > logits
