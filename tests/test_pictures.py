@@ -297,7 +297,9 @@ def test_a_batch_with_pictures_is_each_prompt_alone(engine, chunk):
 
 
 def invoke(*arguments, data=b""):
-    return CliRunner().invoke(cli.main, ["generate", *map(str, arguments), "-m", str(DEMO), "--seed", "0"], input=data)
+    return CliRunner().invoke(
+        cli.main, ["generate", *map(str, arguments), "-m", str(DEMO), "--seed", "0", "--exact"], input=data
+    )
 
 
 def run(*arguments, data=b""):
