@@ -21,7 +21,8 @@ from report import GIB, attempt, finish, machine
 from shapes import add_arguments, from_arguments, random_prompt
 
 from mlx_dgemma.checkpoint import DTYPES, suit_device
-from mlx_dgemma.generate import GenerationOptions, denoise_block, prefill
+from mlx_dgemma.denoise import denoise_block
+from mlx_dgemma.generate import GenerationOptions, prefill
 from mlx_dgemma.model import DiffusionGemma
 
 

@@ -8,15 +8,16 @@ comes from a key that depends on the row's seed, the block and the step alone.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from . import head, memory, sampler
+from . import memory, sampler
 from .config import GenerationConfig, ProcessorConfig
+from .denoise import denoise_block
 from .errors import OptionError
 from .images import check_budget
 from .layers import SCORES
@@ -33,8 +34,6 @@ SETTLE: dict[str, dict[str, Any]] = {
     "default": {"certainty_threshold": 0.1, "patience": 2},
     "fast": {"certainty_threshold": 0.3, "patience": 2},
 }
-CONFIDENT = 0.9  # probability at which fast mode keeps a position's best token for good
-DENSE = 64  # diffuse positions are counted in steps of so many: each count is a graph of its own
 
 
 @dataclass(frozen=True)
@@ -257,113 +256,6 @@ def chunks(held: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
                 end += 1
         yield start, end
         start = end
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One denoising step of a batch: arrays [B, C], `done` and `steps` per row."""
-
-    best: mx.array
-    accepted: mx.array
-    entropy: mx.array
-    done: list[bool]
-    steps: list[int]
-
-
-class _Forward(NamedTuple):
-    """A step that is under way: arrays [B, C], nothing of it known to the host yet."""
-
-    reading: head.Reading | head.WholeReading
-    accepted: mx.array
-    canvas: mx.array  # of the next step
-    best: mx.array  # the reading's, but a settled row keeps its own
-    done: mx.array  # [B] bool
-    known: mx.array  # [B + 1] int32, what the host must learn: `done`, and how many positions are diffuse
-
-
-def denoise_block(
-    model: DiffusionGemma,
-    prefix: Prefix,
-    options: GenerationOptions,
-    keys: mx.array,
-    left: Sequence[int] | None = None,
-) -> Iterator[_Step]:
-    """Denoise one canvas per row until all rows have settled or the steps are used up.
-
-    The host learns once a step whether to go on; while the device works, it builds the next step's graph.
-
-    Args:
-        keys: [B, 2], one random key per row for this block.
-        left: tokens that each row's text has room for; None: the canvas and more.
-
-    Yields:
-        A `_Step` per forward; a row that has settled keeps its argmax while others go on.
-    """
-    total, rows, length = options.max_denoising_steps, prefix.batch_size, model.config.canvas_length
-    draws = sampler.split(keys, 2 * total + 1)
-    room = mx.array([length] * rows if left is None else list(left))
-    ends = mx.array(options.end_tokens, mx.int32)
-    read: Callable[..., head.Reading | head.WholeReading] = head.read_whole if options.exact else head.read
-    certainty, patience = options.certainty_threshold or 0.0, options.patience or 0
-    earlier: list[mx.array] = []  # argmaxes, oldest first
-
-    def forward(step: int, last: _Forward | None, diffuse: int) -> _Forward:
-        """Build a step; `diffuse` positions need all of the vocabulary for their conditioning."""
-        dense = min(-(-diffuse // DENSE) * DENSE, rows * length)
-        canvas = sampler.noise(length, model.config.text.vocab_size, draws[0]) if last is None else last.canvas
-        conditioning = None if last is None else last.reading.condition(model, dense)
-        t = sampler.temperature(total - step, total, options.t_min, options.t_max)
-        reading = read(
-            model, model.denoise(canvas, prefix, conditioning), t, draws[2 * step + 1], 2 * diffuse > rows * length
-        )
-        best = reading.best if last is None else mx.where(last.done[:, None], last.best, reading.best)
-        drawn, uncertainty = reading.drawn, reading.entropy
-        if isinstance(reading, head.Reading) and options.fast:
-            kept = mx.zeros(best.shape, mx.bool_) if last is None else last.accepted
-            accepted = sampler.accept_confident(reading.confidence, kept, CONFIDENT)
-            drawn, uncertainty = mx.where(kept, canvas, best), mx.where(accepted, 0, uncertainty)
-        else:
-            accepted = sampler.accept(uncertainty, options.entropy_bound)
-        text = None if options.exact else sampler.text(best, ends, room)
-        done = sampler.settled(
-            best, earlier, uncertainty, options.stability_threshold, options.confidence_threshold, text
-        )
-        if text is not None:
-            done = done | sampler.certain(uncertainty, certainty, text)
-            if patience:
-                done = done | sampler.unchanged(best, earlier, patience, text)
-        if last is not None:
-            done = done | last.done
-        noise = sampler.noise(length, model.config.text.vocab_size, draws[2 * step + 2])
-        known = mx.concatenate([done.astype(mx.int32), reading.diffuse.sum(keepdims=True).flatten()])
-        return _Forward(reading, accepted, mx.where(accepted, drawn, noise), best, done, known)
-
-    diffuse, steps, finished = 0 if options.exact else rows * length, [0] * rows, [False] * rows
-    queue = memory.Queue()
-    current = forward(0, None, diffuse)
-    queue.add(*prefix.stages)
-    for step in range(1, total + 1):
-        earlier = [*earlier, current.best][-max(options.stability_threshold, patience, 1) :]
-        handles = prefix.handles()
-        following = forward(step, current, diffuse) if step < total else None
-        shown = current.best, current.accepted, current.reading.entropy
-        queue.add(*current.reading.stages, [current.known, *shown, *current.reading.held])
-        queue.finish()
-        known = np.asarray(current.known)
-        steps = [n + (not over) for n, over in zip(steps, finished)]
-        finished = [bool(one) for one in known[:-1]]
-        over, guess, diffuse = all(finished) or following is None, diffuse, int(known[-1])
-        fits = current.reading.whole is not None or -(-guess // DENSE) == -(-diffuse // DENSE)
-        if over or not fits:  # what was built is of no use, and must not be computed for its side effects
-            prefix.restore(handles)
-            following = None if over else forward(step, current, diffuse)
-        del handles
-        if following is not None:
-            queue.add(*prefix.stages)
-        yield _Step(*shown, finished, steps)
-        if following is None:
-            return
-        current = following
 
 
 def generate(

@@ -10,11 +10,11 @@ from loop import OPTIONS, Reader, plain_loop, run
 from support import engine_of, random_tokens, refusal, small_model
 from test_generate import PROMPTS
 
-from mlx_dgemma import generate as module
+from mlx_dgemma import denoise as module
 from mlx_dgemma import head
 from mlx_dgemma.config import GenerationConfig, ProcessorConfig
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.generate import Block, Draft, GenerationOptions
+from mlx_dgemma.generate import Block, Draft, GenerationOptions, generate
 from mlx_dgemma.prefix import Prefix
 
 # As wide as the bounds of exact mode's tests; every rule alone, and together as the modes have them.
@@ -156,7 +156,7 @@ def test_watching_changes_nothing(models, mode):
     seen, options = {}, options_of(mode, 40)
     for way, one in prefix.items():
         reader, events = Reader(3), []
-        for event in module.generate(models[40], one, [reader], options, [1]):
+        for event in generate(models[40], one, [reader], options, [1]):
             if way == "at once" and isinstance(event, Draft):
                 assert event.tokens.tolist() and event.accepted.tolist() and event.entropy.tolist()
             events.append(event)

@@ -1,0 +1,156 @@
+"""One canvas, from noise until it settles: the denoising steps of a block.
+
+A step is built as a graph before anything of it is computed. While the device works on one, the host builds the
+next; it learns whether to go on, and how many positions are diffuse, once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from . import head, memory, sampler
+
+if TYPE_CHECKING:
+    from .generate import GenerationOptions
+    from .model import DiffusionGemma
+    from .prefix import Prefix
+
+DENSE = 64  # diffuse positions are counted in steps of so many: each count is a graph of its own
+CONFIDENT = 0.9  # probability at which fast mode keeps a position's best token for good
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step of a batch: arrays [B, C], `done` and `steps` per row."""
+
+    best: mx.array  # int32, argmax; a row that has settled keeps its own
+    accepted: mx.array  # bool
+    entropy: mx.array  # float32, nats
+    done: list[bool]
+    steps: list[int]
+
+
+class _Forward(NamedTuple):
+    """A step that is under way: arrays [B, C], nothing of it known to the host yet."""
+
+    reading: head.Reading | head.WholeReading
+    best: mx.array
+    accepted: mx.array
+    canvas: mx.array  # of the next step
+    done: mx.array  # [B] bool
+    known: mx.array  # [B + 1] int32, what the host must learn: `done`, and how many positions are diffuse
+
+
+@dataclass
+class _Canvas:
+    """Builds the steps of a canvas per row; computes nothing."""
+
+    model: DiffusionGemma
+    prefix: Prefix
+    options: GenerationOptions
+    draws: mx.array  # [2 * steps + 1, B, 2] random keys
+    room: mx.array  # [B] tokens that each row's text has room for
+    earlier: list[mx.array] = field(default_factory=list)  # argmaxes of the steps before, oldest first
+
+    def forward(self, step: int, last: _Forward | None, diffuse: int) -> _Forward:
+        """The step after `last`, in which `diffuse` positions need the whole vocabulary for their conditioning."""
+        model, options, positions = self.model, self.options, self.room.size * self.model.config.canvas_length
+        canvas, conditioning = self._noise(0), None
+        if last is not None:
+            dense = min(_rounded(diffuse), positions)
+            canvas, conditioning = last.canvas, last.reading.condition(model, dense)
+        hidden, total = model.denoise(canvas, self.prefix, conditioning), options.max_denoising_steps
+        t = sampler.temperature(total - step, total, options.t_min, options.t_max)
+        read = head.read_whole if options.exact else head.read
+        reading = read(model, hidden, t, self.draws[2 * step + 1], whole=2 * diffuse > positions)
+        best = reading.best if last is None else mx.where(last.done[:, None], last.best, reading.best)
+        drawn, uncertainty = reading.drawn, reading.entropy
+        if isinstance(reading, head.Reading) and options.fast:
+            kept = mx.zeros(best.shape, mx.bool_) if last is None else last.accepted
+            accepted = sampler.accept_confident(reading.confidence, kept, CONFIDENT)
+            drawn, uncertainty = mx.where(kept, canvas, best), mx.where(accepted, 0, uncertainty)
+        else:
+            accepted = sampler.accept(uncertainty, options.entropy_bound)
+        done = self._settled(best, uncertainty)
+        if last is not None:
+            done = done | last.done
+        known = mx.concatenate([done.astype(mx.int32), reading.diffuse.sum(keepdims=True).flatten()])
+        canvas = mx.where(accepted, drawn, self._noise(2 * step + 2))
+        return _Forward(reading, best, accepted, canvas, done, known)
+
+    def remember(self, best: mx.array) -> None:
+        """Keep as many argmaxes as the stop rules look back."""
+        depth = max(self.options.stability_threshold, self.options.patience or 0, 1)
+        self.earlier = [*self.earlier, best][-depth:]
+
+    def _settled(self, best: mx.array, uncertainty: mx.array) -> mx.array:
+        options = self.options
+        thresholds = options.stability_threshold, options.confidence_threshold
+        if options.exact:
+            return sampler.settled(best, self.earlier, uncertainty, *thresholds)
+        text = sampler.text(best, mx.array(options.end_tokens, mx.int32), self.room)
+        done = sampler.settled(best, self.earlier, uncertainty, *thresholds, text)
+        done = done | sampler.certain(uncertainty, options.certainty_threshold or 0, text)
+        if options.patience:
+            done = done | sampler.unchanged(best, self.earlier, options.patience, text)
+        return done
+
+    def _noise(self, draw: int) -> mx.array:
+        return sampler.noise(self.model.config.canvas_length, self.model.config.text.vocab_size, self.draws[draw])
+
+
+def denoise_block(
+    model: DiffusionGemma,
+    prefix: Prefix,
+    options: GenerationOptions,
+    keys: mx.array,
+    left: Sequence[int] | None = None,
+) -> Iterator[Step]:
+    """Denoise one canvas per row until all rows have settled or the steps are used up.
+
+    Args:
+        keys: [B, 2], one random key per row for this block.
+        left: tokens that each row's text has room for; None: the canvas and more.
+
+    Yields:
+        A `Step` per forward; a row that has settled keeps its argmax while others go on.
+    """
+    total, rows, length = options.max_denoising_steps, prefix.batch_size, model.config.canvas_length
+    room = mx.array([length] * rows if left is None else list(left))
+    canvas = _Canvas(model, prefix, options, sampler.split(keys, 2 * total + 1), room)
+    diffuse, steps, finished = 0 if options.exact else rows * length, [0] * rows, [False] * rows
+    queue = memory.Queue()
+    current = canvas.forward(0, None, diffuse)
+    queue.add(*prefix.stages)
+    for step in range(1, total + 1):
+        canvas.remember(current.best)
+        handles = prefix.handles()
+        following = canvas.forward(step, current, diffuse) if step < total else None
+        reading, shown = current.reading, (current.best, current.accepted, current.reading.entropy)
+        queue.add(*reading.stages, [current.known, *shown, *reading.held])
+        queue.finish()
+        known = np.asarray(current.known)
+        steps = [n + (not over) for n, over in zip(steps, finished)]
+        finished = [bool(one) for one in known[:-1]]
+        guess, diffuse = diffuse, int(known[-1])
+        over = all(finished) or following is None
+        fits = reading.whole is not None or _rounded(guess) == _rounded(diffuse)
+        if over or not fits:  # what was built is of no use, and must not be computed for its side effects
+            prefix.restore(handles)
+            following = None if over else canvas.forward(step, current, diffuse)
+        del handles  # or the next write would copy the buffers
+        if following is not None:
+            queue.add(*prefix.stages)
+        yield Step(*shown, finished, steps)
+        if following is None:
+            return
+        current = following
+
+
+def _rounded(diffuse: int) -> int:
+    return -(-diffuse // DENSE) * DENSE
