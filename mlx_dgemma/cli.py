@@ -140,7 +140,7 @@ answer_options = _all(
     _number("--patience", 0, "Steps without a change that settle an answer; 0: never.", "2"),
     click.option("--exact", is_flag=True, default=None, help="Settle as Transformers does: slower, more memory."),
     click.option("--fast", is_flag=True, default=None, help="Keep confident tokens for good: fewer steps."),
-    _number("--prefill-chunk", 1, "Prompt tokens encoded at once.", "2048, less where that takes much memory"),
+    _number("--prefill-chunk", 1, "Prompt tokens encoded at once.", "512, or 1024 of a prompt beyond 4096"),
 )
 
 

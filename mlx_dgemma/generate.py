@@ -57,7 +57,7 @@ class GenerationOptions:
     certainty_threshold: float | None = None  # nats; settled where no position is above (0.1, fast 0.3; 0: never)
     patience: int | None = None  # steps without change that settle a canvas (2; 0: never)
     end_tokens: tuple[int, ...] = (1,)  # any of these ends the text
-    prefill_chunk: int | None = None  # prompt tokens encoded at once; None: 2048, or less where it takes much memory
+    prefill_chunk: int | None = None  # prompt tokens encoded at once; None: `fitting_chunk`
     image_tokens: int = 280  # the most soft tokens of a picture: 70, 140, 280, 560 or 1120
     fps: float = 1.0  # frames looked at in a second of video
     max_frames: int = 32  # frames looked at in a whole video
@@ -207,7 +207,7 @@ def prefill(
     held = (
         tokens == model.config.image_token_id if any(f is not None for f in features) else np.zeros_like(tokens, bool)
     )
-    for start, end in chunks(held, chunk or fitting_chunk(model, prefix.batch_size)):
+    for start, end in chunks(held, chunk or fitting_chunk(model, *tokens.shape)):
         seen = [
             f[int(row[:start].sum()) : int(row[:end].sum())]
             for f, row in zip(features, held)
@@ -224,9 +224,13 @@ def prefill(
             mx.clear_cache()
 
 
-def fitting_chunk(model: DiffusionGemma, batch_size: int) -> int:
-    """Prompt tokens to encode at once: 2048, or less (256 at least) where a sliding layer's pass exceeds `SCORES`."""
-    config, size = model.config.text, 2048
+def fitting_chunk(model: DiffusionGemma, batch_size: int, length: int) -> int:
+    """Prompt tokens to encode at once: 512, or 1,024 of a prompt beyond 4,096.
+
+    Longer passes read the weights less often but hold more: at the release's shape 2,048 tokens take 2 GiB. Fewer,
+    256 at least, where a sliding layer's scores would exceed `SCORES`.
+    """
+    config, size = model.config.text, 512 if length <= 4096 else 1024
     near = batch_size * config.num_attention_heads * model.dtype.size  # bytes of scores, of a query over a key
     while size > 256 and near * size * (config.sliding_window - 1 + size) > SCORES:
         size //= 2

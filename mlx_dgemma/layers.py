@@ -185,7 +185,9 @@ def one_hot(source: mx.array, share: mx.array, rows: int, like: mx.array) -> tup
     return taken.astype(like.dtype), mx.where(taken, share[:, None], 0).astype(like.dtype)
 
 
-def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
+def attend(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, stages: list[mx.array] | None = None
+) -> mx.array:
     """Grouped-query attention with scale 1; where its scores exceed `SCORES`, chunk by chunk of the keys.
 
     Chunks are merged by log-sum-exp in float32; products are in the dtype of their factors either way.
@@ -195,6 +197,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> m
         keys: [B, kv_heads, N, D].
         values: [B, kv_heads, N, D].
         mask: of L queries and N keys; every query sees at least one.
+        stages: takes a small array per chunk; evaluated one after the other they take the memory of one chunk.
 
     Returns:
         [B, heads, L, D] in the dtype of the values.
@@ -204,7 +207,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> m
     rows = batch * heads * length
     if rows * count * queries.dtype.size <= SCORES:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask.whole)
-    size = max(SCORES // (rows * mx.float32.size) // CHUNK * CHUNK, CHUNK)
+    size = max(SCORES // (2 * rows * mx.float32.size) // CHUNK * CHUNK, CHUNK)  # scores and their exponentials
     queries = queries.reshape(batch, kv_heads, -1, dim)  # a KV head's queries in one matrix: no key is repeated
     # Finite, unlike the scores of hidden keys: a chunk that is all hidden then adds zeros instead of NaN.
     top = mx.full((*queries.shape[:3], 1), mx.finfo(mx.float32).min)
@@ -221,7 +224,9 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> m
         total = _add_scaled(total, kept, shares.sum(axis=-1, keepdims=True))
         out = _add_scaled(out, kept, shares.astype(values.dtype) @ values[:, :, start:end])
         top = highest
-        queries = mx.depends(queries, [out, total])  # one chunk's scores in memory at a time
+        queries, total = mx.depends([queries, total], [out])  # the next chunk waits for this one
+        if stages is not None:
+            stages.append(mx.array(total))
     return (out / total).astype(values.dtype).reshape(batch, heads, length, dim)
 
 
@@ -282,7 +287,8 @@ class Attention(nn.Module):
         queries = self._rope(queries.transpose(0, 2, 1, 3), offset=see.rope_offset)
         keys = self._rope(keys.transpose(0, 2, 1, 3), offset=see.rope_offset)
         keys, values = (see.kv.with_canvas if see.canvas else see.kv.extend)(keys, values, see.offset)
-        out = attend(queries, keys, values, see.mask)
+        see.kv.stages = []
+        out = attend(queries, keys, values, see.mask, see.kv.stages)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 

@@ -18,7 +18,7 @@ from .layers import SCORES, on_cpu
 from .prefix import STEP
 
 GB = 1e9
-AHEAD, ROOM = 2**28, 2**30  # bytes in flight, of several stages and of a single one
+AHEAD = 2**28  # bytes in flight beyond which nothing is started
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequant
         weights = checkpoint.nbytes
     config = checkpoint.config
     step = 8 * 4 * config.canvas_length * config.text.vocab_size
-    scores = 8 * min(itemsize * config.text.num_attention_heads * min(2048, context) * context, SCORES)
+    scores = 8 * min(itemsize * config.text.num_attention_heads * min(1024, context) * context, SCORES)
     workspace = max(step, scores)
     return Need(weights, prefix_bytes(config, context, itemsize), workspace)
 
@@ -128,8 +128,7 @@ class Queue:
 
     MLX enqueues up to a thousand operations, and what they allocate is held until they have run: at the release's
     shape half the layers of a step, gigabytes. Where `AHEAD` bytes are in flight, a queue waits for the oldest
-    stage, though never for the last: the device should not run dry. Where a single stage takes more than `ROOM`,
-    as attention over a long prefix may, MLX waits by itself.
+    stage, though never for the last: the device should not run dry.
     """
 
     def __init__(self):
@@ -138,17 +137,11 @@ class Queue:
 
     def add(self, *stages: Any) -> None:
         """Start stages, arrays or trees of them, in the order in which they are computed."""
-        most = self._base + ROOM
-        limit = mx.set_memory_limit(most)
-        mx.set_memory_limit(min(limit, most))
-        try:
-            for stage in stages:
-                while len(self._waiting) > 1 and mx.get_active_memory() > self._base + AHEAD:
-                    mx.eval(self._waiting.popleft())
-                mx.async_eval(stage)
-                self._waiting.append(stage)
-        finally:
-            mx.set_memory_limit(limit)
+        for stage in stages:
+            while len(self._waiting) > 1 and mx.get_active_memory() > self._base + AHEAD:
+                mx.eval(self._waiting.popleft())
+            mx.async_eval(stage)
+            self._waiting.append(stage)
 
     def finish(self) -> None:
         """Wait for all of it."""

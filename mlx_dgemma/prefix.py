@@ -30,6 +30,7 @@ class LayerKV:
         self.capacity = capacity
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
+        self.stages: list[mx.array] = []  # of the attention to these keys, where it comes in chunks
 
     def used(self, offset: int) -> int:
         """Slots that hold the prefix when `offset` positions were encoded."""
@@ -161,8 +162,8 @@ class Prefix:
 
     @property
     def stages(self) -> list[mx.array | None]:
-        """The layers' keys, which are computed one after the other: for `memory.Queue`."""
-        return [_handle(layer.keys) for layer in self.layers]
+        """The layers' keys and attention chunks, which are computed one after the other: for `memory.Queue`."""
+        return [stage for layer in self.layers for stage in (_handle(layer.keys), *layer.stages)]
 
     @property
     def nbytes(self) -> int:
@@ -226,7 +227,7 @@ class Prefix:
     def restore(self, handles: list[tuple[mx.array | None, mx.array | None]]) -> None:
         """Forget what was written since `handles` was taken, as if it had never been asked for."""
         for layer, (keys, values) in zip(self.layers, handles):
-            layer.keys, layer.values = keys, values
+            layer.keys, layer.values, layer.stages = keys, values, []
 
     def _padding(self) -> np.ndarray:
         return np.zeros(1, np.int32) if self.padding is None else np.asarray(self.padding)

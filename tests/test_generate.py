@@ -133,14 +133,15 @@ def test_a_chunk_fits_the_budget_of_scores():
     """At the release's 16 heads and window: halved while a sliding layer's scores exceed 256 MiB, never below 256."""
     release = SimpleNamespace(text=SimpleNamespace(num_attention_heads=16, sliding_window=1024))
     model = SimpleNamespace(config=release, dtype=mx.bfloat16)
-    assert [fitting_chunk(model, batch) for batch in (1, 2, 4, 8, 16, 64)] == [2048, 1024, 1024, 512, 256, 256]
+    assert [fitting_chunk(model, batch, 4096) for batch in (1, 2, 4, 8, 16, 64)] == [512, 512, 512, 512, 256, 256]
+    assert [fitting_chunk(model, batch, 4097) for batch in (1, 2, 4, 8, 16, 64)] == [1024, 1024, 1024, 512, 256, 256]
     model.dtype = mx.float32
-    assert [fitting_chunk(model, batch) for batch in (1, 2, 4)] == [1024, 1024, 512]
+    assert [fitting_chunk(model, batch, 8192) for batch in (1, 2, 4)] == [1024, 1024, 512]
     release.text.sliding_window = 32768
-    assert fitting_chunk(model, 1) == 256
+    assert fitting_chunk(model, 1, 64) == 256
 
 
-@pytest.mark.parametrize(("chunk", "taken"), [(None, [1024, 1024]), (2000, [2000, 48])])
+@pytest.mark.parametrize(("chunk", "taken"), [(None, [512] * 4), (2000, [2000, 48])])
 def test_a_prefill_chunk_that_is_asked_for_is_taken_as_it_is(chunk, taken):
     encoded, tokens = [], np.zeros((4, 2048), np.int32)
     model = SimpleNamespace(
