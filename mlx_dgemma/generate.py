@@ -23,6 +23,7 @@ from .images import check_budget
 from .layers import SCORES
 
 if TYPE_CHECKING:
+    from .canvas import Control
     from .engine import Result
     from .model import DiffusionGemma
     from .prefix import Prefix
@@ -263,7 +264,12 @@ def chunks(held: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
 
 
 def generate(
-    model: DiffusionGemma, prefix: Prefix, readers: list[Reader], options: GenerationOptions, seeds: list[int]
+    model: DiffusionGemma,
+    prefix: Prefix,
+    readers: list[Reader],
+    options: GenerationOptions,
+    seeds: list[int],
+    control: Control | None = None,
 ) -> Iterator[Draft | Block]:
     """Generate blocks until every reader has finished; rows that have are dropped from the batch.
 
@@ -271,6 +277,7 @@ def generate(
         prefix: the encoded prompts, one row each; extended by every block but a row's last.
         readers: take each row's blocks and decide when it ends.
         seeds: one per row; a row's tokens depend on its own seed alone.
+        control: what is asked of the canvases.
     """
     rows = list(range(len(readers)))
     keys = mx.stack([mx.random.key(seed) for seed in seeds])
@@ -287,7 +294,8 @@ def generate(
         keys, block_keys = sampler.split(keys, 2)
         step, over = None, [False] * len(rows)
         left = [readers[row].left for row in rows]
-        for step in denoise_block(model, prefix, options, block_keys, left):
+        layout, guide = (control.layout(rows), control.guide(rows, left)) if control else (None, None)
+        for step in denoise_block(model, prefix, options, block_keys, left, layout, guide):
             for i, row in enumerate(rows):
                 if not over[i]:
                     yield Draft(row, block, step.steps[i], step.best[i], step.accepted[i], step.entropy[i])
@@ -297,6 +305,8 @@ def generate(
         for i, (row, tokens) in enumerate(zip(rows, np.asarray(step.best).tolist())):
             if readers[row].feed(tuple(tokens)) is None:
                 going.append(i)
+                if control:
+                    control.commit(row, tokens)
             yield Block(row, block, step.steps[i], tuple(tokens))
         if not going:
             return

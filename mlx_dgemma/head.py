@@ -55,6 +55,24 @@ class Reading(NamedTuple):
         """[B, C] bool, where the likely tokens leave out more than `TAIL`."""
         return 1 - self.probability.sum(axis=-1) > TAIL
 
+    def pin(self, tokens: mx.array, where: mx.array) -> Reading:
+        """The same, but certain of these tokens [B, C] at some positions [B, C]."""
+        first = mx.arange(self.likely.shape[-1]) == 0
+        return self._replace(
+            best=mx.where(where, tokens, self.best),
+            confidence=mx.where(where, 1.0, self.confidence),
+            entropy=mx.where(where, 0.0, self.entropy),
+            drawn=mx.where(where, tokens, self.drawn),
+            likely=mx.where(where[..., None], tokens[..., None], self.likely),
+            probability=mx.where(where[..., None], first.astype(mx.float32), self.probability),
+        )
+
+    def log_p(self, model: DiffusionGemma, tokens: mx.array) -> mx.array:
+        """[B, C, N] float32 log-probabilities of N tokens at every position."""
+        rows = model.model.decoder.embed_tokens(tokens).astype(model.dtype)
+        cap = mx.array(model.config.text.final_logit_softcapping, mx.float32)
+        return _process(self.hidden @ rows.T, cap, self.t) - self.log_mass[..., None]
+
     def condition(self, model: DiffusionGemma, dense: int, nbytes: int = CHUNK_BYTES) -> mx.array:
         """The expected embedding under these logits, for the next step.
 
