@@ -317,12 +317,10 @@ def best_text(
                 thought[1] = seen.marks[0, 0]
             if (over := thought[i] + seen.marks[i, 1]) > scores[i + 1, 0]:
                 scores[i + 1, 0], closed[i + 1] = over, True
-    stop, at = _where_to_stop(language, seen, scores, left)
+    stop, at = _where_to_stop(language, seen, scores, thought[length], left)
     tokens = seen.best.copy()
     if stop < length:
         tokens[stop] = ends[int(seen.ends[stop].argmax())]
-    elif thought[length] > scores[length, at] and left - length > language.distance[0] + 1:
-        at = THINKING
     for i in range(stop - 1, -1, -1):
         if at == THINKING:
             tokens[i] = marks[0] if i == 0 and state == FRESH else seen.likely[i, within[i].argmax()]
@@ -333,7 +331,9 @@ def best_text(
     return tokens
 
 
-def _where_to_stop(language: Language, seen: Marginals, scores: np.ndarray, left: int) -> tuple[int, int]:
+def _where_to_stop(
+    language: Language, seen: Marginals, scores: np.ndarray, thought: float, left: int
+) -> tuple[int, int]:
     """(position of the end token, or the canvas's length where the text goes on; the state before it)."""
     length = len(seen.best)
     rest = np.concatenate([np.cumsum(seen.top[::-1])[::-1], [0.0]])  # of all positions from here on
@@ -341,10 +341,12 @@ def _where_to_stop(language: Language, seen: Marginals, scores: np.ndarray, left
     ended = accepted.max(axis=1) + seen.ends.max(axis=1) + rest[1:]
     ended = np.where(np.arange(length) < left, ended, -np.inf)
     going = np.where(language.distance + 1 <= left - length, scores[length], -np.inf)
-    if ended.max() >= going.max():
+    if left - length <= language.distance[0] + 1:
+        thought = -np.inf
+    if ended.max() >= max(going.max(), thought):
         stop = int(ended.argmax())
         return stop, int(accepted[stop].argmax())
-    return length, int(going.argmax())
+    return length, int(going.argmax()) if going.max() >= thought else THINKING
 
 
 def exact_text(language: Language, seen: Marginals, start: int, stop: int) -> tuple[np.ndarray, float]:

@@ -434,9 +434,14 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     if not (checkpoint.path / "tokenizer.json").exists():
         raise CheckpointError(f"{checkpoint.path} has no tokenizer.json; download the whole checkpoint.")
     from mlx_lm.tokenizer_utils import load as load_tokenizer
+    from tokenizers import Tokenizer
 
     try:
-        return load_tokenizer(checkpoint.path, eos_token_ids=list(checkpoint.generation.eos_token_ids))
+        tokenizer = load_tokenizer(checkpoint.path, eos_token_ids=list(checkpoint.generation.eos_token_ids))
+        # Transformers' GemmaTokenizer has a pre-tokenizer of its own; the checkpoint was trained with its file's.
+        stored = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
+        tokenizer.backend_tokenizer.pre_tokenizer = stored.pre_tokenizer
+        return tokenizer
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(
             f"The tokenizer in {checkpoint.path} cannot be read ({error}); download it again."
