@@ -1,0 +1,251 @@
+"""Plain patterns against `re`: whole texts through an automaton of bytes, classes over all code points."""
+
+import random
+import re
+import sys
+from collections import defaultdict
+
+import pytest
+from outlines_core import Index, Vocabulary
+
+from mlx_dgemma.errors import OptionError
+from mlx_dgemma.regular import characters, literal, translate, without
+
+BYTES = Vocabulary(256, {bytes([value]): [value] for value in range(256)})
+
+
+class Automaton:
+    r"""The automaton of a plain pattern, byte by byte.
+
+    outlines_core looks for the leftmost match, in which a|ab is a alone; \z makes it look for all of them. With \z,
+    the start needs a byte before it where the empty text matches.
+    """
+
+    def __init__(self, plain):
+        index = Index(rf"\x{{0}}(?:{plain})\z", BYTES)
+        self.moves = {
+            state: sorted((byte, target) for byte, target in targets.items() if byte < 256)
+            for state, targets in index.get_transitions().items()
+        }
+        ((_, self.start),) = self.moves[index.get_initial_state()]
+        self.final = index.get_final_states()
+        self.next = {state: dict(moves) for state, moves in self.moves.items()}
+        self.distance = self._distances()
+
+    def _distances(self):
+        """How many bytes each state is from an end."""
+        before = defaultdict(set)
+        for state, moves in self.moves.items():
+            for _, target in moves:
+                before[target].add(state)
+        distance, edge = dict.fromkeys(self.final, 0), set(self.final)
+        while edge:
+            edge = {state for target in edge for state in before[target] if state not in distance}
+            distance.update(dict.fromkeys(edge, 1 + max(distance.values())))
+        return distance
+
+    def matches(self, text):
+        state = self.start
+        for byte in text.encode():
+            state = self.next.get(state, {}).get(byte)
+        return state in self.final
+
+    def sample(self, rng, steps=60):
+        """A random text: random moves at first, then the shortest way to an end."""
+        state, text = self.start, bytearray()
+        while True:
+            moves = [move for move in self.moves.get(state, ()) if move[1] in self.distance]
+            if state in self.final and (not moves or rng.random() < 0.25 or len(text) > steps):
+                return text.decode()
+            if len(text) > steps or rng.random() < 0.2:
+                nearest = min(self.distance[target] for _, target in moves)
+                moves = [move for move in moves if self.distance[move[1]] == nearest]
+            byte, state = rng.choice(moves)
+            text.append(byte)
+
+
+EVERYTHING = "".join(map(chr, [*range(0xD800), *range(0xE000, sys.maxunicode + 1)]))
+
+
+def as_python(plain):
+    """A plain pattern in the syntax of `re`."""
+    return re.sub(r"\\x\{([0-9a-f]+)\}", lambda match: f"\\U{int(match[1], 16):08x}", plain)
+
+
+PATTERNS = [
+    "",
+    "a",
+    "a|ab",
+    "ab|a",
+    "(?:|a)b",
+    "(a|ab)(c|bcd)?",
+    "a*",
+    "a*?b+?",
+    "(?:a?b?){2,3}",
+    "(ab){2,}",
+    "x{0}y",
+    "[a-c]{2}",
+    "[^a-c]+",
+    r"\d+$",
+    r"^\d{1,3}(\.\d{3})*$",
+    r"\A-?\d+\Z",
+    r"(^a|b)c",
+    r"(?:^|,)x(?:,|$)",
+    r"^$",
+    "^",
+    "$",
+    "^a|b$",
+    "^(?:a|b)$|c",
+    r"[\w.+-]+@\w+\.(com|org)",
+    r"\s*\S+\s*",
+    r"[^\W\d_]+",
+    ".+",
+    "(?s:.)b",
+    "(?i)straße",
+    "(?i)[k-s]+",
+    "(?i:a)b",
+    "(?i)ǆ|Σ",
+    "(?i)[^k]",
+    r"(?a)\w+\s\d",
+    r"(?a:\w)\w",
+    r"(?x) a \  b # a comment",
+    r"é+|日本|😀{2}",
+    r"\"\\\n|[\"x]",
+    r"[\]\-^&~|]+",
+    r"\x00?\x7f",
+    r"\{\}\(\)\[\]\.\*\+\?\^\$\|#",
+    r"(?P<year>\d{4})-(?P<month>0[1-9]|1[0-2])",
+    r"a$|\n",
+]
+TEXTS = [
+    *["", "a", "b", "c", "x", "y", "ab", "ac", "bc", "abc", "abcd", "abbcd", "aab", "bb", "abab", "ababab", "aa"],
+    *["12", "1234", "1.234", "12.345.678", "-7", "٣", "12\n", "a\n", "b\n", "\n", "c\n", "\n\n", "a\nb", "x,", ",x"],
+    *[",x,", ",x,\n", "x,y", "a.b+c@mail.com", "ä@ö.org", " a ", "a b", "\u00a0é\u2003", "_é", "Ab", "aB", "STRASSE"],
+    *["straße", "ſTRAẞE", "STRAßE", "K", "\u212a", "k", "ſ", "ǅ", "Ǆ", "ǆ", "σ", "ς", "é", "éé", "日本", "😀😀", "ı"],
+    *['"\\\n', '"', "]-^&~|", "\x00\x7f", "\x7f", "{}()[].*+?^$|#", "2024-12", "2024-13", "z 1", "b c", "ac\n", "İ"],
+]
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_automaton_accepts_what_re_matches(pattern, search):
+    automaton = Automaton(translate(pattern, search=search))
+    match = re.compile(pattern).search if search else re.compile(pattern).fullmatch
+    rng = random.Random(1)
+    samples = [automaton.sample(rng, 12) for _ in range(40)]
+    for text in samples:
+        assert match(text), text
+    changed = []
+    for text in samples:
+        at = rng.randrange(len(text) + 1)
+        changed += [text[:at] + text[at + 1 :], text[:at] + rng.choice("aB1,\n é") + text[at:], text + "\n"]
+    for text in [*TEXTS, *changed]:
+        assert automaton.matches(text) == bool(match(text)), text
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_safe_leaves_out_what_json_strings_escape(pattern, search):
+    match = re.compile(pattern).search if search else re.compile(pattern).fullmatch
+    try:
+        automaton = Automaton(translate(pattern, safe=True, search=search))
+    except OptionError as error:
+        assert "needs characters that JSON strings escape" in str(error)
+        automaton = None
+    for text in TEXTS:
+        expected = bool(match(text)) and not re.search(r'["\\\x00-\x1f]', text)
+        assert (automaton is not None and automaton.matches(text)) == expected, text
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    r". (?s:.) \d \w \s \D \W \S [^\W\d_] (?a)\w (?a)\s (?a)[^\d] (?i)k (?i)s (?i)[^k] (?i)[a-z] (?i)[^a-z] (?i)ß "
+    r"(?i)[à-ÿ] (?ai)k (?ai)[a-z] (?i)ǅ (?i)[α-ω] (?i)ı (?i)[^\W\d_] [^a] (?i)µ ſ (?i)ſ a [\s\S]".split(),
+)
+def test_a_class_is_exact(pattern):
+    def spans(of):
+        return [match.span() for match in re.finditer(f"{of}+", EVERYTHING)]
+
+    assert spans(as_python(translate(pattern))) == spans(pattern)
+
+
+def test_plain_patterns():
+    assert translate("a.b|c") == r"(?:a[\x{0}-\x{9}\x{b}-\x{d7ff}\x{e000}-\x{10ffff}]b|c)"
+    assert translate(r"^x+?[a-c_]{2,}\$") == r"(?:x)+(?:[\x{5f}a-c]){2,}\x{24}"
+    safe = r"[\x{20}-\x{21}\x{23}-\x{5b}\x{5d}-\x{d7ff}\x{e000}-\x{10ffff}]*"
+    assert translate("a", safe=True, search=True) == f"{safe}a{safe}"
+    assert literal('a "é"\n{') == r'a "\x{e9}"\x{a}\x{7b}'
+    assert characters([(0, 9), (97, 97), (98, 100)]) == r"[\x{0}-\x{9}ab-d]"
+    assert without([(0, 10), (20, 30)], (5, 6), (9, 25)) == [(0, 4), (7, 8), (26, 30)]
+
+
+UNSUPPORTED = {
+    r"(a)\1": "a backreference",
+    r"(a)?(?(1)b|c)": "a condition on a group",
+    "(?=a)": "a lookahead or lookbehind",
+    "(?<=a)": "a lookahead or lookbehind",
+    "a(?!a)": "a negative lookahead or lookbehind",
+    "(?!)": "a negative lookahead or lookbehind",
+    r"\bfoo": r"\b",
+    r"foo\B": r"\B",
+    "a^": "^ elsewhere than where a match starts",
+    "(?:^a)?": "^ elsewhere than where a match starts",
+    r"a\Ab": r"\A elsewhere than where a match starts",
+    "$a": "$ elsewhere than where a match ends",
+    "a$\n": "$ elsewhere than where a match ends",
+    r"(?:a\Z|b)c": r"\Z elsewhere than where a match ends",
+    "(?m)^a": "^ with the flag MULTILINE",
+    "(?m:a$)": "$ with the flag MULTILINE",
+}
+if sys.version_info >= (3, 11):
+    UNSUPPORTED |= {"(?>a)": "an atomic group", "a++": "a possessive repeat"}
+
+
+@pytest.mark.parametrize("pattern", UNSUPPORTED)
+def test_what_is_not_supported_is_refused_by_name(pattern):
+    with pytest.raises(OptionError) as error:
+        translate(pattern)
+    assert str(error.value) == (
+        f"The pattern {pattern!r} has {UNSUPPORTED[pattern]}, which is not supported; write it without."
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "safe", "message"),
+    [
+        (
+            "a(",
+            False,
+            "The pattern 'a(' is not a regular expression: missing ), unterminated subpattern at position 1.",
+        ),
+        ("[b-a]", False, "The pattern '[b-a]' is not a regular expression: bad character range b-a at position 1."),
+        (
+            "a{99999999999}",
+            False,
+            "The pattern 'a{99999999999}' repeats too often; write a smaller number.",
+        ),
+        (
+            "(" * 3000 + ")" * 3000,
+            False,
+            "The pattern is nested too deeply; write it with fewer groups in groups.",
+        ),
+        (r"[^\s\S]", False, "The pattern '[^\\\\s\\\\S]' matches nothing; give one that some text matches."),
+        (r"a[^\s\S]+b", True, "The pattern 'a[^\\\\s\\\\S]+b' matches nothing; give one that some text matches."),
+        ("\ud800", False, "The pattern '\\ud800' matches nothing; give one that some text matches."),
+        (
+            'say "hi"',
+            True,
+            'The pattern \'say "hi"\' needs characters that JSON strings escape (", \\ or control characters); '
+            "give one that does without them.",
+        ),
+    ],
+)
+def test_errors(pattern, safe, message):
+    with pytest.raises(OptionError) as error:
+        translate(pattern, safe=safe)
+    assert str(error.value) == message
+
+
+def test_what_matches_nothing_may_be_a_part():
+    assert Automaton(translate(r"a|[^\s\S]b|(?:[^\s\S])*c{0}")).matches("")
+    assert translate(r'a|b"', safe=True) == translate(r"a|b[^\s\S]") == "(?:a)"
