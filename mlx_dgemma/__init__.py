@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .engine import Engine, Result, Session, load
+    from .engine import Engine, load
     from .errors import CheckpointError, DgemmaError, MemoryLimitError, OptionError, PromptError
     from .generate import Block, Draft, Finished, GenerationOptions
+    from .result import Result
+    from .session import Session
 
 _HOME = {
-    "engine": ("Engine", "Result", "Session", "load"),
+    "engine": ("Engine", "load"),
     "errors": ("CheckpointError", "DgemmaError", "MemoryLimitError", "OptionError", "PromptError"),
     "generate": ("Block", "Draft", "Finished", "GenerationOptions"),
+    "result": ("Result",),
+    "session": ("Session",),
 }
 __all__ = [
     "Block",

@@ -6,12 +6,29 @@ A `Control` is told of every canvas before it is denoised and of every block tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from .constrain import FRESH, THINKING, Language, Marginals, best_text
 from .denoise import Layout
+
+if TYPE_CHECKING:
+    from .generate import GenerationOptions
+    from .model import DiffusionGemma
+    from .prefix import Prefix
+
+
+PARTS = 4  # a canvas may be shorter by whole quarters
+GROWTH = 4  # a draft's canvas has room for a text that is longer by a quarter
+
+
+def fitting_size(count: int, canvas_length: int) -> int:
+    """Positions of the shortest canvas that holds so many, in quarters of the model's."""
+    part = max(canvas_length // PARTS, 1)
+    return min(-(-count // part) * part, canvas_length)
 
 
 class Control:
@@ -21,12 +38,21 @@ class Control:
         """What the next canvas of these rows begins with."""
         return None
 
-    def guide(self, rows: Sequence[int], left: Sequence[int]) -> _Guide | None:
+    def guide(self, rows: Sequence[int], left: Sequence[int]) -> Guide | None:
         """What chooses the text of the next canvas of these rows, which have so many tokens left."""
         return None
 
     def commit(self, row: int, tokens: Sequence[int]) -> None:
         """Take note of a row's finished canvas."""
+
+    def prepare(self, model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, key: mx.array) -> int:
+        """Find out what must be known before the first canvas; returns how many positions were denoised for it.
+
+        Args:
+            prefix: the encoded prompt.
+            key: [2], random key of the first row.
+        """
+        return 0
 
 
 class Constrained(Control):
@@ -43,13 +69,13 @@ class Constrained(Control):
         self._language, self._ends, self._marks = language, tuple(ends), tuple(marks)
         self._states = [FRESH if marks else 0] * rows
 
-    def guide(self, rows: Sequence[int], left: Sequence[int]) -> _Guide:
+    def guide(self, rows: Sequence[int], left: Sequence[int]) -> Guide:
         """The language's best text."""
 
         def choose(row: int, seen: Marginals) -> np.ndarray:
             return best_text(self._language, seen, self._states[rows[row]], self._ends, left[row], self._marks)
 
-        return _Guide(self._language.anchors, self._ends, self._marks, choose)
+        return Guide(self._language.anchors, self._ends, self._marks, choose)
 
     def commit(self, row: int, tokens: Sequence[int]) -> None:
         """Move on in the language."""
@@ -62,7 +88,7 @@ class Constrained(Control):
         self._states[row] = self._language.after(given, max(state, 0))
 
 
-class _Guide:
+class Guide:
     """A `denoise.Guide`: asks for anchors, end tokens and marks, and chooses by a function of a row's `Marginals`."""
 
     def __init__(
@@ -79,3 +105,38 @@ class _Guide:
         """The text of a row, [C] int32."""
         asked = np.split(reading["asked"], self._cuts, axis=1)
         return self._choose(row, Marginals(*(reading[n] for n in ("likely", "log_p", "best", "top")), *asked))
+
+
+class Drafted(Control):
+    """One row whose canvases begin with a draft, some of it noised.
+
+    Args:
+        draft: tokens of the text to begin with.
+        end: the token behind it.
+        strength: the share of positions that begin as noise instead.
+        canvas_length: of the model; a short draft takes less of it.
+        seed: of what is noised.
+    """
+
+    def __init__(self, draft: Sequence[int], end: int, strength: float, canvas_length: int, seed: int):
+        self._draft, self._end, self._strength, self._length = list(draft), end, strength, canvas_length
+        self._random = np.random.default_rng(seed)
+
+    def layout(self, rows: Sequence[int]) -> Layout | None:
+        """The next part of the draft, its end token, and fillers behind it."""
+        if not self._draft:
+            return None
+        given = [*self._draft, self._end][: self._length]
+        size = fitting_size(len(given) + len(given) // GROWTH, self._length)
+        tokens = np.zeros(size, np.int32)
+        tokens[: len(given)] = given
+        kept = self._random.random(size) >= self._strength
+        return Layout(mx.array(tokens[None]), mx.zeros((1, size), mx.bool_), mx.array(kept[None]))
+
+    def commit(self, row: int, tokens: Sequence[int]) -> None:
+        """Go on behind that part of the draft which the canvas answers."""
+        matcher = SequenceMatcher(None, self._draft[: 2 * self._length], list(tokens), autojunk=False)
+        blocks = [block for block in matcher.get_matching_blocks() if block.size]
+        # What follows the last match on the canvas was rewritten, and stands for as much of the draft.
+        done = blocks[-1].a + len(tokens) - blocks[-1].b if blocks else len(tokens)
+        del self._draft[:done]

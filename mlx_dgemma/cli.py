@@ -26,7 +26,8 @@ from .prompt import messages_of
 from .terminal import Terminal, count, details, segments, summary
 
 if TYPE_CHECKING:
-    from .engine import Engine, Result
+    from .engine import Engine
+    from .result import Result
 
 DEMO_NOTICE = (
     "This is the bundled demo of 6.7 M parameters, a toy. "

@@ -8,7 +8,6 @@ that a narrow way through the language is spelt with, so that there is always a 
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,7 +71,9 @@ def automaton(pattern: str) -> tuple[np.ndarray, np.ndarray]:
             'schema, regex, infill and fill need the package outlines-core: pip install "mlx-dgemma[constrain]".'
         ) from None
     try:
-        index = Index(pattern, Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
+        # The library looks for the leftmost alternative's match, so the end must be in the pattern, and for patterns
+        # that match the empty text something before it: a zero byte, which is stepped over below.
+        index = Index(rf"\x{{0}}(?:{pattern})\z", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
     except ValueError as error:
         raise OptionError(f"The pattern cannot be made into an automaton ({error}); simplify it.") from None
     ways = index.get_transitions()
@@ -81,13 +82,14 @@ def automaton(pattern: str) -> tuple[np.ndarray, np.ndarray]:
             f"The constraint takes an automaton of {len(ways):,} states, and {STATES:,} are the most: ask for smaller "
             "bounds (maxLength, maxItems, {m,n})."
         )
-    start = index.get_initial_state()
-    number = {state: i for i, state in enumerate([start, *(s for s in ways if s != start)])}
+    before = index.get_initial_state()
+    start = ways[before][0]
+    number = {state: i for i, state in enumerate([start, *(s for s in ways if s not in (start, before))])}
     for state in index.get_final_states():
         number.setdefault(state, len(number))
     table = np.full((len(number) + 1, 256), len(number), np.int32)
     for state, row in ways.items():
-        for byte, to in row.items():
+        for byte, to in row.items() if state != before else ():
             if byte < 256:
                 table[number[state], byte] = number[to]
     accepting = np.zeros(len(table), bool)
@@ -349,19 +351,28 @@ def _where_to_stop(
     return length, int(going.argmax()) if going.max() >= thought else THINKING
 
 
-def exact_text(language: Language, seen: Marginals, start: int, stop: int) -> tuple[np.ndarray, float]:
-    """The most probable text of the language that takes the positions from `start` to `stop`, and its score.
+def exact_text(
+    language: Language, seen: Marginals, start: int, stop: int, state: int = 0, room: int = 0
+) -> tuple[np.ndarray, float]:
+    """The most probable text that takes the positions from `start` to `stop`, and its score.
+
+    Args:
+        language: what the text is in.
+        seen: the canvas.
+        start, stop: the text's positions.
+        state: where it stands before the first of them.
+        room: tokens that it has afterwards, in canvases to come; without any it ends with these positions.
 
     Returns:
         [stop - start] int32 tokens and their log-probability; minus infinity where there is none.
     """
     scores = np.full((stop - start + 1, len(language.distance)), -np.inf)
-    scores[0, 0] = 0.0
+    scores[0, state] = 0.0
     likely = list(language._likely_ways(seen.likely[start:stop], seen.log_p[start:stop]))
     for i, (source, target, log_p, _) in enumerate(likely):
         language.advance(scores[i], scores[i + 1], seen.anchors[start + i])
         np.maximum.at(scores[i + 1], target, scores[i][source] + log_p)
-    final = np.where(language.accepting, scores[-1], -np.inf)
+    final = np.where(language.distance <= room, scores[-1], -np.inf)
     at = int(final.argmax())
     tokens, score = seen.best[start:stop].copy(), float(final[at])
     if np.isfinite(score):
@@ -384,9 +395,3 @@ def covers_lines(language: Language) -> bool:
                 seen.add(pair)
                 todo.append(pair)
     return True
-
-
-@functools.lru_cache(maxsize=4)
-def spelling_of(tokenizer: Any, vocab_size: int) -> Spelling:
-    """A tokenizer's spelling, made once."""
-    return Spelling(tokenizer, vocab_size)

@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a canvas begins with instead of noise; arrays [B, C]."""
+    """What a canvas begins with instead of noise; arrays [B, C], where C may be less than the model's canvas."""
 
     tokens: mx.array  # int32
     pinned: mx.array  # bool, keep their token, count as certain, and are left out of acceptance and stop rules
@@ -83,13 +83,18 @@ class _Canvas:
     layout: Layout | None = None
     earlier: list[mx.array] = field(default_factory=list)  # argmaxes of the steps before, oldest first
 
+    @property
+    def length(self) -> int:
+        """Positions of a row."""
+        return self.model.config.canvas_length if self.layout is None else self.layout.tokens.shape[1]
+
     def forward(self, step: int, last: _Forward | None, diffuse: int) -> _Forward:
         """The step after `last`, in which `diffuse` positions need the whole vocabulary for their conditioning."""
         return self.settle(step, last, self.read(step, last, diffuse))
 
     def read(self, step: int, last: _Forward | None, diffuse: int) -> head.Reading | head.WholeReading:
         """What the model makes of the canvas that `last` left."""
-        model, options, positions = self.model, self.options, self.room.size * self.model.config.canvas_length
+        model, options, positions = self.model, self.options, self.room.size * self.length
         canvas, conditioning = self._first(), None
         if last is not None:
             dense = min(_rounded(diffuse), positions)
@@ -125,7 +130,10 @@ class _Canvas:
             accepted = sampler.accept_confident(reading.confidence, kept, CONFIDENT)
             before = self._first() if last is None else last.canvas
             held = mx.where(kept, before, best)
-            drawn, uncertainty = held if unlike is None else mx.where(unlike, best, held), mx.where(accepted, 0, uncertainty)
+            drawn, uncertainty = (
+                held if unlike is None else mx.where(unlike, best, held),
+                mx.where(accepted, 0, uncertainty),
+            )
         elif self.layout is not None:
             free = mx.where(self.layout.pinned, mx.inf, uncertainty)
             accepted = sampler.accept(free, options.entropy_bound) | self.layout.pinned
@@ -170,7 +178,7 @@ class _Canvas:
         return mx.zeros(shape, mx.bool_) if self.layout is None else self.layout.pinned
 
     def _noise(self, draw: int) -> mx.array:
-        return sampler.noise(self.model.config.canvas_length, self.model.config.text.vocab_size, self.draws[draw])
+        return sampler.noise(self.length, self.model.config.text.vocab_size, self.draws[draw])
 
 
 def denoise_block(
@@ -193,13 +201,13 @@ def denoise_block(
     Yields:
         A `Step` per forward; a row that has settled keeps its argmax while others go on.
     """
-    total, rows, length = options.max_denoising_steps, prefix.batch_size, model.config.canvas_length
-    room = mx.array([length] * rows if left is None else list(left))
+    total, rows = options.max_denoising_steps, prefix.batch_size
+    room = mx.array([2**30] * rows if left is None else list(left))
     canvas = _Canvas(model, prefix, options, sampler.split(keys, 2 * total + 1), room, layout)
     if guide is not None:
         yield from _guided(canvas, guide)
         return
-    diffuse, steps, finished = 0 if options.exact else rows * length, [0] * rows, [False] * rows
+    diffuse, steps, finished = 0 if options.exact else rows * canvas.length, [0] * rows, [False] * rows
     queue = memory.Queue()
     current = canvas.forward(0, None, diffuse)
     queue.add(*prefix.stages)
@@ -232,7 +240,7 @@ def _guided(canvas: _Canvas, guide: Guide) -> Iterator[Step]:
     """As `denoise_block`, where a guide must see a step before the next one can be built."""
     model, total = canvas.model, canvas.options.max_denoising_steps
     rows = canvas.room.size
-    diffuse, steps, finished = rows * model.config.canvas_length, [0] * rows, [False] * rows
+    diffuse, steps, finished = rows * canvas.length, [0] * rows, [False] * rows
     queue, last = memory.Queue(), None
     for step in range(total):
         reading = canvas.read(step, last, diffuse)

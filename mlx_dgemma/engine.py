@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -13,105 +14,28 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from . import memory
+from . import memory, verbs
+from .canvas import Constrained, Control
 from .checkpoint import Checkpoint, build, find
 from .config import ModelConfig
+from .constrain import Language, Spelling, covers_lines
 from .errors import CheckpointError, OptionError, PromptError
 from .generate import Block, Draft, Finished, GenerationOptions, generate, prefill
-from .images import Patches, digest, join, open_image, patchify
+from .images import digest, join, open_image, patchify
 from .layers import on_cpu
 from .model import DiffusionGemma
 from .prefix import Prefix
 from .prompt import Answer, Message, messages_of, parts_of, render
+from .regular import translate
+from .result import Result, Stats
+from .schema import to_regex
+from .session import Picture, Row, Session
 from .video import sample_frames, stamp
 
 Prompt = str | Sequence[Message]
+KEPT_LANGUAGES = 16  # of constraints, the last used
 KEPT_PICTURES = 64  # whose soft tokens a conversation keeps, the newest
 VIDEO = "<|video|>"  # Gemma 4's marker in chat templates; it never reaches the model
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a generation took; times in seconds."""
-
-    prompt_tokens: int
-    reused_tokens: int  # of them, taken from a session's prefix
-    generated_tokens: int
-    blocks: int
-    denoising_steps: int
-    canvas_positions: int  # positions denoised, summed over steps
-    seconds: dict[str, float]  # load, prefill, denoise (commits included), total (prefill and denoise)
-    time_to_first_block: float
-    tokens_per_second: float  # generated tokens over seconds["total"]
-    peak_memory_bytes: int
-    seed: int
-    images: int = 0  # pictures and video frames in the prompt
-    images_encoded: int = 0  # of them, run through the vision tower this time
-    frame_seconds: tuple[float, ...] = ()  # times of the video frames in the prompt
-
-
-@dataclass(frozen=True)
-class Result:
-    """An answer. `tool_calls` entries are {"id", "type": "function", "function": {"name", "arguments"}}."""
-
-    text: str
-    thinking: str
-    tool_calls: list[dict]
-    tokens: list[int]
-    finish_reason: str  # "stop", "length" or "tool_calls"
-    stats: Stats
-
-
-class Session:
-    """A conversation's prefix and pictures: a prompt that begins as the last one did encodes only what is new.
-
-    Attributes:
-        prefix: the keys and values held.
-        held: what they are of: token ids, and for a placeholder its picture's digest.
-        features: soft tokens of the pictures seen so far, by digest.
-    """
-
-    def __init__(self, prefix: Prefix):
-        self.prefix = prefix
-        self.held: list[int | str] = []
-        self.features: dict[str, mx.array] = {}
-
-    def reuse(self, wanted: list[int | str]) -> int:
-        """Go back to what the prefix shares with a prompt; returns how many tokens that are."""
-        pairs = enumerate(zip(self.held, wanted))
-        shared = next((i for i, (mine, new) in pairs if mine != new), min(len(self.held), len(wanted)))
-        count = self.prefix.rewind(shared)
-        del self.held[count:]
-        return count
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """A picture or video frame of a prompt."""
-
-    digest: str  # of its pixels and its budget
-    patches: Patches
-
-    @property
-    def tokens(self) -> int:
-        return self.patches.tokens[0]
-
-
-@dataclass
-class _Row:
-    """One prompt on its way through the loop."""
-
-    tokens: list[int]
-    held: list[int | str]  # as `Session.held`
-    pictures: list[_Picture]
-    times: list[float]  # of video frames, seconds
-    seed: int
-    answer: Answer
-    reused: int = 0
-    encoded: int = 0  # pictures
-    blocks: int = 0
-    steps: int = 0
-    first_block: float = 0.0
 
 
 @dataclass
@@ -130,6 +54,7 @@ class Engine:
     options: GenerationOptions
     notes: tuple[str, ...] = ()
     load_seconds: float = 0.0
+    _languages: dict[str, Language] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> ModelConfig:
@@ -150,10 +75,7 @@ class Engine:
             PromptError: an empty, malformed or too long prompt.
             OptionError: an unknown option or a value outside its bounds.
         """
-        for event in self.stream(prompt, drafts=False, **arguments):
-            if isinstance(event, Finished):
-                return event.result
-        raise AssertionError("a generation ends with Finished")
+        return self._last(self.stream(prompt, drafts=False, **arguments))
 
     def stream(
         self,
@@ -168,6 +90,8 @@ class Engine:
         system: str | None = None,
         session: Session | None = None,
         drafts: bool = True,
+        schema: dict | None = None,
+        regex: str | None = None,
         **options: Any,
     ) -> Iterator[Draft | Block | Finished]:
         """Answer a prompt, event by event.
@@ -184,6 +108,8 @@ class Engine:
             system: a system message to begin with.
             session: reuse and extend a conversation's prefix.
             drafts: yield a `Draft` after each step; the answer is the same without.
+            schema: a JSON Schema that the answer's text is valid for, always; `schema.SUPPORTED` lists the keywords.
+            regex: a regular expression in `re`'s syntax that the answer's text matches as a whole, always.
             options: any field of `GenerationOptions`.
 
         Yields:
@@ -195,7 +121,8 @@ class Engine:
         effective = self.options.override(max_tokens=max_tokens, **options)
         messages = messages_of(prompt, system, images, video)
         row = self._row(messages, seed, effective, thinking, tools)
-        return self._events([row], effective, session, drafts)
+        control = self._constraint([row], effective, schema, regex, thinking, tools)
+        return self._events([row], effective, session, drafts, control)
 
     def generate_batch(
         self,
@@ -206,6 +133,8 @@ class Engine:
         thinking: bool = False,
         tools: list[dict] | None = None,
         system: str | None = None,
+        schema: dict | None = None,
+        regex: str | None = None,
         **options: Any,
     ) -> list[Result]:
         """Answer several prompts together, padded on the left; each as `generate` would with its seed.
@@ -222,17 +151,150 @@ class Engine:
             self._row(messages_of(prompt, system), seeds[i] if seeds else None, effective, thinking, tools)
             for i, prompt in enumerate(prompts)
         ]
-        events = self._events(rows, effective, None, drafts=False)
+        control = self._constraint(rows, effective, schema, regex, thinking, tools)
+        events = self._events(rows, effective, None, False, control)
         return [event.result for event in events if isinstance(event, Finished)]
+
+    def infill(self, prefix: str, suffix: str, **arguments: Any) -> Result:
+        """Fill a hole between two texts, which stay byte for byte: prefix + r.text + suffix is the whole.
+
+        Args:
+            prefix: the text before the hole.
+            suffix: the text behind it; without one the prefix is continued until its end.
+            prompt: a request before it, a text or messages, to which prefix, hole and suffix are the answer; without
+                one the model is asked to fill the gap.
+            length: tokens of the hole, pieces of words at its ends included; without one the likely lengths up to
+                `infill.LONGEST` are tried. A hole longer than a canvas is filled canvas by canvas, with a warning.
+            seed: as in `stream`.
+            options: any field of `GenerationOptions` but exact and stop.
+
+        Raises:
+            PromptError, OptionError: as `stream`.
+        """
+        return self._last(verbs.infill(self, prefix, suffix, drafts=False, **arguments))
+
+    def fill(self, template: str, holes: verbs.Holes, **arguments: Any) -> Result:
+        """Fill a template's holes: the text is the template, with `r.holes` in place of the names in braces.
+
+        Args:
+            template: as for str.format, with a name in every pair of braces.
+            holes: for each name a number of characters that it has at most, a list of texts, or a regular expression.
+            prompt: a request before it; without one the model is asked to fill in the template.
+            seed: as in `stream`.
+            options: any field of `GenerationOptions` but exact and stop.
+
+        Raises:
+            PromptError, OptionError: as `stream`; a hole that only one of template and `holes` has.
+        """
+        return self._last(verbs.fill(self, template, holes, drafts=False, **arguments))
+
+    def edit(self, text: str, instruction: str, **arguments: Any) -> Result:
+        """Rewrite a text as an instruction says, beginning with the text itself rather than with noise.
+
+        Args:
+            text: the draft.
+            instruction: what to do with it.
+            strength: the share of the draft that is noised at first, from 0 to 1 (0.5).
+            seed: as in `stream`.
+            options: any field of `GenerationOptions` but exact and stop.
+
+        Raises:
+            PromptError, OptionError: as `stream`.
+        """
+        return self._last(verbs.edit(self, text, instruction, drafts=False, **arguments))
+
+    @staticmethod
+    def _last(events: Iterator[Draft | Block | Finished]) -> Result:
+        for event in events:
+            if isinstance(event, Finished):
+                return event.result
+        raise AssertionError("a generation ends with Finished")
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """What the tokens of this tokenizer spell."""
+        return Spelling(self.tokenizer, self.config.text.vocab_size)
+
+    @cached_property
+    def turn_end(self) -> int:
+        """The token that ends an answer in this checkpoint's chats."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        return next((t for t in reversed(tokens) if t in self.options.end_tokens), self.options.end_tokens[0])
+
+    def language(self, pattern: str, what: str) -> Language:
+        """The language of a plain pattern, made once; the last few are kept."""
+        found = self._languages.pop(pattern, None) or Language(pattern, self.spelling, what)
+        self._languages[pattern] = found
+        for oldest in list(self._languages)[:-KEPT_LANGUAGES]:
+            del self._languages[oldest]
+        return found
+
+    def constrained(
+        self, rows: list[Row], options: GenerationOptions, language: Language, what: str, thinking: bool = False
+    ) -> Constrained:
+        """Every row's text in a language; what cannot be is an error before the first step."""
+        least = int(language.distance[0]) + 1
+        if least > options.max_tokens:
+            raise OptionError(
+                f"{what} takes {least} tokens at least, its end included, but max_tokens is {options.max_tokens}; "
+                "raise it."
+            )
+        opened, closed = self.tokenizer.think_start_tokens, self.tokenizer.think_end_tokens
+        marks = (opened[0], closed[0]) if thinking and opened and closed else ()
+        return Constrained(language, len(rows), options.end_tokens, marks)
+
+    def _constraint(
+        self,
+        rows: list[Row],
+        options: GenerationOptions,
+        schema: dict | None,
+        regex: str | None,
+        thinking: bool,
+        tools: list[dict] | None,
+    ) -> Constrained | None:
+        if schema is not None and regex is not None:
+            raise OptionError("Both schema and regex are given; leave one out.")
+        if schema is not None:
+            if not isinstance(schema, dict):
+                raise OptionError(f"schema is {schema!r}; it should be a JSON Schema as a dict.")
+            name, what, pattern = "schema", "The schema", to_regex(schema)
+        elif regex is not None:
+            if not isinstance(regex, str):
+                raise OptionError(f"regex is {regex!r}; it should be a text.")
+            name, what, pattern = "regex", f"The regex {regex!r}", translate(regex)
+        else:
+            return None
+        for other, given in (("exact", options.exact), ("stop", options.stop), ("tools", tools)):
+            if given:
+                raise OptionError(f"{name} is given and {other} is {given!r}; they cannot be together: leave one out.")
+        language = self.language(pattern, what)
+        if regex is not None and covers_lines(language):
+            raise OptionError(f"{what} matches every line of text, so it asks for nothing; leave it out.")
+        return self.constrained(rows, options, language, what, thinking)
+
+    def _extend(self, row: Row, tokens: Sequence[int], beside: int) -> None:
+        """Let an answer begin with tokens; `beside` more are to have room on canvases."""
+        row.tokens, row.held = [*row.tokens, *tokens], [*row.held, *tokens]
+        self._check_room(len(row.tokens) + max(beside - self.config.canvas_length, 0))
+
+    def _check_room(self, count: int) -> None:
+        room = self.config.text.max_position_embeddings - self.config.canvas_length
+        if count > room:
+            raise PromptError(
+                f"The prompt has {count} tokens, but the context leaves room for {room} "
+                f"beside a canvas of {self.config.canvas_length}; shorten it."
+            )
 
     def _row(
         self,
         messages: list[Message],
         seed: int | None,
         options: GenerationOptions,
-        thinking: bool,
-        tools: list[dict] | None,
-    ) -> _Row:
+        thinking: bool = False,
+        tools: list[dict] | None = None,
+    ) -> Row:
         if seed is None:
             seed = secrets.randbits(32)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
@@ -240,26 +302,21 @@ class Engine:
         pictures, shown, times = self._media(messages, options)
         image = self._marker(self.config.image_token_id)
         tokens = render(self.tokenizer, messages, tools, thinking, shown, (image, VIDEO))
-        room = self.config.text.max_position_embeddings - self.config.canvas_length
-        if len(tokens) > room:
-            raise PromptError(
-                f"The prompt has {len(tokens)} tokens, but the context leaves room for {room} "
-                f"beside a canvas of {self.config.canvas_length}; shorten it."
-            )
+        self._check_room(len(tokens))
         answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop)
         digests = iter([picture.digest for picture in pictures for _ in range(picture.tokens)])
         placeholder = self.config.image_token_id
         held = [next(digests) if token == placeholder and pictures else token for token in tokens]
-        return _Row(tokens, held, pictures, times, seed, answer)
+        return Row(tokens, held, pictures, times, seed, answer)
 
     def _marker(self, token: int) -> str:
         return self.tokenizer.convert_ids_to_tokens(token)
 
     def _media(
         self, messages: list[Message], options: GenerationOptions
-    ) -> tuple[list[_Picture], list[tuple[str, str]], list[float]]:
+    ) -> tuple[list[Picture], list[tuple[str, str]], list[float]]:
         """A prompt's pictures, each part's marker with the placeholders in its place, and the frames' times."""
-        pictures: list[_Picture] = []
+        pictures: list[Picture] = []
         shown: list[tuple[str, str]] = []
         times: list[float] = []
         parts = parts_of(messages, "image", "video")
@@ -273,7 +330,7 @@ class Engine:
 
         def span(picture: Image.Image, budget: int) -> str:
             patches = patchify([picture], budget, vision.patch_size, vision.pooling_kernel_size)
-            pictures.append(_Picture(f"{digest(picture)}/{budget}", patches))
+            pictures.append(Picture(f"{digest(picture)}/{budget}", patches))
             return begin + image * pictures[-1].tokens + end
 
         for part in parts:
@@ -290,7 +347,12 @@ class Engine:
         return pictures, shown, times
 
     def _events(
-        self, rows: list[_Row], options: GenerationOptions, session: Session | None, drafts: bool
+        self,
+        rows: list[Row],
+        options: GenerationOptions,
+        session: Session | None,
+        drafts: bool,
+        control: Control | None = None,
     ) -> Iterator[Draft | Block | Finished]:
         mx.reset_peak_memory()
         started = time.perf_counter()
@@ -299,7 +361,11 @@ class Engine:
             encoded = time.perf_counter()
             history: list[int | str] = list(rows[0].held)
             try:
-                for event in generate(self.model, prefix, [r.answer for r in rows], options, [r.seed for r in rows]):
+                if control is not None:
+                    key = mx.random.key(rows[0].seed)
+                    rows[0].positions += control.prepare(self.model, prefix, options, key)
+                answers, seeds = [row.answer for row in rows], [row.seed for row in rows]
+                for event in generate(self.model, prefix, answers, options, seeds, control):
                     row = rows[event.row]
                     if isinstance(event, Draft):
                         if drafts:
@@ -307,6 +373,7 @@ class Engine:
                         continue
                     history += event.tokens
                     row.blocks, row.steps = row.blocks + 1, row.steps + event.steps
+                    row.positions += event.steps * len(event.tokens)
                     row.first_block = row.first_block or time.perf_counter() - started
                     text, thinking = row.answer.take()
                     yield replace(event, text=text, thinking=thinking)
@@ -323,7 +390,7 @@ class Engine:
         for row in rows:
             yield Finished(self._result(row, seconds))
 
-    def _encode(self, rows: list[_Row], options: GenerationOptions, session: Session | None) -> Prefix:
+    def _encode(self, rows: list[Row], options: GenerationOptions, session: Session | None) -> Prefix:
         length = max(len(row.tokens) for row in rows)
         if session is not None:
             prefix, row = session.prefix, rows[0]
@@ -347,7 +414,7 @@ class Engine:
         prefill(self.model, prefix, padded, options.prefill_chunk, None if mask.all() else mask, features)
         return prefix
 
-    def _look(self, row: _Row, known: dict[str, mx.array]) -> mx.array | None:
+    def _look(self, row: Row, known: dict[str, mx.array]) -> mx.array | None:
         """Soft tokens [tokens, H] of the row's pictures that the prefix does not hold; `known` is filled."""
         before = sum(isinstance(one, str) for one in row.held[: row.reused])
         ends = np.cumsum([picture.tokens for picture in row.pictures])
@@ -367,7 +434,7 @@ class Engine:
         end = next((i for i, token in enumerate(ids) if token in options.end_tokens), len(ids))
         return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
-    def _result(self, row: _Row, seconds: dict[str, float]) -> Result:
+    def _result(self, row: Row, seconds: dict[str, float]) -> Result:
         answer, total = row.answer, seconds["total"]
         stats = Stats(
             prompt_tokens=len(row.tokens),
@@ -375,7 +442,7 @@ class Engine:
             generated_tokens=len(answer.tokens),
             blocks=row.blocks,
             denoising_steps=row.steps,
-            canvas_positions=row.steps * self.config.canvas_length,
+            canvas_positions=row.positions,
             seconds=seconds,
             time_to_first_block=row.first_block,
             tokens_per_second=len(answer.tokens) / total if total else 0.0,

@@ -24,9 +24,9 @@ from .layers import SCORES
 
 if TYPE_CHECKING:
     from .canvas import Control
-    from .engine import Result
     from .model import DiffusionGemma
     from .prefix import Prefix
+    from .result import Result
 
 
 # How early a canvas is taken, by mode: bench/RESULTS.md has what that costs and saves.
@@ -266,7 +266,7 @@ def chunks(held: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
 def generate(
     model: DiffusionGemma,
     prefix: Prefix,
-    readers: list[Reader],
+    readers: Sequence[Reader],
     options: GenerationOptions,
     seeds: list[int],
     control: Control | None = None,

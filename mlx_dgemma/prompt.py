@@ -193,6 +193,7 @@ class Answer:
     end_tokens: tuple[int, ...]
     max_tokens: int
     stop: tuple[str, ...] = ()
+    skip: int = 0  # characters to leave out at the beginning
     text: str = ""
     thinking: str = ""
     tool_calls: list[dict] = field(default_factory=list)
@@ -271,6 +272,7 @@ class Answer:
     def _say(self, text: str) -> None:
         if self.finish_reason is not None or not text:
             return
+        text, self.skip = text[self.skip :], max(self.skip - len(text), 0)
         self.text += text
         ends = [at for s in self.stop if (at := self.text.find(s)) >= 0]
         if ends:

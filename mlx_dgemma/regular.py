@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from functools import cache, lru_cache
 from typing import Any, NoReturn
 
-from mlx_dgemma.errors import OptionError
+from .errors import OptionError
 
 _PACKAGE = sys.version_info >= (3, 11)
 _parser: Any = importlib.import_module("re._parser" if _PACKAGE else "sre_parse")

@@ -17,8 +17,8 @@ from fractions import Fraction
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
-from mlx_dgemma.errors import OptionError
-from mlx_dgemma.regular import ESCAPED, EVERYTHING, SURROGATES, characters, literal, translate, without
+from .errors import OptionError
+from .regular import ESCAPED, EVERYTHING, SURROGATES, characters, literal, translate, without
 
 _KEYWORDS = {
     "object": ("properties", "required", "additionalProperties"),

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from .engine import Stats
     from .generate import Draft, GenerationOptions
+    from .result import Stats
 
 Segment = tuple[str, int]  # text and how uncertain it is: an index into STYLES
 STYLES = ("", "\x1b[2m", "\x1b[90m")  # as it is, dim, grey

@@ -1,0 +1,215 @@
+"""Infill: text for a hole between texts that stay as they are, byte for byte.
+
+The text around the hole is pinned on the canvas. A word that the hole cuts is spelt anew: its tokens belong to the
+hole, whose text must then begin or end with what is left of the word. How many tokens the hole takes is not known, so
+likely lengths are read in one denoising step each, several in a batch; where the length is right, what follows the
+hole is what the model expects there.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from .canvas import Control, Guide, fitting_size
+from .constrain import Language, Marginals, Spelling, exact_text
+from .denoise import Layout, denoise_block
+from .regular import EVERYTHING, SURROGATES, characters, literal, without
+
+if TYPE_CHECKING:
+    from .generate import GenerationOptions
+    from .model import DiffusionGemma
+    from .prefix import Prefix
+
+LONGEST = 64  # tokens of a hole whose length is not given
+TOGETHER = 8  # lengths read in one pass
+CERTAIN, APART = -1.0, 5.0  # nats: a length is taken that is this likely and so far ahead of every other
+IN_VIEW = 16  # tokens behind the hole by which lengths are compared
+ANY = characters(without([EVERYTHING], SURROGATES)) + "*"
+
+
+@dataclass(frozen=True)
+class Seams:
+    """A hole between tokens: what stays before and behind it, and the pieces of words that it begins and ends with."""
+
+    before: list[int]
+    tail: str
+    head: str
+    behind: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: Any, prefix: str, suffix: str) -> Seams:
+        """Cut where whole tokens end: before the prefix's last word and the blanks behind or before it."""
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False) if text else []
+
+        before, behind = encode(prefix), encode(suffix)
+        last = re.search(r"\s*\w*$", prefix)
+        keep = last.start() if last else len(prefix)
+        while before and not (len(text := tokenizer.decode(before)) <= keep and prefix.startswith(text)):
+            before.pop()
+        tail = prefix[len(tokenizer.decode(before)) if before else 0 :]
+        first = re.match(r"\w*", suffix)
+        need, taken = len(first[0]) if first else 0, 0
+        while taken < len(behind) and not (
+            len(text := tokenizer.decode(behind[:taken]) if taken else "") >= need and suffix.startswith(text)
+        ):
+            taken += 1
+        head = suffix[: len(tokenizer.decode(behind[:taken]))] if taken else ""
+        return cls(before, tail, head, behind[taken:])
+
+    def pattern(self) -> str:
+        """Of the texts that the hole may have."""
+        return literal(self.tail) + ANY + literal(self.head)
+
+
+class Hole(Control):
+    """One row with a hole, or while its length is looked for several rows that differ in it.
+
+    Args:
+        language: of the hole.
+        before: tokens on the canvas before it.
+        behind: tokens behind it, the end token among them.
+        lengths: that the hole may have, tokens.
+        canvas_length: of the model.
+
+    Attributes:
+        found: the hole's tokens so far.
+        score: log-probability of each row's hole and of up to `IN_VIEW` tokens behind it, in the last step.
+    """
+
+    def __init__(
+        self,
+        language: Language,
+        before: Sequence[int],
+        behind: Sequence[int],
+        lengths: Sequence[int],
+        canvas_length: int,
+    ):
+        self._language, self._before, self._behind = language, list(before), list(behind)
+        self._lengths, self._canvas = list(lengths), canvas_length
+        self._asked = sorted(set(self._behind[:IN_VIEW]))
+        self._begin, self._state = 0, 0  # of the canvas: its first position, and where the hole's text stands
+        self.found: list[int] = []
+        self.score = [float("-inf")] * len(self._lengths)
+
+    @property
+    def full(self) -> bool:
+        """Whether the hole is filled."""
+        return len(self.found) == self._lengths[0]
+
+    def prepare(self, model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, key: mx.array) -> int:
+        """Choose the length at which hole and surroundings are most probable after a single denoising step."""
+        scores: dict[int, float] = {}
+        once, positions = options.override(max_denoising_steps=1), 0
+        for start in range(0, len(self._lengths) if len(self._lengths) > 1 else 0, TOGETHER):
+            group = self._lengths[start : start + TOGETHER]
+            tried, rows = Hole(self._language, self._before, self._behind, group, self._canvas), list(range(len(group)))
+            prefix.keep([0] * len(group))
+            keys, layout = mx.stack([key] * len(group)), tried.layout(rows)
+            for _ in denoise_block(model, prefix, once, keys, None, layout, tried.guide(rows, [])):
+                positions += layout.tokens.size
+            prefix.keep([0])
+            scores.update(zip(group, tried.score))
+            best, *others = sorted(scores.values(), reverse=True)
+            if best > CERTAIN and best - max(others, default=-np.inf) > APART:
+                break
+        if scores:
+            self._lengths = [max(scores, key=scores.__getitem__)]
+        canvases = -(-(len(self._before) + self._lengths[0]) // self._canvas)
+        if canvases > 1:
+            warnings.warn(
+                f"The hole of {self._lengths[0]} tokens takes {canvases} canvases of {self._canvas}; only the last one "
+                "sees what stands behind it.",
+                stacklevel=2,
+            )
+        return positions
+
+    def layout(self, rows: Sequence[int]) -> Layout:
+        """Everything but the hole is pinned."""
+        longest = len(self._before) + max(self._lengths) + min(len(self._behind), IN_VIEW) - self._begin
+        size = fitting_size(longest, self._canvas)
+        tokens, pinned = np.zeros((len(rows), size), np.int32), np.ones((len(rows), size), bool)
+        for row in rows:
+            stream = [*self._before, *[0] * self._lengths[row], *self._behind][self._begin : self._begin + size]
+            tokens[row, : len(stream)] = stream
+            pinned[row, slice(*self._window(row, size))] = False
+        return Layout(mx.array(tokens), mx.array(pinned), mx.zeros(pinned.shape, mx.bool_))
+
+    def guide(self, rows: Sequence[int], left: Sequence[int]) -> Guide:
+        """The most probable text of the hole that fits."""
+
+        def choose(row: int, seen: Marginals) -> np.ndarray:
+            tokens, size = seen.best.copy(), len(seen.best)
+            start, stop = self._window(row, size)
+            room = self._lengths[row] - len(self.found) - (stop - start)  # in later canvases
+            tokens[start:stop], score = exact_text(self._language, seen, start, stop, self._state, room)
+            view = [self._asked.index(token) for token in self._behind[: min(IN_VIEW, size - stop)]]
+            self.score[row] = score + float(seen.ends[np.arange(stop, stop + len(view)), view].sum())
+            return tokens
+
+        return Guide(self._language.anchors, self._asked, (), choose)
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """Take the hole's part of a finished canvas."""
+        start, stop = self._window(0, len(tokens))
+        self.found += tokens[start:stop]
+        self._state = self._language.after(tokens[start:stop], self._state)
+        self._begin += len(tokens)
+
+    def _window(self, row: int, size: int) -> tuple[int, int]:
+        """The hole's part of a canvas."""
+        start = max(len(self._before) - self._begin, 0)
+        return start, min(len(self._before) + self._lengths[row] - self._begin, size)
+
+
+class Filling:
+    """Reads canvases into the text of a hole: an `Answer` without thinking or tools."""
+
+    thinking = ""
+
+    def __init__(self, hole: Hole, spelling: Spelling, seams: Seams):
+        self._hole, self._spelling, self._seams = hole, spelling, seams
+        self.tool_calls: list[dict] = []
+        self.text, self.left = "", 0
+        self.finish_reason: str | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the hole."""
+        return self._hole.found
+
+    def feed(self, tokens: Sequence[int]) -> str | None:
+        """Take a canvas; returns "stop" once the hole is full."""
+        self._hole.take(tokens)
+        if self._hole.full:
+            text = self._spelling.spell(self._hole.found).decode()
+            self.text = text[len(self._seams.tail) : len(text) - len(self._seams.head)]
+            self.finish_reason = "stop"
+        return self.finish_reason
+
+    def cut(self, reason: str) -> None:
+        """The context is full."""
+        self.finish_reason = reason
+
+    def take(self) -> tuple[str, str]:
+        """The text, which is whole or nothing, and no thinking."""
+        return self.text, ""
+
+
+def divide(before: Sequence[int], behind: int, longest: int, canvas_length: int) -> int:
+    """How many tokens before the hole are encoded rather than pinned on the canvas.
+
+    Canvases begin at multiples of their length, as the model learned it, unless the hole and what is in view behind
+    it would not fit.
+    """
+    aligned = len(before) // canvas_length * canvas_length
+    room = canvas_length - min(longest, canvas_length // 2) - min(behind, IN_VIEW)
+    return max(aligned, len(before) - max(room, 0))

@@ -1,0 +1,38 @@
+"""What a generation comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a generation took; times in seconds."""
+
+    prompt_tokens: int
+    reused_tokens: int  # of them, taken from a session's prefix
+    generated_tokens: int
+    blocks: int
+    denoising_steps: int
+    canvas_positions: int  # positions denoised, summed over steps
+    seconds: dict[str, float]  # load, prefill, denoise (commits included), total (prefill and denoise)
+    time_to_first_block: float
+    tokens_per_second: float  # generated tokens over seconds["total"]
+    peak_memory_bytes: int
+    seed: int
+    images: int = 0  # pictures and video frames in the prompt
+    images_encoded: int = 0  # of them, run through the vision tower this time
+    frame_seconds: tuple[float, ...] = ()  # times of the video frames in the prompt
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer. `tool_calls` entries are {"id", "type": "function", "function": {"name", "arguments"}}."""
+
+    text: str
+    thinking: str
+    tool_calls: list[dict]
+    tokens: list[int]
+    finish_reason: str  # "stop", "length" or "tool_calls"
+    stats: Stats
+    holes: dict[str, str] = field(default_factory=dict)  # what `Engine.fill` put into each

@@ -1,0 +1,183 @@
+"""Infill, templates and edits: what an engine does beyond answering. Each becomes a row and its `Control`."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .canvas import Constrained, Control, Drafted
+from .errors import OptionError, PromptError
+from .generate import Finished
+from .infill import IN_VIEW, LONGEST, Filling, Hole, Seams, divide
+from .prompt import Answer, messages_of
+from .regular import literal, translate
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .generate import Block, Draft, GenerationOptions
+
+GAP = "[...]"
+FILL_GAP = f"Write this text with something that fits in the place of {GAP}:\n\n"
+FILL_TEMPLATE = "Write this text with something that fits in the place of every {name}:\n\n"
+Events = Iterator["Draft | Block | Finished"]
+Holes = Mapping[str, int | str | Sequence[str]]
+
+
+def infill(
+    engine: Engine,
+    prefix: str,
+    suffix: str,
+    *,
+    prompt: Any = None,
+    length: int | None = None,
+    seed: int | None = None,
+    drafts: bool = True,
+    **options: Any,
+) -> Events:
+    """The events of `Engine.infill`."""
+    for name, text in (("prefix", prefix), ("suffix", suffix)):
+        if not isinstance(text, str):
+            raise OptionError(f"{name} is {text!r}; it should be a text.")
+    if not prefix + suffix and prompt is None:
+        raise PromptError("There is no text before or behind the hole, and no prompt; give one of them.")
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+        raise OptionError(f"length is {length!r}; it should be a whole number of tokens, at least 1.")
+    effective = _effective(engine, "infill", options)
+    seams = Seams.of(engine.tokenizer, prefix, suffix)
+    language = engine.language(seams.pattern(), "The hole")
+    least = max(int(language.distance[0]), 1)
+    if length is not None and length < least:
+        raise OptionError(
+            f"length is {length}, but the pieces of words at the hole's ends take {least} tokens; give that many."
+        )
+    row = engine._row(messages_of(FILL_GAP + prefix + GAP + suffix if prompt is None else prompt), seed, effective)
+    control: Control
+    if not suffix:
+        engine._extend(row, seams.before, beside=0)
+        effective = effective.override(max_tokens=length)
+        control = Constrained(language, 1, effective.end_tokens)
+        row.answer = Answer(engine.tokenizer, effective.end_tokens, effective.max_tokens, skip=len(seams.tail))
+        return engine._events([row], effective, None, drafts, control)
+    canvas, behind = engine.config.canvas_length, [*seams.behind, engine.turn_end]
+    cut = divide(seams.before, len(behind), length or LONGEST, canvas)
+    on_canvas = seams.before[cut:]
+    engine._extend(row, seams.before[:cut], beside=len(on_canvas) + (length or least) + len(behind))
+    most = max(min(LONGEST, canvas - len(on_canvas) - min(len(behind), IN_VIEW)), least)
+    control = Hole(language, on_canvas, behind, [length] if length else range(least, most + 1), canvas)
+    row.answer = Filling(control, engine.spelling, seams)
+    return engine._events([row], effective, None, drafts, control)
+
+
+def fill(
+    engine: Engine,
+    template: str,
+    holes: Holes,
+    *,
+    prompt: Any = None,
+    seed: int | None = None,
+    drafts: bool = True,
+    **options: Any,
+) -> Events:
+    """The events of `Engine.fill`."""
+    if not isinstance(template, str) or not isinstance(holes, Mapping):
+        raise OptionError(f"template is a text and holes a mapping of their names; these are {template!r}, {holes!r}.")
+    parts, names = _parse(template)
+    if unknown := [name for name in holes if name not in names]:
+        raise OptionError(f"The template has no hole {unknown[0]!r}; it has {', '.join(names) or 'none'}.")
+    if missing := [name for name in names if name not in holes]:
+        raise OptionError(f"holes has nothing for {missing[0]!r}, which stands in the template; give its texts.")
+    patterns = {name: hole_pattern(name, holes[name]) for name in names}
+    plain = "".join(f"(?:{translate(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts))
+    groups = "".join(f"({patterns[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    effective = _effective(engine, "fill", options)
+    row = engine._row(messages_of(FILL_TEMPLATE + template if prompt is None else prompt), seed, effective)
+    control = engine.constrained([row], effective, engine.language(plain, "The template"), "The template")
+    events = engine._events([row], effective, None, drafts, control)
+    return _with_holes(events, re.compile(groups), names)
+
+
+def edit(
+    engine: Engine,
+    text: str,
+    instruction: str,
+    *,
+    strength: float = 0.5,
+    seed: int | None = None,
+    drafts: bool = True,
+    **options: Any,
+) -> Events:
+    """The events of `Engine.edit`."""
+    for name, given in (("text", text), ("instruction", instruction)):
+        if not isinstance(given, str) or not given.strip():
+            raise OptionError(f"{name} is {given!r}; it should be a text that is not empty.")
+    if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not 0 <= strength <= 1:
+        raise OptionError(f"strength is {strength!r}; it should be a number from 0 (the draft) to 1 (all noise).")
+    effective = _effective(engine, "edit", options)
+    draft = engine.tokenizer.encode(text.rstrip(), add_special_tokens=False)
+    if "max_tokens" not in options:
+        effective = effective.override(max_tokens=max(effective.max_tokens, 2 * len(draft)))
+    row = engine._row(messages_of(f"{instruction.rstrip().removesuffix(':')}: {text}"), seed, effective)
+    control = Drafted(draft, engine.turn_end, strength, engine.config.canvas_length, row.seed)
+    return engine._events([row], effective, None, drafts, control)
+
+
+def hole_pattern(name: str, hole: int | str | Sequence[str]) -> str:
+    """The pattern of a hole's texts, in `re`'s syntax.
+
+    Args:
+        hole: at most so many characters of one line, a regular expression, or the texts to choose from.
+
+    Raises:
+        OptionError: neither of these.
+    """
+    if isinstance(hole, int) and not isinstance(hole, bool) and hole > 0:
+        return rf"[^\n]{{1,{hole}}}"
+    if isinstance(hole, str):
+        flags = re.match(r"\(\?([aimsux]+)\)", hole)  # global flags may not stand inside of a pattern
+        return f"(?{flags[1]}:{hole[flags.end() :]})" if flags else f"(?:{hole})"
+    if isinstance(hole, Sequence) and hole and all(isinstance(one, str) and one for one in hole):
+        return "(?:" + "|".join(re.escape(one) for one in sorted(set(hole), key=len, reverse=True)) + ")"
+    raise OptionError(
+        f"The hole {name!r} is {hole!r}; give a number of characters, a list of texts, or a regular expression."
+    )
+
+
+def _parse(template: str) -> tuple[list[str], list[str]]:
+    """(text, name, text, name, ..., text) and the names, as str.format reads a template."""
+    parts, names = [""], []
+    try:
+        for text, name, spec, conversion in string.Formatter().parse(template):
+            parts[-1] += text
+            if name is None:
+                continue
+            if not name or spec or conversion or name in names:
+                what = "stands twice" if name in names else "should be a name alone, such as {city}"
+                raise OptionError(f"The hole {{{name}}} of the template {what}; change the template.")
+            names.append(name)
+            parts += [name, ""]
+    except ValueError as error:
+        raise OptionError(
+            f"The template {template!r} cannot be read ({error}); write {{{{ and }}}} for braces."
+        ) from None
+    return parts, names
+
+
+def _with_holes(events: Events, groups: re.Pattern[str], names: list[str]) -> Events:
+    for event in events:
+        if isinstance(event, Finished) and (match := groups.fullmatch(event.result.text)):
+            filled = dict(zip(names, match.groups()))
+            yield replace(event, result=replace(event.result, holes=filled))
+        else:
+            yield event
+
+
+def _effective(engine: Engine, verb: str, options: dict[str, Any]) -> GenerationOptions:
+    effective = engine.options.override(**options)
+    if effective.exact:
+        raise OptionError(f"exact is True, but the reference's sampler knows no {verb}; leave it out.")
+    if effective.stop:
+        raise OptionError(f"stop is {effective.stop!r}, but {verb} has an end of its own; leave it out.")
+    return effective
