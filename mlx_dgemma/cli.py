@@ -45,11 +45,11 @@ Command = Callable[..., Any]
 
 
 class Commands(click.Group):
-    """Prints a user's mistake as one sentence, exits with 130 on Ctrl-C, imports `convert` on demand."""
+    """Prints a user's mistake as one sentence, exits with 130 on Ctrl-C, imports some commands on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which they are met."""
-        return ["generate", "chat", "info", "convert"]
+        return ["generate", "chat", "infill", "edit", "info", "convert"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """A command by its name."""
@@ -57,6 +57,10 @@ class Commands(click.Group):
             from .convert.cli import command
 
             return command
+        if cmd_name in ("infill", "edit"):
+            from . import cli_text
+
+            return getattr(cli_text, cmd_name)
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -125,12 +129,7 @@ def _number(name: str, low: float, help: str, default: str = "the checkpoint's")
     return click.option(name, type=kind, metavar="N" if isinstance(low, int) else "X", show_default=default, help=help)
 
 
-answer_options = _all(
-    click.option("--system", metavar="TEXT", help="System message."),
-    _number("--seed", 0, "The same seed gives the same text.", "drawn"),
-    _number("--max-tokens", 1, "Where the answer is cut."),
-    click.option("--thinking/--no-thinking", default=False, show_default=True, help="Let the model think first."),
-    click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; repeatable."),
+sampler_options = _all(
     _number("--max-denoising-steps", 1, "Steps that a canvas may take."),
     _number("--entropy-bound", 0.0, "Nats accepted at once; more is faster and riskier."),
     _number("--t-min", 0.0, "Temperature at the last step."),
@@ -139,9 +138,17 @@ answer_options = _all(
     _number("--confidence-threshold", 0.0, "Mean nats below which a canvas settles."),
     _number("--certainty-threshold", 0.0, "Nats that no position of a settled answer reaches.", "0.1, --fast 0.3"),
     _number("--patience", 0, "Steps without a change that settle an answer; 0: never.", "2"),
-    click.option("--exact", is_flag=True, default=None, help="Settle as Transformers does: slower, more memory."),
     click.option("--fast", is_flag=True, default=None, help="Keep confident tokens for good: fewer steps."),
     _number("--prefill-chunk", 1, "Prompt tokens encoded at once.", "512, or 1024 of a prompt beyond 4096"),
+)
+answer_options = _all(
+    click.option("--system", metavar="TEXT", help="System message."),
+    _number("--seed", 0, "The same seed gives the same text.", "drawn"),
+    _number("--max-tokens", 1, "Where the answer is cut."),
+    click.option("--thinking/--no-thinking", default=False, show_default=True, help="Let the model think first."),
+    click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; repeatable."),
+    click.option("--exact", is_flag=True, default=None, help="Settle as Transformers does: slower, more memory."),
+    sampler_options,
 )
 
 
@@ -177,6 +184,8 @@ media_options = _all(
 )
 @media_options
 @click.option("--tools", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False), help="Tools on offer.")
+@click.option("--schema", metavar="FILE.json|JSON", help="The answer is valid for this JSON Schema, always.")
+@click.option("--regex", metavar="PATTERN", help="The answer matches this regular expression as a whole, always.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
 @model_options
 @answer_options
@@ -188,6 +197,8 @@ def generate(
     images: tuple[str, ...],
     video: str | None,
     tools: str | None,
+    schema: str | None,
+    regex: str | None,
     as_json: bool,
     verbose: bool,
     model: str | None,
@@ -219,9 +230,13 @@ def generate(
     asked = _read_prompt(prompt, files, piped="-" not in images and not sys.stdin.isatty())
     messages = messages_of(asked, _utf8(system, "--system"), sources, video)
     declarations = _read_tools(tools) if tools else None
+    constraint: dict[str, Any] = {
+        "schema": _read_schema(schema) if schema else None,
+        "regex": _utf8(regex, "--regex"),
+    }
     terminal = Terminal()
     engine = _load(model, dtype, ignore_memory, terminal)
-    stream = partial(engine.stream, messages, tools=declarations, **options)
+    stream = partial(engine.stream, messages, tools=declarations, **constraint, **options)
     heard = _listen(engine, stream, terminal, silent=as_json)
     if verbose and heard.result:
         _tell(engine, heard.result, options, terminal)
@@ -421,7 +436,7 @@ def _tell(engine: Engine, result: Result, options: dict[str, Any], terminal: Ter
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """Options that were set; the checkpoint decides the others."""
-    stop = tuple(_utf8(one, "--stop") for one in options["stop"]) or None
+    stop = tuple(_utf8(one, "--stop") for one in options.get("stop") or ()) or None
     return {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
 
 
@@ -482,6 +497,23 @@ def _decode(data: bytes, what: str) -> str:
 def _utf8(text: str | None, what: str) -> str | None:
     """Text from the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
     return text if text is None else _decode(os.fsencode(text), what)
+
+
+def _read_schema(given: str) -> dict:
+    """A JSON Schema from a file, or from the command line where it begins with a brace.
+
+    Raises:
+        OptionError: no JSON object.
+    """
+    inline = given.lstrip().startswith("{")
+    name = "--schema" if inline else given
+    try:
+        schema = json.loads((_utf8(given, name) or "") if inline else _decode(Path(given).read_bytes(), given))
+    except ValueError as error:
+        raise OptionError(f"{name} is not JSON ({error}); give a JSON Schema.") from None
+    if not isinstance(schema, dict):
+        raise OptionError(f"{name} holds {type(schema).__name__}; give a JSON Schema, which is an object.")
+    return schema
 
 
 def _read_tools(path: str) -> list[dict]:

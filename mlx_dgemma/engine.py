@@ -235,12 +235,21 @@ class Engine:
         self, rows: list[Row], options: GenerationOptions, language: Language, what: str, thinking: bool = False
     ) -> Constrained:
         """Every row's text in a language; what cannot be is an error before the first step."""
-        least = int(language.distance[0]) + 1
+        least, canvas = int(language.distance[0]) + 1, self.config.canvas_length
         if least > options.max_tokens:
             raise OptionError(
                 f"{what} takes {least} tokens at least, its end included, but max_tokens is {options.max_tokens}; "
                 "raise it."
             )
+        for row in rows:  # the context must not end in the middle of a text
+            room = (self.config.text.max_position_embeddings - len(row.tokens)) // canvas * canvas
+            if least > room:
+                raise PromptError(
+                    f"{what} takes {least} tokens at least, its end included, but the context leaves room for {room} "
+                    "behind the prompt; shorten it."
+                )
+            if isinstance(row.answer, Answer):
+                row.answer.max_tokens = min(row.answer.max_tokens, room)
         opened, closed = self.tokenizer.think_start_tokens, self.tokenizer.think_end_tokens
         marks = (opened[0], closed[0]) if thinking and opened and closed else ()
         return Constrained(language, len(rows), options.end_tokens, marks)
