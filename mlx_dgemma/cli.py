@@ -10,29 +10,32 @@ import errno
 import json
 import os
 import sys
-import warnings
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from . import __version__
+from .cli_common import (
+    DEMO_NOTICE,
+    answer_options,
+    decode,
+    given,
+    listen,
+    load_engine,
+    media_options,
+    model_options,
+    number,
+    read_prompt,
+    tell,
+    utf8,
+)
 from .errors import DgemmaError, OptionError, PromptError
 from .prompt import messages_of
-from .terminal import Terminal, count, details, segments, summary
+from .terminal import Terminal
 
-if TYPE_CHECKING:
-    from .engine import Engine
-    from .result import Result
-
-DEMO_NOTICE = (
-    "This is the bundled demo of 6.7 M parameters, a toy. "
-    "For the real model: mlx-dgemma convert -q google/diffusiongemma-26B-A4B-it, then --model mlx_model."
-)
 CHAT_HELP = """\
 /image FILE    show a picture along with the next line
 /video FILE    show a video along with the next line
@@ -41,7 +44,6 @@ CHAT_HELP = """\
 /help          show this
 /exit          leave, as Ctrl-D does
 A line that ends in \\ goes on in the next one; Ctrl-C stops an answer."""
-Command = Callable[..., Any]
 
 
 class Commands(click.Group):
@@ -100,78 +102,6 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8")  # whatever the locale says
 
 
-def _all(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several options as one decorator, listed in this order."""
-    return lambda command: reduce(lambda inner, one: one(inner), reversed(decorators), command)
-
-
-model_options = _all(
-    click.option(
-        "-m",
-        "--model",
-        metavar="PATH_OR_ID",
-        envvar="MLX_DGEMMA_MODEL",
-        show_default="$MLX_DGEMMA_MODEL, else the bundled demo",
-        help="Checkpoint folder or Hub id.",
-    ),
-    click.option(
-        "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        show_default="as stored; float32 on a CPU",
-        help="Of activations and unquantized weights.",
-    ),
-    click.option("--ignore-memory", is_flag=True, help="Load even what does not seem to fit."),
-)
-
-
-def _number(name: str, low: float, help: str, default: str = "the checkpoint's") -> Callable[[Command], Command]:
-    kind: Any = click.IntRange(min=low) if isinstance(low, int) else click.FloatRange(min=low)
-    return click.option(name, type=kind, metavar="N" if isinstance(low, int) else "X", show_default=default, help=help)
-
-
-sampler_options = _all(
-    _number("--max-denoising-steps", 1, "Steps that a canvas may take."),
-    _number("--entropy-bound", 0.0, "Nats accepted at once; more is faster and riskier."),
-    _number("--t-min", 0.0, "Temperature at the last step."),
-    _number("--t-max", 0.0, "Temperature at the first step."),
-    _number("--stability-threshold", 0, "Steps without a change before a canvas settles."),
-    _number("--confidence-threshold", 0.0, "Mean nats below which a canvas settles."),
-    _number("--certainty-threshold", 0.0, "Nats that no position of a settled answer reaches.", "0.1, --fast 0.3"),
-    _number("--patience", 0, "Steps without a change that settle an answer; 0: never.", "2"),
-    click.option("--fast", is_flag=True, default=None, help="Keep confident tokens for good: fewer steps."),
-    _number("--prefill-chunk", 1, "Prompt tokens encoded at once.", "512, or 1024 of a prompt beyond 4096"),
-)
-answer_options = _all(
-    click.option("--system", metavar="TEXT", help="System message."),
-    _number("--seed", 0, "The same seed gives the same text.", "drawn"),
-    _number("--max-tokens", 1, "Where the answer is cut."),
-    click.option("--thinking/--no-thinking", default=False, show_default=True, help="Let the model think first."),
-    click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; repeatable."),
-    click.option("--exact", is_flag=True, default=None, help="Settle as Transformers does: slower, more memory."),
-    sampler_options,
-)
-
-
-media_options = _all(
-    click.option(
-        "--image",
-        "images",
-        type=click.Path(exists=True, dir_okay=False, allow_dash=True),
-        multiple=True,
-        help="Picture, - for stdin; repeatable.",
-    ),
-    click.option(
-        "--video", type=click.Path(exists=True), help="Video file (needs the extra video), or a folder of frames."
-    ),
-    _number("--image-tokens", 1, "Tokens that a picture may take: 70, 140, 280, 560 or 1120."),
-    _number("--fps", 0.0, "Frames looked at in a second of video.", "1"),
-    _number("--max-frames", 1, "Frames looked at in a whole video."),
-    click.option(
-        "-v", "--verbose", is_flag=True, help="Tell on stderr the options in force, frames chosen, and statistics."
-    ),
-)
-
-
 @main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
 @click.argument("prompt", required=False)
 @click.option(
@@ -223,23 +153,20 @@ def generate(
     mlx-dgemma generate --image photo.jpg "What is this?"
     mlx-dgemma generate -f chapter.txt -f notes.txt "Summarise." --seed 7 --json
     """
-    options = _given(options)
+    options = given(options)
     if [*files, *images].count("-") > 1:
         raise click.UsageError("- is given twice, but stdin can be read once.")
     sources = [sys.stdin.buffer.read() if one == "-" else one for one in images]
-    asked = _read_prompt(prompt, files, piped="-" not in images and not sys.stdin.isatty())
-    messages = messages_of(asked, _utf8(system, "--system"), sources, video)
+    asked = read_prompt(prompt, files, piped="-" not in images and not sys.stdin.isatty())
+    messages = messages_of(asked, utf8(system, "--system"), sources, video)
     declarations = _read_tools(tools) if tools else None
-    constraint: dict[str, Any] = {
-        "schema": _read_schema(schema) if schema else None,
-        "regex": _utf8(regex, "--regex"),
-    }
+    constraint = given({"schema": _read_schema(schema) if schema else None, "regex": utf8(regex, "--regex")})
     terminal = Terminal()
-    engine = _load(model, dtype, ignore_memory, terminal)
+    engine = load_engine(model, dtype, ignore_memory, terminal)
     stream = partial(engine.stream, messages, tools=declarations, **constraint, **options)
-    heard = _listen(engine, stream, terminal, silent=as_json)
+    heard = listen(engine, stream, terminal, silent=as_json)
     if verbose and heard.result:
-        _tell(engine, heard.result, options, terminal)
+        tell(engine, heard.result, options, terminal)
     if as_json:
         terminal.say(json.dumps(heard.as_dict(), ensure_ascii=False) + "\n")
     if heard.result is None:
@@ -275,8 +202,8 @@ def chat(
     if "-" in images:
         raise click.UsageError("- is stdin, which holds the conversation; name the picture's file.")
     terminal, interactive = Terminal(), sys.stdin.isatty()
-    system, options = _utf8(system, "--system"), _given(options)
-    engine = _load(model, dtype, ignore_memory, terminal)
+    system, options = utf8(system, "--system"), given(options)
+    engine = load_engine(model, dtype, ignore_memory, terminal)
     if interactive:
         terminal.hint("/help lists the commands, Ctrl-D leaves.")
         if model is None:
@@ -305,7 +232,7 @@ def chat(
             shown, video = [], None
             try:
                 stream = partial(engine.stream, messages, system=system, session=session, **options)
-                heard = _listen(engine, stream, terminal)
+                heard = listen(engine, stream, terminal)
             except PromptError as error:
                 if not interactive:
                     raise
@@ -319,12 +246,12 @@ def chat(
             if heard.result is None and not interactive:
                 ctx.exit(130)
             if verbose and heard.result:
-                _tell(engine, heard.result, options, terminal)
+                tell(engine, heard.result, options, terminal)
 
 
 @main.command()
 @click.argument("model", required=False, envvar="MLX_DGEMMA_MODEL")
-@_number("--context", 1, "Tokens of prompt and answer to plan memory for.", "4096")
+@number("--context", 1, "Tokens of prompt and answer to plan memory for.", "4096")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
 def info(model: str | None, context: int | None, as_json: bool) -> None:
     """Show a checkpoint's architecture, sizes and sampler, and whether it fits this machine.
@@ -345,119 +272,6 @@ def info(model: str | None, context: int | None, as_json: bool) -> None:
     terminal.say((json.dumps(about, ensure_ascii=False) if as_json else "\n".join(lines(about))) + "\n")
 
 
-@dataclass
-class Heard:
-    """What came of an answer; without a result it was interrupted."""
-
-    text: str = ""
-    thinking: str = ""
-    result: Result | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """What --json prints."""
-        result = self.result
-        return {
-            "text": self.text,
-            "thinking": self.thinking,
-            "tool_calls": result.tool_calls if result else [],
-            "finish_reason": result.finish_reason if result else "interrupted",
-            "stats": asdict(result.stats) if result else None,
-        }
-
-
-def _load(model: str | None, dtype: str | None, ignore_memory: bool, terminal: Terminal) -> Engine:
-    if model is None:
-        terminal.warn(DEMO_NOTICE)
-    if not terminal.hints:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    terminal.draw([], f"loading {model or 'the demo'}")
-    try:
-        from .engine import load
-
-        engine = load(model, dtype, ignore_memory=ignore_memory)
-    finally:
-        terminal.erase()
-    for note in engine.notes:
-        terminal.hint(note)
-    return engine
-
-
-def _listen(engine: Engine, stream: Callable[..., Any], terminal: Terminal, silent: bool = False) -> Heard:
-    """Start an answer and follow it; `silent` keeps it from stdout. Ctrl-C ends it, warnings become lines."""
-    from .generate import Block, Draft
-
-    heard, blocks = Heard(), 0
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        events = stream(drafts=terminal.live)
-        try:
-            terminal.draw([], "reading the prompt")
-            for event in events:
-                if isinstance(event, Draft):
-                    canvas = segments(event, engine.tokenizer, engine.options.end_tokens)
-                    terminal.draw(canvas, f"block {event.block + 1}, step {event.step}")
-                elif isinstance(event, Block):
-                    blocks += 1
-                    heard.text, heard.thinking = heard.text + event.text, heard.thinking + event.thinking
-                    terminal.hint(event.thinking)
-                    terminal.say("" if silent else event.text)
-                else:
-                    heard.result = event.result
-        except KeyboardInterrupt:
-            terminal.interrupted()
-        finally:
-            events.close()
-            terminal.erase()
-    result = heard.result
-    if not silent:
-        calls = result.tool_calls if result else []
-        if not heard.text.endswith("\n") and (heard.text or not calls):
-            terminal.say("\n")
-        for call in calls:
-            terminal.say(json.dumps(call["function"], ensure_ascii=False) + "\n")
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        terminal.warn(f"Warning: {message}")
-    if result is None:
-        terminal.hint(f"Interrupted after {count(blocks, 'finished block')}.")
-        return heard
-    if result.finish_reason == "length":
-        terminal.hint(f"Cut at {count(len(result.tokens), 'token')}; --max-tokens N makes room for more.")
-    terminal.hint(summary(result.stats))
-    return heard
-
-
-def _tell(engine: Engine, result: Result, options: dict[str, Any], terminal: Terminal) -> None:
-    """What --verbose asks for."""
-    known = {name: value for name, value in options.items() if name not in ("seed", "thinking")}
-    told = details(result.stats, engine.options.override(**known))
-    for line in [*engine.notes, *told][: None if not terminal.hints else -1]:  # a terminal had the summary
-        terminal.warn(line)
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that were set; the checkpoint decides the others."""
-    stop = tuple(_utf8(one, "--stop") for one in options.get("stop") or ()) or None
-    return {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
-
-
-def _read_prompt(argument: str | None, files: Sequence[str], piped: bool) -> str:
-    """Files or piped stdin, then the argument, with blank lines between.
-
-    Raises:
-        PromptError: something is not UTF-8.
-        click.UsageError: there is nothing to read.
-    """
-    if argument is None and not files and not piped:
-        raise click.UsageError("There is no prompt: give it as an argument, with --file, or on stdin.")
-    parts = []
-    for name in files or (["-"] if piped else []):
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        parts.append(_decode(data, "stdin" if name == "-" else name).rstrip())
-    if argument is not None:
-        parts.append(_utf8(argument, "The prompt") or "")
-    return "\n\n".join(part for part in parts if part.strip())
-
-
 def _read_turn(terminal: Terminal) -> str | None:
     """The next line, joined with those that it goes on in; None when the user leaves."""
     lines: list[str] = []
@@ -476,27 +290,13 @@ def _read_line(terminal: Terminal, prompt: str) -> str:
     if not sys.stdin.isatty():
         if not (data := sys.stdin.buffer.readline()):
             raise EOFError
-        return _decode(data, "stdin").rstrip("\r\n")
+        return decode(data, "stdin").removeprefix("\ufeff").rstrip("\r\n")
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input)
     if sys.stdout.isatty():
-        return _utf8(input(prompt), "The line") or ""
+        return utf8(input(prompt), "The line") or ""
     terminal.hint(prompt)
-    return _utf8(input(), "The line") or ""
-
-
-def _decode(data: bytes, what: str) -> str:
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"{what} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; convert it, for example with iconv."
-        ) from None
-
-
-def _utf8(text: str | None, what: str) -> str | None:
-    """Text from the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
-    return text if text is None else _decode(os.fsencode(text), what)
+    return utf8(input(), "The line") or ""
 
 
 def _read_schema(given: str) -> dict:
@@ -508,7 +308,9 @@ def _read_schema(given: str) -> dict:
     inline = given.lstrip().startswith("{")
     name = "--schema" if inline else given
     try:
-        schema = json.loads((_utf8(given, name) or "") if inline else _decode(Path(given).read_bytes(), given))
+        schema = json.loads(
+            (utf8(given, name) or "") if inline else decode(Path(given).read_bytes(), given).removeprefix("\ufeff")
+        )
     except ValueError as error:
         raise OptionError(f"{name} is not JSON ({error}); give a JSON Schema.") from None
     if not isinstance(schema, dict):
@@ -523,7 +325,7 @@ def _read_tools(path: str) -> list[dict]:
         OptionError: no JSON, or something else than a list of declarations.
     """
     try:
-        tools = json.loads(_decode(Path(path).read_bytes(), path))
+        tools = json.loads(decode(Path(path).read_bytes(), path).removeprefix("\ufeff"))
     except ValueError as error:
         raise OptionError(f"{path} is not JSON ({error}); give a list of function declarations.") from None
     if not isinstance(tools, list):

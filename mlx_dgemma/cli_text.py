@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-from .cli import _given, _listen, _load, _number, _tell, _utf8, model_options, sampler_options
-from .errors import OptionError, PromptError
+from .cli_common import decode, given, listen, load_engine, model_options, number, sampler_options, tell, utf8
+from .errors import OptionError
 from .terminal import Terminal
 
 MARK = "<HOLE>"
@@ -33,10 +33,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @click.option("--at", metavar="LINE:COLUMN", help="Where FILE's hole is, both counted from 1.")
 @click.option("--mark", metavar="TEXT", default=MARK, show_default=True, help="What stands in FILE where the hole is.")
 @click.option("--prompt", metavar="TEXT", help="A request that the whole text answers.")
-@_number("--length", 1, "Tokens of the hole.", "likely lengths are tried")
+@number("--length", 1, "Tokens of the hole.", "likely lengths are tried")
 @click.option("--whole", is_flag=True, help="Print the whole text, not the fill alone.")
-@_number("--seed", 0, "The same seed gives the same text.", "drawn")
-@_number("--max-tokens", 1, "Where a text without anything behind its hole is cut.")
+@number("--seed", 0, "The same seed gives the same text.", "drawn")
+@number("--max-tokens", 1, "Where a text without anything behind its hole is cut.")
 @json_option
 @verbose_option
 @model_options
@@ -71,15 +71,15 @@ def infill(
     from . import verbs
 
     prefix, suffix = _around(file, prefix_file, suffix_file, at, mark)
-    options = _given(options)
+    options = given(options)
     terminal = Terminal()
-    engine = _load(model, dtype, ignore_memory, terminal)
-    stream = partial(verbs.infill, engine, prefix, suffix, prompt=_utf8(prompt, "--prompt"), **options)
-    heard = _listen(engine, stream, terminal, silent=True)
+    engine = load_engine(model, dtype, ignore_memory, terminal)
+    stream = partial(verbs.infill, engine, prefix, suffix, prompt=utf8(prompt, "--prompt"), **options)
+    heard = listen(engine, stream, terminal, silent=True)
     if heard.result is None:
         ctx.exit(130)
     if verbose:
-        _tell(engine, heard.result, {name: value for name, value in options.items() if name != "length"}, terminal)
+        tell(engine, heard.result, {name: value for name, value in options.items() if name != "length"}, terminal)
     text = heard.result.text
     if as_json:
         whole_text = {"whole": prefix + text + suffix} if whole else {}
@@ -95,8 +95,8 @@ def infill(
 @click.option("--strength", type=click.FloatRange(0, 1), metavar="X", show_default="0.5", help="Share that is noised.")
 @click.option("--diff", is_flag=True, help="Print a unified diff.")
 @click.option("-i", "--in-place", is_flag=True, help="Write the text to FILE; the old one becomes FILE.bak.")
-@_number("--seed", 0, "The same seed gives the same text.", "drawn")
-@_number("--max-tokens", 1, "Where the text is cut.", "twice the draft's, at least the checkpoint's")
+@number("--seed", 0, "The same seed gives the same text.", "drawn")
+@number("--max-tokens", 1, "Where the text is cut.", "twice the draft's, at least the checkpoint's")
 @json_option
 @verbose_option
 @model_options
@@ -134,15 +134,15 @@ def edit(
         raise click.UsageError("--diff and --json are two ways to print; give one.")
     if file is None and sys.stdin.isatty():
         raise click.UsageError("There is no text: name a file or give it on stdin.")
-    draft, options = _read(file or "-"), _given(options)
+    draft, options = _read(file or "-"), given(options)
     terminal = Terminal()
-    engine = _load(model, dtype, ignore_memory, terminal)
-    stream = partial(verbs.edit, engine, draft, _utf8(instruction, "The instruction") or "", **options)
-    heard = _listen(engine, stream, terminal, silent=True)
+    engine = load_engine(model, dtype, ignore_memory, terminal)
+    stream = partial(verbs.edit, engine, draft, utf8(instruction, "The instruction") or "", **options)
+    heard = listen(engine, stream, terminal, silent=True)
     if heard.result is None:
         ctx.exit(130)
     if verbose:
-        _tell(engine, heard.result, {name: value for name, value in options.items() if name != "strength"}, terminal)
+        tell(engine, heard.result, {name: value for name, value in options.items() if name != "strength"}, terminal)
     text = heard.result.text + "\n" * (draft.endswith("\n") and not heard.result.text.endswith("\n"))
     if in_place:
         if heard.result.finish_reason == "length":
@@ -196,19 +196,8 @@ def _around(
 
 
 def _read(name: str) -> str:
-    """A file's text as it is, line ends too.
-
-    Raises:
-        PromptError: not UTF-8.
-    """
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        what = "stdin" if name == "-" else name
-        raise PromptError(
-            f"{what} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; convert it, for example with iconv."
-        ) from None
+    return decode(data, "stdin" if name == "-" else name)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -70,13 +70,13 @@ def test_help_imports_nothing_heavy_and_is_fast():
     )
     done = python("-c", code)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE) == ["generate", "chat", "info", "convert"]
+    assert re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE) == ["generate", "chat", "infill", "edit", "info", "convert"]
     started = time.perf_counter()
     assert python("-m", "mlx_dgemma", "-h").returncode == 0
     assert time.perf_counter() - started < 1
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "info", "convert"])
+@pytest.mark.parametrize("command", ["generate", "chat", "infill", "edit", "info", "convert"])
 def test_every_command_has_help(command):
     done = run(command, "-h")
     assert done.exit_code == 0

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from support import engine_of
 
-from mlx_dgemma import cli, terminal
+from mlx_dgemma import cli_common, terminal
 from mlx_dgemma.checkpoint import DEMO
 from mlx_dgemma.generate import Block, Draft
 from mlx_dgemma.terminal import Terminal
@@ -141,7 +141,7 @@ def test_ctrl_c_leaves_a_clean_screen(monkeypatch, variables, text):
         screen.write("^C")
         raise KeyboardInterrupt
 
-    heard = cli._listen(engine_of(DEMO), lambda drafts: events(), view)
+    heard = cli_common.listen(engine_of(DEMO), lambda drafts: events(), view)
     assert (heard.text, heard.result) == ("1, 2, 3", None)
     assert screen.text() == text + "Interrupted after 1 finished block."
 
@@ -188,7 +188,7 @@ def test_a_draft_becomes_segments():
 def test_a_whole_answer_on_a_terminal(monkeypatch):
     screen, view = on_screen(monkeypatch, 40, 10)
     held = engine_of(DEMO)
-    heard = cli._listen(held, partial(held.stream, "Count from 1 to 60.", seed=0, max_tokens=100), view)
+    heard = cli_common.listen(held, partial(held.stream, "Count from 1 to 60.", seed=0, max_tokens=100), view)
     assert heard.result is not None and heard.text == heard.result.text
     assert "block 2, step 1" in view.err.getvalue()
     plain = Screen(40, 10)
