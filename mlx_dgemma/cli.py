@@ -51,7 +51,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which they are met."""
-        return ["generate", "chat", "infill", "edit", "info", "convert"]
+        return ["generate", "chat", "infill", "edit", "choose", "info", "convert"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """A command by its name."""
@@ -63,6 +63,10 @@ class Commands(click.Group):
             from . import cli_text
 
             return getattr(cli_text, cmd_name)
+        if cmd_name == "choose":
+            from .cli_choose import choose
+
+            return choose
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:

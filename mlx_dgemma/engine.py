@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image
 
 from . import memory, verbs
-from .canvas import Constrained, Control
+from .canvas import Control
 from .checkpoint import Checkpoint, build, find
+from .choose import Labels, choose
 from .config import ModelConfig
-from .constrain import Language, Spelling, covers_lines
+from .constrain import Language, Spelling
 from .errors import CheckpointError, OptionError, PromptError
 from .generate import Block, Draft, Finished, GenerationOptions, generate, prefill
 from .images import digest, join, open_image, patchify
@@ -26,9 +27,7 @@ from .layers import on_cpu
 from .model import DiffusionGemma
 from .prefix import Prefix
 from .prompt import Answer, Message, messages_of, parts_of, render
-from .regular import translate
 from .result import Result, Stats
-from .schema import to_regex
 from .session import Picture, Row, Session
 from .video import sample_frames, stamp
 
@@ -121,7 +120,7 @@ class Engine:
         effective = self.options.override(max_tokens=max_tokens, **options)
         messages = messages_of(prompt, system, images, video)
         row = self._row(messages, seed, effective, thinking, tools)
-        control = self._constraint([row], effective, schema, regex, thinking, tools)
+        control = verbs.constraint(self, [row], effective, schema, regex, thinking, tools)
         return self._events([row], effective, session, drafts, control)
 
     def generate_batch(
@@ -151,9 +150,28 @@ class Engine:
             self._row(messages_of(prompt, system), seeds[i] if seeds else None, effective, thinking, tools)
             for i, prompt in enumerate(prompts)
         ]
-        control = self._constraint(rows, effective, schema, regex, thinking, tools)
+        control = verbs.constraint(self, rows, effective, schema, regex, thinking, tools)
         events = self._events(rows, effective, None, False, control)
         return [event.result for event in events if isinstance(event, Finished)]
+
+    def choose(self, prompt: Prompt, labels: Labels | dict[str, Labels], **arguments: Any) -> dict[Any, Any]:
+        """How probable each label is as the answer, read in one denoising step.
+
+        Args:
+            prompt: as `generate` takes it.
+            labels: texts, a range (its numbers are the keys), `bool` (True and False), or a dict of named questions.
+            arguments: `images`, `video` and `system` as `generate` takes them, and its image_tokens, fps, max_frames
+                and prefill_chunk; `answer`, a template that the answer begins with, such as "It is {}." or, with
+                named questions, "{color} {shape}"; `seed` of the canvas's noise (0); `calibrate`, true to divide
+                by what the labels get where nothing is asked.
+
+        Returns:
+            {label: probability}, in all 1; of named questions {name: {label: probability}}.
+
+        Raises:
+            PromptError, OptionError: at once, before anything is computed.
+        """
+        return choose(self, prompt, labels, **arguments).probabilities
 
     def infill(self, prefix: str, suffix: str, **arguments: Any) -> Result:
         """Fill a hole between two texts, which stay byte for byte: prefix + r.text + suffix is the whole.
@@ -230,58 +248,6 @@ class Engine:
         for oldest in list(self._languages)[:-KEPT_LANGUAGES]:
             del self._languages[oldest]
         return found
-
-    def constrained(
-        self, rows: list[Row], options: GenerationOptions, language: Language, what: str, thinking: bool = False
-    ) -> Constrained:
-        """Every row's text in a language; what cannot be is an error before the first step."""
-        least, canvas = int(language.distance[0]) + 1, self.config.canvas_length
-        if least > options.max_tokens:
-            raise OptionError(
-                f"{what} takes {least} tokens at least, its end included, but max_tokens is {options.max_tokens}; "
-                "raise it."
-            )
-        for row in rows:  # the context must not end in the middle of a text
-            room = (self.config.text.max_position_embeddings - len(row.tokens)) // canvas * canvas
-            if least > room:
-                raise PromptError(
-                    f"{what} takes {least} tokens at least, its end included, but the context leaves room for {room} "
-                    "behind the prompt; shorten it."
-                )
-            if isinstance(row.answer, Answer):
-                row.answer.max_tokens = min(row.answer.max_tokens, room)
-        opened, closed = self.tokenizer.think_start_tokens, self.tokenizer.think_end_tokens
-        marks = (opened[0], closed[0]) if thinking and opened and closed else ()
-        return Constrained(language, len(rows), options.end_tokens, marks)
-
-    def _constraint(
-        self,
-        rows: list[Row],
-        options: GenerationOptions,
-        schema: dict | None,
-        regex: str | None,
-        thinking: bool,
-        tools: list[dict] | None,
-    ) -> Constrained | None:
-        if schema is not None and regex is not None:
-            raise OptionError("Both schema and regex are given; leave one out.")
-        if schema is not None:
-            if not isinstance(schema, dict):
-                raise OptionError(f"schema is {schema!r}; it should be a JSON Schema as a dict.")
-            name, what, pattern = "schema", "The schema", to_regex(schema)
-        elif regex is not None:
-            if not isinstance(regex, str):
-                raise OptionError(f"regex is {regex!r}; it should be a text.")
-            name, what, pattern = "regex", f"The regex {regex!r}", translate(regex)
-        else:
-            return None
-        for other, given in (("exact", options.exact), ("stop", options.stop), ("tools", tools)):
-            if given:
-                raise OptionError(f"{name} is given and {other} is {given!r}; they cannot be together: leave one out.")
-        language = self.language(pattern, what)
-        if regex is not None and covers_lines(language):
-            raise OptionError(f"{what} matches every line of text, so it asks for nothing; leave it out.")
-        return self.constrained(rows, options, language, what, thinking)
 
     def _extend(self, row: Row, tokens: Sequence[int], beside: int) -> None:
         """Let an answer begin with tokens; `beside` more are to have room on canvases."""

@@ -9,15 +9,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .canvas import Constrained, Control, Drafted
+from .constrain import Language, covers_lines
 from .errors import OptionError, PromptError
 from .generate import Finished
 from .infill import IN_VIEW, LONGEST, Filling, Hole, Seams, divide
 from .prompt import Answer, messages_of
 from .regular import literal, translate
+from .schema import to_regex
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .generate import Block, Draft, GenerationOptions
+    from .session import Row
 
 GAP = "[...]"
 FILL_GAP = f"Write this text with something that fits in the place of {GAP}:\n\n"
@@ -94,7 +97,7 @@ def fill(
     groups = "".join(f"({patterns[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
     effective = _effective(engine, "fill", options)
     row = engine._row(messages_of(FILL_TEMPLATE + template if prompt is None else prompt), seed, effective)
-    control = engine.constrained([row], effective, engine.language(plain, "The template"), "The template")
+    control = constrained(engine, [row], effective, engine.language(plain, "The template"), "The template")
     events = engine._events([row], effective, None, drafts, control)
     return _with_holes(events, re.compile(groups), names)
 
@@ -122,6 +125,60 @@ def edit(
     row = engine._row(messages_of(f"{instruction.rstrip().removesuffix(':')}: {text}"), seed, effective)
     control = Drafted(draft, engine.turn_end, strength, engine.config.canvas_length, row.seed)
     return engine._events([row], effective, None, drafts, control)
+
+
+def constrained(
+    engine: Engine, rows: list[Row], options: GenerationOptions, language: Language, what: str, thinking: bool = False
+) -> Constrained:
+    """Every row's text in a language; what cannot be is an error before the first step."""
+    least, canvas = int(language.distance[0]) + 1, engine.config.canvas_length
+    if least > options.max_tokens:
+        raise OptionError(
+            f"{what} takes {least} tokens at least, its end included, but max_tokens is {options.max_tokens}; raise it."
+        )
+    for row in rows:  # the context must not end in the middle of a text
+        room = (engine.config.text.max_position_embeddings - len(row.tokens)) // canvas * canvas
+        if least > room:
+            raise PromptError(
+                f"{what} takes {least} tokens at least, its end included, but the context leaves room for {room} "
+                "behind the prompt; shorten it."
+            )
+        if isinstance(row.answer, Answer):
+            row.answer.max_tokens = min(row.answer.max_tokens, room)
+    opened, closed = engine.tokenizer.think_start_tokens, engine.tokenizer.think_end_tokens
+    marks = (opened[0], closed[0]) if thinking and opened and closed else ()
+    return Constrained(language, len(rows), options.end_tokens, marks)
+
+
+def constraint(
+    engine: Engine,
+    rows: list[Row],
+    options: GenerationOptions,
+    schema: dict | None,
+    regex: str | None,
+    thinking: bool,
+    tools: list[dict] | None,
+) -> Constrained | None:
+    """What `schema` or `regex` of `Engine.stream` asks for, or None."""
+    if schema is not None and regex is not None:
+        raise OptionError("Both schema and regex are given; leave one out.")
+    if schema is not None:
+        if not isinstance(schema, dict):
+            raise OptionError(f"schema is {schema!r}; it should be a JSON Schema as a dict.")
+        name, what, pattern = "schema", "The schema", to_regex(schema)
+    elif regex is not None:
+        if not isinstance(regex, str):
+            raise OptionError(f"regex is {regex!r}; it should be a text.")
+        name, what, pattern = "regex", f"The regex {regex!r}", translate(regex)
+    else:
+        return None
+    for other, given in (("exact", options.exact), ("stop", options.stop), ("tools", tools)):
+        if given:
+            raise OptionError(f"{name} is given and {other} is {given!r}; they cannot be together: leave one out.")
+    language = engine.language(pattern, what)
+    if regex is not None and covers_lines(language):
+        raise OptionError(f"{what} matches every line of text, so it asks for nothing; leave it out.")
+    return constrained(engine, rows, options, language, what, thinking)
 
 
 def hole_pattern(name: str, hole: int | str | Sequence[str]) -> str:
