@@ -9,26 +9,28 @@ that a narrow way through the language is spelt with, so that there is always a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .errors import OptionError
+from .regular import EVERYTHING, SURROGATES, characters, parser, without
 
 LONGEST = 64  # bytes of a token; longer ones are not taken in a constrained text
 BROAD = 32  # bytes that may follow: a state of more is inside free text
 STATES = 20_000  # of an automaton, so that its table stays below 20 MB
+BEGIN, END = "\U0010fffe", "\U0010ffff"  # noncharacters, which no pattern matches
 KNOWN = 2**18  # tokens whose ways through an automaton are remembered
 FAINT = 1e-5  # probability below which a position's token is not looked at
 
 
 class Spelling:
-    """The bytes that a tokenizer's tokens stand for, in SentencePiece's notation; special tokens stand for none."""
+    """The bytes that a tokenizer's tokens stand for, in SentencePiece's notation; special ones stand for none."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int):
-        special = set(tokenizer.all_special_ids)
+    def __init__(self, tokenizer: Any, vocab_size: int, silent: Iterable[int] = ()):
+        special = {*tokenizer.all_special_ids, *silent}
         pieces = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), vocab_size))))
         self.bytes = np.zeros((vocab_size, LONGEST), np.uint8)
         self.length = np.zeros(vocab_size, np.int32)  # 0: not a text
@@ -71,30 +73,82 @@ def automaton(pattern: str) -> tuple[np.ndarray, np.ndarray]:
             'schema, regex, infill and fill need the package outlines-core: pip install "mlx-dgemma[constrain]".'
         ) from None
     try:
-        # The library looks for the leftmost alternative's match, so the end must be in the pattern, and for patterns
-        # that match the empty text something before it: a zero byte, which is stepped over below.
-        index = Index(rf"\x{{0}}(?:{pattern})\z", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
-    except ValueError as error:
+        if (size := weight(pattern)) > STATES:
+            raise _too_large(size)
+        # The library builds the automaton of a search for the leftmost alternative's match. Between marks that no text
+        # has, it finds whole texts alone, and begins no second search in the middle of one.
+        index = Index(f"{BEGIN}(?:{pattern}){END}", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
+    except (ValueError, re.error) as error:
+        if isinstance(error, OptionError):
+            raise
         raise OptionError(f"The pattern cannot be made into an automaton ({error}); simplify it.") from None
     ways = index.get_transitions()
-    if len(ways) > STATES:
-        raise OptionError(
-            f"The constraint takes an automaton of {len(ways):,} states, and {STATES:,} are the most: ask for smaller "
-            "bounds (maxLength, maxItems, {m,n})."
-        )
-    before = index.get_initial_state()
-    start = ways[before][0]
-    number = {state: i for i, state in enumerate([start, *(s for s in ways if s not in (start, before))])}
-    for state in index.get_final_states():
-        number.setdefault(state, len(number))
+
+    def walked(state: int | None, mark: str) -> int | None:
+        for byte in mark.encode():
+            state = ways.get(state, {}).get(byte)
+        return state
+
+    start, final = walked(index.get_initial_state(), BEGIN), set(index.get_final_states())
+    accepted = [state for state in ways if walked(state, END) in final]
+    useful = _reached([start], {state: set(row.values()) for state, row in ways.items()}) & _leading_to(accepted, ways)
+    number = {state: i for i, state in enumerate([start, *sorted(useful - {start})])}
+    if len(number) > STATES:
+        raise _too_large(len(number))
     table = np.full((len(number) + 1, 256), len(number), np.int32)
-    for state, row in ways.items():
-        for byte, to in row.items() if state != before else ():
-            if byte < 256:
-                table[number[state], byte] = number[to]
+    for state, at in number.items():
+        for byte, to in ways.get(state, {}).items():
+            if byte < 256 and to in number:
+                table[at, byte] = number[to]
     accepting = np.zeros(len(table), bool)
-    accepting[[number[state] for state in index.get_final_states()]] = True
+    accepting[[number[state] for state in accepted if state in number]] = True
     return table, accepting
+
+
+def _leading_to(accepted: list[int], ways: dict[int, dict[int, int]]) -> set[int]:
+    """States from which one of these can be reached."""
+    sources: dict[int, set[int]] = {}
+    for state, row in ways.items():
+        for to in row.values():
+            sources.setdefault(to, set()).add(state)
+    return _reached(accepted, sources)
+
+
+def _reached(starts: Iterable[Any], neighbours: dict[Any, set[int]]) -> set[Any]:
+    found, todo = set(starts), list(starts)
+    while todo:
+        new = neighbours.get(todo.pop(), set()) - found
+        found |= new
+        todo += new
+    return found
+
+
+def weight(pattern: str) -> int:
+    """About how many states the automaton of a plain pattern has: its characters, times their repeats."""
+
+    def of(tree: Any) -> int:
+        total = 0
+        for op, value in tree:
+            name = str(op)
+            if name == "MAX_REPEAT":
+                low, high, body = value
+                total += of(body) * (int(high) if high != parser.MAXREPEAT else max(int(low), 1))
+            elif name == "SUBPATTERN":
+                total += of(value[-1])
+            elif name == "BRANCH":
+                total += sum(of(one) for one in value[1])
+            else:
+                total += 1 + (len(value) // 4 if name == "IN" else 0)
+        return total
+
+    return of(parser.parse(re.sub(r"\\x\{([0-9a-f]+)\}", lambda found: rf"\U{int(found[1], 16):08x}", pattern)))
+
+
+def _too_large(states: int) -> OptionError:
+    return OptionError(
+        f"The constraint takes an automaton of about {states:,} states, and {STATES:,} are the most: ask for smaller "
+        "bounds (maxLength, maxItems, {m,n})."
+    )
 
 
 @dataclass(frozen=True)
@@ -168,6 +222,10 @@ class Language:
         for byte in self._spelling.spell(tokens):
             state = int(self._table[state, byte])
         return state
+
+    def shortest(self) -> int:
+        """Tokens of the shortest text, over all of the vocabulary: `distance` knows the anchors alone."""
+        return int(self._distances(self.walk(np.flatnonzero(self._spelling.length)))[0])
 
     def advance(self, before: np.ndarray, after: np.ndarray, log_p: np.ndarray) -> None:
         """Fill the scores [states] behind a position where it takes an anchor; `log_p` [S] is of the anchors."""
@@ -383,7 +441,7 @@ def exact_text(
 
 def covers_lines(language: Language) -> bool:
     """Whether every text without a line break is in the language."""
-    table, accepting = automaton(r"[^\n]*")
+    table, accepting = automaton(characters(without([EVERYTHING], SURROGATES, (10, 10))) + "*")
     seen, todo = {(0, 0)}, [(0, 0)]
     while todo:
         line, mine = todo.pop()

@@ -231,7 +231,8 @@ class Engine:
     @cached_property
     def spelling(self) -> Spelling:
         """What the tokens of this tokenizer spell."""
-        return Spelling(self.tokenizer, self.config.text.vocab_size)
+        added = [token for token, one in self.tokenizer.added_tokens_decoder.items() if one.special]
+        return Spelling(self.tokenizer, self.config.text.vocab_size, [*added, *self.options.end_tokens])
 
     @cached_property
     def turn_end(self) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 from .canvas import Control, Guide, fitting_size
 from .constrain import Language, Marginals, Spelling, exact_text
 from .denoise import Layout, denoise_block
+from .errors import OptionError
 from .regular import EVERYTHING, SURROGATES, characters, literal, without
 
 if TYPE_CHECKING:
@@ -105,6 +106,11 @@ class Hole(Control):
         """Whether the hole is filled."""
         return len(self.found) == self._lengths[0]
 
+    @property
+    def spelt(self) -> bool:
+        """Whether it begins and ends as it must."""
+        return bool(self._language.accepting[self._state])
+
     def prepare(self, model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, key: mx.array) -> int:
         """Choose the length at which hole and surroundings are most probable after a single denoising step."""
         scores: dict[int, float] = {}
@@ -123,7 +129,9 @@ class Hole(Control):
                 break
         if scores:
             self._lengths = [max(scores, key=scores.__getitem__)]
-        canvases = -(-(len(self._before) + self._lengths[0]) // self._canvas)
+        begin, canvases = 0, 1
+        while begin + (size := self._size(begin)) < len(self._before) + self._lengths[0]:
+            begin, canvases = begin + size, canvases + 1
         if canvases > 1:
             warnings.warn(
                 f"The hole of {self._lengths[0]} tokens takes {canvases} canvases of {self._canvas}; only the last one "
@@ -134,8 +142,7 @@ class Hole(Control):
 
     def layout(self, rows: Sequence[int]) -> Layout:
         """Everything but the hole is pinned."""
-        longest = len(self._before) + max(self._lengths) + min(len(self._behind), IN_VIEW) - self._begin
-        size = fitting_size(longest, self._canvas)
+        size = self._size(self._begin)
         tokens, pinned = np.zeros((len(rows), size), np.int32), np.ones((len(rows), size), bool)
         for row in rows:
             stream = [*self._before, *[0] * self._lengths[row], *self._behind][self._begin : self._begin + size]
@@ -164,6 +171,13 @@ class Hole(Control):
         self._state = self._language.after(tokens[start:stop], self._state)
         self._begin += len(tokens)
 
+    def _size(self, begin: int) -> int:
+        """Positions of the canvas that begins there; the last one has a view of what stands behind the hole."""
+        left, view = len(self._before) + max(self._lengths) - begin, min(len(self._behind), IN_VIEW)
+        if left + view <= self._canvas or left > self._canvas:
+            return fitting_size(left + view, self._canvas)
+        return self._canvas // 2
+
     def _window(self, row: int, size: int) -> tuple[int, int]:
         """The hole's part of a canvas."""
         start = max(len(self._before) - self._begin, 0)
@@ -178,7 +192,7 @@ class Filling:
     def __init__(self, hole: Hole, spelling: Spelling, seams: Seams):
         self._hole, self._spelling, self._seams = hole, spelling, seams
         self.tool_calls: list[dict] = []
-        self.text, self.left = "", 0
+        self.text, self.left = "", 2**30  # the canvas has no room but for the hole
         self.finish_reason: str | None = None
 
     @property
@@ -190,6 +204,11 @@ class Filling:
         """Take a canvas; returns "stop" once the hole is full."""
         self._hole.take(tokens)
         if self._hole.full:
+            if not self._hole.spelt:
+                raise OptionError(
+                    f"length is {len(self._hole.found)}, but no likely text of so many tokens has the pieces of words "
+                    "at the hole's ends; give more."
+                )
             text = self._spelling.spell(self._hole.found).decode()
             self.text = text[len(self._seams.tail) : len(text) - len(self._seams.head)]
             self.finish_reason = "stop"

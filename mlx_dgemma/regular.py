@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 from .errors import OptionError
 
 _PACKAGE = sys.version_info >= (3, 11)
-_parser: Any = importlib.import_module("re._parser" if _PACKAGE else "sre_parse")
+parser: Any = importlib.import_module("re._parser" if _PACKAGE else "sre_parse")
 _compiler: Any = importlib.import_module("re._compiler" if _PACKAGE else "sre_compile")
 
 Intervals = list[tuple[int, int]]  # code points, both ends included
 
-EVERYTHING = (0, 0x10FFFF)
+EVERYTHING = (0, 0x10FFFD)  # the two noncharacters above it mark where a text begins and ends
 SURROGATES = (0xD800, 0xDFFF)  # UTF-8 has none
 ESCAPED = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))  # what JSON strings escape: control characters, " and \
 
@@ -55,7 +55,7 @@ def translate(pattern: str, safe: bool = False, search: bool = False) -> str:
         a pattern for the whole text, which can stand in another as it is; it may match the empty text.
     """
     try:
-        tree = _parser.parse(pattern)
+        tree = parser.parse(pattern)
         plain = _Translator(pattern, safe).whole(tree, search)
         if plain is None and safe and _Translator(pattern, False).whole(tree, search) is not None:
             raise OptionError(
@@ -180,7 +180,7 @@ def _repeat(body: str | None, low: int, high: Any) -> str | None:
     """`body` from `low` to `high` times."""
     if body is None:
         return None if low else ""
-    upper = "" if high == _parser.MAXREPEAT else str(int(high))
+    upper = "" if high == parser.MAXREPEAT else str(int(high))
     signs = {(0, ""): "*", (1, ""): "+", (0, "1"): "?"}
     return f"(?:{body})" + signs.get((low, upper), f"{{{low},{upper}}}")
 
@@ -194,11 +194,11 @@ def _combined(flags: int, add: int, drop: int) -> int:
 @lru_cache(maxsize=256)
 def _intervals(op: str, value: Any, flags: int) -> Intervals:
     """The code points that one item of a parsed pattern matches, as Python's matcher finds them."""
-    state = _parser.State()
+    state = parser.State()
     state.str = ""
-    one = (getattr(_parser, op), list(value) if isinstance(value, tuple) else value)
-    run = (_parser.MAX_REPEAT, (1, _parser.MAXREPEAT, _parser.SubPattern(state, [one])))
-    compiled = _compiler.compile(_parser.SubPattern(state, [run]), flags)
+    one = (getattr(parser, op), list(value) if isinstance(value, tuple) else value)
+    run = (parser.MAX_REPEAT, (1, parser.MAXREPEAT, parser.SubPattern(state, [one])))
+    compiled = _compiler.compile(parser.SubPattern(state, [run]), flags)
     return [(match.start(), match.end() - 1) for match in compiled.finditer(_all_characters())]
 
 

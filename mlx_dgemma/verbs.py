@@ -49,19 +49,29 @@ def infill(
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
         raise OptionError(f"length is {length!r}; it should be a whole number of tokens, at least 1.")
     effective = _effective(engine, "infill", options)
+    if suffix and options.get("max_tokens") is not None:
+        raise OptionError(
+            f"max_tokens is {options['max_tokens']}, but a hole with text behind it is as long as length says; "
+            "give length instead."
+        )
     seams = Seams.of(engine.tokenizer, prefix, suffix)
     language = engine.language(seams.pattern(), "The hole")
-    least = max(int(language.distance[0]), 1)
+    least = max(language.shortest(), 1)
     if length is not None and length < least:
         raise OptionError(
             f"length is {length}, but the pieces of words at the hole's ends take {least} tokens; give that many."
+        )
+    around, room = len(seams.before) + len(seams.behind), engine.config.text.max_position_embeddings
+    if around > room:
+        raise PromptError(
+            f"The texts before and behind the hole have {around} tokens, but the context has {room}; shorten them."
         )
     row = engine._row(messages_of(FILL_GAP + prefix + GAP + suffix if prompt is None else prompt), seed, effective)
     control: Control
     if not suffix:
         engine._extend(row, seams.before, beside=0)
-        effective = effective.override(max_tokens=length)
-        control = Constrained(language, 1, effective.end_tokens)
+        effective = effective.override(max_tokens=length and length + 1)  # and the end token
+        control = constrained(engine, [row], effective, language, "The hole")
         row.answer = Answer(engine.tokenizer, effective.end_tokens, effective.max_tokens, skip=len(seams.tail))
         return engine._events([row], effective, None, drafts, control)
     canvas, behind = engine.config.canvas_length, [*seams.behind, engine.turn_end]
@@ -94,12 +104,11 @@ def fill(
         raise OptionError(f"holes has nothing for {missing[0]!r}, which stands in the template; give its texts.")
     patterns = {name: hole_pattern(name, holes[name]) for name in names}
     plain = "".join(f"(?:{translate(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts))
-    groups = "".join(f"({patterns[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
     effective = _effective(engine, "fill", options)
     row = engine._row(messages_of(FILL_TEMPLATE + template if prompt is None else prompt), seed, effective)
     control = constrained(engine, [row], effective, engine.language(plain, "The template"), "The template")
     events = engine._events([row], effective, None, drafts, control)
-    return _with_holes(events, re.compile(groups), names)
+    return _with_holes(events, parts, patterns)
 
 
 def edit(
@@ -134,13 +143,13 @@ def constrained(
     least, canvas = int(language.distance[0]) + 1, engine.config.canvas_length
     if least > options.max_tokens:
         raise OptionError(
-            f"{what} takes {least} tokens at least, its end included, but max_tokens is {options.max_tokens}; raise it."
+            f"{what} needs room for {least} tokens, its end included, but max_tokens is {options.max_tokens}; raise it."
         )
     for row in rows:  # the context must not end in the middle of a text
         room = (engine.config.text.max_position_embeddings - len(row.tokens)) // canvas * canvas
         if least > room:
             raise PromptError(
-                f"{what} takes {least} tokens at least, its end included, but the context leaves room for {room} "
+                f"{what} needs room for {least} tokens, its end included, but the context leaves room for {room} "
                 "behind the prompt; shorten it."
             )
         if isinstance(row.answer, Answer):
@@ -193,10 +202,9 @@ def hole_pattern(name: str, hole: int | str | Sequence[str]) -> str:
     if isinstance(hole, int) and not isinstance(hole, bool) and hole > 0:
         return rf"[^\n]{{1,{hole}}}"
     if isinstance(hole, str):
-        flags = re.match(r"\(\?([aimsux]+)\)", hole)  # global flags may not stand inside of a pattern
-        return f"(?{flags[1]}:{hole[flags.end() :]})" if flags else f"(?:{hole})"
+        return hole
     if isinstance(hole, Sequence) and hole and all(isinstance(one, str) and one for one in hole):
-        return "(?:" + "|".join(re.escape(one) for one in sorted(set(hole), key=len, reverse=True)) + ")"
+        return "|".join(map(re.escape, hole))
     raise OptionError(
         f"The hole {name!r} is {hole!r}; give a number of characters, a list of texts, or a regular expression."
     )
@@ -204,29 +212,41 @@ def hole_pattern(name: str, hole: int | str | Sequence[str]) -> str:
 
 def _parse(template: str) -> tuple[list[str], list[str]]:
     """(text, name, text, name, ..., text) and the names, as str.format reads a template."""
-    parts, names = [""], []
     try:
-        for text, name, spec, conversion in string.Formatter().parse(template):
-            parts[-1] += text
-            if name is None:
-                continue
-            if not name or spec or conversion or name in names:
-                what = "stands twice" if name in names else "should be a name alone, such as {city}"
-                raise OptionError(f"The hole {{{name}}} of the template {what}; change the template.")
-            names.append(name)
-            parts += [name, ""]
+        found = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise OptionError(
-            f"The template {template!r} cannot be read ({error}); write {{{{ and }}}} for braces."
-        ) from None
+        raise OptionError(f"The template {template!r} is broken ({error}); write {{{{ and }}}} for braces.") from None
+    parts, names = [""], []
+    for text, name, spec, conversion in found:
+        parts[-1] += text
+        if name is None:
+            continue
+        if not name or spec or conversion or name in names:
+            what = "stands twice" if name in names else "should be a name alone, such as {city}"
+            raise OptionError(f"The hole {{{name}}} of the template {what}; change the template.")
+        names.append(name)
+        parts += [name, ""]
     return parts, names
 
 
-def _with_holes(events: Events, groups: re.Pattern[str], names: list[str]) -> Events:
+def _with_holes(events: Events, parts: list[str], patterns: dict[str, str]) -> Events:
+    compiled = {name: re.compile(pattern) for name, pattern in patterns.items()}
+
+    def split(text: str, i: int) -> dict[str, str] | None:
+        """The holes of a text that the parts from `i` on make, the first ones as long as possible."""
+        if not text.startswith(parts[i]):
+            return None
+        text = text[len(parts[i]) :]
+        if i + 1 == len(parts):
+            return None if text else {}
+        for end in range(len(text), -1, -1):
+            if compiled[parts[i + 1]].fullmatch(text[:end]) and (rest := split(text[end:], i + 2)) is not None:
+                return {parts[i + 1]: text[:end], **rest}
+        return None
+
     for event in events:
-        if isinstance(event, Finished) and (match := groups.fullmatch(event.result.text)):
-            filled = dict(zip(names, match.groups()))
-            yield replace(event, result=replace(event.result, holes=filled))
+        if isinstance(event, Finished):
+            yield replace(event, result=replace(event.result, holes=split(event.result.text, 0) or {}))
         else:
             yield event
 
