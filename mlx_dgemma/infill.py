@@ -175,7 +175,8 @@ class Hole(Control):
         """Positions of the canvas that begins there; the last one has a view of what stands behind the hole."""
         left, view = len(self._before) + max(self._lengths) - begin, min(len(self._behind), IN_VIEW)
         if left + view <= self._canvas or left > self._canvas:
-            return fitting_size(left + view, self._canvas)
+            shown = view if len(self._lengths) > 1 else len(self._behind)  # lengths are compared on short canvases
+            return fitting_size(left + shown, self._canvas)
         return self._canvas // 2
 
     def _window(self, row: int, size: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .canvas import Constrained, Control, Drafted
+from .canvas import PARTS, Constrained, Control, Drafted
 from .constrain import Language, covers_lines
 from .errors import OptionError, PromptError
 from .generate import Finished
@@ -75,7 +75,7 @@ def infill(
         row.answer = Answer(engine.tokenizer, effective.end_tokens, effective.max_tokens, skip=len(seams.tail))
         return engine._events([row], effective, None, drafts, control)
     canvas, behind = engine.config.canvas_length, [*seams.behind, engine.turn_end]
-    cut = divide(seams.before, len(behind), length or LONGEST, canvas)
+    cut = divide(seams.before, len(behind), length or canvas // PARTS, canvas)
     on_canvas = seams.before[cut:]
     engine._extend(row, seams.before[:cut], beside=len(on_canvas) + (length or least) + len(behind))
     most = max(min(LONGEST, canvas - len(on_canvas) - min(len(behind), IN_VIEW)), least)
