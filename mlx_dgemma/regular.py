@@ -44,7 +44,7 @@ _ENDS = {"AT_END": "$", "AT_END_STRING": r"\Z"}
 
 
 def translate(pattern: str, safe: bool = False, search: bool = False) -> str:
-    r"""The plain pattern of exactly the texts that Python's `re` matches.
+    r"""The plain pattern of exactly the texts that Python's `re` matches, U+10FFFE and U+10FFFF left out.
 
     Args:
         pattern: with the syntax of `re`; ^, \A, $ and \Z only where a match starts or ends.
