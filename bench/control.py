@@ -138,13 +138,13 @@ def infill(engine: mlx_dgemma.Engine, count: int) -> list[list]:
         began = time.perf_counter()
         r = tried(asked, engine.infill, **asked)
         seconds, positions = [*seconds, time.perf_counter() - began], [*positions, r.stats.canvas_positions if r else 0]
-        going = engine.infill(**{**asked, "suffix": ""}).text
-        at = going.find(suffix) if suffix in going else going.find(suffix[:8])
-        good, other = r is not None and r.text == cut, going[: at if at >= 0 else None] == cut
+        going, anew = engine.infill(**{**asked, "suffix": ""}).text, engine.generate(case["prompt"], seed=0).text
+        good, other = r is not None and r.text == cut, until(going, suffix) == cut
+        third = until(anew[len(prefix) :], suffix) == cut
         fixed = determined(case, start, stop)
         groups = ["all", case["task"]] + fixed * ["determined", f"determined {case['task']}"]
         for group in groups + fixed * (i % 3 == 0) * ["determined, cut in a word"]:
-            tally.update({(group, "n"): 1, (group, "ours"): good, (group, "other"): other})
+            tally.update({(group, "n"): 1, (group, "ours"): good, (group, "other"): other, (group, "third"): third})
         if r and not good:
             seams = Seams.of(engine.tokenizer, prefix, suffix)
             right = len(engine.tokenizer.encode(seams.tail + cut + seams.head, add_special_tokens=False))
@@ -153,12 +153,20 @@ def infill(engine: mlx_dgemma.Engine, count: int) -> list[list]:
             kind += ", determined" if fixed else ", open"
             kinds.update({kind: 1, f"{kind}, right if told the length": int(told is not None and told.text == cut)})
             fail(kind, cut=cut, text=r.text, length=len(r.tokens), right=right, told=told and told.text, **asked)
-    rows = [["holes", "infill", "going on"]]
-    rows += [[g, *(share(tally[g, who], tally[g, "n"]) for who in ("ours", "other"))] for g, w in tally if w == "n"]
-    rows += [[kind, n, ""] for kind, n in sorted(kinds.items())]
+    rows = [["holes", "infill", "going on", "answering anew"]]
+    rows += [
+        [g, *(share(tally[g, who], tally[g, "n"]) for who in ("ours", "other", "third"))] for g, w in tally if w == "n"
+    ]
+    rows += [[kind, n, "", ""] for kind, n in sorted(kinds.items())]
     for what, one in (("seconds", spread(seconds)), ("positions", spread(positions, 0))):
-        rows.append([f"{what} a hole: median, most", one["median"], one["max"]])
+        rows.append([f"{what} a hole: median, most", one["median"], one["max"], ""])
     return rows
+
+
+def until(text: str, suffix: str) -> str:
+    """A text before where a suffix, or at least its first characters, begins."""
+    at = text.find(suffix) if suffix in text else text.find(suffix[:8])
+    return text[:at] if at >= 0 else text
 
 
 def edit(engine: mlx_dgemma.Engine, count: int) -> list[list]:
