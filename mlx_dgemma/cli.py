@@ -22,6 +22,7 @@ from .cli_common import (
     DEMO_NOTICE,
     answer_options,
     decode,
+    files_option,
     given,
     listen,
     load_engine,
@@ -108,14 +109,7 @@ def main() -> None:
 
 @main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
 @click.argument("prompt", required=False)
-@click.option(
-    "-f",
-    "--file",
-    "files",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
-    multiple=True,
-    help="Prompt from a UTF-8 file, - for stdin; repeatable.",
-)
+@files_option
 @media_options
 @click.option("--tools", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False), help="Tools on offer.")
 @click.option("--schema", metavar="FILE.json|JSON", help="The answer is valid for this JSON Schema, always.")

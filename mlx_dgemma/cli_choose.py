@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .cli_common import load_engine, media_options, model_options, number, read_prompt, utf8
+from .cli_common import files_option, load_engine, media_options, model_options, number, read_prompt, utf8
 from .prompt import messages_of
 from .terminal import Terminal, count, human
 
@@ -17,14 +17,7 @@ from .terminal import Terminal, count, human
 @click.command("choose")
 @click.argument("prompt", required=False)
 @click.argument("labels", nargs=-1)
-@click.option(
-    "-f",
-    "--file",
-    "files",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
-    multiple=True,
-    help="Prompt from a UTF-8 file, - for stdin; repeatable.",
-)
+@files_option
 @click.option("--range", "span", type=int, nargs=2, metavar="LOW HIGH", help="The labels are these numbers, both too.")
 @click.option("--bool", "truth", is_flag=True, help="The labels are true and false; yes and no count as them.")
 @click.option("--ask", "asked", metavar="NAME=A,B", multiple=True, help="A named question with labels; repeatable.")

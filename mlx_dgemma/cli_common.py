@@ -81,6 +81,16 @@ answer_options = all_of(
 )
 
 
+files_option = click.option(
+    "-f",
+    "--file",
+    "files",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    multiple=True,
+    help="Prompt from a UTF-8 file, - for stdin; repeatable.",
+)
+
+
 media_options = all_of(
     click.option(
         "--image",

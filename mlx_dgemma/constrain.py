@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,12 @@ class Spelling:
         self.length = np.zeros(vocab_size, np.int32)  # 0: not a text
         fallback = np.zeros(vocab_size, bool)
         for token, piece in enumerate(pieces):
-            if piece is None or token in special or re.fullmatch(r"<unused\d+>", piece):
+            if not piece or token in special:
                 continue
-            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+            marked = piece[0] == "<" and re.fullmatch(r"<(?:0x([0-9A-F]{2})|unused\d+)>", piece)
+            if marked and not marked[1]:
+                continue
+            byte = marked or None
             spelt = bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
             if len(spelt) <= LONGEST:
                 self.bytes[token, : len(spelt)] = np.frombuffer(spelt, np.uint8)
@@ -223,6 +227,7 @@ class Language:
             state = int(self._table[state, byte])
         return state
 
+    @cached_property
     def shortest(self) -> int:
         """Tokens of the shortest text, over all of the vocabulary: `distance` knows the anchors alone."""
         return int(self._distances(self.walk(np.flatnonzero(self._spelling.length)))[0])
@@ -439,9 +444,14 @@ def exact_text(
     return tokens, score
 
 
+@cache
+def _lines() -> tuple[np.ndarray, np.ndarray]:
+    return automaton(characters(without([EVERYTHING], SURROGATES, (10, 10))) + "*")
+
+
 def covers_lines(language: Language) -> bool:
     """Whether every text without a line break is in the language."""
-    table, accepting = automaton(characters(without([EVERYTHING], SURROGATES, (10, 10))) + "*")
+    table, accepting = _lines()
     seen, todo = {(0, 0)}, [(0, 0)]
     while todo:
         line, mine = todo.pop()

@@ -130,10 +130,8 @@ class _Canvas:
             accepted = sampler.accept_confident(reading.confidence, kept, CONFIDENT)
             before = self._first() if last is None else last.canvas
             held = mx.where(kept, before, best)
-            drawn, uncertainty = (
-                held if unlike is None else mx.where(unlike, best, held),
-                mx.where(accepted, 0, uncertainty),
-            )
+            drawn = held if unlike is None else mx.where(unlike, best, held)
+            uncertainty = mx.where(accepted, 0, uncertainty)
         elif self.layout is not None:
             free = mx.where(self.layout.pinned, mx.inf, uncertainty)
             accepted = sampler.accept(free, options.entropy_bound) | self.layout.pinned

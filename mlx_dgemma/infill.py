@@ -32,6 +32,7 @@ LONGEST = 64  # tokens of a hole whose length is not given
 TOGETHER = 8  # lengths read in one pass
 CERTAIN, APART = -1.0, 5.0  # nats: a length is taken that is this likely and so far ahead of every other
 IN_VIEW = 16  # tokens behind the hole by which lengths are compared
+BROKEN = "\ufffd"  # what a tokenizer makes of a character that is cut
 ANY = characters(without([EVERYTHING], SURROGATES)) + "*"
 
 
@@ -54,17 +55,15 @@ class Seams:
         before, behind = encode(prefix), encode(suffix)
         last = re.search(r"\s*\w*$", prefix)
         keep = last.start() if last else len(prefix)
-        while before and not (len(text := tokenizer.decode(before)) <= keep and prefix.startswith(text)):
+        while before and (len(text := tokenizer.decode(before)) > keep or text.endswith(BROKEN)):
             before.pop()
-        tail = prefix[len(tokenizer.decode(before)) if before else 0 :]
         first = re.match(r"\w*", suffix)
-        need, taken = len(first[0]) if first else 0, 0
-        while taken < len(behind) and not (
-            len(text := tokenizer.decode(behind[:taken]) if taken else "") >= need and suffix.startswith(text)
-        ):
+        need, taken, head = len(first[0]) if first else 0, 0, ""
+        while taken < len(behind) and (len(head) < need or head.endswith(BROKEN)):
             taken += 1
-        head = suffix[: len(tokenizer.decode(behind[:taken]))] if taken else ""
-        return cls(before, tail, head, behind[taken:])
+            head = tokenizer.decode(behind[:taken])
+        tail = prefix[len(tokenizer.decode(before)) if before else 0 :]
+        return cls(before, tail, suffix[: len(head)], behind[taken:])
 
     def pattern(self) -> str:
         """Of the texts that the hole may have."""
@@ -118,16 +117,17 @@ class Hole(Control):
         for start in range(0, len(self._lengths) if len(self._lengths) > 1 else 0, TOGETHER):
             group = self._lengths[start : start + TOGETHER]
             tried, rows = Hole(self._language, self._before, self._behind, group, self._canvas), list(range(len(group)))
-            prefix.keep([0] * len(group))
+            if prefix.batch_size != len(group):
+                prefix.keep([0] * len(group))
             keys, layout = mx.stack([key] * len(group)), tried.layout(rows)
             for _ in denoise_block(model, prefix, once, keys, None, layout, tried.guide(rows, [])):
                 positions += layout.tokens.size
-            prefix.keep([0])
             scores.update(zip(group, tried.score))
             best, *others = sorted(scores.values(), reverse=True)
             if best > CERTAIN and best - max(others, default=-np.inf) > APART:
                 break
         if scores:
+            prefix.keep([0])
             self._lengths = [max(scores, key=scores.__getitem__)]
         begin, canvases = 0, 1
         while begin + (size := self._size(begin)) < len(self._before) + self._lengths[0]:

@@ -56,7 +56,7 @@ def infill(
         )
     seams = Seams.of(engine.tokenizer, prefix, suffix)
     language = engine.language(seams.pattern(), "The hole")
-    least = max(language.shortest(), 1)
+    least = max(language.shortest, 1)
     if length is not None and length < least:
         raise OptionError(
             f"length is {length}, but the pieces of words at the hole's ends take {least} tokens; give that many."
@@ -71,8 +71,8 @@ def infill(
     if not suffix:
         engine._extend(row, seams.before, beside=0)
         effective = effective.override(max_tokens=length and length + 1)  # and the end token
-        control = constrained(engine, [row], effective, language, "The hole")
         row.answer = Answer(engine.tokenizer, effective.end_tokens, effective.max_tokens, skip=len(seams.tail))
+        control = constrained(engine, [row], effective, language, "The hole")
         return engine._events([row], effective, None, drafts, control)
     canvas, behind = engine.config.canvas_length, [*seams.behind, engine.turn_end]
     cut = divide(seams.before, len(behind), length or canvas // PARTS, canvas)
