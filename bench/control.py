@@ -5,6 +5,7 @@
     python bench/control.py infill     # holes cut from answers, against going on to where the suffix begins
     python bench/control.py edit       # against answering anew
     python bench/control.py overhead   # of a constraint at a vocabulary of 262,144, random weights
+    python bench/control.py overhead --full --count 12    # in the 26B shape, 4bit, on a GPU
 
 Every failure is printed with what makes it happen again.
 """
@@ -29,6 +30,7 @@ from shapes import random_model, random_prompt, raw_config
 
 import mlx_dgemma
 from mlx_dgemma.canvas import Constrained
+from mlx_dgemma.checkpoint import suit_device
 from mlx_dgemma.constrain import Language, Marginals, Spelling, best_text
 from mlx_dgemma.denoise import denoise_block
 from mlx_dgemma.generate import GenerationOptions, prefill
@@ -191,9 +193,10 @@ def edit(engine: mlx_dgemma.Engine, count: int) -> list[list]:
     return rows
 
 
-def overhead(_: None, count: int) -> list[list]:
+def overhead(_: None, count: int, full: bool = False) -> list[list]:
     """What a constraint of ten fields takes to make, and adds to a step, at a large vocabulary."""
-    raw, rows, made = raw_config("small", 2, 512, 262144, 64), [["", "seconds", "MiB kept", "MiB at most"]], []
+    raw = raw_config("26b") if full else raw_config("small", 2, 512, 262144, 64)
+    rows, made = [["", "seconds", "MiB kept", "MiB at most"]], []
     pieces, pattern = Pieces(262144), to_regex(TEN)
     makers = {"Spelling": lambda: Spelling(pieces, 262144), "Language": lambda: Language(pattern, made[0])}
     for what, make in makers.items():
@@ -222,7 +225,8 @@ def overhead(_: None, count: int) -> list[list]:
             rows.append([f"best_text, canvas 256, {what}, {which}", spread(some, 4)["median"], "", ""])
     never = {"patience": 0, "confidence_threshold": 0, "certainty_threshold": 0}  # settled
     options = GenerationOptions(max_denoising_steps=count + 2, **never)
-    model = random_model(raw, mx.float32, None)
+    model = random_model(raw, mx.bfloat16, "4bit") if full else random_model(raw, mx.float32, None)
+    suit_device(model)
     times: dict[str, list[float]] = {"without": [], "with": []}
     for what in ("without", "with") * 2:
         guide = Constrained(language, 1, [1]).guide([0], [512]) if what == "with" else None
@@ -233,7 +237,7 @@ def overhead(_: None, count: int) -> list[list]:
             began = time.perf_counter()
             next(steps)
             times[what] += [time.perf_counter() - began] * (i > 0)
-    rows += [[f"step {w}, canvas 64: {spread(some)}", spread(some, 3)["median"], "", ""] for w, some in times.items()]
+    rows += [[f"step {w}, canvas {raw['canvas_length']}: {spread(some)}", spread(some, 3)["median"], "", ""] for w, some in times.items()]
     return rows
 
 
@@ -246,9 +250,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, count) in COMMANDS.items():
         commands.add_parser(name).add_argument("--count", type=int, default=count, help="prompts, holes or steps")
+    commands.choices["overhead"].add_argument("--full", action="store_true", help="the 26B shape in 4bit")
     args = parser.parse_args()
     found, function = machine(), COMMANDS[args.command][0]
-    rows = function(None if function is overhead else mlx_dgemma.load(), args.count)
+    given = (None, args.count, args.full) if function is overhead else (mlx_dgemma.load(), args.count)
+    rows = function(*given)
     print()
     table(rows[0], rows[1:])
     finish("control", command=args.command, **found, rows=rows, failures=FAILURES)
