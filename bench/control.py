@@ -237,7 +237,10 @@ def overhead(_: None, count: int, full: bool = False) -> list[list]:
             began = time.perf_counter()
             next(steps)
             times[what] += [time.perf_counter() - began] * (i > 0)
-    rows += [[f"step {w}, canvas {raw['canvas_length']}: {spread(some)}", spread(some, 3)["median"], "", ""] for w, some in times.items()]
+    rows += [
+        [f"step {w}, canvas {raw['canvas_length']}: {spread(some)}", spread(some, 3)["median"], "", ""]
+        for w, some in times.items()
+    ]
     return rows
 
 

@@ -74,8 +74,8 @@ def infill(
     options = given(options)
     terminal = Terminal()
     engine = load_engine(model, dtype, ignore_memory, terminal)
-    stream = partial(verbs.infill, engine, prefix, suffix, prompt=utf8(prompt, "--prompt"), **options)
-    heard = listen(engine, stream, terminal, silent=True)
+    job = verbs.infill(engine, prefix, suffix, prompt=utf8(prompt, "--prompt"), **options)
+    heard = listen(engine, partial(engine.run, job), terminal, silent=True)
     if heard.result is None:
         ctx.exit(130)
     if verbose:
@@ -137,8 +137,8 @@ def edit(
     draft, options = _read(file or "-"), given(options)
     terminal = Terminal()
     engine = load_engine(model, dtype, ignore_memory, terminal)
-    stream = partial(verbs.edit, engine, draft, utf8(instruction, "The instruction") or "", **options)
-    heard = listen(engine, stream, terminal, silent=True)
+    job = verbs.edit(engine, draft, utf8(instruction, "The instruction") or "", **options)
+    heard = listen(engine, partial(engine.run, job), terminal, silent=True)
     if heard.result is None:
         ctx.exit(130)
     if verbose:

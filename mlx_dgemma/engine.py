@@ -28,7 +28,7 @@ from .model import DiffusionGemma
 from .prefix import Prefix
 from .prompt import Answer, Message, messages_of, parts_of, render
 from .result import Result, Stats
-from .session import Picture, Row, Session
+from .session import Job, Picture, Row, Session
 from .video import sample_frames, stamp
 
 Prompt = str | Sequence[Message]
@@ -80,18 +80,9 @@ class Engine:
         self,
         prompt: Prompt,
         *,
-        images: Sequence[Any] = (),
-        video: Any = None,
-        seed: int | None = None,
-        max_tokens: int | None = None,
-        thinking: bool = False,
-        tools: list[dict] | None = None,
-        system: str | None = None,
         session: Session | None = None,
         drafts: bool = True,
-        schema: dict | None = None,
-        regex: str | None = None,
-        **options: Any,
+        **arguments: Any,
     ) -> Iterator[Draft | Block | Finished]:
         """Answer a prompt, event by event.
 
@@ -117,11 +108,35 @@ class Engine:
         Raises:
             PromptError, OptionError: at once, before anything is computed.
         """
+        return self.run(self.prepare(prompt, **arguments), session, drafts)
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        *,
+        images: Sequence[Any] = (),
+        video: Any = None,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+        thinking: bool = False,
+        tools: list[dict] | None = None,
+        system: str | None = None,
+        schema: dict | None = None,
+        regex: str | None = None,
+        **options: Any,
+    ) -> Job:
+        """What `stream` generates, ready for `run` or a `schedule.Scheduler`; takes the same and raises the same."""
         effective = self.options.override(max_tokens=max_tokens, **options)
         messages = messages_of(prompt, system, images, video)
         row = self._row(messages, seed, effective, thinking, tools)
-        control = verbs.constraint(self, [row], effective, schema, regex, thinking, tools)
-        return self._events([row], effective, session, drafts, control)
+        return Job(row, effective, verbs.constraint(self, [row], effective, schema, regex, thinking, tools))
+
+    def run(self, job: Job, session: Session | None = None, drafts: bool = True) -> Iterator[Draft | Block | Finished]:
+        """Generate what was prepared, event by event, as `stream` does."""
+        for event in self._events([job.row], job.options, session, drafts, job.control):
+            if isinstance(event, Finished) and job.refine:
+                event = Finished(job.refine(event.result))
+            yield event
 
     def generate_batch(
         self,
@@ -189,7 +204,7 @@ class Engine:
         Raises:
             PromptError, OptionError: as `stream`.
         """
-        return self._last(verbs.infill(self, prefix, suffix, drafts=False, **arguments))
+        return self._last(self.run(verbs.infill(self, prefix, suffix, **arguments), drafts=False))
 
     def fill(self, template: str, holes: verbs.Holes, **arguments: Any) -> Result:
         """Fill a template's holes: the text is the template, with `r.holes` in place of the names in braces.
@@ -204,7 +219,7 @@ class Engine:
         Raises:
             PromptError, OptionError: as `stream`; a hole that only one of template and `holes` has.
         """
-        return self._last(verbs.fill(self, template, holes, drafts=False, **arguments))
+        return self._last(self.run(verbs.fill(self, template, holes, **arguments), drafts=False))
 
     def edit(self, text: str, instruction: str, **arguments: Any) -> Result:
         """Rewrite a text as an instruction says, beginning with the text itself rather than with noise.
@@ -219,7 +234,7 @@ class Engine:
         Raises:
             PromptError, OptionError: as `stream`.
         """
-        return self._last(verbs.edit(self, text, instruction, drafts=False, **arguments))
+        return self._last(self.run(verbs.edit(self, text, instruction, **arguments), drafts=False))
 
     @staticmethod
     def _last(events: Iterator[Draft | Block | Finished]) -> Result:

@@ -165,6 +165,7 @@ class Block:
     tokens: tuple[int, ...]  # the whole canvas, also what lies behind an end token
     text: str = ""  # answer text that is new and final (filled in by the engine)
     thinking: str = ""  # thinking text that is new and final
+    log_probs: tuple[float, ...] = ()  # of the tokens, in nats, as the last step's processed logits have them
 
 
 @dataclass(frozen=True)

@@ -35,4 +35,5 @@ class Result:
     tokens: list[int]
     finish_reason: str  # "stop", "length" or "tool_calls"
     stats: Stats
+    log_probs: list[float] = field(default_factory=list)  # of `tokens`, in nats, as their last step's logits have them
     holes: dict[str, str] = field(default_factory=dict)  # what `Engine.fill` put into each

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -10,6 +12,11 @@ from .images import Patches
 from .infill import Filling
 from .prefix import Prefix
 from .prompt import Answer
+
+if TYPE_CHECKING:
+    from .canvas import Control
+    from .generate import GenerationOptions
+    from .result import Result
 
 
 class Session:
@@ -64,3 +71,13 @@ class Row:
     steps: int = 0
     positions: int = 0  # denoised, summed over steps
     first_block: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt that is ready to be generated; it is used up by that."""
+
+    row: Row
+    options: GenerationOptions
+    control: Control | None = None
+    refine: Callable[[Result], Result] | None = None  # adds to the result what only the asker knows

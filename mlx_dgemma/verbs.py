@@ -1,31 +1,31 @@
-"""Infill, templates and edits: what an engine does beyond answering. Each becomes a row and its `Control`."""
+"""Infill, templates and edits: what an engine does beyond answering. Each becomes a `Job`."""
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .canvas import PARTS, Constrained, Control, Drafted
 from .constrain import Language, covers_lines
 from .errors import OptionError, PromptError
-from .generate import Finished
 from .infill import IN_VIEW, LONGEST, Filling, Hole, Seams, divide
 from .prompt import Answer, messages_of
 from .regular import literal, translate
 from .schema import to_regex
+from .session import Job
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .generate import Block, Draft, GenerationOptions
+    from .generate import GenerationOptions
+    from .result import Result
     from .session import Row
 
 GAP = "[...]"
 FILL_GAP = f"Write this text with something that fits in the place of {GAP}:\n\n"
 FILL_TEMPLATE = "Write this text with something that fits in the place of every {name}:\n\n"
-Events = Iterator["Draft | Block | Finished"]
 Holes = Mapping[str, int | str | Sequence[str]]
 
 
@@ -37,10 +37,9 @@ def infill(
     prompt: Any = None,
     length: int | None = None,
     seed: int | None = None,
-    drafts: bool = True,
     **options: Any,
-) -> Events:
-    """The events of `Engine.infill`."""
+) -> Job:
+    """The job of `Engine.infill`."""
     for name, text in (("prefix", prefix), ("suffix", suffix)):
         if not isinstance(text, str):
             raise OptionError(f"{name} is {text!r}; it should be a text.")
@@ -73,7 +72,7 @@ def infill(
         effective = effective.override(max_tokens=length and length + 1)  # and the end token
         row.answer = Answer(engine.tokenizer, effective.end_tokens, effective.max_tokens, skip=len(seams.tail))
         control = constrained(engine, [row], effective, language, "The hole")
-        return engine._events([row], effective, None, drafts, control)
+        return Job(row, effective, control)
     canvas, behind = engine.config.canvas_length, [*seams.behind, engine.turn_end]
     cut = divide(seams.before, len(behind), length or canvas // PARTS, canvas)
     on_canvas = seams.before[cut:]
@@ -81,7 +80,7 @@ def infill(
     most = max(min(LONGEST, canvas - len(on_canvas) - min(len(behind), IN_VIEW)), least)
     control = Hole(language, on_canvas, behind, [length] if length else range(least, most + 1), canvas)
     row.answer = Filling(control, engine.spelling, seams)
-    return engine._events([row], effective, None, drafts, control)
+    return Job(row, effective, control)
 
 
 def fill(
@@ -91,10 +90,9 @@ def fill(
     *,
     prompt: Any = None,
     seed: int | None = None,
-    drafts: bool = True,
     **options: Any,
-) -> Events:
-    """The events of `Engine.fill`."""
+) -> Job:
+    """The job of `Engine.fill`."""
     if not isinstance(template, str) or not isinstance(holes, Mapping):
         raise OptionError(f"template is a text and holes a mapping of their names; these are {template!r}, {holes!r}.")
     parts, names = _parse(template)
@@ -107,8 +105,7 @@ def fill(
     effective = _effective(engine, "fill", options)
     row = engine._row(messages_of(FILL_TEMPLATE + template if prompt is None else prompt), seed, effective)
     control = constrained(engine, [row], effective, engine.language(plain, "The template"), "The template")
-    events = engine._events([row], effective, None, drafts, control)
-    return _with_holes(events, parts, patterns)
+    return Job(row, effective, control, lambda result: _with_holes(result, parts, patterns))
 
 
 def edit(
@@ -118,10 +115,9 @@ def edit(
     *,
     strength: float = 0.5,
     seed: int | None = None,
-    drafts: bool = True,
     **options: Any,
-) -> Events:
-    """The events of `Engine.edit`."""
+) -> Job:
+    """The job of `Engine.edit`."""
     for name, given in (("text", text), ("instruction", instruction)):
         if not isinstance(given, str) or not given.strip():
             raise OptionError(f"{name} is {given!r}; it should be a text that is not empty.")
@@ -133,7 +129,7 @@ def edit(
         effective = effective.override(max_tokens=max(effective.max_tokens, 2 * len(draft)))
     row = engine._row(messages_of(f"{instruction.rstrip().removesuffix(':')}: {text}"), seed, effective)
     control = Drafted(draft, engine.turn_end, strength, engine.config.canvas_length, row.seed)
-    return engine._events([row], effective, None, drafts, control)
+    return Job(row, effective, control)
 
 
 def constrained(
@@ -229,7 +225,7 @@ def _parse(template: str) -> tuple[list[str], list[str]]:
     return parts, names
 
 
-def _with_holes(events: Events, parts: list[str], patterns: dict[str, str]) -> Events:
+def _with_holes(result: Result, parts: list[str], patterns: dict[str, str]) -> Result:
     compiled = {name: re.compile(pattern) for name, pattern in patterns.items()}
 
     def split(text: str, i: int) -> dict[str, str] | None:
@@ -244,11 +240,7 @@ def _with_holes(events: Events, parts: list[str], patterns: dict[str, str]) -> E
                 return {parts[i + 1]: text[:end], **rest}
         return None
 
-    for event in events:
-        if isinstance(event, Finished):
-            yield replace(event, result=replace(event.result, holes=split(event.result.text, 0) or {}))
-        else:
-            yield event
+    return replace(result, holes=split(result.text, 0) or {})
 
 
 def _effective(engine: Engine, verb: str, options: dict[str, Any]) -> GenerationOptions:

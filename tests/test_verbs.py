@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from support import engine_of, refusal
@@ -592,9 +593,9 @@ VERBS = {
 @pytest.mark.parametrize("name", VERBS)
 def test_streams_end_in_the_result(engine, few_lengths, name):
     verb, arguments, options = VERBS[name]
-    call = engine.stream if verb == "stream" else lambda *a, **k: getattr(verbs, verb)(engine, *a, **k)
-    *events, finished = call(*arguments, seed=4, **options)
-    *blocks, quiet = call(*arguments, seed=4, drafts=False, **options)
+    prepare = engine.prepare if verb == "stream" else partial(getattr(verbs, verb), engine)
+    *events, finished = engine.run(prepare(*arguments, seed=4, **options))
+    *blocks, quiet = engine.run(prepare(*arguments, seed=4, **options), drafts=False)
     steps = finished.result.stats.denoising_steps
     assert isinstance(finished, Finished)
     assert [type(event) for event in events] == [Draft] * steps + [Block]
