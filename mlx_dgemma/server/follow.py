@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
 from ..errors import DgemmaError
@@ -16,7 +16,7 @@ from .errors import ApiError
 @asynccontextmanager
 async def follow(
     scheduler: Scheduler, prepare: Callable[[], Job], drafts: bool = False
-) -> AsyncIterator[tuple[Accepted, AsyncIterator[Draft | Block | Finished]]]:
+) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Draft | Block | Finished]]]:
     """Submit a request: what was accepted, and its events; leaving the context cancels it.
 
     Args:
@@ -32,7 +32,7 @@ async def follow(
     def listen(event: Event) -> None:
         loop.call_soon_threadsafe(heard.put_nowait, event)
 
-    async def events() -> AsyncIterator[Draft | Block | Finished]:
+    async def events() -> AsyncGenerator[Draft | Block | Finished]:
         while True:
             event = _checked(await heard.get())
             if not isinstance(event, Accepted):
