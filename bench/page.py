@@ -190,7 +190,7 @@ def theme(visit: Visit) -> None:
     for system in ("light", "dark"):
         page.emulate_media(color_scheme=system)
         for _ in range(3):
-            seen[system, page.locator("#theme").inner_text()] = page.evaluate(ground)
+            seen[system, page.locator("#theme").inner_text()[2:]] = page.evaluate(ground)
             page.click("#theme")
     light, dark = seen["light", "Auto"], seen["dark", "Auto"]
     chosen = {system: (seen[system, "Light"], seen[system, "Dark"]) for system in ("light", "dark")}
