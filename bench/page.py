@@ -48,13 +48,13 @@ PACE = """() => {
     return read.call(this);
   };
 }"""
-DROP = """([name, kind, data]) => {
+GIVE = """([way, name, kind, data]) => {
   const bytes = Uint8Array.from(atob(data), (char) => char.charCodeAt(0));
   const transfer = new DataTransfer();
   transfer.items.add(new File([bytes], name, { type: kind }));
-  for (const type of ["dragover", "drop"]) {
-    document.body.dispatchEvent(new DragEvent(type, { bubbles: true, cancelable: true, dataTransfer: transfer }));
-  }
+  const how = { bubbles: true, cancelable: true, dataTransfer: transfer, clipboardData: transfer };
+  if (way === "paste") return document.querySelector("#prompt").dispatchEvent(new ClipboardEvent("paste", how));
+  for (const type of ["dragover", "drop"]) document.body.dispatchEvent(new DragEvent(type, how));
 }"""
 FOCUS = """() => {
   const one = document.activeElement, style = getComputedStyle(one);
@@ -95,9 +95,9 @@ class Visit:
         with urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/chat/completions", body, headers)) as got:
             return json.load(got)["choices"][0]["message"]["content"]
 
-    def drop(self, name: str, kind: str, data: bytes) -> None:
-        """Drop a file on the page."""
-        self.page.evaluate(DROP, [name, kind, base64.b64encode(data).decode()])
+    def give(self, way: str, name: str, kind: str, data: bytes) -> None:
+        """Drop or paste a file."""
+        self.page.evaluate(GIVE, [way, name, kind, base64.b64encode(data).decode()])
 
     def ask(self, prompt: str, seed: int | None = 0) -> str:
         """Type, send, wait for the end; returns the text of the answer."""
@@ -183,6 +183,28 @@ def conversation(visit: Visit) -> None:
     visit.shoot("conversation")
 
 
+def options(visit: Visit) -> None:
+    """What is set beside the prompt reaches the model."""
+    page = visit.page
+    page.click("#fresh")
+    page.fill("#tokens", "20")
+    for mode in ("exact", "fast"):
+        page.select_option("#mode", mode)
+        said = visit.ask(STORY)
+        same = said == visit.api([user(STORY)], seed=0, max_tokens=20, **{mode: True}) != ""
+        check(
+            f"mode {mode} and tokens are the API's",
+            same and "Cut" in visit.foot() and "20 tokens" in visit.foot(),
+            said,
+        )
+        page.click("#fresh")
+    page.select_option("#mode", "")
+    page.fill("#tokens", "")
+    visit.ask(PROMPT, seed=None)
+    page.locator(".foot button", has_text="seed").click()
+    check("a drawn seed can be used again", f"seed {page.locator('#seed').input_value()}" in visit.foot(), visit.foot())
+
+
 def theme(visit: Visit) -> None:
     """The theme follows the system and can be chosen."""
     page, ground = visit.page, "getComputedStyle(document.body).backgroundColor"
@@ -206,15 +228,20 @@ def pictures(visit: Visit) -> None:
     page = visit.page
     page.click("#fresh")
     check("a new conversation is empty", page.locator(".answer").count() == 0 and page.locator("#welcome").is_visible())
-    for name, color in (("red.png", (220, 40, 40)), ("blue.png", (50, 80, 220))):
-        visit.drop(name, "image/png", picture(color))
-        page.wait_for_selector(f"#pictures img[alt='{name}']")
+    red, green, blue = (picture(color) for color in ((220, 40, 40), (40, 170, 60), (50, 80, 220)))
+    page.set_input_files("#files", {"name": "red.png", "mimeType": "image/png", "buffer": red})
+    page.get_by_label("Remove red.png").wait_for()
+    visit.give("paste", "green.png", "image/png", green)
+    page.get_by_label("Remove green.png").wait_for()
+    visit.give("drop", "blue.png", "image/png", blue)
+    page.get_by_label("Remove blue.png").wait_for()
+    page.get_by_label("Remove green.png").click()
     page.get_by_label("Remove red.png").click()
-    check("a picture is removed", page.locator("#pictures img").count() == 1)
+    check("chosen, pasted, dropped; and removed", page.locator("#pictures img").count() == 1)
     page.fill("#prompt", COLOR)
     visit.shoot("composing")
     said = visit.ask(COLOR)
-    url = "data:image/png;base64," + base64.b64encode(picture((50, 80, 220))).decode()
+    url = "data:image/png;base64," + base64.b64encode(blue).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": COLOR}]
     check("a picture is seen", "blue" in said and said == visit.api([user(content)], seed=0), said)
     visit.shoot("picture")
@@ -224,10 +251,10 @@ def errors(visit: Visit) -> None:
     """A refusal is shown as a sentence, and the prompt is not lost."""
     page = visit.page
     answers = page.locator(".answer").count()
-    visit.drop("notes.txt", "text/plain", b"notes")
+    visit.give("drop", "notes.txt", "text/plain", b"notes")
     page.locator("#error", has_text="notes.txt").wait_for()
     check("only pictures are taken", "notes.txt is not a picture" in page.locator("#error").inner_text())
-    visit.drop("broken.png", "image/png", picture((0, 0, 0))[:60])
+    visit.give("drop", "broken.png", "image/png", picture((0, 0, 0))[:60])
     page.wait_for_selector("#pictures img")
     visit.ask(COLOR)
     told = page.locator("#error").inner_text()
@@ -300,7 +327,7 @@ def phone(visit: Visit) -> None:
     page.set_viewport_size(DESK)
 
 
-VISITS: list[Callable[[Visit], None]] = [settling, conversation, theme, pictures, errors, keyboard, phone]
+VISITS: list[Callable[[Visit], None]] = [settling, conversation, options, theme, pictures, errors, keyboard, phone]
 
 
 def main() -> None:
