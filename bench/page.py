@@ -90,10 +90,14 @@ class Visit:
 
     def api(self, messages: list[dict], **options: object) -> str:
         """The same answer without the page and without a stream."""
+        model = self._get("models")["data"][0]["id"]
+        body = json.dumps({"model": model, "messages": messages, **options}).encode()
+        return self._get("chat/completions", body)["choices"][0]["message"]["content"]
+
+    def _get(self, path: str, body: bytes | None = None) -> dict:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
-        body = json.dumps({"model": "demo", "messages": messages, **options}).encode()
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/chat/completions", body, headers)) as got:
-            return json.load(got)["choices"][0]["message"]["content"]
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/{path}", body, headers)) as got:
+            return json.load(got)
 
     def give(self, way: str, name: str, kind: str, data: bytes) -> None:
         """Drop or paste a file."""
@@ -167,7 +171,7 @@ def settling(visit: Visit) -> None:
     told = visit.catch(1, "settling-light")
     check("a story is the API's", told == visit.api([user(STORY)], seed=1) != "", told)
     drawn, shown, heard = page.evaluate("[window.drawn.size, window.shown.size, window.told]")
-    check("canvases are drawn while they settle", drawn >= 8, f"{drawn} drawings, {shown} texts")
+    check("canvases are drawn while they settle", drawn >= 4, f"{drawn} drawings, {shown} texts")
     check("only finished text is announced", "".join(heard) == said + told)
     check("a canvas is hidden from screen readers", page.locator(".canvas[aria-hidden=true]").count() == 1)
     check("no canvas is left", page.locator(".canvas span").count() == 0)
@@ -346,7 +350,10 @@ def main() -> None:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda one: one.type in ("error", "warning") and problems.append(one.text))
         page.add_init_script(f"({PACE})()")
-        page.goto(url)
+        policy = page.goto(url).headers.get("content-security-policy", "")
+        check(
+            "a policy lets the page ask nobody else", "default-src 'none'" in policy and "connect-src 'self'" in policy
+        )
         visit = Visit(page, url, args.key, args.shots)
         visit.shoot("welcome")
         unlock(visit)
