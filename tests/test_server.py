@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import math
 import re
@@ -16,18 +17,21 @@ from serving import Script, ask, post, serving
 from support import BLUE, RED, engine_of, square
 
 import mlx_dgemma
-from mlx_dgemma import Draft, OptionError, PromptError
+from mlx_dgemma import Draft, OptionError, PromptError, verbs
 from mlx_dgemma.checkpoint import DEMO
 from mlx_dgemma.generate import Block
 from mlx_dgemma.schedule import Busy, Failed, Scheduler, Stopping
 from mlx_dgemma.schema import to_regex
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.chat import any_object
+from mlx_dgemma.server.completions import Cut
 from mlx_dgemma.server.settings import Settings
 
 MODEL = "demo"
 JSON_PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."
 COUNT = "Count from 1 to 30."
+QUICK = {"max_denoising_steps": 3}
+SHORT = {**QUICK, "max_tokens": 24}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -101,8 +105,8 @@ def test_a_seed_that_was_drawn_repeats_the_answer(client):
 
 def test_several_choices_are_several_seeds(client):
     story = "Tell a story about a cat named Mia."
-    texts = [expected(story, seed=seed, max_tokens=24).text for seed in (5, 6, 7)]
-    answer = chat(client, story, seed=5, n=3, max_tokens=24)
+    texts = [expected(story, seed=seed, **SHORT).text for seed in (5, 6, 7)]
+    answer = chat(client, story, seed=5, n=3, extra_body=SHORT)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert [choice.message.content for choice in answer.choices] == texts
     assert len(set(texts)) > 1
@@ -112,8 +116,10 @@ def test_several_choices_are_several_seeds(client):
 
 
 def test_a_stream_is_the_same_in_pieces(client):
-    texts = [expected(COUNT, seed=seed).text for seed in (0, 1)]
-    chunks = list(chat(client, COUNT, seed=0, n=2, stream=True, stream_options={"include_usage": True}))
+    texts = [expected(COUNT, seed=seed, **QUICK).text for seed in (0, 1)]
+    chunks = list(
+        chat(client, COUNT, seed=0, n=2, stream=True, stream_options={"include_usage": True}, extra_body=QUICK)
+    )
     *parts, last = chunks
     assert last.choices == [] and last.usage.completion_tokens > 100
     assert all(part.usage is None for part in parts)
@@ -135,9 +141,9 @@ def test_without_being_asked_a_stream_tells_no_usage(client):
 
 
 def test_drafts_are_the_engines(client):
-    events = list(engine_of(DEMO).stream(COUNT, seed=3))
+    events = list(engine_of(DEMO).stream(COUNT, seed=3, **QUICK))
     drafts = [event for event in events if isinstance(event, Draft)]
-    parts = chat(client, COUNT, seed=3, stream=True, extra_body={"drafts": True})
+    parts = chat(client, COUNT, seed=3, stream=True, extra_body={"drafts": True, **QUICK})
     told = [part.draft for part in parts if getattr(part, "draft", None)]
     assert [(one["index"], one["block"], one["step"]) for one in told] == [(0, d.block, d.step) for d in drafts]
     ends = engine_of(DEMO).options.end_tokens
@@ -170,8 +176,8 @@ def test_temperature(client):
         ({"temperature": 1.5, "seed": 4}, {"seed": 4, "t_min": own.t_min * 1.5, "t_max": own.t_max * 1.5}),
         ({"temperature": 2, "seed": 4}, {"seed": 4, "t_min": own.t_min * 2, "t_max": own.t_max * 2}),
     ):
-        told = chat(client, story, max_tokens=24, **given)
-        same = expected(story, max_tokens=24, **schedule)
+        told = chat(client, story, extra_body=SHORT, **given)
+        same = expected(story, **SHORT, **schedule)
         assert told.choices[0].message.content == same.text
         assert told.stats["denoising_steps"] == same.stats.denoising_steps
 
@@ -318,12 +324,13 @@ def data_of(picture):
 
 
 def test_a_picture(client):
+    options = {"image_tokens": 70, "exact": True}
     for color, name in ((RED, "red"), (BLUE, "blue")):
-        picture = square(color)
+        picture = square(color, half=35)
         parts = [{"type": "image_url", "image_url": {"url": data_of(picture), "detail": "auto"}}]
         parts.append({"type": "text", "text": "What color is the shape?"})
-        answer = chat(client, [{"role": "user", "content": parts}], seed=0, extra_body={"image_tokens": 70})
-        same = expected("What color is the shape?", images=[picture], seed=0, image_tokens=70)
+        answer = chat(client, [{"role": "user", "content": parts}], seed=0, extra_body=options)
+        same = expected("What color is the shape?", images=[picture], seed=0, **options)
         assert answer.choices[0].message.content == same.text == f"The square is {name}."
         assert answer.usage.prompt_tokens == same.stats.prompt_tokens
 
@@ -366,7 +373,7 @@ REFUSED = [
     ({"messages": [{"role": "user", "content": "<|image|>"}]}, "messages",
      "The prompt has 1 <|image|> placeholders, but 0 sources are given for them; they must agree."),
     ({"messages": [{"role": "user", "content": "word " * 5000}]}, "messages",
-     "The prompt has 10012 tokens, but the context leaves room for 4032 beside a canvas of 64; shorten it."),
+     "The prompt has 5012 tokens, but the context leaves room for 4032 beside a canvas of 64; shorten it."),
     ({"messages": [{"role": "tool", "tool_call_id": "a", "content": "x"}]}, "messages[0].tool_call_id",
      "messages[0].tool_call_id is 'a'; it should be the id of a call in an earlier assistant message."),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "[]"}}]}]},
@@ -402,7 +409,8 @@ REFUSED = [
      "out."),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object", "not": {}}}}},
      "response_format", None),
-    ({"regex": "("}, "regex", None),
+    ({"regex": "("}, "regex",
+     "The pattern '(' is not a regular expression: missing ), unterminated subpattern at position 0."),
     ({"regex": "a", "response_format": {"type": "json_object"}}, "regex",
      "regex is 'a'; but response_format asks for JSON: leave one out."),
     ({"tool_choice": "required"}, "tool_choice",
@@ -531,7 +539,7 @@ def test_no_room(error, status, code, message, stream):
     ],
 )
 def test_an_error_in_a_stream_ends_it(error, shown):
-    script = Script(Block(0, 0, 1, (5,), "Once"), Failed(error))
+    script = Script(Block(block=0, steps=1, tokens=(5,), text="Once"), Failed(error))
     body = json.dumps({"messages": said("Hi."), "stream": True}).encode()
     status, headers, answer = ask(create_app(script, Settings()), "POST", CHAT, (), (body, b""))
     assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
@@ -586,7 +594,7 @@ def test_who_leaves_is_not_answered(scheduler, url, path, asked, stream):
 
 
 def test_a_text_is_continued(client):
-    prefix = "Once there was a cat named Mia. Mia lived in a"
+    prefix = "Hello"
     same = engine_of(DEMO).infill(prefix, "", seed=2, max_tokens=20)
     answer = client.completions.create(model=MODEL, prompt=prefix, seed=2, max_tokens=20)
     assert (answer.object, answer.choices[0].text) == ("text_completion", same.text)
@@ -597,26 +605,43 @@ def test_a_text_is_continued(client):
     assert parts[-1].choices[0].finish_reason == same.finish_reason
 
 
-def test_a_hole_is_filled(client):
-    prefix, suffix = "The cat saw a ", " in the garden."
-    same = engine_of(DEMO).infill(prefix, suffix, seed=0, max_denoising_steps=8)
-    options = {"seed": 0, "max_tokens": 64, "extra_body": {"max_denoising_steps": 8}}
-    answer = client.completions.create(model=MODEL, prompt=prefix, suffix=suffix, **options)
+def test_a_hole_is_filled(client, monkeypatch):
+    monkeypatch.setattr(verbs, "LONGEST", 4)  # lengths that are tried, for speed
+    prefix, suffix, options = "The cat saw a ", " in the garden.", {"seed": 0, "max_denoising_steps": 8}
+    same = engine_of(DEMO).infill(prefix, suffix, **options)
+    asked = {"prompt": prefix, "suffix": suffix, "max_tokens": 64, "model": MODEL, "extra_body": options}
+    answer = client.completions.create(**asked)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (same.text, "stop")
-    cut = client.completions.create(model=MODEL, prompt=prefix, suffix=suffix, stop=same.text[1:3], **options)
-    assert (cut.choices[0].text, cut.choices[0].finish_reason) == (same.text[: same.text.find(same.text[1:3])], "stop")
+    assert same.text
+    cut = client.completions.create(**asked, stop=same.text[0])
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == ("", "stop")
 
 
 def test_a_continuation_stops(client):
-    prefix, options = "1, 2, 3,", {"seed": 0, "max_tokens": 40}
-    whole = engine_of(DEMO).infill(prefix, "", **options).text
-    assert len(whole) > 4
-    stop = whole[2:4]
+    whole = engine_of(DEMO).infill("Hello", "", seed=2, max_tokens=20).text
+    stop = whole[4:6]
+    assert 0 < whole.find(stop) < len(whole) - 2
     for stream in (False, True):
-        answer = client.completions.create(model=MODEL, prompt=prefix, stop=stop, stream=stream, **options)
+        answer = client.completions.create(
+            model=MODEL, prompt="Hello", stop=[stop, "\x00"], stream=stream, seed=2, max_tokens=20
+        )
         choices = [part.choices[0] for part in answer] if stream else [answer.choices[0]]
         assert "".join(choice.text for choice in choices) == whole[: whole.find(stop)]
         assert choices[-1].finish_reason == "stop"
+
+
+def test_a_stop_string_in_pieces():
+    text, stops = "aab abc aabc", ["abc", "zz"]
+    for cuts in itertools.combinations(range(1, len(text)), 3):
+        cut, told = Cut(stops), ""
+        for start, end in itertools.pairwise((0, *cuts, len(text))):
+            told += cut.add(text[start:end])
+            assert "aab ".startswith(told)
+        assert (told + cut.add("", last=True), cut.over) == ("aab ", True)
+    for whole in ("", "a", "ab", "abz"):
+        cut = Cut(stops)
+        assert "".join([*map(cut.add, whole), cut.add("", last=True)]) == whole
+        assert not cut.over
 
 
 COMPLETIONS_REFUSED = [
