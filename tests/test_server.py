@@ -9,6 +9,7 @@ import re
 import socket
 import time
 from contextlib import contextmanager
+from functools import cache
 
 import jsonschema
 import openai
@@ -21,7 +22,7 @@ from mlx_dgemma import Draft, OptionError, PromptError, verbs
 from mlx_dgemma.checkpoint import DEMO
 from mlx_dgemma.generate import Block
 from mlx_dgemma.schedule import Busy, Failed, Scheduler, Stopping
-from mlx_dgemma.schema import to_regex
+from mlx_dgemma.schema import SUPPORTED, to_regex
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.chat import any_object
 from mlx_dgemma.server.completions import Cut
@@ -71,6 +72,7 @@ def chat(client, prompt, **options):
     return client.chat.completions.create(model=MODEL, messages=messages, **options)
 
 
+@cache
 def expected(prompt, **options):
     return engine_of(DEMO).generate(prompt, **options)
 
@@ -97,8 +99,8 @@ def test_an_answer_is_the_engines(client):
 
 def test_a_seed_that_was_drawn_repeats_the_answer(client):
     story = "Tell a story about a cat named Mia."
-    answer = chat(client, story, max_tokens=40)
-    again = chat(client, story, max_completion_tokens=40, seed=answer.stats["seed"])
+    answer = chat(client, story, max_tokens=24, extra_body=QUICK)
+    again = chat(client, story, max_completion_tokens=24, seed=answer.stats["seed"], extra_body=QUICK)
     assert again.choices[0].message.content == answer.choices[0].message.content
     assert {answer.choices[0].finish_reason, again.choices[0].finish_reason} <= {"stop", "length"}
 
@@ -170,10 +172,8 @@ def test_temperature(client):
     own = engine_of(DEMO).options
     story = "Tell a story about a fox named Leo."
     for given, schedule in (
-        ({"temperature": 1, "seed": 4}, {"seed": 4}),
         ({"temperature": 0}, {"seed": 0}),
         ({"temperature": 0, "seed": 4}, {"seed": 4}),
-        ({"temperature": 1.5, "seed": 4}, {"seed": 4, "t_min": own.t_min * 1.5, "t_max": own.t_max * 1.5}),
         ({"temperature": 2, "seed": 4}, {"seed": 4, "t_min": own.t_min * 2, "t_max": own.t_max * 2}),
     ):
         told = chat(client, story, extra_body=SHORT, **given)
@@ -209,7 +209,9 @@ def test_thinking(client, asked):
 
 def test_not_thinking(client):
     for asked in ({"reasoning_effort": "none"}, {"thinking": False}, {}):
-        message = chat(client, "What is 23 + 45?", seed=1, extra_body=asked).choices[0].message
+        message = (
+            chat(client, "What is 23 + 45?", seed=1, extra_body={**asked, "max_denoising_steps": 1}).choices[0].message
+        )
         assert not hasattr(message, "reasoning_content")
 
 
@@ -233,7 +235,7 @@ def test_a_json_schema(client):
     schema["required"] = ["name", "age"]
     form = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": schema}}
     answer = chat(client, JSON_PROMPT, seed=0, response_format=form)
-    assert answer.choices[0].message.content == expected(JSON_PROMPT, seed=0, schema=schema).text
+    assert answer.choices[0].message.content == engine_of(DEMO).generate(JSON_PROMPT, seed=0, schema=schema).text
     jsonschema.validate(json.loads(answer.choices[0].message.content), schema)
 
 
@@ -325,12 +327,12 @@ def data_of(picture):
 
 def test_a_picture(client):
     options = {"image_tokens": 70, "exact": True}
-    for color, name in ((RED, "red"), (BLUE, "blue")):
+    for color, name in ((RED, "red"), (BLUE, "blue")):  # both are seen, so the picture is
         picture = square(color, half=35)
         parts = [{"type": "image_url", "image_url": {"url": data_of(picture), "detail": "auto"}}]
         parts.append({"type": "text", "text": "What color is the shape?"})
         answer = chat(client, [{"role": "user", "content": parts}], seed=0, extra_body=options)
-        same = expected("What color is the shape?", images=[picture], seed=0, **options)
+        same = engine_of(DEMO).generate("What color is the shape?", images=[picture], seed=0, **options)
         assert answer.choices[0].message.content == same.text == f"The square is {name}."
         assert answer.usage.prompt_tokens == same.stats.prompt_tokens
 
@@ -351,6 +353,7 @@ def test_a_bomb_of_pixels_is_not_decoded(client):
 
 # refusals
 
+NOT = f"The schema at # has not, which is not supported; supported are {', '.join(SUPPORTED)}."
 REFUSED = [
     ({"messages": None}, "messages", "messages is missing; give it."),
     ({"messages": []}, "messages", "The prompt is []; give a text or a list of messages."),
@@ -408,7 +411,9 @@ REFUSED = [
      "response_format is an object of 1; but tools are given, and a call of one would have another form: leave one "
      "out."),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object", "not": {}}}}},
-     "response_format", None),
+     "response_format", NOT),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "minLength": 10**30}}}},
+     "response_format", "A number in the request is too large; give a smaller one."),
     ({"regex": "("}, "regex",
      "The pattern '(' is not a regular expression: missing ), unterminated subpattern at position 0."),
     ({"regex": "a", "response_format": {"type": "json_object"}}, "regex",
@@ -447,15 +452,18 @@ REFUSED = [
 
 @pytest.mark.parametrize("changes, param, message", REFUSED, ids=[f"{one[1]}-{i}" for i, one in enumerate(REFUSED)])
 def test_what_cannot_be_honoured_is_refused(client, changes, param, message):
-    for stream in (False, True) if "stream_options" not in changes and "drafts" not in changes else (False,):
-        with pytest.raises(openai.BadRequestError) as caught:
-            client.post(
-                "/chat/completions", cast_to=object, body={"messages": said("Hello."), "stream": stream, **changes}
-            )
-        told = caught.value.body
-        assert (told["param"], told["type"]) == (param, "invalid_request_error")
-        assert told["message"] == (message or told["message"])
-        assert (told["code"] == "context_length_exceeded") == ("context leaves room" in told["message"])
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post("/chat/completions", cast_to=object, body={"messages": said("Hello."), **changes})
+    told = caught.value.body
+    assert (told["param"], told["type"]) == (param, "invalid_request_error")
+    assert told["message"] == message
+    assert (told["code"] == "context_length_exceeded") == ("context leaves room" in told["message"])
+
+
+def test_a_wrong_prompt_is_refused_before_its_stream(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, " ", stream=True, n=2)
+    assert caught.value.body["message"] == "Message 0 is empty; say what you want."
 
 
 def test_what_changes_nothing_is_accepted(client):
