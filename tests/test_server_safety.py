@@ -10,12 +10,13 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import openai
 import pytest
 from click.testing import CliRunner
-from serving import Script, ask, post, serving
+from serving import Script, ask, chat, post, serving
 from support import refusal
 
 from mlx_dgemma import OptionError, cli, engine
@@ -212,6 +213,19 @@ def bomb(side):
 
 def data_of(content):
     return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_of_pixels_is_not_decoded(client):
+    parts = [{"type": "image_url", "image_url": {"url": data_of(bomb(10_000))}}]
+    began = time.perf_counter()
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, [{"role": "user", "content": parts}])
+    assert time.perf_counter() - began < 5
+    assert caught.value.param == "messages"
+    assert caught.value.body["message"].endswith(
+        "has 10000 x 10000 pixels; at most 50 million are read, so make it smaller."
+    )
 
 
 def test_too_many_pictures():
