@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from .errors import OptionError
 from .session import Session
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class PrefixCache:
         engine: whose prefixes they are.
         budget: bytes of unified memory.
         folder: where they outlive the process, as many bytes again; None: nowhere.
+
+    Raises:
+        OptionError: a folder that cannot be made or read.
     """
 
     def __init__(self, engine: Engine, budget: int, folder: Path | None = None):
@@ -42,8 +46,13 @@ class PrefixCache:
         self._unsaved: list[str] = []
         self._key = "" if folder is None else fingerprint(engine)
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._load(folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._load(folder)
+            except OSError as error:
+                raise OptionError(
+                    f"The cache folder {folder} cannot be used ({error.strerror}); name another."
+                ) from None
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import warnings
+from pathlib import Path
 
 import click
 
@@ -14,6 +15,8 @@ from .cli_common import load_engine, model_options
 from .errors import OptionError
 from .server.settings import Settings, model_name
 from .terminal import Terminal
+
+MOST_CACHE = 4 * 2**30  # bytes
 
 
 @click.command(epilog="README.md lists what requests may hold.")
@@ -23,6 +26,17 @@ from .terminal import Terminal
 @click.option("--api-key", envvar="MLX_DGEMMA_API_KEY", show_envvar=True, metavar="KEY", help="Asked of everybody.")
 @click.option("--rows", type=click.IntRange(1), default=8, show_default=True, help="Answers denoised together.")
 @click.option("--waiting", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--cache-size",
+    type=click.FloatRange(0),
+    metavar="GIB",
+    help="Memory for prefixes of earlier requests; 0 keeps none.  [default: a quarter of what is free, at most 4]",
+)
+@click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder where they outlive the server; it takes as much again.",
+)
 @click.option("--cors-origin", "origins", multiple=True, metavar="ORIGIN", help="Pages that may ask; repeatable.")
 @click.option("--allowed-host", "hosts", multiple=True, metavar="NAME", help="Further name of this server; repeatable.")
 @click.option(
@@ -32,7 +46,11 @@ from .terminal import Terminal
     show_default=True,
     help="That running answers get when the server is stopped.",
 )
+@click.option("--install", is_flag=True, help="Run so at every login, as a launchd agent (macOS).")
+@click.option("--uninstall", is_flag=True, help="Remove that agent.")
+@click.pass_context
 def serve(
+    ctx: click.Context,
     model: str | None,
     dtype: str | None,
     ignore_memory: bool,
@@ -41,9 +59,13 @@ def serve(
     api_key: str | None,
     rows: int,
     waiting: int,
+    cache_size: float | None,
+    cache_dir: Path | None,
     origins: tuple[str, ...],
     hosts: tuple[str, ...],
     shutdown_seconds: float,
+    install: bool,
+    uninstall: bool,
 ) -> None:
     """Answer over HTTP, as OpenAI's API does, until Ctrl-C.
 
@@ -60,14 +82,23 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
+    if cache_dir is not None and cache_size == 0:
+        raise click.UsageError("--cache-size is 0, so --cache-dir would hold nothing; leave one out.")
     settings = Settings(model_name(model), host, api_key, hosts, origins, shutdown_seconds)
     terminal = Terminal()
+    if install or uninstall:
+        _agent(ctx, install and uninstall, install, api_key, terminal)
+        return
     with _listen(host, port) as listening:
         engine = load_engine(model, dtype, ignore_memory, terminal)
+        from .memory import spare
         from .schedule import Scheduler
         from .server.app import create_app
 
-        app = create_app(Scheduler(engine, rows=rows, waiting=waiting), settings)
+        free = min(spare(engine.checkpoint, rows) // 4, MOST_CACHE)
+        kept = free if cache_size is None else round(cache_size * 2**30)
+        scheduler = Scheduler(engine, rows=rows, waiting=waiting, cache_bytes=kept, cache_dir=cache_dir)
+        app = create_app(scheduler, settings)
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("mlx_dgemma").setLevel(logging.INFO)
         warnings.filterwarnings("ignore", category=UserWarning, module="mlx_dgemma")  # they quote answers
@@ -85,6 +116,19 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         terminal.warn(f"Listening on http://{name}:{listening.getsockname()[1]}/v1; Ctrl-C stops it.")
         server.run(sockets=[listening])
+
+
+def _agent(ctx: click.Context, both: bool, install: bool, api_key: str | None, terminal: Terminal) -> None:
+    """Install or remove the launchd agent, with the options that stand on this command line."""
+    from .server import service
+
+    if both:
+        raise click.UsageError("--install and --uninstall are two things to do; give one.")
+    if not install:
+        terminal.warn(f"Removed {service.uninstall()}.")
+        return
+    given = sys.argv[sys.argv.index(ctx.info_name or "serve") + 1 :]
+    terminal.warn(f"Installed {service.install(given, api_key)}; --uninstall removes it.")
 
 
 def _listen(host: str, port: int) -> socket.socket:

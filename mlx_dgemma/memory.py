@@ -85,6 +85,13 @@ def settle(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool | 
     return dtype, dequantize
 
 
+def spare(checkpoint: Checkpoint, rows: int) -> int:
+    """Bytes left beside a loaded checkpoint and so many prompts of `context` tokens; 0 where nothing is."""
+    dtype, dequantize = settle(checkpoint)
+    needed = need(checkpoint, context(checkpoint), dtype, dequantize)
+    return max(available() - needed.total - (rows - 1) * needed.prefix, 0)
+
+
 def available() -> int:
     """Bytes that MLX's default device can hold: Metal's recommended working set, a GPU's or the machine's memory."""
     info = mx.device_info()
