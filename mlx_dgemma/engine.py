@@ -189,11 +189,12 @@ class Engine:
         if seeds is not None and len(seeds) != len(prompts):
             raise OptionError(f"There are {len(prompts)} prompts and {len(seeds or ())} seeds; give one seed a prompt.")
         jobs = [self.prepare(prompt, seed=seeds[i] if seeds else None, **arguments) for i, prompt in enumerate(prompts)]
-        loop, results = Loop(self.model), {}
+        loop, results, looked = Loop(self.model), {}, {}
         mx.reset_peak_memory()
         with memory.wired_limit():
             for job in jobs:
                 self.start(loop, job)
+                job.session.features = looked  # a picture in several prompts is looked at once
             while loop.jobs:
                 for job, event in self.advance(loop):
                     if isinstance(event, Exception):

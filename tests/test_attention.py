@@ -136,20 +136,20 @@ def test_chunks_keep_the_dtype_and_its_precision(chunked, spread):
 
 def test_what_fits_is_computed_in_one_piece(monkeypatch):
     """Up to the budget to the byte; beyond it in chunks of a multiple of 256 keys."""
-    queries, keys, values = draw(2, 4, 2, 3, 1700)
+    queries, keys, values = draw(2, 4, 2, 3, 5000)
     asked = []
     monkeypatch.setattr(Mask, "part", lambda self, start, end: asked.append((start, end)))
-    monkeypatch.setattr(layers, "SCORES", 2 * 4 * 3 * 1700 * 4)
-    attend(queries, keys, values, Mask(np.arange(1700)))
-    assert asked == [(0, 1700)]
+    monkeypatch.setattr(layers, "SCORES", 2 * 4 * 3 * 5000 * 4)
+    attend(queries, keys, values, Mask(np.arange(5000)))
+    assert asked == [(0, 5000)]
     asked.clear()
-    monkeypatch.setattr(layers, "SCORES", 2 * 4 * 3 * 1700 * 4 - 1)
-    attend(queries, keys, values, Mask(np.arange(1700)))
-    assert asked == [(0, 768), (768, 1536), (1536, 1700)]
+    monkeypatch.setattr(layers, "SCORES", 2 * 4 * 3 * 5000 * 4 - 1)
+    attend(queries, keys, values, Mask(np.arange(5000)))
+    assert asked == [(start, min(start + 512, 5000)) for start in range(0, 5000, 512)]
     asked.clear()
     monkeypatch.setattr(layers, "SCORES", 1)
-    attend(queries, keys, values, Mask(np.arange(1700)))
-    assert asked == [(i, min(i + 256, 1700)) for i in range(0, 1700, 256)]
+    attend(queries, keys, values, Mask(np.arange(5000)))
+    assert asked == [(i, min(i + 256, 5000)) for i in range(0, 5000, 256)]
 
 
 def peak(queries, keys, values):
@@ -193,7 +193,7 @@ def test_a_model_in_chunks_gives_the_same_logits(chunked, kinds, keys):
         hidden = [model.encode(tokens[:, a:b], prefix, mask=padded[:, a:b]) for a, b in ((0, 2), (2, 12))]
         prefix.pad(padded[:, 12:])
         embedded = model._embed(tokens[:, 12:])
-        hidden.append(model._run(embedded, prefix, prefix.encode_masks(9, spans), scalars, canvas=False))
+        hidden.append(model._run(embedded, [prefix], [prefix.encode_masks(9, spans)], scalars, canvas=False))
         prefix.offset += 9
         first = model.denoise(canvas, prefix)
         hidden.append(model.encode(more, prefix))
