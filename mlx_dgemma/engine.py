@@ -189,7 +189,8 @@ class Engine:
         if seeds is not None and len(seeds) != len(prompts):
             raise OptionError(f"There are {len(prompts)} prompts and {len(seeds or ())} seeds; give one seed a prompt.")
         jobs = [self.prepare(prompt, seed=seeds[i] if seeds else None, **arguments) for i, prompt in enumerate(prompts)]
-        loop, results, looked = Loop(self.model), {}, {}
+        loop, results = Loop(self.model), {}
+        looked: dict[str, mx.array] = {}
         mx.reset_peak_memory()
         with memory.wired_limit():
             for job in jobs:
