@@ -152,8 +152,8 @@ class Fields:
 
     def done(self) -> None:
         """Refuse what was not read."""
-        for name in self.given:
-            if name not in self._read:
+        for name, value in self.given.items():
+            if name not in self._read and value is not None:
                 raise ApiError(
                     f"{self.path(shown_name(name))} is not supported here; leave it out.", self.path(shown_name(name))
                 )

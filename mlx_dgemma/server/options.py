@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -11,12 +12,14 @@ from ..errors import DgemmaError, OptionError, PromptError
 from ..generate import GenerationOptions
 from ..images import BUDGETS
 from .errors import ApiError
-from .fields import Fields
+from .fields import Fields, shown
+from .settings import Settings
 
 FLAGS = ("exact", "fast")
 WHOLES = {"max_denoising_steps": 1, "stability_threshold": 0, "patience": 0, "image_tokens": 1}
 NUMBERS = ("entropy_bound", "t_min", "t_max", "confidence_threshold", "certainty_threshold")
 STOPS = 4  # stop strings at most
+CHOICES = 8  # answers to one request at most
 _NAMES = {field.name for field in dataclass_fields(GenerationOptions)}
 
 
@@ -104,3 +107,62 @@ def _stop(fields: Fields) -> list[str] | None:
     if not isinstance(given, list) or len(given) > STOPS or not all(isinstance(one, str) and one for one in given):
         fields.refuse("stop", f"it should be a string that is not empty, or a list of up to {STOPS}")
     return given
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an answer is sent."""
+
+    model: str
+    choices: int
+    stream: bool
+    usage: bool  # at the end of a stream
+    drafts: bool
+
+
+def form_of(fields: Fields, settings: Settings) -> Form:
+    """Read model, n, stream, stream_options and drafts, and what is accepted because it changes nothing.
+
+    Raises:
+        ApiError: 404 for another model, as OpenAI does.
+    """
+    name = check_model(fields.text("model"), settings)
+    harmless(fields)
+    stream = fields.flag("stream", False)
+    drafts = fields.flag("drafts", False)
+    if drafts and not stream:
+        fields.refuse("drafts", "drafts are streamed: give stream true, or leave them out")
+    usage, given = False, fields.object("stream_options")
+    if given:
+        if not stream:
+            fields.refuse("stream_options", "there is no stream: give stream true, or leave it out")
+        usage = given.flag("include_usage", False)
+        given.only("include_obfuscation", False, why="no padding is sent: leave it out")
+        given.done()
+    return Form(name, fields.whole("n", 1, CHOICES, 1), stream, usage, drafts)
+
+
+def check_model(name: str | None, settings: Settings) -> str:
+    """The served model's name, if it is meant.
+
+    Raises:
+        ApiError: another one is.
+    """
+    if name not in (None, "default", settings.model):
+        raise ApiError(
+            f"The model {shown(name)} is not served here; ask for {settings.model!r}, or leave it out.",
+            "model",
+            404,
+            "model_not_found",
+        )
+    return settings.model
+
+
+def harmless(fields: Fields) -> None:
+    """Read what needs no answer: labels of the asker's, no storing, and the only tier that there is."""
+    for name in ("user", "safety_identifier", "prompt_cache_key"):
+        fields.text(name)
+    if fields.has("metadata"):
+        Fields(fields.take("metadata"), "metadata")
+    fields.only("store", False, why="nothing is stored here: leave it out, or give false")
+    fields.only("service_tier", "auto", "default", why="there are no tiers here: leave it out")
