@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from ..prompt import Message
-from ..result import Result
+from ..prompt import Message, parts_of
 from .errors import ApiError
 from .fields import Fields, parse
+from .messages import data_url
 
 ROLES = ("user", "assistant", "system", "developer")
 STATUS = ("in_progress", "completed", "incomplete")
@@ -23,13 +22,17 @@ PARTS = {  # of the items that carry text: their part's name, and what a part ha
 Event = dict[str, Any]
 
 
-def messages_of_input(fields: Fields) -> list[Message]:
+def messages_of_input(fields: Fields, pictures: int) -> list[Message]:
     """Chat messages, as `prompt.messages_of` takes them, from `instructions` and `input`.
 
     What the model said in one turn (its thinking, its text, its calls) becomes one message.
 
+    Args:
+        fields: of the body.
+        pictures: that there may be.
+
     Raises:
-        ApiError: an item or part that is unknown, incomplete, or of something that is not stored here.
+        ApiError: an item or part that is unknown or incomplete, too many pictures, a call's output without the call.
     """
     messages: list[Message] = []
     if instructions := fields.text("instructions"):
@@ -63,11 +66,11 @@ def messages_of_input(fields: Fields) -> list[Message]:
             turn = message
             messages.append(message)
         else:
-            turn["tool_calls"] = [*turn.get("tool_calls", []), *message.pop("tool_calls", [])]
+            if calls := message.pop("tool_calls", None):
+                turn.setdefault("tool_calls", []).extend(calls)
             turn.update({name: value for name, value in message.items() if value})
-    for message in messages:
-        if not message.get("tool_calls"):
-            message.pop("tool_calls", None)
+    if len(parts_of(messages, "image")) > pictures:
+        raise ApiError(f"There are more than {pictures} pictures; send fewer.", "input")
     return messages
 
 
@@ -100,7 +103,7 @@ def _content(item: Fields, name: str, *kinds: str) -> Any:
             part.only("file_id", why="no files are kept here: give image_url, a data URL")
             part.only("detail", "auto", why="image_tokens bounds what pictures take: leave detail out")
             part.need("image_url")
-            parts.append({"type": "image_url", "image_url": {"url": part.text("image_url")}})
+            parts.append({"type": "image", "image": data_url(part.text("image_url"), part.path("image_url"))})
         else:
             part.need("text")
             parts.append({"type": "text", "text": part.text("text")})
@@ -177,6 +180,11 @@ class Reply:
         self._text = ""  # of it
         self._number = 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was told."""
+        return self._number > 0
+
     def begin(self) -> Iterator[Event]:
         """It was accepted."""
         for name in ("created", "in_progress"):
@@ -191,18 +199,23 @@ class Reply:
                 more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
                 yield self._event(f"response.{PARTS[kind][0]}.delta", **self._place(), delta=new, **more)
 
-    def finish(self, result: Result, **more: Any) -> Iterator[Event]:
+    def draft(self, draft: dict[str, Any]) -> Iterator[Event]:
+        """A canvas after a denoising step; an event of this model's own."""
+        yield self._event("response.draft", draft={"index": 0, **draft})
+
+    def finish(self, calls: list[dict[str, Any]], whole: bool, **more: Any) -> Iterator[Event]:
         """All was generated.
 
         Args:
+            calls: of tools, as chat answers have them.
+            whole: false where the text was cut.
             more: further fields of the response, `usage` among them.
         """
-        whole = result.finish_reason != "length"
-        if not self._items and not result.tool_calls:
+        if not self._items and not calls:
             yield from self._turn_to("message")
         yield from self._close("completed" if whole else "incomplete")
-        for call in result.tool_calls:
-            yield from self._tell_call(call["function"])
+        for call in calls:
+            yield from self._call(call["id"], **call["function"])
         self._response.update(more, completed_at=int(time.time()))
         if whole:
             yield self._end("completed")
@@ -249,15 +262,12 @@ class Reply:
         self._open = None
         yield self._settle(status=status, content=[part])
 
-    def _tell_call(self, function: dict[str, Any]) -> Iterator[Event]:
-        arguments = json.dumps(function["arguments"], ensure_ascii=False)
-        item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": f"call_{uuid.uuid4().hex}"}
-        yield from self._add({**item, "name": function["name"], "arguments": "", "status": "in_progress"})
+    def _call(self, call_id: str, name: str, arguments: str) -> Iterator[Event]:
+        item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call_id, "name": name}
+        yield from self._add({**item, "arguments": "", "status": "in_progress"})
         place = {"item_id": item["id"], "output_index": len(self._items) - 1}
         yield self._event("response.function_call_arguments.delta", **place, delta=arguments)
-        yield self._event(
-            "response.function_call_arguments.done", **place, name=function["name"], arguments=arguments
-        )
+        yield self._event("response.function_call_arguments.done", **place, name=name, arguments=arguments)
         yield self._settle(status="completed", arguments=arguments)
 
     def _add(self, item: dict[str, Any]) -> Iterator[Event]:
