@@ -282,7 +282,7 @@ def choose(
     mx.reset_peak_memory()
     started = time.perf_counter()
     with memory.wired_limit():
-        read_of = [plan.scores(engine.model, engine._encode([row], effective, None), noise) for row in rows]
+        read_of = [plan.scores(engine.model, engine.encoded(row, effective), noise) for row in rows]
     found, named = {}, {}
     for question, *said in zip(plan.questions, *read_of):
         scores, mass = [one for one, _ in said], said[0][1]

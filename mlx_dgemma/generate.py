@@ -1,13 +1,14 @@
 """The block loop: canvases of noise become blocks of text. It knows no text, terminal or HTTP.
 
 Three scopes: a step is one forward over the canvas, a block is one canvas until it settles, a commit
-encodes the block into the prefix. Whatever is watched, the draws are the same: every random number
-comes from a key that depends on the row's seed, the block and the step alone.
+encodes the block into the prefix. Whatever is watched and whoever is beside, the draws are the same: every
+random number comes from a key that depends on the job's seed, the block and the step alone.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,18 +16,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from . import memory, sampler
+from . import memory
 from .config import GenerationConfig, ProcessorConfig
-from .denoise import denoise_block
+from .denoise import Canvases, Step
 from .errors import OptionError
 from .images import check_budget
 from .layers import SCORES
 
 if TYPE_CHECKING:
-    from .canvas import Control
     from .model import DiffusionGemma
     from .prefix import Prefix
     from .result import Result
+    from .session import Job
 
 
 # How early a canvas is taken, by mode: bench/RESULTS.md has what that costs and saves.
@@ -146,7 +147,6 @@ class GenerationOptions:
 class Draft:
     """A canvas after one denoising step. Arrays are [C]; reading them changes nothing."""
 
-    row: int  # in a batch
     block: int  # from 0
     step: int  # denoising steps done in this block
     tokens: mx.array  # int32, the most probable token of every position
@@ -159,7 +159,6 @@ class Draft:
 class Block:
     """A canvas that settled."""
 
-    row: int
     block: int  # from 0
     steps: int  # denoising steps it took
     tokens: tuple[int, ...]  # the whole canvas, also what lies behind an end token
@@ -189,15 +188,21 @@ class Reader(Protocol):
         """No further block will come."""
 
 
-def prefill(
+def prefill(*arguments: Any, **named: Any) -> None:
+    """Encode a prompt; takes what `encoding` takes."""
+    for _ in encoding(*arguments, **named):
+        pass
+
+
+def encoding(
     model: DiffusionGemma,
     prefix: Prefix,
     tokens: np.ndarray,
     chunk: int | None,
     mask: np.ndarray | None = None,
     features: Sequence[mx.array | None] = (),
-) -> None:
-    """Encode a prompt chunk by chunk, so that memory is bounded by the chunk.
+) -> Iterator[None]:
+    """Encode a prompt chunk by chunk, so that memory is bounded by the chunk; others may go on in between.
 
     Args:
         tokens: [B, L] int32.
@@ -224,6 +229,7 @@ def prefill(
         evaluate(prefix)
         if end < tokens.shape[1]:
             mx.clear_cache()
+        yield
 
 
 def fitting_chunk(model: DiffusionGemma, batch_size: int, length: int) -> int:
@@ -264,63 +270,144 @@ def chunks(held: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def generate(
-    model: DiffusionGemma,
-    prefix: Prefix,
-    readers: Sequence[Reader],
-    options: GenerationOptions,
-    seeds: list[int],
-    control: Control | None = None,
-) -> Iterator[Draft | Block]:
-    """Generate blocks until every reader has finished; rows that have are dropped from the batch.
+@dataclass
+class _Group:
+    """Jobs whose canvases are denoised as one batch."""
 
-    Args:
-        prefix: the encoded prompts, one row each; extended by every block but a row's last.
-        readers: take each row's blocks and decide when it ends.
-        seeds: one per row; a row's tokens depend on its own seed alone.
-        control: what is asked of the canvases.
+    canvases: Canvases
+    jobs: list[Job]
+
+
+class Loop:
+    """Jobs that are generated together.
+
+    Canvases of jobs with the same sampler options are denoised as one batch. A job joins it with every canvas of its
+    own and leaves when that has settled, so nobody waits for another's; prompts are encoded a chunk at a time between
+    the steps of others.
     """
-    rows = list(range(len(readers)))
-    keys = mx.stack([mx.random.key(seed) for seed in seeds])
-    length, block = model.config.canvas_length, 0
-    while rows:
-        padding = np.zeros(len(rows)) if prefix.padding is None else np.asarray(prefix.padding)
-        full = prefix.offset - padding + length > model.config.text.max_position_embeddings
-        for row, cut in zip(rows, full):
-            if cut:
-                readers[row].cut("length")
-        rows, keys = _keep(rows, [i for i, cut in enumerate(full) if not cut], keys, prefix)
-        if not rows:
+
+    def __init__(self, model: DiffusionGemma):
+        self.model = model
+        self._encoding: deque[tuple[Job, Iterator[None]]] = deque()
+        self._ready: list[tuple[Any, Job, Canvases]] = []  # whose canvases wait for a border
+        self._groups: dict[Any, _Group] = {}
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All that have not ended."""
+        grouped = [job for group in self._groups.values() for job in group.jobs]
+        return [job for job, _ in self._encoding] + [job for _, job, _ in self._ready] + grouped
+
+    def add(self, job: Job, encoding: Iterator[None]) -> None:
+        """Take in a job, whose prompt this encodes."""
+        self._encoding.append((job, encoding))
+
+    def remove(self, job: Job) -> None:
+        """Forget a job, wherever it is."""
+        self._encoding = deque(one for one in self._encoding if one[0] is not job)
+        self._ready = [one for one in self._ready if one[1] is not job]
+        for key, group in list(self._groups.items()):
+            if job in group.jobs:
+                self._leave(key, [job])
+
+    def step(self) -> Iterator[tuple[Job, Draft | Block | Exception | None]]:
+        """One chunk of a prompt and one denoising step of every canvas.
+
+        Yields:
+            A job and its `Draft` or `Block`, or what it failed with; None where it has ended.
+        """
+        if self._encoding:
+            job, rest = self._encoding[0]
+            try:
+                if next(rest, self) is self:  # no chunk was left
+                    self._encoding.popleft()
+                    if job.control is not None:
+                        key = mx.random.key(job.row.seed)
+                        prefix = job.session.prefix
+                        job.row.positions += job.control.prepare(self.model, prefix, job.options, key)
+                    yield from self._begin(job)
+            except Exception as error:
+                self.remove(job)
+                yield job, error
+        self._join()
+        for key in list(self._groups):
+            yield from self._step(key)
+            self._join()
+
+    def _step(self, key: Any) -> Iterator[tuple[Job, Draft | Block | Exception | None]]:
+        group = self._groups[key]
+        step = group.canvases.step(ahead=not any(waiting == key for waiting, _, _ in self._ready))
+        jobs, over = list(group.jobs), []
+        for i, job in enumerate(jobs):
+            if job.drafts:
+                yield job, Draft(job.row.blocks, step.steps[i], step.best[i], step.accepted[i], step.entropy[i])
+            if step.done[i] or step.steps[i] == job.options.max_denoising_steps:
+                over.append(i)
+        if over:
+            self._leave(key, [jobs[i] for i in over])
+        for i in over:
+            try:
+                yield from self._end_block(jobs[i], step, i)
+            except Exception as error:
+                yield jobs[i], error
+
+    def _end_block(self, job: Job, step: Step, i: int) -> Iterator[tuple[Job, Block | None]]:
+        """Take a canvas that has settled, and go on with the next one or end."""
+        row, tokens = job.row, np.asarray(step.best[i]).tolist()
+        block, row.blocks = row.blocks, row.blocks + 1
+        row.steps += step.steps[i]
+        row.positions += step.steps[i] * len(tokens)
+        ended = row.answer.feed(tuple(tokens)) is not None
+        log_probs = np.log(np.asarray(step.confidence[i])).tolist()
+        yield job, Block(block, step.steps[i], tuple(tokens), log_probs=tuple(log_probs))
+        if ended:
+            yield job, None
             return
-        keys, block_keys = sampler.split(keys, 2)
-        step, over = None, [False] * len(rows)
-        left = [readers[row].left for row in rows]
-        layout, guide = (control.layout(rows), control.guide(rows, left)) if control else (None, None)
-        for step in denoise_block(model, prefix, options, block_keys, left, layout, guide):
-            for i, row in enumerate(rows):
-                if not over[i]:
-                    yield Draft(row, block, step.steps[i], step.best[i], step.accepted[i], step.entropy[i])
-            over = step.done
-        assert step is not None
-        going = []
-        for i, (row, tokens) in enumerate(zip(rows, np.asarray(step.best).tolist())):
-            if readers[row].feed(tuple(tokens)) is None:
-                going.append(i)
-                if control:
-                    control.commit(row, tokens)
-            yield Block(row, block, step.steps[i], tuple(tokens))
-        if not going:
-            return
-        rows, keys = _keep(rows, going, keys, prefix)
-        model.encode(step.best[mx.array(going)], prefix)
-        evaluate(prefix)
+        if job.control:
+            job.control.commit(0, tokens)
+        self.model.encode(step.best[i : i + 1], job.session.prefix)
+        evaluate(job.session.prefix)
+        job.session.held += tokens
         mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
-        block += 1
+        yield from self._begin(job)
 
+    def _begin(self, job: Job) -> Iterator[tuple[Job, None]]:
+        """Ready a job's next canvas, if the context has room for it."""
+        row, prefix, config = job.row, job.session.prefix, self.model.config
+        if prefix.offset + config.canvas_length > config.text.max_position_embeddings:
+            row.answer.cut("length")
+            yield job, None
+            return
+        row.key, key = mx.random.split(mx.random.key(row.seed) if row.key is None else row.key, 2)
+        left = [row.answer.left]
+        layout, guide = (job.control.layout([0]), job.control.guide([0], left)) if job.control else (None, None)
+        # What a step does not depend on is left out, so that more jobs are alike.
+        options = replace(
+            job.options, max_tokens=1, stop=(), prefill_chunk=None, image_tokens=70, fps=1.0, max_frames=1
+        )
+        canvases = Canvases(self.model, [prefix], options, key[None], left, layout, guide)
+        alike = options, canvases.length, layout is None, guide is None
+        self._ready.append((alike, job, canvases))
 
-def _keep(rows: list[int], going: list[int], keys: mx.array, prefix: Prefix) -> tuple[list[int], mx.array]:
-    """Drop every row of the batch but these; returns their numbers and random keys."""
-    if going and len(going) < len(rows):
-        prefix.keep(going)
-        keys = keys[mx.array(going)]
-    return [rows[i] for i in going], keys
+    def _join(self) -> None:
+        """Let canvases that are ready join their groups where no step is under way."""
+        waiting = []
+        for key, job, canvases in self._ready:
+            group = self._groups.get(key)
+            if group is None:
+                self._groups[key] = _Group(canvases, [job])
+            elif group.canvases.ahead:
+                waiting.append((key, job, canvases))
+            else:
+                group.canvases.join(canvases)
+                group.jobs.append(job)
+        self._ready = waiting
+
+    def _leave(self, key: Any, jobs: list[Job]) -> None:
+        group = self._groups[key]
+        rows = [i for i, job in enumerate(group.jobs) if job not in jobs]
+        if not rows:
+            del self._groups[key]
+            return
+        group.canvases.keep(rows)
+        group.jobs = [group.jobs[i] for i in rows]

@@ -10,8 +10,8 @@ and `DiffusionGemma.condition` compute the same from whole logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,7 +41,7 @@ class Reading(NamedTuple):
     probability: mx.array  # [B, C, K] float32, theirs; of logits rounded to the model's dtype, as conditioning is
     log_mass: mx.array  # float32, log-sum-exp of the logits so rounded
     hidden: mx.array  # [B, C, H], what was read
-    t: mx.array  # float32, the temperature
+    t: mx.array  # float32, the temperature: of all, or [B, 1, 1]
     stages: tuple[mx.array, ...]  # evaluated one after the other they take the memory of one chunk
     whole: mx.array | None = None  # [B, C, H] float32, the expected embedding under the whole vocabulary
 
@@ -66,6 +66,15 @@ class Reading(NamedTuple):
             likely=mx.where(where[..., None], tokens[..., None], self.likely),
             probability=mx.where(where[..., None], first.astype(mx.float32), self.probability),
         )
+
+    def map(self, function: Callable[..., mx.array], *others: Reading) -> Reading:
+        """The same with every array changed, together with the arrays of others."""
+        changed: dict[str, Any] = {"whole": None, "stages": () if others else self.stages}
+        for name in self._fields:
+            arrays = [getattr(one, name) for one in (self, *others)]
+            if name != "stages" and all(array is not None for array in arrays):
+                changed[name] = function(*arrays)
+        return Reading(**changed)
 
     def log_p(self, model: DiffusionGemma, tokens: mx.array) -> mx.array:
         """[B, C, N] float32 log-probabilities of N tokens at every position."""
@@ -98,9 +107,10 @@ class Reading(NamedTuple):
             diffuse = self.diffuse.flatten()
             index = mx.argsort(~diffuse)[:dense]
             states, log_mass = self.hidden.reshape(flat.shape)[index], self.log_mass.flatten()[index, None]
+            t = mx.broadcast_to(self.t, (*self.log_mass.shape, 1)).reshape(-1, 1)[index]
             whole = mx.zeros(states.shape, mx.float32)
             for start, end in chunks(model.config.text.vocab_size, dense, nbytes):
-                z = _round(processed(model, states, self.t, start, end), dtype)
+                z = _round(processed(model, states, t, start, end), dtype)
                 whole = whole + part(table, mx.exp(z - log_mass).astype(dtype), start, end, transpose=False)
                 states = mx.depends(states, [whole])  # one chunk in memory at a time
             flat[index] = mx.where(diffuse[index, None], whole.astype(dtype), flat[index])
@@ -113,9 +123,15 @@ class WholeReading(NamedTuple):
 
     whole: mx.array  # the logits
     best: mx.array
+    confidence: mx.array
     entropy: mx.array
     drawn: mx.array
     stages: tuple[mx.array, ...] = ()
+
+    def map(self, function: Callable[..., mx.array], *others: WholeReading) -> WholeReading:
+        """The same with every array changed, together with the arrays of others."""
+        arrays = [function(*some) for some in zip(self[:-1], *(one[:-1] for one in others))]
+        return WholeReading(*arrays)  # type: ignore[arg-type]
 
     @property
     def held(self) -> list[mx.array]:
@@ -132,11 +148,23 @@ class WholeReading(NamedTuple):
         return model.condition(self.whole)
 
 
-def read_whole(model: DiffusionGemma, hidden: mx.array, t: float, keys: mx.array, whole: bool = True) -> WholeReading:
+def read_whole(model: DiffusionGemma, hidden: mx.array, t: mx.array | float, keys: mx.array) -> WholeReading:
     """As `read` with `whole`, but a sample takes a random number for every token of the vocabulary."""
     logits = model.logits(hidden) / t
     best = mx.argmax(logits, axis=-1).astype(mx.int32)
-    return WholeReading(logits, best, sampler.entropy(logits), sampler.sample(logits, keys))
+    confidence = mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1))
+    return WholeReading(logits, best, confidence, sampler.entropy(logits), sampler.sample(logits, keys))
+
+
+def blank(like: Reading | WholeReading, rows: int) -> Reading | WholeReading:
+    """A reading of so many rows that is certain everywhere of the first token, to stand beside another."""
+    empty = like.map(lambda a: mx.zeros((rows, *a.shape[1:]), a.dtype) if a.ndim else a)
+    if isinstance(empty, WholeReading):
+        return empty
+    certain = mx.ones((*empty.entropy.shape, 1))
+    return empty._replace(
+        probability=mx.concatenate([certain, empty.probability[..., 1:]], axis=-1), t=empty.t + 1, stages=()
+    )
 
 
 class _Tiles(NamedTuple):
@@ -213,7 +241,7 @@ def processed(model: DiffusionGemma, hidden: mx.array, t: mx.array, start: int, 
 def read(
     model: DiffusionGemma,
     hidden: mx.array,
-    t: float,
+    t: mx.array | float,
     keys: mx.array,
     whole: bool = False,
     nbytes: int = CHUNK_BYTES,
@@ -225,7 +253,7 @@ def read(
 
     Args:
         hidden: [B, C, H] from `denoise`.
-        t: the temperature.
+        t: the temperature, of all or [B, 1, 1].
         keys: [B, 2], one random key per row of the batch.
         whole: sum up the expected embedding on the way, for all positions: half the work of a second pass over
             as many, so it pays where most are diffuse.

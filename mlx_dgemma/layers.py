@@ -245,9 +245,28 @@ class Keys(NamedTuple):
 
     kv: LayerKV
     offset: int  # positions that the prefix holds
-    rope_offset: int | mx.array  # position of the first row, [B] where rows are padded differently
     mask: Mask
     canvas: bool  # attend to prefix and canvas and leave the prefix alone; otherwise extend it
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """Attention of new positions, [B, heads, L, D], to what is held and to each other."""
+        keys, values = (self.kv.with_canvas if self.canvas else self.kv.extend)(keys, values, self.offset)
+        self.kv.stages = []
+        return attend(queries, keys, values, self.mask, self.kv.stages)
+
+
+class View(NamedTuple):
+    """What a batch's attention may see in one layer."""
+
+    keys: list[Keys]  # of the whole batch, or one of each row
+    rope_offset: int | mx.array  # position of the first new token, [B] where rows differ
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """As `Keys.attend`; rows with prefixes of their own attend one after the other."""
+        if len(self.keys) == 1:
+            return self.keys[0].attend(queries, keys, values)
+        rows = [one.attend(*(a[i : i + 1] for a in (queries, keys, values))) for i, one in enumerate(self.keys)]
+        return mx.concatenate(rows)
 
 
 class Attention(nn.Module):
@@ -276,7 +295,7 @@ class Attention(nn.Module):
             max_position_embeddings=config.max_position_embeddings,
         )
 
-    def __call__(self, x: mx.array, see: Keys) -> mx.array:
+    def __call__(self, x: mx.array, see: View) -> mx.array:
         """x [B, L, H] -> [B, L, H]."""
         batch, length, _ = x.shape
         queries = self.q_norm(self.q_proj(x).reshape(batch, length, self._heads, self._dim))
@@ -286,9 +305,7 @@ class Attention(nn.Module):
         values = rms_norm(values, self._eps).transpose(0, 2, 1, 3)
         queries = self._rope(queries.transpose(0, 2, 1, 3), offset=see.rope_offset)
         keys = self._rope(keys.transpose(0, 2, 1, 3), offset=see.rope_offset)
-        keys, values = (see.kv.with_canvas if see.canvas else see.kv.extend)(keys, values, see.offset)
-        see.kv.stages = []
-        out = attend(queries, keys, values, see.mask, see.kv.stages)
+        out = see.attend(queries, keys, values)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 
@@ -314,7 +331,7 @@ class Layer(nn.Module):
         ):
             setattr(self, name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
-    def __call__(self, x: mx.array, scalar: mx.array, see: Keys) -> mx.array:
+    def __call__(self, x: mx.array, scalar: mx.array, see: View) -> mx.array:
         """x [B, L, H] -> [B, L, H]; `scalar` and `see` are the mode's own."""
         h = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), see))
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))

@@ -9,13 +9,15 @@ Formulas follow Transformers' diffusion_gemma; module names are the checkpoint's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .config import ModelConfig
 from .errors import PromptError
-from .layers import Keys, Layer, SelfConditioning, fused
+from .layers import Keys, Layer, SelfConditioning, View, fused
 from .prefix import Prefix
 from .vision import Projector, VisionTower
 
@@ -129,7 +131,7 @@ class DiffusionGemma(nn.Module):
             h, spans = self._place(tokens, h, features)
         masks = prefix.encode_masks(tokens.shape[1], spans)
         scalars = [one.layer_scalar for one in self.model.encoder.language_model.layers]
-        h = self._run(h, prefix, masks, scalars, canvas=False)
+        h = self._run(h, [prefix], [masks], scalars, canvas=False)
         prefix.offset += tokens.shape[1]
         return h
 
@@ -156,12 +158,14 @@ class DiffusionGemma(nn.Module):
             mx.eval(found[-1])
         return mx.concatenate(found)
 
-    def denoise(self, canvas: mx.array, prefix: Prefix, conditioning: mx.array | None = None) -> mx.array:
+    def denoise(
+        self, canvas: mx.array, prefix: Prefix | Sequence[Prefix], conditioning: mx.array | None = None
+    ) -> mx.array:
         """Run the stack over a canvas in both directions; the prefix is read, never extended.
 
         Args:
             canvas: [B, C] int32, at the positions that follow the prefix.
-            prefix: of B rows.
+            prefix: of B rows, or B prefixes of one row each, without padding.
             conditioning: [B, C, H] from `condition`, or None in a canvas's first step.
 
         Returns:
@@ -170,7 +174,9 @@ class DiffusionGemma(nn.Module):
         decoder = self.model.decoder
         h = decoder.self_conditioning(self._embed(canvas), conditioning)
         scalars = [layer.layer_scalar for layer in decoder.layers]
-        return self._run(h, prefix, prefix.denoise_masks(canvas.shape[1]), scalars, canvas=True)
+        prefixes = [prefix] if isinstance(prefix, Prefix) else prefix
+        masks = [one.denoise_masks(canvas.shape[1]) for one in prefixes]
+        return self._run(h, prefixes, masks, scalars, canvas=True)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[B, C, H] -> [B, C, V] float32, softcapped, before temperature (the tied embedding is the head)."""
@@ -210,10 +216,16 @@ class DiffusionGemma(nn.Module):
     def _embed(self, tokens: mx.array) -> mx.array:
         return self.model.decoder.embed_tokens(tokens).astype(self.dtype) * self.embed_scale()
 
-    def _run(self, h: mx.array, prefix: Prefix, masks: dict, scalars: list[mx.array], canvas: bool) -> mx.array:
-        rope_offset = prefix.rope_offset()
-        for layer, kv, scalar in zip(self.model.decoder.layers, prefix.layers, scalars):
-            h = layer(h, scalar, Keys(kv, prefix.offset, rope_offset, masks[layer._layer_type], canvas))
+    def _run(
+        self, h: mx.array, prefixes: Sequence[Prefix], masks: list[dict], scalars: list[mx.array], canvas: bool
+    ) -> mx.array:
+        rope_offset = prefixes[0].rope_offset()
+        if len(prefixes) > 1:
+            rope_offset = mx.array([prefix.offset for prefix in prefixes])
+        for i, (layer, scalar) in enumerate(zip(self.model.decoder.layers, scalars)):
+            kind = layer._layer_type
+            keys = [Keys(one.layers[i], one.offset, mask[kind], canvas) for one, mask in zip(prefixes, masks)]
+            h = layer(h, scalar, View(keys, rope_offset))
         return self.model.decoder.norm(h)
 
     def _place(self, tokens: mx.array, h: mx.array, features: mx.array) -> tuple[mx.array, np.ndarray | None]:

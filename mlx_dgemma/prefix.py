@@ -9,6 +9,7 @@ nor changed by a denoising step.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -168,7 +169,8 @@ class Prefix:
     @property
     def nbytes(self) -> int:
         """Bytes of unified memory held, preallocated slots included."""
-        return sum(a.nbytes for a in self.state)
+        marked = [a for pair in self._mark[1] for a in pair if a is not None] if self._mark else []
+        return sum(a.nbytes for a in [*self.state, *marked])
 
     def rope_offset(self) -> int | mx.array:
         """Position of the next token: an int, or [B] where rows are padded differently."""
@@ -237,26 +239,38 @@ class Prefix:
         rings = [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers if layer.ring]
         self._mark = (self.offset, rings)
 
+    def reach(self, offset: int) -> int:
+        """How many positions `rewind` would keep."""
+        if offset >= self.offset or self.offset <= self._ring:
+            return min(offset, self.offset)
+        marked = self._mark[0] if self._mark else 0
+        if marked <= self._ring:  # the rings held every position
+            return min(offset, marked)
+        return marked if marked <= offset else 0
+
     def rewind(self, offset: int) -> int:
         """Forget positions from `offset` on, or from the nearest earlier state that is still held.
 
         Returns:
             How many positions are held now, at most `offset`.
         """
-        if offset >= self.offset:
-            return self.offset
-        if self.offset > self._ring:
-            marked, rings = self._mark or (0, [])
-            if not 0 < marked <= offset:
-                marked, rings = 0, []
-            if rings:
-                for layer, (keys, values) in zip((one for one in self.layers if one.ring), rings):
-                    layer.keys, layer.values = _handle(keys), _handle(values)
-            offset = marked
-        self.offset = offset
-        if self._mark and self._mark[0] > offset:
+        kept = self.reach(offset)
+        if kept < self.offset and self.offset > self._ring and self._mark:
+            for layer, (keys, values) in zip((one for one in self.layers if one.ring), self._mark[1]):
+                layer.keys, layer.values = _handle(keys), _handle(values)
+        self.offset = kept
+        if self._mark and self._mark[0] > kept:
             self._mark = None
-        return offset
+        return kept
+
+    def fork(self) -> Prefix:
+        """The same prefix, which can go on by itself; buffers are copied when one of the two writes."""
+        other = copy(self)
+        other.layers = []
+        for layer, (keys, values) in zip(self.layers, self.handles()):
+            other.layers.append(LayerKV(layer.ring, layer.capacity))
+            other.layers[-1].keys, other.layers[-1].values = keys, values
+        return other
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows of the batch but these."""

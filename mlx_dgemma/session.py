@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -33,13 +33,27 @@ class Session:
         self.held: list[int | str] = []
         self.features: dict[str, mx.array] = {}
 
+    def shared(self, wanted: list[int | str]) -> int:
+        """Tokens at the beginning that a prompt has in common with what is held."""
+        pairs = enumerate(zip(self.held, wanted))
+        return next((i for i, (mine, new) in pairs if mine != new), min(len(self.held), len(wanted)))
+
     def reuse(self, wanted: list[int | str]) -> int:
         """Go back to what the prefix shares with a prompt; returns how many tokens that are."""
-        pairs = enumerate(zip(self.held, wanted))
-        shared = next((i for i, (mine, new) in pairs if mine != new), min(len(self.held), len(wanted)))
-        count = self.prefix.rewind(shared)
+        count = self.prefix.rewind(self.shared(wanted))
         del self.held[count:]
         return count
+
+    def fork(self) -> Session:
+        """The same conversation, which can go on by itself; arrays are copied when one of them writes."""
+        other = Session(self.prefix.fork())
+        other.held, other.features = list(self.held), dict(self.features)
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of unified memory held."""
+        return self.prefix.nbytes + sum(a.nbytes for a in self.features.values())
 
 
 @dataclass(frozen=True)
@@ -66,14 +80,18 @@ class Row:
     seed: int
     answer: Answer | Filling
     reused: int = 0
-    encoded: int = 0  # pictures
+    looked: int = 0  # pictures that were encoded
     blocks: int = 0
     steps: int = 0
     positions: int = 0  # denoised, summed over steps
-    first_block: float = 0.0
+    key: mx.array | None = None  # [2], of the draws to come
+    started: float = 0.0  # seconds of a clock
+    encoded: float = 0.0
+    first_block: float = 0.0  # seconds since it started
+    log_probs: list[float] = field(default_factory=list)  # of every token of its blocks
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Job:
     """A prompt that is ready to be generated; it is used up by that."""
 
@@ -81,3 +99,6 @@ class Job:
     options: GenerationOptions
     control: Control | None = None
     refine: Callable[[Result], Result] | None = None  # adds to the result what only the asker knows
+    session: Session = field(init=False)  # what its prompt and blocks are encoded into
+    branch: Session | None = None  # a copy of it as it was where the prompt leaves others'
+    drafts: bool = False  # whether they are wanted

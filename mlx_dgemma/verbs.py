@@ -71,7 +71,7 @@ def infill(
         engine._extend(row, seams.before, beside=0)
         effective = effective.override(max_tokens=length and length + 1)  # and the end token
         row.answer = Answer(engine.tokenizer, effective.end_tokens, effective.max_tokens, skip=len(seams.tail))
-        control = constrained(engine, [row], effective, language, "The hole")
+        control = constrained(engine, row, effective, language, "The hole")
         return Job(row, effective, control)
     canvas, behind = engine.config.canvas_length, [*seams.behind, engine.turn_end]
     cut = divide(seams.before, len(behind), length or canvas // PARTS, canvas)
@@ -104,7 +104,7 @@ def fill(
     plain = "".join(f"(?:{translate(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts))
     effective = _effective(engine, "fill", options)
     row = engine._row(messages_of(FILL_TEMPLATE + template if prompt is None else prompt), seed, effective)
-    control = constrained(engine, [row], effective, engine.language(plain, "The template"), "The template")
+    control = constrained(engine, row, effective, engine.language(plain, "The template"), "The template")
     return Job(row, effective, control, lambda result: _with_holes(result, parts, patterns))
 
 
@@ -133,31 +133,31 @@ def edit(
 
 
 def constrained(
-    engine: Engine, rows: list[Row], options: GenerationOptions, language: Language, what: str, thinking: bool = False
+    engine: Engine, row: Row, options: GenerationOptions, language: Language, what: str, thinking: bool = False
 ) -> Constrained:
-    """Every row's text in a language; what cannot be is an error before the first step."""
+    """A text in a language; what cannot be is an error before the first step."""
     least, canvas = int(language.distance[0]) + 1, engine.config.canvas_length
     if least > options.max_tokens:
         raise OptionError(
             f"{what} needs room for {least} tokens, its end included, but max_tokens is {options.max_tokens}; raise it."
         )
-    for row in rows:  # the context must not end in the middle of a text
-        room = (engine.config.text.max_position_embeddings - len(row.tokens)) // canvas * canvas
-        if least > room:
-            raise PromptError(
-                f"{what} needs room for {least} tokens, its end included, but the context leaves room for {room} "
-                "behind the prompt; shorten it."
-            )
-        if isinstance(row.answer, Answer):
-            row.answer.max_tokens = min(row.answer.max_tokens, room)
+    # the context must not end in the middle of a text
+    room = (engine.config.text.max_position_embeddings - len(row.tokens)) // canvas * canvas
+    if least > room:
+        raise PromptError(
+            f"{what} needs room for {least} tokens, its end included, but the context leaves room for {room} "
+            "behind the prompt; shorten it."
+        )
+    if isinstance(row.answer, Answer):
+        row.answer.max_tokens = min(row.answer.max_tokens, room)
     opened, closed = engine.tokenizer.think_start_tokens, engine.tokenizer.think_end_tokens
     marks = (opened[0], closed[0]) if thinking and opened and closed else ()
-    return Constrained(language, len(rows), options.end_tokens, marks)
+    return Constrained(language, 1, options.end_tokens, marks)
 
 
 def constraint(
     engine: Engine,
-    rows: list[Row],
+    row: Row,
     options: GenerationOptions,
     schema: dict | None,
     regex: str | None,
@@ -183,7 +183,7 @@ def constraint(
     language = engine.language(pattern, what)
     if regex is not None and covers_lines(language):
         raise OptionError(f"{what} matches every line of text, so it asks for nothing; leave it out.")
-    return constrained(engine, rows, options, language, what, thinking)
+    return constrained(engine, row, options, language, what, thinking)
 
 
 def hole_pattern(name: str, hole: int | str | Sequence[str]) -> str:

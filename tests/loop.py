@@ -7,7 +7,8 @@ import numpy as np
 from naive import two_levels
 
 from mlx_dgemma import head
-from mlx_dgemma.generate import GenerationOptions, generate, prefill
+from mlx_dgemma.generate import GenerationOptions, Loop, encoding
+from mlx_dgemma.session import Job, Row, Session
 
 # A random model is never sure, so these bounds are wide: some canvases settle and some do not.
 OPTIONS = GenerationOptions(
@@ -33,14 +34,34 @@ class Reader:
         self.reason = reason
 
 
-def run(model, prompts, blocks, seeds, options=OPTIONS, chunk=2048, room=10**6):
-    """All events and readers for prompts of any length, padded on the left."""
-    width = max(map(len, prompts))
-    padded = np.array([[0] * (width - len(p)) + p for p in prompts], np.int32)
-    mask = np.array([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
-    prefix, readers = model.new_prefix(len(prompts)), [Reader(n, room) for n in blocks]
-    prefill(model, prefix, padded, chunk, mask)
-    return list(generate(model, prefix, readers, options, seeds)), readers
+def job_of(model, prompt, reader, seed, options, control=None, chunk=2048):
+    """A job and what encodes its prompt."""
+    job = Job(Row(prompt, prompt, [], [], seed, reader), options, control, drafts=True)
+    job.session = Session(model.new_prefix())
+    return job, encoding(model, job.session.prefix, np.array([prompt], np.int32), chunk)
+
+
+def run(model, prompts, blocks, seeds, options=OPTIONS, chunk=2048, room=10**6, late=()):
+    """Each row's events, and all readers, for prompts of any length; rows in `late` come after so many steps."""
+    readers, events = [Reader(n, room) for n in blocks], [[] for _ in prompts]
+    jobs = [job_of(model, *one, options, None, chunk) for one in zip(prompts, readers, seeds)]
+    loop, waiting = Loop(model), dict(late)
+    for row, job in enumerate(jobs):
+        if row not in waiting:
+            loop.add(*job)
+    steps = 0
+    while loop.jobs or waiting:
+        for row, when in list(waiting.items()):
+            if when <= steps:
+                loop.add(*jobs[row])
+                del waiting[row]
+        for job, event in loop.step():
+            if isinstance(event, Exception):
+                raise event
+            if event is not None:
+                events[[one for one, _ in jobs].index(job)].append(event)
+        steps += 1
+    return events, readers
 
 
 class Told(NamedTuple):

@@ -9,15 +9,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from loop import Reader
+from loop import Reader, job_of
 from naive import two_levels
 from support import FULL, engine_of, gap, random_tokens, small_model
 
 from mlx_dgemma import head, sampler
 from mlx_dgemma.canvas import Control, Drafted, Guide, fitting_size
 from mlx_dgemma.denoise import CONFIDENT, UNLIKE, Layout, denoise_block
-from mlx_dgemma.generate import Block, GenerationOptions, generate, prefill
+from mlx_dgemma.generate import Block, GenerationOptions, Loop, prefill
 from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.session import Job
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 OPTIONS = GenerationOptions(
@@ -250,8 +251,10 @@ def test_pinned_canvases_over_two_blocks(model):
     """The second goes on behind the first, also behind a short one."""
     for first in ("one pin", "shorter"):
         control = Pinning(LAYOUTS[first], LAYOUTS["both"])
-        reader, prefix = Reader(3), prefix_of(model, PROMPT)
-        events = list(generate(model, prefix, [reader], OPTIONS, [4], control))
+        reader, loop, events = Reader(3), Loop(model), []
+        loop.add(*job_of(model, list(PROMPT), reader, 4, OPTIONS, control))
+        while loop.jobs:
+            events += [event for _, event in loop.step()]
         blocks = [(event.tokens, event.steps) for event in events if isinstance(event, Block)]
         key, expected, said = mx.random.key(4), [], list(PROMPT)
         for layout in (LAYOUTS[first], LAYOUTS["both"], None):
@@ -314,7 +317,7 @@ def test_a_guide_without_wishes_changes_no_answer(engine, mode):
     options = engine.options.override(max_denoising_steps=3, **mode)
     plain = engine.generate(STORY, seed=3, max_denoising_steps=3, **mode)
     row = engine._row([{"role": "user", "content": STORY}], 3, options)
-    guided = engine._last(engine._events([row], options, None, False, Wishless()))
+    guided = engine._last(engine.run(Job(row, options, Wishless())))
     assert guided.tokens == plain.tokens
     assert guided.stats.denoising_steps == plain.stats.denoising_steps
     assert guided.stats.canvas_positions == plain.stats.canvas_positions

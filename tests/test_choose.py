@@ -39,7 +39,7 @@ def canvas_of(engine, seed=0):
 
 def whole(engine, prompt, canvas, **media):
     """[C, V] probabilities of every token at every position, from whole logits."""
-    prefix = engine._encode([row_of(engine, prompt, **media)], engine.options, None)
+    prefix = engine.encoded(row_of(engine, prompt, **media), engine.options)
     logits = np.array(engine.model.logits(engine.model.denoise(mx.array(canvas)[None], prefix)))[0].astype(np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)

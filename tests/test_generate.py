@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from loop import OPTIONS, Reader, plain_loop, run
+from loop import OPTIONS, Reader, job_of, plain_loop, run
 from support import engine_of, gap, random_tokens, small_model
 
 from mlx_dgemma.config import GenerationConfig, ProcessorConfig
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.generate import Block, Draft, GenerationOptions, chunks, fitting_chunk, generate, prefill
+from mlx_dgemma.generate import Block, Draft, GenerationOptions, Loop, chunks, fitting_chunk, prefill
 
 PROMPTS = [
     "Write JSON for: Anna is 31 years old and lives in Oslo.",
@@ -36,7 +36,7 @@ def engine(demo):
 def test_generate_equals_a_plain_loop(model, seed, stability):
     options = replace(OPTIONS, stability_threshold=stability)
     prompt = random_tokens(1, 9).tolist()
-    events, _ = run(model, [prompt], [4], [seed], options)
+    (events,), _ = run(model, [prompt], [4], [seed], options)
     blocks = [(event.tokens, event.steps) for event in events if isinstance(event, Block)]
     assert blocks == [told[:2] for told in plain_loop(model, prompt, 4, seed, options)]
 
@@ -45,7 +45,7 @@ def test_some_canvases_settle_and_some_do_not(model):
     """Otherwise the tests around this one would not reach the stop rule."""
     taken = set()
     for stability in range(3):
-        events, _ = run(
+        (events,), _ = run(
             model, [random_tokens(1, 9).tolist()], [4], [2], replace(OPTIONS, stability_threshold=stability)
         )
         steps = tuple(event.steps for event in events if isinstance(event, Block))
@@ -63,9 +63,9 @@ def test_rows_of_a_batch_equal_rows_alone(model, stability):
     options = replace(OPTIONS, stability_threshold=stability)
     events, readers = run(model, prompts, blocks, seeds, options)
     for row in range(4):
-        alone, (reader,) = run(model, [prompts[row]], [blocks[row]], [seeds[row]], options)
+        (alone,), (reader,) = run(model, [prompts[row]], [blocks[row]], [seeds[row]], options)
         assert readers[row].taken == reader.taken
-        mine = [e for e in events if e.row == row]
+        mine = events[row]
         assert [(type(e), e.block) for e in mine] == [(type(e), e.block) for e in alone]
         assert [e.steps for e in mine if isinstance(e, Block)] == [e.steps for e in alone if isinstance(e, Block)]
         drafts = [(e.step, np.array(e.tokens).tolist()) for e in mine if isinstance(e, Draft)]
@@ -79,7 +79,7 @@ def test_equal_rows_with_other_seeds_differ(model):
 
 
 def test_events_of_a_block_are_its_drafts_and_then_the_block(model):
-    events, _ = run(model, [random_tokens(1, 9).tolist()], [3], [0])
+    (events,), _ = run(model, [random_tokens(1, 9).tolist()], [3], [0])
     for number in range(3):
         *drafts, block = [event for event in events if event.block == number]
         assert isinstance(block, Block)
@@ -156,15 +156,19 @@ def test_a_prefill_chunk_that_is_asked_for_is_taken_as_it_is(chunk, taken):
 
 
 def test_the_last_block_is_not_committed(model, monkeypatch):
-    prefix, reader, calls = model.new_prefix(), Reader(3), []
-    model.encode(mx.array([[1, 2, 3]]), prefix)
-    encode = model.encode
+    reader, encode, calls = Reader(3), model.encode, []
+    job, encoding = job_of(model, [1, 2, 3], reader, 0, OPTIONS)
     monkeypatch.setattr(
-        type(model), "encode", lambda self, tokens, *rest: calls.append(tokens.tolist()) or encode(tokens, *rest)
+        type(model),
+        "encode",
+        lambda self, tokens, *rest, **named: calls.append(tokens.tolist()) or encode(tokens, *rest, **named),
     )
-    blocks = [e.tokens for e in generate(model, prefix, [reader], OPTIONS, [0]) if isinstance(e, Block)]
-    assert calls == [[list(blocks[0])], [list(blocks[1])]]
-    assert prefix.offset == 3 + 2 * 4
+    loop = Loop(model)
+    loop.add(job, encoding)
+    while loop.jobs:
+        list(loop.step())
+    assert calls == [[[1, 2, 3]], [list(reader.taken[0])], [list(reader.taken[1])]]
+    assert job.session.prefix.offset == 3 + 2 * 4
 
 
 @pytest.mark.parametrize(("length", "blocks"), [(52, 3), (53, 2), (60, 1), (61, 0)])
@@ -175,16 +179,68 @@ def test_the_context_limit_cuts_the_text(model, length, blocks):
     assert reader.reason == "length"
 
 
-def test_a_step_costs_one_forward_and_a_block_stops_when_all_rows_have(model, monkeypatch):
+def test_a_step_costs_one_forward_for_all_rows(model, monkeypatch):
+    """Save for what is built ahead and thrown away when a row leaves."""
     calls = []
     denoise = model.denoise
     monkeypatch.setattr(type(model), "denoise", lambda self, *arguments: calls.append(1) or denoise(*arguments))
-    prompts = [random_tokens(1, 9).tolist()] * 3
-    events, _ = run(model, prompts, [1] * 3, [0, 1, 2], replace(OPTIONS, stability_threshold=0))
-    steps = [e.steps for e in events if isinstance(e, Block)]
+    prompt, options = random_tokens(1, 9).tolist(), replace(OPTIONS, stability_threshold=0)
+    (events,), _ = run(model, [prompt], [1], [0], options)
+    (block,) = [e for e in events if isinstance(e, Block)]
+    assert block.steps == len(calls) == OPTIONS.max_denoising_steps  # the last possible step builds none ahead
+    calls.clear()
+    events, _ = run(model, [prompt] * 3, [1] * 3, [0, 1, 2], options)
+    steps = [e.steps for row in events for e in row if isinstance(e, Block)]
     assert len(set(steps)) == 3
-    assert len(calls) == max(steps) == OPTIONS.max_denoising_steps  # the last possible step builds none ahead
-    assert sum(isinstance(e, Draft) for e in events) == sum(steps)
+    assert max(steps) <= len(calls) < sum(steps)
+    assert sum(isinstance(e, Draft) for row in events for e in row) == sum(steps)
+
+
+@pytest.mark.parametrize("stability", [0, 1])
+def test_rows_that_come_late_join_between_steps_and_change_nothing(model, stability):
+    prompts = [random_tokens(20 + n, n).tolist() for n in (7, 2, 11, 5)]
+    options = replace(OPTIONS, stability_threshold=stability)
+    _, alone = run(model, prompts, [3] * 4, [5, 6, 7, 8], options)
+    for late in ({1: 1, 2: 4}, {0: 3, 1: 12, 3: 2}, {3: 40}):
+        _, readers = run(model, prompts, [3] * 4, [5, 6, 7, 8], options, late=late.items(), chunk=4)
+        assert [reader.taken for reader in readers] == [reader.taken for reader in alone]
+
+
+def test_a_job_that_is_removed_leaves_the_others_as_they_are(model):
+    """While its prompt is encoded, while it is denoised beside others, and alone."""
+    prompts = [random_tokens(20 + n, n).tolist() for n in (7, 2, 11)]
+    _, alone = run(model, prompts, [3] * 3, [5, 6, 7])
+    for removed in range(3):
+        for after in (0, 1, 3, 6):
+            readers = [Reader(3) for _ in prompts]
+            jobs = [job_of(model, *one, OPTIONS, None, 4) for one in zip(prompts, readers, (5, 6, 7))]
+            loop = Loop(model)
+            for job in jobs:
+                loop.add(*job)
+            for _ in range(after):
+                list(loop.step())
+            loop.remove(jobs[removed][0])
+            assert jobs[removed][0] not in loop.jobs
+            while loop.jobs:
+                list(loop.step())
+            for row in {0, 1, 2} - {removed}:
+                assert readers[row].taken == alone[row].taken
+
+
+def test_a_job_that_fails_ends_alone(model):
+    class Failing(Reader):
+        def feed(self, tokens):
+            raise OptionError("too much")
+
+    readers = [Reader(2), Failing(2)]
+    jobs = [job_of(model, random_tokens(3, 5).tolist(), reader, 1, OPTIONS) for reader in readers]
+    loop, ends = Loop(model), []
+    for job in jobs:
+        loop.add(*job)
+    while loop.jobs:
+        ends += [(job, event) for job, event in loop.step() if event is None or isinstance(event, Exception)]
+    assert [(job, str(event)) for job, event in ends] == [(jobs[1][0], "too much"), (jobs[0][0], "None")]
+    assert readers[0].taken == run(model, [jobs[0][0].row.tokens], [2], [1])[1][0].taken
 
 
 # Through the engine.

@@ -306,7 +306,7 @@ def test_a_whole_reading_is_the_plain_functions(kind):
     model = model_of(kind, 1000)
     hidden, keys = states(model), keys_of(3, 4)
     logits = whole_logits(model, hidden)
-    reading = head.read_whole(model, hidden, T, keys, False)
+    reading = head.read_whole(model, hidden, T, keys)
     assert reading.best.dtype == mx.int32
     assert reading.best.tolist() == mx.argmax(logits, axis=-1).tolist()
     assert gap(reading.entropy, sampler.entropy(logits)) == 0

@@ -6,7 +6,7 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
-from loop import OPTIONS, Reader, plain_loop, run
+from loop import OPTIONS, Reader, job_of, plain_loop, run
 from support import engine_of, random_tokens, refusal, small_model
 from test_generate import PROMPTS
 
@@ -14,7 +14,7 @@ from mlx_dgemma import denoise as module
 from mlx_dgemma import head
 from mlx_dgemma.config import GenerationConfig, ProcessorConfig
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.generate import Block, Draft, GenerationOptions, generate
+from mlx_dgemma.generate import Block, Draft, GenerationOptions, Loop
 from mlx_dgemma.prefix import Prefix
 
 # As wide as the bounds of exact mode's tests; every rule alone, and together as the modes have them.
@@ -51,11 +51,11 @@ def options_of(mode, vocab, **changes):
 
 
 def blocks_of(events, row=0):
-    return [(event.tokens, event.steps) for event in events if isinstance(event, Block) and event.row == row]
+    return [(event.tokens, event.steps) for event in events[row] if isinstance(event, Block)]
 
 
 def drafts_of(events, block, row=0):
-    return [event for event in events if isinstance(event, Draft) and (event.row, event.block) == (row, block)]
+    return [event for event in events[row] if isinstance(event, Draft) and event.block == block]
 
 
 def compare(model, options, blocks, seed, room=10**6):
@@ -149,20 +149,22 @@ def test_fast_mode_never_gives_up_a_position(models):
 @pytest.mark.parametrize("mode", ["exact", "default", "fast"])
 def test_watching_changes_nothing(models, mode):
     """Drafts that are read at once, later or never."""
-    prefix = {}
+    seen = {}
     for way in ("at once", "later", "never"):
-        prefix[way] = models[40].new_prefix()
-        models[40].encode(mx.array([PROMPT]), prefix[way])
-    seen, options = {}, options_of(mode, 40)
-    for way, one in prefix.items():
         reader, events = Reader(3), []
-        for event in generate(models[40], one, [reader], options, [1]):
-            if way == "at once" and isinstance(event, Draft):
-                assert event.tokens.tolist() and event.accepted.tolist() and event.entropy.tolist()
-            events.append(event)
+        job, encoding = job_of(models[40], PROMPT, reader, 1, options_of(mode, 40))
+        job.drafts = way != "never"
+        loop = Loop(models[40])
+        loop.add(job, encoding)
+        while loop.jobs:
+            for _, event in loop.step():
+                if way == "at once" and isinstance(event, Draft):
+                    assert event.tokens.tolist() and event.accepted.tolist() and event.entropy.tolist()
+                events.append(event)
         if way == "later":
             assert all(len(e.entropy.tolist()) == 4 for e in events if isinstance(e, Draft))
-        seen[way] = reader.taken, blocks_of(events)
+        assert any(isinstance(event, Draft) for event in events) == job.drafts
+        seen[way] = reader.taken, blocks_of([events])
     assert seen["at once"] == seen["later"] == seen["never"]
 
 
@@ -200,7 +202,7 @@ def test_a_step_that_was_built_and_is_not_needed_is_not_computed(models, mode, v
     restore = Prefix.restore
     monkeypatch.setattr(Prefix, "restore", lambda self, handles: restored.append(1) or restore(self, handles))
     _, built, blocks = computed(models[vocab], options, -1, monkeypatch)
-    unused = len(restored) - sum(steps == options.max_denoising_steps for _, steps in blocks)
+    unused = len(restored)
     found = [computed(models[vocab], options, call, monkeypatch) for call in range(built)]
     assert all(one[1:] == (built, blocks) for one in found)
     steps = sum(steps for _, steps in blocks)

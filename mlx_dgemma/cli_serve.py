@@ -1,0 +1,99 @@
+"""`mlx-dgemma serve`: an OpenAI-compatible server on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import warnings
+
+import click
+
+from .cli_common import load_engine, model_options
+from .errors import OptionError
+from .server.settings import Settings, model_name
+from .terminal import Terminal
+
+
+@click.command(epilog="README.md lists what requests may hold.")
+@model_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", envvar="MLX_DGEMMA_API_KEY", show_envvar=True, metavar="KEY", help="Asked of everybody.")
+@click.option("--rows", type=click.IntRange(1), default=8, show_default=True, help="Answers denoised together.")
+@click.option("--waiting", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait.")
+@click.option("--cors-origin", "origins", multiple=True, metavar="ORIGIN", help="Pages that may ask; repeatable.")
+@click.option("--allowed-host", "hosts", multiple=True, metavar="NAME", help="Further name of this server; repeatable.")
+@click.option(
+    "--shutdown-seconds",
+    type=click.FloatRange(0),
+    default=10,
+    show_default=True,
+    help="That running answers get when the server is stopped.",
+)
+def serve(
+    model: str | None,
+    dtype: str | None,
+    ignore_memory: bool,
+    host: str,
+    port: int,
+    api_key: str | None,
+    rows: int,
+    waiting: int,
+    origins: tuple[str, ...],
+    hosts: tuple[str, ...],
+    shutdown_seconds: float,
+) -> None:
+    """Answer over HTTP, as OpenAI's API does, until Ctrl-C.
+
+    Listens on this machine alone unless told otherwise. Any OpenAI client works with the base URL that is printed.
+    One line a request goes to stderr, and no text of it.
+
+    \b
+    mlx-dgemma serve
+    mlx-dgemma serve --model FOLDER --port 9000
+    mlx-dgemma serve --host 0.0.0.0 --allowed-host mac.local --api-key "$(cat key.txt)"
+    """
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
+    settings = Settings(model_name(model), host, port, api_key, hosts, origins, shutdown_seconds)
+    terminal = Terminal()
+    with _listen(host, port) as listening:
+        engine = load_engine(model, dtype, ignore_memory, terminal)
+        from .schedule import Scheduler
+        from .server.app import create_app
+
+        app = create_app(Scheduler(engine, rows=rows, waiting=waiting), settings)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        logging.getLogger("mlx_dgemma").setLevel(logging.INFO)
+        warnings.filterwarnings("ignore", category=UserWarning, module="mlx_dgemma")  # they quote answers
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                timeout_graceful_shutdown=max(round(shutdown_seconds), 1),
+            )
+        )
+        app.state.stopping = lambda: server.should_exit
+        name = f"[{host}]" if ":" in host else host
+        terminal.warn(f"Listening on http://{name}:{listening.getsockname()[1]}/v1; Ctrl-C stops it.")
+        server.run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, before the time is spent on loading."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, reuse_port=False)
+    except OSError as error:
+        reason = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else str(error)
+        raise OptionError(
+            f"{host} port {port} cannot be listened on ({reason}); choose others with --host and --port."
+        ) from None
