@@ -21,6 +21,7 @@ from .chat import chat_completions
 from .completions import completions
 from .errors import ApiError
 from .options import check_model
+from .responses import responses
 from .safety import Safety, refusal
 from .sending import Gone
 from .settings import Settings
@@ -54,6 +55,7 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
     routes = [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{id:path}", model),
         Route("/health", health),

@@ -45,9 +45,7 @@ def messages_of_input(fields: Fields, pictures: int) -> list[Message]:
     called: set[str] = set()
     turn: Message | None = None  # the model's, while its items follow each other
     for item in fields.objects("input"):
-        kind = item.choice(
-            "type", "message", "reasoning", "function_call", "function_call_output", default="message"
-        )
+        kind = item.choice("type", "message", "reasoning", "function_call", "function_call_output", default="message")
         item.text("id")
         item.choice("status", *STATUS)
         message = READERS[kind](item)
