@@ -272,6 +272,42 @@ class Prefix:
             other.layers[-1].keys, other.layers[-1].values = keys, values
         return other
 
+    def trim(self) -> None:
+        """Let go of slots that hold nothing, and of a mark that is where the prefix ends."""
+        if self._mark and self._mark[0] == self.offset:
+            self._mark = None
+        for layer in self.layers:
+            used = layer.used(self.offset)
+            if layer.keys is not None and layer.values is not None and layer.keys.shape[2] > used:
+                layer.keys, layer.values = (mx.contiguous(a[:, :, :used]) for a in (layer.keys, layer.values))
+                mx.eval(layer.keys, layer.values)  # one layer's copy at a time
+
+    def saved(self) -> tuple[dict[str, mx.array], int, int]:
+        """(arrays by name, offset, marked offset or 0), for `take`."""
+        arrays: dict[str, mx.array] = {}
+        rings = iter(self._mark[1] if self._mark else [])
+        for i, layer in enumerate(self.layers):
+            pairs = {"": (layer.keys, layer.values)}
+            if self._mark and layer.ring:
+                pairs["mark."] = next(rings)
+            for name, pair in pairs.items():
+                for kind, array in zip(("keys", "values"), pair):
+                    if array is not None:
+                        arrays[f"{name}{i}.{kind}"] = array
+        return arrays, self.offset, self._mark[0] if self._mark else 0
+
+    def take(self, arrays: dict[str, mx.array], offset: int, mark: int) -> None:
+        """Hold what `saved` told of a prefix of the same model.
+
+        Raises:
+            KeyError: an array is missing.
+        """
+        self.offset = offset
+        for i, layer in enumerate(self.layers):
+            layer.keys, layer.values = arrays[f"{i}.keys"], arrays[f"{i}.values"]
+        rings = [i for i, layer in enumerate(self.layers) if layer.ring]
+        self._mark = (mark, [(arrays[f"mark.{i}.keys"], arrays[f"mark.{i}.values"]) for i in rings]) if mark else None
+
     def keep(self, rows: list[int]) -> None:
         """Drop all rows of the batch but these."""
         index = mx.array(rows)

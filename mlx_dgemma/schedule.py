@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .generate import Block, Draft, Finished
+import mlx.core as mx
+
+from . import memory
+from .cache import PrefixCache
+from .generate import Block, Draft, Finished, Loop
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .session import Job
+
+COUNTERS = (
+    "requests", "cancelled", "failed", "prompt_tokens", "cached_tokens", "generated_tokens", "blocks",
+    "denoising_steps", "canvas_positions",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,14 +55,18 @@ class Busy(Exception):
 class Stopping(Exception):
     """The scheduler is closing."""
 
+    def __init__(self):
+        super().__init__("The server is stopping; ask again later.")
 
-@dataclass
+
+@dataclass(eq=False)
 class Ticket:
     """A request's handle."""
 
     prepare: Callable[[], Job]
     listener: Callable[[Event], None]
     drafts: bool
+    job: Job | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -65,8 +80,7 @@ class Load:
 
     running: int
     waiting: int
-    counters: dict[str, int]  # since the start: requests, cancelled, failed, prompt_tokens, cached_tokens,
-    # generated_tokens, blocks, denoising_steps, canvas_positions
+    counters: dict[str, int]  # `COUNTERS`, since the start
     cache_bytes: int = 0
     cache_entries: int = 0
 
@@ -78,15 +92,33 @@ class Scheduler:
         engine: a loaded checkpoint; nobody else may use it meanwhile.
         rows: requests denoised together at most.
         waiting: requests that may wait beyond these.
+        cache_bytes: unified memory for prefixes of earlier requests; 0 keeps none.
+        cache_dir: a folder where they outlive the process.
     """
 
-    def __init__(self, engine: Engine, *, rows: int = 8, waiting: int = 64):
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        rows: int = 8,
+        waiting: int = 64,
+        cache_bytes: int = 2**30,
+        cache_dir: Path | None = None,
+    ):
+        # What is still lazy could be computed on the thread alone that it was made on.
+        mx.eval([a for module in engine.model.modules() for a in module.values() if isinstance(a, mx.array)])
         self.engine = engine
         self._rows, self._most = rows, waiting
-        self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
-        self._counters = dict.fromkeys(
-            ("requests", "cancelled", "failed", "prompt_tokens", "cached_tokens", "generated_tokens", "blocks",
-             "denoising_steps", "canvas_positions"), 0)  # fmt: skip
+        self._cache = PrefixCache(engine, cache_bytes, cache_dir)
+        self._loop = Loop(engine.model)
+        self._woken = threading.Condition()
+        self._new: deque[Ticket] = deque()  # submitted; guarded by the condition, as are the next three
+        self._waiting: deque[Ticket] = deque()  # accepted
+        self._running: dict[Job, Ticket] = {}
+        self._deadline: float | None = None  # of a clock; closing where there is one
+        self._counters = dict.fromkeys(COUNTERS, 0)
+        self._kept = self._cache.nbytes, len(self._cache)
+        self._seconds = 1.0  # that a request takes, of late
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -104,27 +136,125 @@ class Scheduler:
             Stopping: `close` was called.
         """
         ticket = Ticket(prepare, listener, drafts)
-        self._tickets.put(ticket)
+        with self._woken:
+            if self._deadline is not None:
+                raise Stopping
+            ahead = len(self._new) + len(self._waiting)
+            if ahead >= self._most + max(self._rows - len(self._running), 0):
+                raise Busy(ahead, max(1, round(self._seconds * ahead / self._rows)))
+            self._new.append(ticket)
+            self._woken.notify()
         return ticket
 
     def load(self) -> Load:
         """What is going on; from any thread."""
-        return Load(0, self._tickets.qsize(), dict(self._counters))
+        with self._woken:
+            waiting = len(self._new) + len(self._waiting)
+            return Load(len(self._running), waiting, dict(self._counters), *self._kept)
 
     def close(self, seconds: float = 0.0) -> None:
         """Take no more requests, give those that run so much time to finish, and end the thread."""
-        self._tickets.put(None)
+        with self._woken:
+            self._deadline = time.monotonic() + seconds
+            self._woken.notify()
         self._thread.join()
 
     def _work(self) -> None:
-        while ticket := self._tickets.get():
+        with memory.wired_limit():
+            while True:
+                self._admit()
+                if self._running:
+                    self._advance()
+                elif not self._rest():
+                    break
+            while self._cache.save_one():
+                pass
+
+    def _rest(self) -> bool:
+        """Nothing runs: write one prefix, or wait for a request; returns whether to go on."""
+        if self._cache.save_one():
+            return True
+        with self._woken:
+            while not self._new and self._deadline is None:
+                self._woken.wait()
+            return bool(self._new) or self._deadline is None
+
+    def _admit(self) -> None:
+        """Take in what was submitted, forget what was cancelled, and start what there is room for."""
+        with self._woken:
+            new, late = list(self._new), self._deadline is not None and time.monotonic() >= self._deadline
+            self._new.clear()
+        for ticket in new:
             self._counters["requests"] += 1
+            if ticket.cancelled.is_set():
+                self._counters["cancelled"] += 1
+                continue
             try:
-                job = ticket.prepare()
-                ticket.listener(Accepted(len(job.row.tokens), job.row.seed))
-                for event in self.engine.run(job, drafts=ticket.drafts):
-                    if ticket.cancelled.is_set():
-                        break
-                    ticket.listener(event)
+                ticket.job = ticket.prepare()
             except Exception as error:
-                ticket.listener(Failed(error))
+                self._fail(ticket, error)
+                continue
+            ticket.job.drafts = ticket.drafts
+            ticket.listener(Accepted(len(ticket.job.row.tokens), ticket.job.row.seed))
+            with self._woken:
+                self._waiting.append(ticket)
+        for ticket in [*self._waiting, *self._running.values()]:
+            if ticket.cancelled.is_set() or late:
+                self._forget(ticket)
+                if not ticket.cancelled.is_set():
+                    ticket.listener(Failed(Stopping()))
+        while self._waiting and len(self._running) < self._rows:
+            with self._woken:
+                ticket = self._waiting.popleft()
+                assert ticket.job is not None
+                self._running[ticket.job] = ticket
+            session, branch = self._cache.find(ticket.job.row.held)
+            self.engine.start(self._loop, ticket.job, session, branch)
+
+    def _advance(self) -> None:
+        """One step of everything that runs."""
+        try:
+            for job, event in self.engine.advance(self._loop):
+                ticket = self._running[job]
+                if isinstance(event, Exception):
+                    self._end(job, keep=False)
+                    self._fail(ticket, event)
+                elif isinstance(event, Finished):
+                    stats = event.result.stats
+                    self._seconds = 0.8 * self._seconds + 0.2 * stats.seconds["total"]
+                    for name in COUNTERS[3:]:
+                        told = {"cached_tokens": "reused_tokens"}.get(name, name)
+                        self._counters[name] += getattr(stats, told)
+                    self._end(job)
+                    ticket.listener(event)
+                elif not ticket.cancelled.is_set():
+                    ticket.listener(event)
+        except Exception as error:  # of a whole batch: what it did to whom cannot be told
+            for job, ticket in list(self._running.items()):
+                self._loop.remove(job)
+                self._end(job, keep=False)
+                self._fail(ticket, error)
+
+    def _forget(self, ticket: Ticket) -> None:
+        assert ticket.job is not None
+        self._counters["cancelled"] += 1
+        if ticket.job in self._running:
+            self._loop.remove(ticket.job)
+            self._end(ticket.job)
+        else:
+            with self._woken:
+                self._waiting.remove(ticket)
+
+    def _end(self, job: Job, keep: bool = True) -> None:
+        """A job has left the loop; what it encoded may be of use to others."""
+        with self._woken:
+            del self._running[job]
+        for session in (job.branch, job.session) if keep else ():
+            if session is not None:
+                self._cache.put(session)
+        self._kept = self._cache.nbytes, len(self._cache)
+        mx.clear_cache()  # buffers of shapes that nobody may ask for again
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        self._counters["failed"] += 1
+        ticket.listener(Failed(error))
