@@ -70,7 +70,7 @@ class Chat:
                 return job
             with blamed("messages", schema="tool_choice"):
                 schema, thinking = _call_schema(self.forced), arguments["thinking"]
-                control = verbs.constraint(engine, [job.row], job.options, schema, None, thinking, None)
+                control = verbs.constraint(engine, job.row, job.options, schema, None, thinking, None)
                 return replace(job, control=control)
 
         return prepare
