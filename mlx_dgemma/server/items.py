@@ -14,7 +14,9 @@ from .messages import data_url
 
 ROLES = ("user", "assistant", "system", "developer")
 STATUS = ("in_progress", "completed", "incomplete")
-PARTS = {  # of the items that carry text: their part's name, and what a part has besides its text
+PARTS: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # of the items that carry text: their part's name, and what a part has besides its text
     "message": ("output_text", {"annotations": [], "logprobs": []}),
     "reasoning": ("reasoning_text", {}),
 }
@@ -246,15 +248,16 @@ class Reply:
             return
         yield from self._close("completed")
         self._open, self._text = kind, ""
-        item = {"type": kind, "status": "in_progress", "content": []}
-        own = {"role": "assistant"} if kind == "message" else {"summary": []}
+        item: dict[str, Any] = {"type": kind, "status": "in_progress", "content": []}
+        own: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
         yield from self._add({"id": f"{'msg' if kind == 'message' else 'rs'}_{uuid.uuid4().hex}", **item, **own})
         yield self._event("response.content_part.added", **self._place(), part=self._part())
 
     def _close(self, status: str) -> Iterator[Event]:
         if self._open is None:
             return
-        part, more = self._part(), {"logprobs": []} if self._open == "message" else {}
+        part = self._part()
+        more: dict[str, Any] = {"logprobs": []} if self._open == "message" else {}
         yield self._event(f"response.{PARTS[self._open][0]}.done", **self._place(), text=self._text, **more)
         yield self._event("response.content_part.done", **self._place(), part=part)
         self._open = None
