@@ -111,9 +111,9 @@ def _health() -> Schema:
 
 
 def _post(name: str, summary: str, body: str, answer: str, errors: tuple[int, ...]) -> Schema:
-    events = {"schema": TEXT}  # server-sent events have no schema in OpenAPI 3.1
+    event = {"event": TEXT, "data": {**TEXT, "contentMediaType": "application/json"}}
     done: Schema = {"description": f"{summary} With `stream`, as events.", "content": _json(_ref(answer))}
-    done["content"]["text/event-stream"] = events
+    done["content"]["text/event-stream"] = {"schema": {"type": "object", "properties": event, "required": ["data"]}}
     return {
         "operationId": name,
         "summary": summary,
