@@ -64,12 +64,9 @@ def serve(
     terminal = Terminal()
     with _listen(host, port) as listening:
         engine = load_engine(model, dtype, ignore_memory, terminal)
-        import mlx.core as mx
-
         from .schedule import Scheduler
         from .server.app import create_app
 
-        mx.eval(engine.model.state)  # what is still to be computed would need this thread's stream
         app = create_app(Scheduler(engine, rows=rows, waiting=waiting), settings)
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("mlx_dgemma").setLevel(logging.INFO)

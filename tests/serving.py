@@ -1,0 +1,98 @@
+"""A server on a free port, and requests to an application without any."""
+
+import asyncio
+import json
+import socket
+import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import uvicorn
+
+from mlx_dgemma.generate import GenerationOptions
+from mlx_dgemma.schedule import Accepted, Load, Ticket
+from mlx_dgemma.server.app import create_app
+from mlx_dgemma.server.settings import Settings
+
+
+@contextmanager
+def serving(scheduler, **settings):
+    """The base URL of a server in a thread; it closes the scheduler."""
+    config = uvicorn.Config(create_app(scheduler, Settings(**settings)), log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class Script:
+    """A scheduler without a model: it prepares nothing, and tells every request the same events."""
+
+    def __init__(self, *events, error=None):
+        self.engine = SimpleNamespace(
+            options=GenerationOptions(),
+            tokenizer=SimpleNamespace(think_start_tokens=None, think_end_tokens=None),
+        )
+        self.events, self.error, self.submitted = events, error, []
+
+    def submit(self, prepare, listener, drafts=False):
+        if self.error:
+            raise self.error
+        self.submitted.append(Ticket(prepare, listener, drafts))
+        for event in (Accepted(1, 0), *self.events):
+            listener(event)
+        return self.submitted[-1]
+
+    def load(self):
+        return Load(0, 0, {})
+
+    def close(self, seconds=0.0):
+        pass
+
+
+def ask(app, method, target, headers=(), chunks=(b"",)):
+    """(status, headers, body) of a request sent to the application itself.
+
+    `chunks` may be endless: what is not asked for is not made.
+    """
+    path, _, query = target.partition("?")
+    given = {"host": "localhost:8080", **dict(headers)}
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": unquote(path),
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "headers": [(name.lower().encode(), value.encode()) for name, value in given.items() if value is not None],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8080),
+    }
+    left, sent = iter(chunks), []
+
+    async def receive():
+        chunk = next(left, None)
+        if chunk is None:
+            await asyncio.sleep(3600)  # a client that waits
+        return {"type": "http.request", "body": chunk, "more_body": chunk != b""}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    held = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], held, b"".join(message.get("body", b"") for message in sent)
+
+
+def post(app, path, body, **headers):
+    """(status, parsed answer) of a JSON request to the application itself."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, _, answer = ask(app, "POST", path, headers, (data, b""))
+    return status, json.loads(answer)
