@@ -19,6 +19,8 @@ from schemathesis.cli import schemathesis as cli
 from serving import Server
 
 LIMITS = {"max_tokens": 64, "max_completion_tokens": 64, "max_output_tokens": 64, "max_denoising_steps": 4, "n": 2}
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+PICTURE = f"data:image/png;base64,{PIXEL}"
 KEPT = 4  # fields of a valid body, besides the one it needs
 OWN = {  # the limit that an endpoint knows
     "/v1/chat/completions": "max_completion_tokens",
@@ -45,12 +47,37 @@ def before_call(context, case, kwargs) -> None:
         free = sorted(set(body) - {"messages", "prompt", "input"})
         for name in chance.sample(free, max(len(free) - chance.randint(0, KEPT), 0)):
             del body[name]
+        mend(body)
     for name, most in LIMITS.items():
         if type(body.get(name)) is int:
             body[name] = min(body[name], most)
     if not any(name in body for name in LIMITS if name.endswith("tokens")):
         body[limit] = LIMITS[limit]
     body.setdefault("max_denoising_steps", LIMITS["max_denoising_steps"])
+
+
+def mend(body: dict) -> None:
+    """Give a valid body what its description cannot ask for: calls before their outputs, JSON, a picture, a stream."""
+    if "stream_options" in body or "drafts" in body:
+        body["stream"] = True
+    for kind, call_id in (("messages", "tool_call_id"), ("input", "call_id")):
+        items = [body[kind]] if isinstance(body.get(kind), str) else body.get(kind, [])
+        for i, item in reversed(list(enumerate(items))):
+            if not isinstance(item, dict):
+                continue
+            for call in (item, *(call["function"] for call in item.get("tool_calls") or [])):
+                if "arguments" in call:
+                    call["arguments"] = "{}"
+            for part in item["content"] if isinstance(item.get("content"), list) else []:
+                if part.get("image_url"):
+                    part["image_url"] = PICTURE if kind == "input" else {"url": PICTURE}
+            if item.get("role") == "tool" or item.get("type") == "function_call_output":
+                name = {"name": "f", "arguments": "{}"}
+                call = {"id": item[call_id], "type": "function", "function": name}
+                made = {"role": "assistant", "tool_calls": [call]}
+                items.insert(
+                    i, made if kind == "messages" else {"type": "function_call", call_id: item[call_id], **name}
+                )
 
 
 def answers(server: Server) -> dict[str, dict[str, int]]:

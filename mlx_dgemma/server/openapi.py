@@ -18,6 +18,7 @@ from .settings import Settings
 Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string"}
+WORDED: Schema = {"type": "string", "pattern": "\\S"}  # not empty
 FLAG: Schema = {"type": "boolean"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 NUMBER: Schema = {"type": "number"}
@@ -223,19 +224,16 @@ def _chat(settings: Settings) -> Schema:
     text = _object({"type": _one("text"), "text": TEXT}, "type", "text")
     source = _object({"url": PICTURE, "detail": _one("auto")}, "url")
     picture = _object({"type": _one("image_url"), "image_url": source}, "type", "image_url")
-    texts, parts = _any(TEXT, _list(text, minItems=1)), _any(TEXT, _list(_any(text, picture), minItems=1))
+    texts, parts = _any(TEXT, _list(text, minItems=1)), _any(WORDED, _list(_any(text, picture), minItems=1))
     function = _object({"name": TEXT, "arguments": {**TEXT, "contentMediaType": "application/json"}}, "name")
     call = {"id": TEXT, "type": _one("function"), "index": COUNT, "function": function}
-    said = {
-        "role": _one("assistant"),
-        "content": texts,
-        "reasoning_content": TEXT,
-        "tool_calls": _list(_object(call, "id", "function")),
-    }
+    said = {"role": _one("assistant"), "content": texts, "reasoning_content": TEXT}
+    calls = _list(_object(call, "id", "function"), minItems=1)
     messages = _any(
         _object({"role": _one("system", "developer"), "content": texts}, "role", "content"),
         _object({"role": _one("user"), "content": parts}, "role", "content"),
-        _object(said, "role"),
+        _object(said, "role", "content"),
+        _object({**said, "tool_calls": calls}, "role", "tool_calls"),
         _object({"role": _one("tool"), "content": texts, "tool_call_id": TEXT}, "role", "content", "tool_call_id"),
     )
     named = _object({"name": TEXT}, "name")
@@ -328,7 +326,7 @@ def _response(settings: Settings) -> Schema:
     label = {**TEXT, "maxLength": LABEL}
     labels = {"propertyNames": {"maxLength": NAME}, "additionalProperties": label, "maxProperties": LABELS}
     properties = {
-        "input": _any(TEXT, _list(item, minItems=1)),
+        "input": _any(WORDED, _list(item, minItems=1)),
         "instructions": TEXT,
         **_sent(settings),
         **_drawn(1),
