@@ -169,6 +169,8 @@ class Scheduler:
                     break
             while self._cache.save_one():
                 pass
+        mx.synchronize()
+        mx.clear_streams()
 
     def _rest(self) -> bool:
         """Nothing runs: write one prefix, or wait for a request; returns whether to go on."""
