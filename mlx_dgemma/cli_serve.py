@@ -60,7 +60,7 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
-    settings = Settings(model_name(model), host, port, api_key, hosts, origins, shutdown_seconds)
+    settings = Settings(model_name(model), host, api_key, hosts, origins, shutdown_seconds)
     terminal = Terminal()
     with _listen(host, port) as listening:
         engine = load_engine(model, dtype, ignore_memory, terminal)

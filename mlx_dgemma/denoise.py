@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -159,8 +160,8 @@ class Canvases:
         fits = reading.whole is not None or _rounded(guess) == _rounded(self._diffuse)
         if following is not None and (over or not fits):
             # what was built is of no use, and must not be computed for its side effects
-            for prefix, handle in zip(self.prefixes, handles):
-                prefix.restore(handle)
+            for prefix in self.prefixes:
+                prefix.restore(handles.pop(0))
             following = None if over else self._build(current, steps, self._diffuse)
         del handles  # or the next write would copy the buffers
         self._queue = memory.Queue()
@@ -348,9 +349,9 @@ class Canvases:
     def _noise(self, draws: list[int]) -> mx.array:
         return sampler.noise(self.length, self.model.config.text.vocab_size, self._keys(draws))
 
-    def _stages(self) -> Iterator[Any]:
-        for prefix in self.prefixes:
-            yield from prefix.stages
+    def _stages(self) -> list[list[Any]]:
+        """What the prefixes have to be evaluated for, layer by layer: every start of an evaluation has its price."""
+        return [list(stages) for stages in zip_longest(*(prefix.stages for prefix in self.prefixes))]
 
 
 def denoise_block(

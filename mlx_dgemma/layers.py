@@ -207,7 +207,7 @@ def attend(
     rows = batch * heads * length
     if rows * count * queries.dtype.size <= SCORES:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask.whole)
-    size = max(SCORES // (2 * rows * mx.float32.size) // CHUNK * CHUNK, CHUNK)  # scores and their exponentials
+    size = max(SCORES // (8 * rows * mx.float32.size) // CHUNK * CHUNK, CHUNK)
     queries = queries.reshape(batch, kv_heads, -1, dim)  # a KV head's queries in one matrix: no key is repeated
     # Finite, unlike the scores of hidden keys: a chunk that is all hidden then adds zeros instead of NaN.
     top = mx.full((*queries.shape[:3], 1), mx.finfo(mx.float32).min)

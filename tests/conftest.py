@@ -9,9 +9,13 @@ import json
 import shutil
 from pathlib import Path
 
+import openai
 import pytest
+from serving import serving
 
+import mlx_dgemma
 from mlx_dgemma.checkpoint import DEMO
+from mlx_dgemma.schedule import Scheduler
 
 DATA = Path(__file__).parent / "data"
 INDEX = "model.safetensors.index.json"
@@ -78,3 +82,22 @@ def hf_checkpoint(tmp_path_factory) -> Path:
             shutil.copyfile(file, folder / file.name)
     assert {file.name: sha256(file.read_bytes()) for file in folder.iterdir()} == manifest["files"]
     return folder
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    """The demo for a server; its thread alone may use this engine."""
+    return Scheduler(mlx_dgemma.load(DEMO, dtype="float32"), rows=4, waiting=8)
+
+
+@pytest.fixture(scope="module")
+def url(scheduler):
+    """A server with the demo, named demo."""
+    with serving(scheduler, model="demo") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    """OpenAI's own client of that server."""
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)

@@ -15,6 +15,9 @@ from mlx_dgemma.schedule import Accepted, Load, Ticket
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.settings import Settings
 
+MODEL = "demo"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
 
 @contextmanager
 def serving(scheduler, **settings):
@@ -96,3 +99,23 @@ def post(app, path, body, **headers):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     status, _, answer = ask(app, "POST", path, headers, (data, b""))
     return status, json.loads(answer)
+
+
+def tool(name, **properties):
+    parameters = {"type": "object", "properties": properties, "required": [*properties]}
+    description = "Get the weather of a city." if name == "get_weather" else "Do it."
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+WEATHER = tool("get_weather", city={"type": "string", "description": "The city."})
+TIME = tool("get_time", city={"enum": ["Oslo", "Paris"]})
+
+
+def said(*texts):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * len(texts), texts)]
+
+
+def chat(client, prompt, **options):
+    messages = said(prompt) if isinstance(prompt, str) else prompt
+    return client.chat.completions.create(model=MODEL, messages=messages, **options)

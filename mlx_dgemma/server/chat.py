@@ -64,11 +64,12 @@ class Chat:
 
         def prepare() -> Job:
             arguments = {**self.arguments, "seed": self.arguments["seed"] + i}
-            with blamed("messages", schema="response_format"):
+            held = "regex" if "regex" in arguments else "response_format"
+            with blamed("messages", schema=held, pattern=held, constraint=held):
                 job = engine.prepare(self.messages, **arguments)
             if not self.forced:
                 return job
-            with blamed("messages", schema="tool_choice"):
+            with blamed("messages", schema="tool_choice", pattern="tool_choice", constraint="tool_choice"):
                 schema, thinking = _call_schema(self.forced), arguments["thinking"]
                 control = verbs.constraint(engine, job.row, job.options, schema, None, thinking, None)
                 return replace(job, control=control)

@@ -96,7 +96,7 @@ def read_completion(fields: Fields, engine: Engine, settings: Settings) -> Compl
 
 
 @dataclass
-class _Cut:
+class Cut:
     """A text that comes in pieces and ends before the first stop string."""
 
     stop: list[str]
@@ -139,7 +139,7 @@ async def _whole(asked: Completion, events: AsyncGenerator[tuple[int, Any]]) -> 
             done[i] = event
     choices = []
     for i, one in sorted(done.items()):
-        cut = _Cut(asked.stop)
+        cut = Cut(asked.stop)
         text = cut.add(one.result.text, last=True)
         choices.append(_choice(i, text, "stop" if cut.over else one.result.finish_reason))
     told = [stats(one) for _, one in sorted(done.items())]
@@ -153,7 +153,7 @@ async def _whole(asked: Completion, events: AsyncGenerator[tuple[int, Any]]) -> 
 
 async def _chunks(asked: Completion, events: AsyncGenerator[tuple[int, Any]]) -> AsyncGenerator[dict[str, Any]]:
     base, done = _base(asked), {}
-    cuts = [_Cut(asked.stop) for _ in range(asked.form.choices)]
+    cuts = [Cut(asked.stop) for _ in range(asked.form.choices)]
     nothing = {"usage": None} if asked.form.usage else {}
     async with aclosing(events):
         async for i, event in events:

@@ -91,6 +91,8 @@ def blamed(prompt: str = "messages", **renamed: str) -> Iterator[None]:
         raise ApiError(str(error), prompt, code=code) from None
     except RecursionError:
         raise ApiError(f"{prompt} is nested too deeply; send fewer levels.", prompt) from None
+    except OverflowError:  # of a pattern's repeats
+        raise ApiError("A number in the request is too large; give a smaller one.", renamed.get("schema")) from None
     except OptionError as error:
         words = str(error).removeprefix("The ").split(maxsplit=1)
         name = words[0] if words and words[0] in {*_NAMES, "seed", "regex", "schema", "tools", *renamed} else None

@@ -23,7 +23,6 @@ class Settings:
 
     model: str = "diffusiongemma"  # the name it is served under; "default" means the same
     host: str = "127.0.0.1"
-    port: int = 8080
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()  # that the Host header may name beside LOCAL and `host`, without a port
     cors_origins: tuple[str, ...] = ()  # pages that may ask, such as "http://localhost:3000"
