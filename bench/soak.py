@@ -13,6 +13,7 @@ import io
 import json
 import queue
 import random
+import re
 import statistics
 import threading
 import time
@@ -268,10 +269,12 @@ def main() -> None:
             rounds.append({**one, "resident": server.resident(), **server.held()})
         alive = health["status"] == "ok" and not health["running"] + health["waiting"]
         tracebacks = server.log().count("Traceback")
+        cancelled = int(re.search(r"dgemma_cancelled_total (\d+)", server.text("/metrics"))[1])
     first, last = rounds[0], rounds[-1]
     same = sorted(first["seconds"].keys() & last["seconds"].keys())
     pace = [statistics.mean(one["seconds"][i] for i in same) for one in (first, last)]
     print(f"\n{right} of {len(marked)} answers alone are right; answers in a crowd must be the same")
+    print(f"{sum(one['left'] for one in rounds)} were left midway, {cancelled} of them before they were generated")
     table(
         ["hundred", "differing", "left", "seconds", "mean s", "median s", "MiB", "files", "threads"],
         [
@@ -296,7 +299,16 @@ def main() -> None:
     figures = [
         {**one, "wrong": len(one["wrong"]), "seconds": statistics.mean(one["seconds"].values())} for one in rounds
     ]
-    finish("soak", **found, checks=checks, right=right, marked=len(marked), rounds=figures, health=health)
+    finish(
+        "soak",
+        **found,
+        checks=checks,
+        right=right,
+        marked=len(marked),
+        rounds=figures,
+        cancelled=cancelled,
+        health=health,
+    )
     raise SystemExit(not all(checks.values()))
 
 
