@@ -20,7 +20,9 @@ from ..schedule import Scheduler
 from .chat import chat_completions
 from .completions import completions
 from .errors import ApiError
+from .openapi import document
 from .options import check_model
+from .responses import responses
 from .safety import Safety, refusal
 from .sending import Gone
 from .settings import Settings
@@ -58,10 +60,12 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
     routes = [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/responses", responses, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{id:path}", model),
         Route("/health", health),
         Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
     ]
     if PAGE.exists():
         routes.append(Route("/", page))
@@ -121,6 +125,11 @@ async def metrics(request: Request) -> Response:
     }
     lines += _metric("dgemma_http_requests_total", "counter", "HTTP requests, by endpoint and status.", counts)
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+async def openapi(request: Request) -> Response:
+    """GET /openapi.json."""
+    return JSONResponse(document(request.app.state.settings))
 
 
 async def page(_: Request) -> Response:

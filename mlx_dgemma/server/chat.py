@@ -100,14 +100,17 @@ class Chat:
         return "tool_calls" if self.forced else done.result.finish_reason
 
 
-def read_chat(fields: Fields, engine: Engine, settings: Settings) -> Chat:
+def read_chat(fields: Fields, engine: Engine, settings: Settings, messages: list[dict[str, Any]] | None = None) -> Chat:
     """Read the body.
+
+    Args:
+        messages: where they are not in the body.
 
     Raises:
         ApiError: anything in it cannot be honoured.
     """
     form = form_of(fields, settings)
-    messages = messages_of(fields, settings)
+    messages = messages_of(fields, settings) if messages is None else messages
     limits = ("max_completion_tokens", "max_tokens")
     arguments = arguments_of(fields, engine.options, limits, form.choices)
     arguments.setdefault("seed", secrets.randbits(32))

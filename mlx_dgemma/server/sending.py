@@ -88,8 +88,9 @@ class EventStream(Response):
 
 
 def sse(event: dict[str, Any]) -> str:
-    """A server-sent event without the blank line behind it; a `type` in it does not become the event's name."""
-    return f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}"
+    """A server-sent event without the blank line behind it; its `type`, if it has one, is its name too."""
+    name = f"event: {event['type']}\n" if "type" in event else ""
+    return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}"
 
 
 async def begun(request: Request, events: AsyncGenerator[T]) -> AsyncGenerator[T]:
