@@ -8,9 +8,12 @@ described, one that takes too long, or a traceback in the server's log is a fail
 
 import argparse
 import json
+import os
 import random
 import re
+import tempfile
 import time
+from pathlib import Path
 
 import schemathesis
 from report import GIB, finish, machine, table
@@ -127,10 +130,15 @@ def fuzz(server: Server, args: argparse.Namespace) -> bool:
         "--request-timeout", str(args.answer_seconds), "--workers", str(args.workers), "--seed", str(args.seed),
         "--continue-on-failure", "--phases", "examples,coverage,fuzzing", "--suppress-health-check", "all",
     ]  # fmt: skip
-    try:
-        return cli.main(command, standalone_mode=False) not in (0, None)
-    except SystemExit as ended:
-        return ended.code not in (0, None)
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # where schemathesis and hypothesis keep what they found
+        try:
+            return cli.main(command, standalone_mode=False) not in (0, None)
+        except SystemExit as ended:
+            return ended.code not in (0, None)
+        finally:
+            os.chdir(here)
 
 
 if __name__ == "__main__":
