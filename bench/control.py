@@ -229,7 +229,7 @@ def overhead(_: None, count: int, full: bool = False) -> list[list]:
     suit_device(model)
     times: dict[str, list[float]] = {"without": [], "with": []}
     for what in ("without", "with") * 2:
-        guide = Constrained(language, 1, [1]).guide([0], [512]) if what == "with" else None
+        guide = Constrained(language, [1]).guide(512) if what == "with" else None
         prefix = model.new_prefix(capacity=256)
         prefill(model, prefix, np.asarray(random_prompt(raw, 64)), None)
         steps = denoise_block(model, prefix, options, mx.random.key(1)[None], None, None, guide)

@@ -32,18 +32,18 @@ def fitting_size(count: int, canvas_length: int) -> int:
 
 
 class Control:
-    """Leaves every canvas as it is; the base of those that don't. Rows are numbered as in the whole batch."""
+    """Leaves every canvas of a job as it is; the base of those that don't."""
 
-    def layout(self, rows: Sequence[int]) -> Layout | None:
-        """What the next canvas of these rows begins with."""
+    def layout(self) -> Layout | None:
+        """What the next canvas begins with."""
         return None
 
-    def guide(self, rows: Sequence[int], left: Sequence[int]) -> Guide | None:
-        """What chooses the text of the next canvas of these rows, which have so many tokens left."""
+    def guide(self, left: int) -> Guide | None:
+        """What chooses the text of the next canvas, where there is room for so many tokens."""
         return None
 
-    def commit(self, row: int, tokens: Sequence[int]) -> None:
-        """Take note of a row's finished canvas."""
+    def commit(self, tokens: Sequence[int]) -> None:
+        """Take note of a finished canvas."""
 
     def prepare(self, model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, key: mx.array) -> int:
         """Find out what must be known before the first canvas; returns how many positions were denoised for it.
@@ -56,36 +56,35 @@ class Control:
 
 
 class Constrained(Control):
-    """Every row's text is in a language.
+    """The text is in a language.
 
     Args:
         language: of the text.
-        rows: how many there are.
         ends: tokens one of which ends the text.
         marks: the tokens that open and close a thought, where one may stand before the text.
     """
 
-    def __init__(self, language: Language, rows: int, ends: Sequence[int], marks: Sequence[int] = ()):
+    def __init__(self, language: Language, ends: Sequence[int], marks: Sequence[int] = ()):
         self._language, self._ends, self._marks = language, tuple(ends), tuple(marks)
-        self._states = [FRESH if marks else 0] * rows
+        self._state = FRESH if marks else 0
 
-    def guide(self, rows: Sequence[int], left: Sequence[int]) -> Guide:
+    def guide(self, left: int) -> Guide:
         """The language's best text."""
 
         def choose(row: int, seen: Marginals) -> np.ndarray:
-            return best_text(self._language, seen, self._states[rows[row]], self._ends, left[row], self._marks)
+            return best_text(self._language, seen, self._state, self._ends, left, self._marks)
 
         return Guide(self._language.anchors, self._ends, self._marks, choose)
 
-    def commit(self, row: int, tokens: Sequence[int]) -> None:
+    def commit(self, tokens: Sequence[int]) -> None:
         """Move on in the language."""
-        state, given = self._states[row], list(tokens)
+        state, given = self._state, list(tokens)
         if state == THINKING or (state == FRESH and given[0] == self._marks[0]):
             if self._marks[1] not in given:
-                self._states[row] = THINKING
+                self._state = THINKING
                 return
             given, state = given[given.index(self._marks[1]) + 1 :], 0
-        self._states[row] = self._language.after(given, max(state, 0))
+        self._state = self._language.after(given, max(state, 0))
 
 
 class Guide:
@@ -108,7 +107,7 @@ class Guide:
 
 
 class Drafted(Control):
-    """One row whose canvases begin with a draft, some of it noised.
+    """Canvases begin with a draft, some of it noised.
 
     Args:
         draft: tokens of the text to begin with.
@@ -122,7 +121,7 @@ class Drafted(Control):
         self._draft, self._end, self._strength, self._length = list(draft), end, strength, canvas_length
         self._random = np.random.default_rng(seed)
 
-    def layout(self, rows: Sequence[int]) -> Layout | None:
+    def layout(self) -> Layout | None:
         """The next part of the draft, its end token, and fillers behind it."""
         if not self._draft:
             return None
@@ -133,7 +132,7 @@ class Drafted(Control):
         kept = self._random.random(size) >= self._strength
         return Layout(mx.array(tokens[None]), mx.zeros((1, size), mx.bool_), mx.array(kept[None]))
 
-    def commit(self, row: int, tokens: Sequence[int]) -> None:
+    def commit(self, tokens: Sequence[int]) -> None:
         """Go on behind that part of the draft which the canvas answers."""
         matcher = SequenceMatcher(None, self._draft[: 2 * self._length], list(tokens), autojunk=False)
         blocks = [block for block in matcher.get_matching_blocks() if block.size]

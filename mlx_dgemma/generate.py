@@ -364,7 +364,7 @@ class Loop:
             yield job, None
             return
         if job.control:
-            job.control.commit(0, tokens)
+            job.control.commit(tokens)
         self.model.encode(step.best[i : i + 1], job.session.prefix)
         evaluate(job.session.prefix)
         job.session.held += tokens
@@ -379,13 +379,13 @@ class Loop:
             yield job, None
             return
         row.key, key = mx.random.split(mx.random.key(row.seed) if row.key is None else row.key, 2)
-        left = [row.answer.left]
-        layout, guide = (job.control.layout([0]), job.control.guide([0], left)) if job.control else (None, None)
+        left = row.answer.left
+        layout, guide = (job.control.layout(), job.control.guide(left)) if job.control else (None, None)
         # What a step does not depend on is left out, so that more jobs are alike.
         options = replace(
             job.options, max_tokens=1, stop=(), prefill_chunk=None, image_tokens=70, fps=1.0, max_frames=1
         )
-        canvases = Canvases(self.model, [prefix], options, key[None], left, layout, guide)
+        canvases = Canvases(self.model, [prefix], options, key[None], [left], layout, guide)
         alike = options, canvases.length, layout is None, guide is None
         self._ready.append((alike, job, canvases))
 

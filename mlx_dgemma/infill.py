@@ -116,11 +116,11 @@ class Hole(Control):
         once, positions = options.override(max_denoising_steps=1), 0
         for start in range(0, len(self._lengths) if len(self._lengths) > 1 else 0, TOGETHER):
             group = self._lengths[start : start + TOGETHER]
-            tried, rows = Hole(self._language, self._before, self._behind, group, self._canvas), list(range(len(group)))
+            tried = Hole(self._language, self._before, self._behind, group, self._canvas)
             if prefix.batch_size != len(group):
                 prefix.keep([0] * len(group))
-            keys, layout = mx.stack([key] * len(group)), tried.layout(rows)
-            for _ in denoise_block(model, prefix, once, keys, None, layout, tried.guide(rows, [])):
+            keys, layout = mx.stack([key] * len(group)), tried.layout()
+            for _ in denoise_block(model, prefix, once, keys, None, layout, tried.guide(0)):
                 positions += layout.tokens.size
             scores.update(zip(group, tried.score))
             best, *others = sorted(scores.values(), reverse=True)
@@ -140,17 +140,18 @@ class Hole(Control):
             )
         return positions
 
-    def layout(self, rows: Sequence[int]) -> Layout:
-        """Everything but the hole is pinned."""
+    def layout(self) -> Layout:
+        """Everything but the hole is pinned; a row for each length."""
         size = self._size(self._begin)
-        tokens, pinned = np.zeros((len(rows), size), np.int32), np.ones((len(rows), size), bool)
-        for row in rows:
-            stream = [*self._before, *[0] * self._lengths[row], *self._behind][self._begin : self._begin + size]
+        rows = len(self._lengths)
+        tokens, pinned = np.zeros((rows, size), np.int32), np.ones((rows, size), bool)
+        for row, length in enumerate(self._lengths):
+            stream = [*self._before, *[0] * length, *self._behind][self._begin : self._begin + size]
             tokens[row, : len(stream)] = stream
             pinned[row, slice(*self._window(row, size))] = False
         return Layout(mx.array(tokens), mx.array(pinned), mx.zeros(pinned.shape, mx.bool_))
 
-    def guide(self, rows: Sequence[int], left: Sequence[int]) -> Guide:
+    def guide(self, left: int) -> Guide:
         """The most probable text of the hole that fits."""
 
         def choose(row: int, seen: Marginals) -> np.ndarray:

@@ -152,7 +152,7 @@ def constrained(
         row.answer.max_tokens = min(row.answer.max_tokens, room)
     opened, closed = engine.tokenizer.think_start_tokens, engine.tokenizer.think_end_tokens
     marks = (opened[0], closed[0]) if thinking and opened and closed else ()
-    return Constrained(language, 1, options.end_tokens, marks)
+    return Constrained(language, options.end_tokens, marks)
 
 
 def constraint(

@@ -240,11 +240,11 @@ class Pinning(Control):
     def __init__(self, *layouts):
         self.layouts, self.committed = list(layouts), []
 
-    def layout(self, rows):
+    def layout(self):
         return self.layouts.pop(0) if self.layouts else None
 
-    def commit(self, row, tokens):
-        self.committed.append((row, tokens))
+    def commit(self, tokens):
+        self.committed.append(tokens)
 
 
 def test_pinned_canvases_over_two_blocks(model):
@@ -266,7 +266,7 @@ def test_pinned_canvases_over_two_blocks(model):
         assert blocks == expected
         assert reader.taken == [tokens for tokens, _ in blocks]
         assert [len(tokens) for tokens, _ in blocks] == [LAYOUTS[first].tokens.shape[1], 8, 8]
-        assert control.committed == [(0, list(tokens)) for tokens, _ in blocks[:2]]  # the last one has ended
+        assert control.committed == [list(tokens) for tokens, _ in blocks[:2]]  # the last one has ended
         assert np.array(blocks[0][0])[np.array(LAYOUTS[first].pinned[0])].tolist() == [
             token for token, pin in zip(LAYOUTS[first].tokens[0].tolist(), LAYOUTS[first].pinned[0].tolist()) if pin
         ]
@@ -308,7 +308,7 @@ def test_a_guide_without_wishes_changes_nothing(model, mode):
 
 
 class Wishless(Control):
-    def guide(self, rows, left):
+    def guide(self, left):
         return guide_of(np.copy)
 
 
@@ -426,21 +426,21 @@ def test_sizes_are_quarters_of_the_canvas():
 
 
 def test_a_draft_begins_with_its_tokens():
-    layout = Drafted([5, 6, 7], 9, 0, 16, 0).layout([0])
+    layout = Drafted([5, 6, 7], 9, 0, 16, 0).layout()
     assert layout.tokens.tolist() == [[5, 6, 7, 9, *[0] * 4]]
     assert layout.drafted.all().item()
     assert not layout.pinned.any().item()
-    noise = Drafted([5, 6, 7], 9, 1, 16, 0).layout([0])
+    noise = Drafted([5, 6, 7], 9, 1, 16, 0).layout()
     assert not noise.drafted.any().item()
-    assert Drafted([], 9, 0, 16, 0).layout([0]) is None
-    assert Drafted(range(40), 9, 0, 16, 0).layout([0]).tokens.tolist() == [list(range(16))]
-    assert Drafted(range(15), 9, 0, 16, 0).layout([0]).tokens.tolist() == [[*range(15), 9]]
-    assert Drafted(range(6), 9, 0, 16, 0).layout([0]).tokens.shape == (1, 8)
-    assert Drafted(range(7), 9, 0, 16, 0).layout([0]).tokens.shape == (1, 12)  # eight, and a quarter more
+    assert Drafted([], 9, 0, 16, 0).layout() is None
+    assert Drafted(range(40), 9, 0, 16, 0).layout().tokens.tolist() == [list(range(16))]
+    assert Drafted(range(15), 9, 0, 16, 0).layout().tokens.tolist() == [[*range(15), 9]]
+    assert Drafted(range(6), 9, 0, 16, 0).layout().tokens.shape == (1, 8)
+    assert Drafted(range(7), 9, 0, 16, 0).layout().tokens.shape == (1, 12)  # eight, and a quarter more
 
 
 def test_half_a_draft_is_noised_as_its_seed_says():
-    layouts = [Drafted(range(200), 9, 0.25, 256, seed).layout([0]).drafted for seed in (0, 0, 1)]
+    layouts = [Drafted(range(200), 9, 0.25, 256, seed).layout().drafted for seed in (0, 0, 1)]
     assert layouts[0].tolist() == layouts[1].tolist() != layouts[2].tolist()
     assert 0.65 < layouts[0].astype(mx.float32).mean().item() < 0.85
 
@@ -461,9 +461,9 @@ def test_half_a_draft_is_noised_as_its_seed_says():
 )
 def test_a_draft_goes_on_behind_what_a_canvas_answers(draft, canvas, rest):
     control = Drafted(draft, 9, 0, 4, 0)
-    control.commit(0, canvas)
+    control.commit(canvas)
     rest = list(rest)
-    layout = control.layout([0])
+    layout = control.layout()
     assert (layout is None) == (not rest)
     if rest:
         size = layout.tokens.shape[1]

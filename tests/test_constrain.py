@@ -491,10 +491,10 @@ def test_states_are_carried_over_canvases(pattern):
     for seed in range(60):
         random = np.random.default_rng(seed)
         left = random.integers(least, least + 6)
-        control, said = Constrained(language, 2, ENDS), []
+        control, said = Constrained(language, ENDS), []
         while True:
             log_p = random_log_p(random, 3)
-            guide = control.guide([1], [left - len(said)])
+            guide = control.guide(left - len(said))
             asked = log_p[:, np.array(guide.tokens)]
             seen = marginals(language, log_p)
             reading = {"likely": seen.likely, "log_p": seen.log_p, "best": seen.best, "top": seen.top, "asked": asked}
@@ -504,11 +504,10 @@ def test_states_are_carried_over_canvases(pattern):
                 said += tokens[: ends[0]]
                 break
             said += tokens
-            control.commit(1, tokens)
+            control.commit(tokens)
         over.add(len(said) // 3)
         assert len(said) < left
         assert re.fullmatch(pattern, SMALL.spell(said).decode())
-        assert control._states[0] == 0
     assert len(over) > 1
 
 
@@ -517,17 +516,17 @@ def test_thoughts_are_carried_over_canvases():
     for seed in range(60):
         random = np.random.default_rng(seed)
         left = random.integers(2, 14)
-        control, said = Constrained(language, 1, ENDS, MARKS), []
+        control, said = Constrained(language, ENDS, MARKS), []
         while not set(said) & set(ENDS):
             log_p = random_log_p(random, 3)
             log_p[:, CLOSE] -= 1
-            guide = control.guide([0], [left - len(said)])
+            guide = control.guide(left - len(said))
             seen = marginals(language, log_p)
             asked = log_p[:, np.array(guide.tokens)]
             reading = {"likely": seen.likely, "log_p": seen.log_p, "best": seen.best, "top": seen.top, "asked": asked}
             tokens = guide.choose(0, reading).tolist()
             said += tokens
-            control.commit(0, tokens)
+            control.commit(tokens)
         said = said[: next(i for i, token in enumerate(said) if token in ENDS)]
         assert len(said) < left
         if said[0] == OPEN:
