@@ -2,8 +2,12 @@
 
 import shutil
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
+from support import engine_of
 
 import mlx_dgemma
 from mlx_dgemma.checkpoint import DEMO
@@ -51,3 +55,32 @@ def test_a_cache_folder_that_goes_away_ends_no_scheduler(schedule, tmp_path):
     with pytest.warns(UserWarning, match=r"^The prefix cache cannot be written \(.*Failed to open file"):
         submit(scheduler, "Spell the word cat. " * 20, seed=0, max_tokens=5)()
         assert submit(scheduler, "Spell the word cat.", seed=0)().result.text == "c a t"
+
+
+class Broken:
+    """A control whose guide fails once it must choose."""
+
+    def prepare(self, *_):
+        return 0
+
+    def layout(self, rows):
+        return None
+
+    def guide(self, rows, left):
+        guide = SimpleNamespace(tokens=mx.array([5], mx.int32))
+        guide.choose = lambda row, reading: 1 / 0
+        return guide
+
+
+def test_a_batch_that_fails_takes_no_other_along(schedule):
+    scheduler = schedule(rows=2)
+    engine = scheduler.engine
+    same = engine_of(DEMO).generate("Count from 1 to 30.", seed=0, max_tokens=80)
+    good = submit(scheduler, "Count from 1 to 30.", seed=0, max_tokens=80)
+    events, over = [], threading.Event()
+    prepare = lambda: replace(engine.prepare("Spell the word cat.", seed=0), control=Broken())  # noqa: E731
+    scheduler.submit(prepare, lambda event: (events.append(event), isinstance(event, Failed) and over.set()))
+    assert over.wait(20)
+    assert isinstance(events[-1].error, ZeroDivisionError)
+    assert good().result.tokens == same.tokens
+    assert (scheduler.load().running, scheduler.load().counters["failed"]) == (0, 1)
