@@ -50,6 +50,11 @@ REFUSED = [
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "[]"}}]}]},
      "messages[0].tool_calls[0].function.arguments",
      "messages[0].tool_calls[0].function.arguments is '[]'; it should be a JSON object, written as a string."),
+    ({"messages": [{"role": "assistant",
+                    "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}]}]},
+     "messages[0].tool_calls[0].function.arguments",
+     "messages[0].tool_calls[0].function.arguments is '{\"a\": \"\\\\ud800\"}'; it should be a JSON object, "
+     "written as a string."),
     ({"seed": -1}, "seed", "seed is -1; it should be a whole number, from 0 to 18446744073709551615."),
     ({"seed": 2**64 - 1, "n": 2}, "seed",
      "seed is 18446744073709551615; it should be a whole number, from 0 to 18446744073709551614."),
