@@ -14,6 +14,7 @@ import mlx_dgemma
 from mlx_dgemma.checkpoint import DEMO
 from mlx_dgemma.generate import Finished
 from mlx_dgemma.schedule import Failed, Scheduler
+from mlx_dgemma.server.completions import Cut
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.messages import tools_of
 
@@ -94,3 +95,10 @@ def test_many_tools_are_read_in_proportion():
     began = time.perf_counter()
     assert [one["function"]["name"] for one in tools_of(Fields(given))] == [f"f{i}" for i in range(20_000)]
     assert time.perf_counter() - began < 5  # it was half a minute
+
+
+def test_a_long_stop_string_costs_no_more_than_the_text():
+    cut, began = Cut(["b" * 3_000_000]), time.perf_counter()
+    given = [cut.add(piece) for piece in ("abb", "b", "c", "b")]
+    assert [*given, cut.add("", last=True)] == ["a", "", "bbbc", "", "b"]
+    assert time.perf_counter() - began < 1  # it was minutes
