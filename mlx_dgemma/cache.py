@@ -109,7 +109,7 @@ class PrefixCache:
             name = self._unsaved.pop()
             try:
                 self._write(self._file(name), self._kept[name])
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # the latter is MLX's
                 self._folder, self._unsaved = None, []
                 warnings.warn(f"The prefix cache cannot be written ({error}); it stays in memory.", stacklevel=2)
         return bool(self._unsaved)
@@ -119,7 +119,8 @@ class PrefixCache:
         if name in self._unsaved:
             self._unsaved.remove(name)
         if self._folder is not None and not keep_file:
-            self._file(name).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._file(name).unlink()
 
     def _file(self, name: str) -> Path:
         assert self._folder is not None

@@ -331,7 +331,11 @@ class Loop:
                 yield job, error
         self._join()
         for key in list(self._groups):
-            yield from self._step(key)
+            try:
+                yield from self._step(key)
+            except Exception as error:  # of a whole batch: what it did to whom cannot be told
+                for job in self._groups.pop(key).jobs:
+                    yield job, error
             self._join()
 
     def _step(self, key: Any) -> Iterator[tuple[Job, Draft | Block | Exception | None]]:

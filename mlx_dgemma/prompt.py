@@ -177,6 +177,12 @@ def render(
     return tokenizer.encode(done + text, add_special_tokens=False)
 
 
+def held_back(text: str, stop: Sequence[str]) -> int:
+    """How many characters at a text's end may be the beginning of a stop string."""
+    pairs = ((one, n) for one in stop for n in range(1, min(len(one), len(text) + 1)))
+    return max((n for one, n in pairs if text.endswith(one[:n])), default=0)
+
+
 @dataclass
 class Answer:
     """Reads a row's tokens into text, thinking and tool calls, and knows when the text has ended.
@@ -247,7 +253,7 @@ class Answer:
         """
         end = len(self.text)
         if self.finish_reason is None:
-            end -= max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+            end -= held_back(self.text, self.stop)
         text, thinking = self.text[self._given[0] : end], self.thinking[self._given[1] :]
         self._given = max(end, self._given[0]), len(self.thinking)
         return text, thinking

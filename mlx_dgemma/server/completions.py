@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from .. import verbs
 from ..generate import Block
 from ..infill import LONGEST
+from ..prompt import held_back
 from ..schedule import Accepted
 from ..session import Job
 from .fields import Fields, read
@@ -114,7 +115,7 @@ class Cut:
             self.text, self.over = self.text[: min(ends)], True
         end = len(self.text)
         if not self.over and not last:  # what may begin a stop string waits
-            end -= max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+            end -= held_back(self.text, self.stop)
         new, self.given = self.text[self.given : end], max(end, self.given)
         return new
 

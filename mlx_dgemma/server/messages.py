@@ -70,6 +70,7 @@ class _Messages:
         name, text = function.text("name"), function.text("arguments", "{}")
         try:
             arguments = json.loads(text)
+            json.dumps(arguments, ensure_ascii=False).encode()  # half of a surrogate pair is no character
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
@@ -144,17 +145,18 @@ def tools_of(fields: Fields) -> list[Message]:
     Raises:
         ApiError: something else than functions, or a name twice.
     """
-    tools: list[Message] = []
+    tools: dict[str, Message] = {}
     for tool in fields.objects("tools"):
         tool.need("function")
         tool.only("type", "function", why="functions are the only tools here")
         function = tool.object("function")
         assert function is not None
-        tools.append({"type": "function", "function": read_function(function)})
+        read = read_function(function)
         tool.done()
-        if tools[-1]["function"]["name"] in [one["function"]["name"] for one in tools[:-1]]:
+        if read["name"] in tools:
             function.refuse("name", "it stands twice: give every function a name of its own")
-    return tools
+        tools[read["name"]] = {"type": "function", "function": read}
+    return list(tools.values())
 
 
 def read_function(function: Fields) -> Message:

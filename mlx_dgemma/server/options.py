@@ -16,7 +16,9 @@ from .fields import Fields, shown
 from .settings import Settings
 
 FLAGS = ("exact", "fast")
-WHOLES = {"max_denoising_steps": 1, "stability_threshold": 0, "patience": 0, "image_tokens": 1}
+STEPS = 1000  # of a canvas at most: a key is kept for each, and nobody else gets the row meanwhile
+COLDEST = 0.001  # temperature above 0; logits divided by much less are no numbers
+WHOLES = {"stability_threshold": 0, "patience": 0, "image_tokens": 1}
 NUMBERS = ("entropy_bound", "t_min", "t_max", "confidence_threshold", "certainty_threshold")
 STOPS = 4  # stop strings at most
 CHOICES = 8  # answers to one request at most
@@ -55,10 +57,13 @@ def arguments_of(
     given["thinking"] = fields.flag("thinking")
     given |= {name: fields.flag(name) for name in FLAGS}
     given |= {name: fields.whole(name, low) for name, low in WHOLES.items()}
-    given |= {name: fields.number(name, 0, 1e9) for name in NUMBERS}
+    given["max_denoising_steps"] = fields.whole("max_denoising_steps", 1, STEPS)
+    given |= {name: fields.number(name, COLDEST if name == "t_max" else 0, 1e9) for name in NUMBERS}
     if given["image_tokens"] not in (None, *BUDGETS):
         fields.refuse("image_tokens", f"it should be one of {', '.join(map(str, BUDGETS))}")
     temperature = fields.number("temperature", 0, 2)
+    if temperature and temperature < COLDEST:
+        fields.refuse("temperature", f"it should be 0, or a number from {COLDEST:g} to 2")
     if temperature == 0 and given["seed"] is None:
         given["seed"] = 0
     if temperature not in (None, 0, 1):

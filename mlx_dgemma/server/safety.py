@@ -99,9 +99,9 @@ class Safety:
             )
         if self._settings.api_key is not None and scope["path"] not in OPEN:
             kind, _, key = headers.get("authorization", "").partition(" ")
-            # Headers are decoded as Latin-1.
+            # Headers are decoded as Latin-1, in which bytes of UTF-8 can look like blanks.
             if kind.lower() != "bearer" or not hmac.compare_digest(
-                key.strip().encode("latin-1"), self._settings.api_key.encode()
+                key.strip(" \t").encode("latin-1"), self._settings.api_key.encode()
             ):
                 raise ApiError(
                     "The API key is missing or wrong; send it as `Authorization: Bearer KEY`.",

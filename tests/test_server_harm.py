@@ -1,0 +1,104 @@
+"""Requests that would harm others: what fails, or takes long, stays its asker's own."""
+
+import shutil
+import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from support import engine_of
+
+import mlx_dgemma
+from mlx_dgemma.checkpoint import DEMO
+from mlx_dgemma.generate import Finished
+from mlx_dgemma.schedule import Failed, Scheduler
+from mlx_dgemma.server.completions import Cut
+from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.messages import tools_of
+
+
+@pytest.fixture
+def schedule():
+    """Makes schedulers of the demo, which are closed afterwards."""
+    made = []
+
+    def make(**options):
+        made.append(Scheduler(mlx_dgemma.load(DEMO, dtype="float32"), **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def submit(scheduler, prompt, **arguments):
+    """A function that waits for the last event of a request."""
+    events, over = [], threading.Event()
+
+    def listen(event):
+        events.append(event)
+        if isinstance(event, (Finished, Failed)):
+            over.set()
+
+    scheduler.submit(lambda: scheduler.engine.prepare(prompt, **arguments), listen)
+
+    def last():
+        assert over.wait(20)
+        return events[-1]
+
+    return last
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_cache_folder_that_goes_away_ends_no_scheduler(schedule, tmp_path):
+    folder = tmp_path / "cache"
+    scheduler = schedule(cache_dir=folder)
+    shutil.rmtree(folder)
+    with pytest.warns(UserWarning, match=r"^The prefix cache cannot be written \(.*Failed to open file"):
+        submit(scheduler, "Spell the word cat. " * 20, seed=0, max_tokens=5)()
+        assert submit(scheduler, "Spell the word cat.", seed=0)().result.text == "c a t"
+
+
+class Broken:
+    """A control whose guide fails once it must choose."""
+
+    def prepare(self, *_):
+        return 0
+
+    def layout(self, rows):
+        return None
+
+    def guide(self, rows, left):
+        guide = SimpleNamespace(tokens=mx.array([5], mx.int32))
+        guide.choose = lambda row, reading: 1 / 0
+        return guide
+
+
+def test_a_batch_that_fails_takes_no_other_along(schedule):
+    scheduler = schedule(rows=2)
+    engine = scheduler.engine
+    same = engine_of(DEMO).generate("Count from 1 to 30.", seed=0, max_tokens=80, exact=True)
+    good = submit(scheduler, "Count from 1 to 30.", seed=0, max_tokens=80, exact=True)
+    events, over = [], threading.Event()
+    prepare = lambda: replace(engine.prepare("Spell the word cat.", seed=0), control=Broken())  # noqa: E731
+    scheduler.submit(prepare, lambda event: (events.append(event), isinstance(event, Failed) and over.set()))
+    assert over.wait(20)
+    assert isinstance(events[-1].error, ZeroDivisionError)
+    assert good().result.tokens == same.tokens
+    assert (scheduler.load().running, scheduler.load().counters["failed"]) == (0, 1)
+
+
+def test_many_tools_are_read_in_proportion():
+    given = {"tools": [{"function": {"name": f"f{i}"}} for i in range(20_000)]}
+    began = time.perf_counter()
+    assert [one["function"]["name"] for one in tools_of(Fields(given))] == [f"f{i}" for i in range(20_000)]
+    assert time.perf_counter() - began < 5  # it was half a minute
+
+
+def test_a_long_stop_string_costs_no_more_than_the_text():
+    cut, began = Cut(["b" * 3_000_000]), time.perf_counter()
+    given = [cut.add(piece) for piece in ("abb", "b", "c", "b")]
+    assert [*given, cut.add("", last=True)] == ["a", "", "bbbc", "", "b"]
+    assert time.perf_counter() - began < 1  # it was minutes
