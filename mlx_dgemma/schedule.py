@@ -18,6 +18,7 @@ from .generate import Block, Draft, Finished, Loop
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .result import Stats
     from .session import Job
 
 COUNTERS = (
@@ -185,26 +186,12 @@ class Scheduler:
         """Take in what was submitted, forget what was cancelled, and start what there is room for."""
         with self._woken:
             new, late = list(self._new), self._deadline is not None and time.monotonic() >= self._deadline
-            self._new.clear()
         for ticket in new:
-            self._counters["requests"] += 1
-            if ticket.cancelled.is_set():
-                self._counters["cancelled"] += 1
-                continue
-            try:
-                ticket.job = ticket.prepare()
-            except Exception as error:
-                self._fail(ticket, error)
-                continue
-            ticket.job.drafts = ticket.drafts
-            ticket.listener(Accepted(len(ticket.job.row.tokens), ticket.job.row.seed))
-            with self._woken:
-                self._waiting.append(ticket)
+            self._understand(ticket)
         for ticket in [*self._waiting, *self._running.values()]:
             if ticket.cancelled.is_set() or late:
                 self._forget(ticket)
-                if not ticket.cancelled.is_set():
-                    ticket.listener(Failed(Stopping()))
+                self._tell(ticket, Failed(Stopping()))
         while self._waiting and len(self._running) < self._rows:
             with self._woken:
                 ticket = self._waiting.popleft()
@@ -212,6 +199,27 @@ class Scheduler:
                 self._running[ticket.job] = ticket
             session, branch = self._cache.find(ticket.job.row.held)
             self.engine.start(self._loop, ticket.job, session, branch)
+
+    def _understand(self, ticket: Ticket) -> None:
+        """Prepare what was submitted; until then it is among `_new`, so that it is counted all the while."""
+        self._counters["requests"] += 1
+        error = None
+        try:
+            if not ticket.cancelled.is_set():
+                ticket.job = ticket.prepare()
+                ticket.job.drafts = ticket.drafts
+        except Exception as mistake:
+            error = mistake
+        with self._woken:
+            self._new.popleft()
+            if ticket.job is not None:
+                self._waiting.append(ticket)
+        if error is not None:
+            self._fail(ticket, error)
+        elif ticket.job is not None:
+            self._tell(ticket, Accepted(len(ticket.job.row.tokens), ticket.job.row.seed))
+        else:
+            self._counters["cancelled"] += 1
 
     def _advance(self) -> None:
         """One step of everything that runs."""
@@ -221,21 +229,22 @@ class Scheduler:
                 if isinstance(event, Exception):
                     self._end(job, keep=False)
                     self._fail(ticket, event)
-                elif isinstance(event, Finished):
-                    stats = event.result.stats
-                    self._seconds = 0.8 * self._seconds + 0.2 * stats.seconds["total"]
-                    for name in COUNTERS[3:]:
-                        told = {"cached_tokens": "reused_tokens"}.get(name, name)
-                        self._counters[name] += getattr(stats, told)
-                    self._end(job)
-                    ticket.listener(event)
-                elif not ticket.cancelled.is_set():
-                    ticket.listener(event)
+                elif not ticket.cancelled.is_set():  # else it is forgotten before the next step, even at its end
+                    if isinstance(event, Finished):
+                        self._count(event.result.stats)
+                        self._end(job)
+                    self._tell(ticket, event)
         except Exception as error:  # of a whole batch: what it did to whom cannot be told
             for job, ticket in list(self._running.items()):
                 self._loop.remove(job)
                 self._end(job, keep=False)
                 self._fail(ticket, error)
+
+    def _count(self, stats: Stats) -> None:
+        self._seconds = 0.8 * self._seconds + 0.2 * stats.seconds["total"]
+        for name in COUNTERS[3:]:
+            told = {"cached_tokens": "reused_tokens"}.get(name, name)
+            self._counters[name] += getattr(stats, told)
 
     def _forget(self, ticket: Ticket) -> None:
         assert ticket.job is not None
@@ -259,4 +268,9 @@ class Scheduler:
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         self._counters["failed"] += 1
-        ticket.listener(Failed(error))
+        self._tell(ticket, Failed(error))
+
+    @staticmethod
+    def _tell(ticket: Ticket, event: Event) -> None:
+        if not ticket.cancelled.is_set():
+            ticket.listener(event)

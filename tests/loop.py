@@ -1,12 +1,16 @@
 """The block loop for tests: run over a random model, and once more as the specification tells it."""
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from naive import two_levels
+from support import small_model
 
 from mlx_dgemma import head
+from mlx_dgemma.engine import Engine
 from mlx_dgemma.generate import GenerationOptions, Loop, encoding
 from mlx_dgemma.session import Job, Row, Session
 
@@ -133,3 +137,44 @@ def plain_loop(model, prompt, blocks, seed, options=OPTIONS, room=10**6):
         out.append(Told(tuple(bests[-1].tolist()), len(bests), why, *seen))
         tokens += bests[-1].tolist()
     return out
+
+
+class Telling(Reader):
+    """A reader as an engine wants it: its text is the tokens' numbers."""
+
+    thinking, tool_calls = "", ()
+
+    def __init__(self, blocks):
+        super().__init__(blocks)
+        self.told = 0
+
+    @property
+    def tokens(self):
+        return [token for block in self.taken for token in block]
+
+    @property
+    def text(self):
+        return spelled(self.tokens)
+
+    @property
+    def finish_reason(self):
+        return "length" if len(self.taken) == self.blocks else self.reason
+
+    def take(self):
+        new = self.tokens[self.told :]
+        self.told += len(new)
+        return spelled(new), ""
+
+
+def spelled(tokens, **_):
+    return "".join(f"{token} " for token in tokens)
+
+
+def tiny_engine(folder=None):
+    """An engine around a random model, window 5 and canvas 4, for jobs of `tiny_job`; it has no tokenizer."""
+    model = small_model(3, scale=0.2, max_position_embeddings=512)
+    return Engine(SimpleNamespace(path=folder), model, SimpleNamespace(decode=spelled), OPTIONS)
+
+
+def tiny_job(tokens, blocks=2, seed=0, **options):
+    return Job(Row(list(tokens), list(tokens), [], [], seed, Telling(blocks)), replace(OPTIONS, **options))
