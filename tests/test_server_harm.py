@@ -67,10 +67,10 @@ class Broken:
     def prepare(self, *_):
         return 0
 
-    def layout(self, rows):
+    def layout(self):
         return None
 
-    def guide(self, rows, left):
+    def guide(self, left):
         guide = SimpleNamespace(tokens=mx.array([5], mx.int32))
         guide.choose = lambda row, reading: 1 / 0
         return guide
