@@ -1,18 +1,24 @@
 """Requests that would harm others: what fails, or takes long, stays its asker's own."""
 
+import base64
+import io
 import shutil
 import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import httpx
 import mlx.core as mx
 import pytest
-from support import engine_of
+from serving import CHAT, said
+from support import BLUE, engine_of, square
 
 import mlx_dgemma
+from mlx_dgemma import engine
 from mlx_dgemma.checkpoint import DEMO
 from mlx_dgemma.generate import Finished
+from mlx_dgemma.images import open_image
 from mlx_dgemma.schedule import Failed, Scheduler
 from mlx_dgemma.server.completions import Cut
 from mlx_dgemma.server.fields import Fields
@@ -78,11 +84,10 @@ class Broken:
 
 def test_a_batch_that_fails_takes_no_other_along(schedule):
     scheduler = schedule(rows=2)
-    engine = scheduler.engine
     same = engine_of(DEMO).generate("Count from 1 to 30.", seed=0, max_tokens=80, exact=True)
     good = submit(scheduler, "Count from 1 to 30.", seed=0, max_tokens=80, exact=True)
     events, over = [], threading.Event()
-    prepare = lambda: replace(engine.prepare("Spell the word cat.", seed=0), control=Broken())  # noqa: E731
+    prepare = lambda: replace(scheduler.engine.prepare("Spell the word cat.", seed=0), control=Broken())  # noqa: E731
     scheduler.submit(prepare, lambda event: (events.append(event), isinstance(event, Failed) and over.set()))
     assert over.wait(20)
     assert isinstance(events[-1].error, ZeroDivisionError)
@@ -102,3 +107,20 @@ def test_a_long_stop_string_costs_no_more_than_the_text():
     given = [cut.add(piece) for piece in ("abb", "b", "c", "b")]
     assert [*given, cut.add("", last=True)] == ["a", "", "bbbc", "", "b"]
     assert time.perf_counter() - began < 1  # it was minutes
+
+
+def test_pictures_are_decoded_once_and_not_on_the_schedulers_thread(url, scheduler, monkeypatch):
+    threads, read = [], open_image
+
+    def slow(source):
+        threads.append(threading.current_thread())
+        return read(source)
+
+    monkeypatch.setattr(engine, "open_image", slow)
+    square(BLUE).save(file := io.BytesIO(), "PNG")
+    url_of_it = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    shown = [{"type": "image_url", "image_url": {"url": url_of_it}} for _ in range(2)]
+    body = {"messages": said([*shown, {"type": "text", "text": "What is this?"}]), "n": 3, "max_tokens": 2}
+    assert httpx.post(url + CHAT, json=body).status_code == 200
+    assert len(threads) == 2
+    assert scheduler._thread not in threads
