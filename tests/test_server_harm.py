@@ -15,14 +15,16 @@ from serving import CHAT, said
 from support import BLUE, engine_of, square
 
 import mlx_dgemma
-from mlx_dgemma import engine
+from mlx_dgemma import constrain, engine
 from mlx_dgemma.checkpoint import DEMO
 from mlx_dgemma.generate import Finished
 from mlx_dgemma.images import open_image
+from mlx_dgemma.regular import translate
 from mlx_dgemma.schedule import Failed, Scheduler
 from mlx_dgemma.server.completions import Cut
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.messages import tools_of
+from mlx_dgemma.subsets import exceeds
 
 
 @pytest.fixture
@@ -124,3 +126,32 @@ def test_pictures_are_decoded_once_and_not_on_the_schedulers_thread(url, schedul
     assert httpx.post(url + CHAT, json=body).status_code == 200
     assert len(threads) == 2
     assert scheduler._thread not in threads
+
+
+@pytest.mark.parametrize("pattern", ["[ab]*a[ab]{30}", "[ab]*a[ab]{5000}", "(?:(?:a?){100}){150}"])
+def test_automata_that_explode_are_never_made(scheduler, url, pattern):
+    began = time.perf_counter()
+    answer = httpx.post(url + CHAT, json={"messages": said("Hi."), "regex": pattern}, timeout=20)
+    assert time.perf_counter() - began < 10  # the first would take gigabytes
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "regex")
+    assert answer.json()["error"]["message"] == (
+        "The constraint takes an automaton of far more than 20,000 states, or too long to make: ask for less that may "
+        "be read in several ways, such as .* before a counted part."
+    )
+
+
+def test_a_long_regex_is_not_read(url):
+    answer = httpx.post(url + CHAT, json={"messages": said("Hi."), "regex": "a" * 20_001})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "regex")
+    assert answer.json()["error"]["message"] == (
+        "regex is 'aaaaaaaaaaaa...aaaaaaaaaaaaa'; at most 20,000 characters are read: give a shorter one."
+    )
+
+
+def test_states_are_never_overestimated():
+    """What is counted is at most what the library makes, so that nothing is refused which would fit."""
+    for pattern in ("abc", "a|ab", "(?:ab|a)*c?", "[ab]*a[ab]{6}", "(?:a?){20}", "(?:a{1,5}){1,5}", "(?:a|b|ab){2,}c"):
+        tree = constrain._plain(translate(pattern))
+        assert not exceeds(tree, len(constrain.automaton(translate(pattern))[0]) - 1), pattern
+    assert exceeds(constrain._plain(translate("[ab]*a[ab]{6}")), 63)
+    assert not exceeds(constrain._plain(translate("[ab]*a[ab]{6}")), 64)

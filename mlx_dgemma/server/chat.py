@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 LEVELS = 3  # of brackets inside a json_object's own: each makes the automaton four times as large
+LONGEST = 20_000  # characters of a regex; to read a million takes seconds
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
@@ -116,6 +117,8 @@ def read_chat(fields: Fields, engine: Engine, settings: Settings) -> Chat:
     arguments.setdefault("seed", secrets.randbits(32))
     arguments["thinking"] = _thinking(fields, arguments.get("thinking"))
     tools, forced = _tools(fields)
+    if len(arguments.get("regex", "")) > LONGEST:
+        fields.refuse("regex", f"at most {LONGEST:,} characters are read: give a shorter one")
     if schema := _schema(fields):
         if "regex" in arguments:
             fields.refuse("regex", "but response_format asks for JSON: leave one out")
