@@ -18,6 +18,7 @@ import numpy as np
 
 from .errors import OptionError
 from .regular import EVERYTHING, SURROGATES, characters, parser, without
+from .subsets import exceeds
 
 LONGEST = 64  # bytes of a token; longer ones are not taken in a constrained text
 BROAD = 32  # bytes that may follow: a state of more is inside free text
@@ -77,8 +78,13 @@ def automaton(pattern: str) -> tuple[np.ndarray, np.ndarray]:
             'schema, regex, infill and fill need the package outlines-core: pip install "mlx-dgemma[constrain]".'
         ) from None
     try:
-        if (size := weight(pattern)) > STATES:
+        if (size := weight(tree := _plain(pattern))) > STATES:
             raise _too_large(size)
+        if exceeds(tree, 2 * STATES):  # of fewer, the exact number is told below
+            raise OptionError(
+                f"The constraint takes an automaton of far more than {STATES:,} states, or too long to make: "
+                "ask for less that may be read in several ways, such as .* before a counted part."
+            )
         # The library builds the automaton of a search for the leftmost alternative's match. Between marks that no text
         # has, it finds whole texts alone, and begins no second search in the middle of one.
         index = Index(f"{BEGIN}(?:{pattern}){END}", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
@@ -127,8 +133,13 @@ def _reached(starts: Iterable[Any], neighbours: dict[Any, set[int]]) -> set[Any]
     return found
 
 
-def weight(pattern: str) -> int:
-    """About how many states the automaton of a plain pattern has: its characters, times their repeats."""
+def _plain(pattern: str) -> Any:
+    """A plain pattern as `re` parses it."""
+    return parser.parse(re.sub(r"\\x\{([0-9a-f]+)\}", lambda found: rf"\U{int(found[1], 16):08x}", pattern))
+
+
+def weight(tree: Any) -> int:
+    """About how many states the automaton of a parsed plain pattern has: its characters, times their repeats."""
 
     def of(tree: Any) -> int:
         total = 0
@@ -145,7 +156,7 @@ def weight(pattern: str) -> int:
                 total += 1 + (len(value) // 4 if name == "IN" else 0)
         return total
 
-    return of(parser.parse(re.sub(r"\\x\{([0-9a-f]+)\}", lambda found: rf"\U{int(found[1], 16):08x}", pattern)))
+    return of(tree)
 
 
 def _too_large(states: int) -> OptionError:

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image
 
 from . import memory, verbs
 from .checkpoint import Checkpoint, build, find
@@ -348,29 +347,44 @@ class Engine:
         parts = parts_of(messages, "image", "video")
         if not parts:
             return pictures, shown, times
-        if self.config.vision is None:
-            raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
-        config, vision = self.config, self.config.vision
-        image = self._marker(config.image_token_id)
+        config, image = self.config, self._marker(self.config.image_token_id)
         begin, end = self._marker(config.boi_token_id), self._marker(config.eoi_token_id)
 
-        def span(picture: Image.Image, budget: int) -> str:
-            patches = patchify([picture], budget, vision.patch_size, vision.pooling_kernel_size)
-            pictures.append(Picture(f"{digest(picture)}/{budget}", patches))
-            return begin + image * pictures[-1].tokens + end
+        def span(picture: Picture) -> str:
+            pictures.append(picture)
+            return begin + image * picture.tokens + end
 
         for part in parts:
             if part["type"] == "image":
-                shown.append((image, span(open_image(part["image"]), options.image_tokens)))
+                shown.append((image, span(self.see(part["image"], options.image_tokens))))
                 continue
             budget = self.checkpoint.processor.video_tokens
             frames = sample_frames(part["video"], options.fps, options.max_frames)
             spans = []
             for frame in frames:
                 times.append(frame.seconds)
-                spans.append(f"{stamp(frame.seconds)} {span(frame.image, budget)}")
+                spans.append(f"{stamp(frame.seconds)} {span(self.see(frame.image, budget))}")
             shown.append((VIDEO, " ".join(spans)))
         return pictures, shown, times
+
+    def see(self, source: Any, budget: int) -> Picture:
+        """A picture that is ready to stand in a message's part, where its decoding would be in the way.
+
+        Args:
+            source: what `stream` takes, or such a picture itself; from any thread.
+            budget: the most soft tokens, one of `images.BUDGETS`.
+
+        Raises:
+            PromptError: it cannot be read, or the checkpoint has no vision tower.
+        """
+        vision = self.config.vision
+        if vision is None:
+            raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
+        if isinstance(source, Picture):
+            return source
+        image = open_image(source)
+        patches = patchify([image], budget, vision.patch_size, vision.pooling_kernel_size)
+        return Picture(f"{digest(image)}/{budget}", patches)
 
     def encoded(self, row: Row, options: GenerationOptions) -> Prefix:
         """A prompt's prefix."""

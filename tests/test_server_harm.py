@@ -1,22 +1,30 @@
 """Requests that would harm others: what fails, or takes long, stays its asker's own."""
 
+import base64
+import io
 import shutil
 import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import httpx
 import mlx.core as mx
 import pytest
-from support import engine_of
+from serving import CHAT, said
+from support import BLUE, engine_of, square
 
 import mlx_dgemma
+from mlx_dgemma import constrain, engine
 from mlx_dgemma.checkpoint import DEMO
 from mlx_dgemma.generate import Finished
+from mlx_dgemma.images import open_image
+from mlx_dgemma.regular import translate
 from mlx_dgemma.schedule import Failed, Scheduler
 from mlx_dgemma.server.completions import Cut
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.messages import tools_of
+from mlx_dgemma.subsets import exceeds
 
 
 @pytest.fixture
@@ -78,11 +86,10 @@ class Broken:
 
 def test_a_batch_that_fails_takes_no_other_along(schedule):
     scheduler = schedule(rows=2)
-    engine = scheduler.engine
     same = engine_of(DEMO).generate("Count from 1 to 30.", seed=0, max_tokens=80, exact=True)
     good = submit(scheduler, "Count from 1 to 30.", seed=0, max_tokens=80, exact=True)
     events, over = [], threading.Event()
-    prepare = lambda: replace(engine.prepare("Spell the word cat.", seed=0), control=Broken())  # noqa: E731
+    prepare = lambda: replace(scheduler.engine.prepare("Spell the word cat.", seed=0), control=Broken())  # noqa: E731
     scheduler.submit(prepare, lambda event: (events.append(event), isinstance(event, Failed) and over.set()))
     assert over.wait(20)
     assert isinstance(events[-1].error, ZeroDivisionError)
@@ -102,3 +109,49 @@ def test_a_long_stop_string_costs_no_more_than_the_text():
     given = [cut.add(piece) for piece in ("abb", "b", "c", "b")]
     assert [*given, cut.add("", last=True)] == ["a", "", "bbbc", "", "b"]
     assert time.perf_counter() - began < 1  # it was minutes
+
+
+def test_pictures_are_decoded_once_and_not_on_the_schedulers_thread(url, scheduler, monkeypatch):
+    threads, read = [], open_image
+
+    def slow(source):
+        threads.append(threading.current_thread())
+        return read(source)
+
+    monkeypatch.setattr(engine, "open_image", slow)
+    square(BLUE).save(file := io.BytesIO(), "PNG")
+    url_of_it = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    shown = [{"type": "image_url", "image_url": {"url": url_of_it}} for _ in range(2)]
+    body = {"messages": said([*shown, {"type": "text", "text": "What is this?"}]), "n": 3, "max_tokens": 2}
+    assert httpx.post(url + CHAT, json=body).status_code == 200
+    assert len(threads) == 2
+    assert scheduler._thread not in threads
+
+
+@pytest.mark.parametrize("pattern", ["[ab]*a[ab]{30}", "[ab]*a[ab]{5000}", "(?:(?:a?){100}){150}"])
+def test_automata_that_explode_are_never_made(scheduler, url, pattern):
+    began = time.perf_counter()
+    answer = httpx.post(url + CHAT, json={"messages": said("Hi."), "regex": pattern}, timeout=20)
+    assert time.perf_counter() - began < 10  # the first would take gigabytes
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "regex")
+    assert answer.json()["error"]["message"] == (
+        "The constraint takes an automaton of far more than 20,000 states, or too long to make: ask for less that may "
+        "be read in several ways, such as .* before a counted part."
+    )
+
+
+def test_a_long_regex_is_not_read(url):
+    answer = httpx.post(url + CHAT, json={"messages": said("Hi."), "regex": "a" * 20_001})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "regex")
+    assert answer.json()["error"]["message"] == (
+        "regex is 'aaaaaaaaaaaa...aaaaaaaaaaaaa'; at most 20,000 characters are read: give a shorter one."
+    )
+
+
+def test_states_are_never_overestimated():
+    """What is counted is at most what the library makes, so that nothing is refused which would fit."""
+    for pattern in ("abc", "a|ab", "(?:ab|a)*c?", "[ab]*a[ab]{6}", "(?:a?){20}", "(?:a{1,5}){1,5}", "(?:a|b|ab){2,}c"):
+        tree = constrain._plain(translate(pattern))
+        assert not exceeds(tree, len(constrain.automaton(translate(pattern))[0]) - 1), pattern
+    assert exceeds(constrain._plain(translate("[ab]*a[ab]{6}")), 63)
+    assert not exceeds(constrain._plain(translate("[ab]*a[ab]{6}")), 64)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -54,8 +54,9 @@ COUNTERS = {
 def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
     """The application; it closes the scheduler when it ends.
 
-    Its `state` holds scheduler, settings, started (Unix time), counts (requests by route and status) and stopping
-    (a function that tells whether the server is about to end; false until somebody sets another).
+    Its `state` holds scheduler, settings, started (Unix time), counts (requests by route and status), looking
+    (lets one picture at a time be decoded, which takes up to 1 GB) and stopping (a function that tells whether the
+    server is about to end; false until somebody sets another).
     """
     routes = [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
@@ -84,6 +85,7 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
     )
     app.router.redirect_slashes = False
     app.state.scheduler, app.state.settings, app.state.counts = scheduler, settings, counts
+    app.state.looking = CapacityLimiter(1)
     app.state.started, app.state.stopping = int(time.time()), lambda: False
     return app
 

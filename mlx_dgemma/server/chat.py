@@ -10,11 +10,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from .. import verbs
 from ..generate import Block
+from ..prompt import parts_of
 from ..schedule import Accepted
 from ..session import Job
 from .fields import Fields, read
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 LEVELS = 3  # of brackets inside a json_object's own: each makes the automaton four times as large
+LONGEST = 20_000  # characters of a regex; to read a million takes seconds
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
@@ -36,6 +39,7 @@ async def chat_completions(request: Request) -> Response:
     """Answer messages, as a whole or as events."""
     scheduler, settings = request.app.state.scheduler, request.app.state.settings
     asked = read_chat(await read(request), scheduler.engine, settings)
+    await unless_gone(request, _look(asked, scheduler.engine, request.app.state.looking))
     prepares = [asked.prepare(scheduler.engine, i) for i in range(asked.form.choices)]
     events = follow_all(scheduler, prepares, asked.form.drafts, Reading(scheduler.engine, asked.log_probs))
     if asked.form.stream:
@@ -116,6 +120,8 @@ def read_chat(fields: Fields, engine: Engine, settings: Settings, messages: list
     arguments.setdefault("seed", secrets.randbits(32))
     arguments["thinking"] = _thinking(fields, arguments.get("thinking"))
     tools, forced = _tools(fields)
+    if len(arguments.get("regex", "")) > LONGEST:
+        fields.refuse("regex", f"at most {LONGEST:,} characters are read: give a shorter one")
     if schema := _schema(fields):
         if "regex" in arguments:
             fields.refuse("regex", "but response_format asks for JSON: leave one out")
@@ -134,6 +140,14 @@ def read_chat(fields: Fields, engine: Engine, settings: Settings, messages: list
         arguments["tools"] = tools
     fields.done()
     return Chat(form, messages, arguments, forced, log_probs)
+
+
+async def _look(asked: Chat, engine: Engine, looking: CapacityLimiter) -> None:
+    """Decode the pictures where nobody waits for it: a small file may take seconds."""
+    budget = asked.arguments.get("image_tokens", engine.options.image_tokens)
+    with blamed():
+        for part in parts_of(asked.messages, "image"):
+            part["image"] = await to_thread.run_sync(engine.see, part["image"], budget, limiter=looking)
 
 
 def _thinking(fields: Fields, given: bool | None) -> bool:
