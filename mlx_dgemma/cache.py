@@ -93,6 +93,8 @@ class PrefixCache:
         if session.prefix.rewind(len(session.held)) < len(session.held):
             return  # it was interrupted
         session.prefix.trim()
+        if session.nbytes > self._budget:
+            return  # it would drive out all others for nothing
         name = hashlib.sha256(json.dumps(session.held).encode()).hexdigest()[:32]
         for other, old in list(self._kept.items()):
             if session.shared(old.held) == len(old.held) == session.prefix.reach(len(old.held)):
@@ -109,7 +111,7 @@ class PrefixCache:
             name = self._unsaved.pop()
             try:
                 self._write(self._file(name), self._kept[name])
-            except (OSError, RuntimeError) as error:  # the latter is MLX's
+            except (OSError, RuntimeError) as error:  # MLX raises the latter
                 self._folder, self._unsaved = None, []
                 warnings.warn(f"The prefix cache cannot be written ({error}); it stays in memory.", stacklevel=2)
         return bool(self._unsaved)
@@ -168,7 +170,7 @@ class PrefixCache:
             if len(session.held) != session.prefix.offset:
                 raise ValueError("its tokens and its keys differ in number")
             return session
-        except (OSError, ValueError, KeyError, RuntimeError, struct.error) as error:
+        except Exception as error:  # garbage can be wrong in every way
             warnings.warn(f"{path.name} in the prefix cache is broken ({error}); it is ignored.", stacklevel=2)
             return None
 

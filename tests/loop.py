@@ -177,4 +177,5 @@ def tiny_engine(folder=None):
 
 
 def tiny_job(tokens, blocks=2, seed=0, **options):
-    return Job(Row(list(tokens), list(tokens), [], [], seed, Telling(blocks)), replace(OPTIONS, **options))
+    few = {"max_denoising_steps": 3, **options}
+    return Job(Row(list(tokens), list(tokens), [], [], seed, Telling(blocks)), replace(OPTIONS, **few))

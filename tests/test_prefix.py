@@ -373,3 +373,95 @@ def test_stages_are_the_layers_keys_as_they_are_now(model):
     held_now = [np.array(prefix.layers[i].keys) for i in range(3)]
     mx.eval(model.denoise(random_tokens(1, 1, 4), prefix))  # writes; what was handed out stays
     assert [np.array(one).tolist() for one in stages] == [one.tolist() for one in held_now]
+
+
+# Going back, on, and away.
+
+
+def prefix_of(model, tokens, mark=None):
+    """An encoded prefix, marked on the way."""
+    prefix = model.new_prefix()
+    for start, end in pairwise(sorted({0, mark or 0, tokens.shape[1]})):
+        model.encode(tokens[:, start:end], prefix)
+        if end == mark:
+            prefix.mark()
+    return prefix
+
+
+def seen(model, prefix):
+    """What a canvas and a commit make of a prefix, which is left as it is."""
+    prefix = prefix.fork()
+    canvas = model.denoise(random_tokens(1, 1, 4), prefix)
+    return mx.concatenate(
+        [canvas, model.encode(random_tokens(2, 1, 3), prefix), model.denoise(random_tokens(3, 1, 4), prefix)], 1
+    )
+
+
+@pytest.mark.parametrize("length", [3, 5, 8])  # the ring holds 4
+def test_reach_is_what_rewind_keeps(model, length):
+    tokens = random_tokens(0, 1, length)
+    fresh = {n: seen(model, prefix_of(model, tokens[:, :n])) for n in range(1, length + 1)}
+    kept = set()
+    for mark in [None, *range(1, length + 1)]:
+        prefix = prefix_of(model, tokens, mark)
+        for offset in range(length + 2):
+            other = prefix.fork()
+            reached = prefix.reach(offset)
+            assert (other.rewind(offset), other.offset) == (reached, reached), (mark, offset)
+            assert reached <= offset
+            if reached:
+                assert gap(seen(model, other), fresh[reached]) < 1e-5, (mark, offset)
+            kept.add(reached)
+        assert prefix.offset == length  # asking changes nothing
+    assert kept == set(range(length + 1))
+
+
+@pytest.mark.parametrize("length", [3, 9])
+def test_what_one_fork_does_the_other_does_not_see(model, length):
+    prefix = prefix_of(model, random_tokens(0, 1, length), 2)
+    before = seen(model, prefix)
+    other = prefix.fork()
+    for one, beside in ((prefix, other), (other, prefix)):
+        mx.eval(model.denoise(random_tokens(5, 1, 4), one), model.encode(random_tokens(6, 1, 9), one))
+        one.mark()
+        if one is prefix:
+            assert gap(seen(model, beside), before) == 0
+            assert (beside.offset, beside.reach(2), beside.reach(length)) == (length, 2, length)
+    assert gap(seen(model, prefix), seen(model, other)) == 0
+    assert other.rewind(length) == 0
+    assert (prefix.offset, prefix.reach(length + 9)) == (length + 9, length + 9)
+
+
+@pytest.mark.parametrize(("length", "mark"), [(3, None), (3, 2), (3, 3), (9, None), (9, 3), (9, 6), (9, 9)])
+def test_what_is_saved_can_be_taken(model, length, mark):
+    prefix, other = prefix_of(model, random_tokens(0, 1, length), mark), model.new_prefix()
+    arrays, offset, marked = prefix.saved()
+    assert (offset, marked) == (length, mark or 0)
+    other.take(arrays, offset, marked)
+    assert gap(seen(model, other), seen(model, prefix)) == 0
+    assert [other.reach(n) for n in range(11)] == [prefix.reach(n) for n in range(11)]
+    back = marked or length
+    assert other.rewind(back) == prefix.rewind(back) == back
+    assert gap(seen(model, other), seen(model, prefix)) == 0
+
+
+def test_taking_names_what_is_missing(model):
+    arrays, offset, mark = prefix_of(model, random_tokens(0, 1, 9), 5).saved()
+    for name in ("0.keys", "1.values", "mark.2.keys"):
+        with pytest.raises(KeyError, match=f"^'{name}'$"):
+            model.new_prefix().take({key: array for key, array in arrays.items() if key != name}, offset, mark)
+
+
+@pytest.mark.parametrize(("length", "mark"), [(3, None), (3, 3), (9, None), (9, 3), (9, 9)])
+def test_trimming_frees_what_holds_nothing_and_changes_nothing(model, length, mark):
+    prefix = prefix_of(model, random_tokens(0, 1, length), mark)
+    mx.eval(model.denoise(random_tokens(4, 1, 4), prefix))
+    before, reached = seen(model, prefix), [prefix.reach(n) for n in range(11)]
+    prefix.trim()
+    slots = 2 * 4 * (2 * 2 * 8 * min(length, 4) + 16 * length)  # bytes of keys and values
+    marked = 2 * 4 * 2 * 2 * 8 * 256 * (mark is not None and mark < length)
+    assert prefix.nbytes == slots + marked
+    assert gap(seen(model, prefix), before) == 0
+    assert [prefix.reach(n) for n in range(11)] == reached
+    mx.eval(model.denoise(random_tokens(4, 1, 4), prefix))  # it grows again
+    assert gap(seen(model, prefix), before) == 0

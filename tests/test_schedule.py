@@ -178,9 +178,9 @@ def test_drafts_are_told_in_order_to_those_who_ask(demo, demo_scheduler):
 
 
 def test_more_than_there_are_rows_for_give_what_each_gives_alone(tiny):
-    listeners = [ask(tiny, n, drafts=n == 2, max_denoising_steps=4 + n) for n in range(5)]
+    listeners = [ask(tiny, n, drafts=n == 2, max_denoising_steps=2 + n) for n in range(5)]
     for n, listener in enumerate(listeners):
-        assert told(listener.last) == alone(n, max_denoising_steps=4 + n)
+        assert told(listener.last) == alone(n, max_denoising_steps=2 + n)
     blocks = [event for event in listeners[2].events if isinstance(event, Block)]
     steps = [event for event in listeners[2].events if isinstance(event, Draft)]
     assert [draft.block for draft in steps] == [block.block for block in blocks for _ in range(block.steps)]
