@@ -1,5 +1,6 @@
 """Requests that would harm others: what fails, or takes long, stays its asker's own."""
 
+import asyncio
 import base64
 import io
 import shutil
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import httpx
 import mlx.core as mx
 import pytest
-from serving import CHAT, said
+from serving import CHAT, Script, said
 from support import BLUE, engine_of, square
 
 import mlx_dgemma
@@ -23,6 +24,7 @@ from mlx_dgemma.regular import translate
 from mlx_dgemma.schedule import Failed, Scheduler
 from mlx_dgemma.server.completions import Cut
 from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.follow import follow
 from mlx_dgemma.server.messages import tools_of
 from mlx_dgemma.subsets import exceeds
 
@@ -128,7 +130,7 @@ def test_pictures_are_decoded_once_and_not_on_the_schedulers_thread(url, schedul
     assert scheduler._thread not in threads
 
 
-@pytest.mark.parametrize("pattern", ["[ab]*a[ab]{30}", "[ab]*a[ab]{5000}", "(?:(?:a?){100}){150}"])
+@pytest.mark.parametrize("pattern", ["[ab]*a[ab]{30}", "[ab]*a[ab]{5000}"])
 def test_automata_that_explode_are_never_made(scheduler, url, pattern):
     began = time.perf_counter()
     answer = httpx.post(url + CHAT, json={"messages": said("Hi."), "regex": pattern}, timeout=20)
@@ -155,3 +157,16 @@ def test_states_are_never_overestimated():
         assert not exceeds(tree, len(constrain.automaton(translate(pattern))[0]) - 1), pattern
     assert exceeds(constrain._plain(translate("[ab]*a[ab]{6}")), 63)
     assert not exceeds(constrain._plain(translate("[ab]*a[ab]{6}")), 64)
+
+
+def test_a_listener_whose_loop_is_closed_is_silent():
+    script = Script()
+
+    async def leave():
+        async with follow(script, lambda: None):
+            pass
+
+    asyncio.run(leave())
+    (ticket,) = script.submitted
+    assert ticket.cancelled.is_set()
+    assert ticket.listener(Failed(ZeroDivisionError())) is None

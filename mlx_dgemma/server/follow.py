@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from ..errors import DgemmaError
@@ -42,7 +42,8 @@ async def follow(
                 told = translate(event)
             except Exception as error:  # it must not end the scheduler's thread
                 event = Failed(error)
-        loop.call_soon_threadsafe(heard.put_nowait, (event, told))
+        with suppress(RuntimeError):  # the loop is closed: nobody hears it, and the scheduler goes on
+            loop.call_soon_threadsafe(heard.put_nowait, (event, told))
 
     async def events() -> AsyncGenerator[Any]:
         event: Event | None = None
