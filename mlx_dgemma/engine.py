@@ -304,6 +304,21 @@ class Engine:
         row.tokens, row.held = [*row.tokens, *tokens], [*row.held, *tokens]
         self._check_room(len(row.tokens) + max(beside - self.config.canvas_length, 0))
 
+    @cached_property
+    def _longest_piece(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def _check_length(self, messages: list[Message]) -> None:
+        """Refuse texts that no tokens could make fit, before they are cut into tokens, which takes a second a MB."""
+        texts = [message["content"] for message in messages if isinstance(message["content"], str)]
+        count = sum(map(len, [*texts, *(part["text"] for part in parts_of(messages, "text"))]))
+        room = self.config.text.max_position_embeddings - self.config.canvas_length
+        if count > room * self._longest_piece:
+            raise PromptError(
+                f"The prompt has {count} characters, but the context leaves room for {room} tokens of at most "
+                f"{self._longest_piece}; shorten it."
+            )
+
     def _check_room(self, count: int) -> None:
         room = self.config.text.max_position_embeddings - self.config.canvas_length
         if count > room:
@@ -324,6 +339,7 @@ class Engine:
             seed = secrets.randbits(32)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
             raise OptionError(f"seed is {seed!r}; it should be a whole number from 0 to 2**64 - 1.")
+        self._check_length(messages)
         pictures, shown, times = self._media(messages, options)
         image = self._marker(self.config.image_token_id)
         tokens = render(self.tokenizer, messages, tools, thinking, shown, (image, VIDEO))

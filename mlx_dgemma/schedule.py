@@ -110,7 +110,8 @@ class Scheduler:
         mx.eval([a for module in engine.model.modules() for a in module.values() if isinstance(a, mx.array)])
         self.engine = engine
         self._rows, self._most = rows, waiting
-        self._cache = PrefixCache(engine, cache_bytes, cache_dir)
+        folder = None if cache_dir is None else cache_dir / engine.checkpoint.path.name  # each model has its own
+        self._cache = PrefixCache(engine, cache_bytes, folder)
         self._loop = Loop(engine.model)
         self._woken = threading.Condition()
         self._new: deque[Ticket] = deque()  # submitted; guarded by the condition, as are the next three
@@ -185,8 +186,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Take in what was submitted, forget what was cancelled, and start what there is room for."""
         with self._woken:
-            new, late = list(self._new), self._deadline is not None and time.monotonic() >= self._deadline
-        for ticket in new:
+            new, late = list(self._new)[:1], self._deadline is not None and time.monotonic() >= self._deadline
+        for ticket in new:  # no more than one, since the others' canvases wait for it
             self._understand(ticket)
         for ticket in [*self._waiting, *self._running.values()]:
             if ticket.cancelled.is_set() or late:

@@ -1,6 +1,7 @@
 """The public names: what they take, give, and refuse at once."""
 
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -166,6 +167,11 @@ def test_a_prompt_longer_than_the_context_is_refused(engine):
     text = message(PromptError, engine.stream, "cat " * 5000)
     assert text.startswith("The prompt has ")
     assert text.endswith(" tokens, but the context leaves room for 4032 beside a canvas of 64; shorten it.")
+    text = message(PromptError, engine.stream, "x" * 10**6)
+    assert re.fullmatch(
+        r"The prompt has 1000000 characters, but the context leaves room for 4032 tokens of at most \d+; shorten it\.",
+        text,
+    )
 
 
 def test_batches_refuse_what_single_prompts_refuse(engine):

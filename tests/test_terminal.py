@@ -136,8 +136,8 @@ def test_ctrl_c_leaves_a_clean_screen(monkeypatch, variables, text):
     screen, view = on_screen(monkeypatch, **variables)
 
     def events():
-        yield Block(0, 0, 1, (), "1, 2, 3")
-        yield Draft(0, 1, 1, mx.array([400]), mx.array([True]), mx.array([2.0]))
+        yield Block(0, 1, (), "1, 2, 3")
+        yield Draft(1, 1, mx.array([400]), mx.array([True]), mx.array([2.0]))
         screen.write("^C")
         raise KeyboardInterrupt
 
@@ -179,7 +179,7 @@ def test_a_draft_becomes_segments():
     held = engine_of(DEMO)
     tokens = held.tokenizer.encode("c a t", add_special_tokens=False)
     end = held.options.end_tokens[0]
-    draft = Draft(0, 0, 1, mx.array([*tokens, end, *tokens]), mx.ones(2), mx.array([0.0] * 2 + [0.5] * 20))
+    draft = Draft(0, 1, mx.array([*tokens, end, *tokens]), mx.ones(2), mx.array([0.0] * 2 + [0.5] * 20))
     found = terminal.segments(draft, held.tokenizer, held.options.end_tokens)
     assert "".join(text for text, _ in found) == "c a t"
     assert (found[0][1], found[-1][1]) == (0, 1)
