@@ -64,6 +64,14 @@ class Server:
             return int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1]) * 1024
         return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(self.pid)])) * 1024
 
+    def worked(self) -> float | None:
+        """Seconds of processor time that it has used; None where the system does not tell."""
+        stat = Path(f"/proc/{self.pid}/stat")
+        if not stat.exists():
+            return None
+        user, system = stat.read_text().rsplit(")", 1)[1].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def held(self) -> dict:
         """How many files and threads it has open; None where the system does not tell."""
         folder = Path(f"/proc/{self.pid}")

@@ -263,10 +263,12 @@ def main() -> None:
         right = sum(score.right(asks[i].case, expected[i]) for i in marked)
         rounds = []
         for _ in range(args.requests // HUNDRED):
+            before = server.worked()
             one = hundred(server.url, asks, args.clients, expected)
+            worked = None if before is None else server.worked() - before
             health = settled(server)
             time.sleep(1)  # connections that were left are closed
-            rounds.append({**one, "resident": server.resident(), **server.held()})
+            rounds.append({**one, "worked": worked, "resident": server.resident(), **server.held()})
         alive = health["status"] == "ok" and not health["running"] + health["waiting"]
         tracebacks = server.log().count("Traceback")
         cancelled = int(re.search(r"dgemma_cancelled_total (\d+)", server.text("/metrics"))[1])
@@ -276,10 +278,10 @@ def main() -> None:
     print(f"\n{right} of {len(marked)} answers alone are right; answers in a crowd must be the same")
     print(f"{sum(one['left'] for one in rounds)} were left midway, {cancelled} of them before they were generated")
     table(
-        ["hundred", "differing", "left", "seconds", "mean s", "median s", "MiB", "files", "threads"],
+        ["hundred", "differing", "left", "seconds", "processor s", "mean s", "median s", "MiB", "files", "threads"],
         [
-            [str(i + 1), len(one["wrong"]), one["left"], one["took"], statistics.mean(one["seconds"].values()),
-             statistics.median(one["seconds"].values()), one["resident"] / 2**20, one["files"], one["threads"]]
+            [str(i + 1), len(one["wrong"]), one["left"], one["took"], one["worked"],
+             statistics.mean(one["seconds"].values()), statistics.median(one["seconds"].values()), one["resident"] / 2**20, one["files"], one["threads"]]
             for i, one in enumerate(rounds)
         ],
     )  # fmt: skip
