@@ -281,7 +281,8 @@ def main() -> None:
         ["hundred", "differing", "left", "seconds", "processor s", "mean s", "median s", "MiB", "files", "threads"],
         [
             [str(i + 1), len(one["wrong"]), one["left"], one["took"], one["worked"],
-             statistics.mean(one["seconds"].values()), statistics.median(one["seconds"].values()), one["resident"] / 2**20, one["files"], one["threads"]]
+             statistics.mean(one["seconds"].values()), statistics.median(one["seconds"].values()),
+             one["resident"] / 2**20, one["files"], one["threads"]]
             for i, one in enumerate(rounds)
         ],
     )  # fmt: skip
