@@ -16,6 +16,7 @@ from .prefix import LayerKV, Mask
 
 SCORES = 256 * 2**20  # bytes of attention scores at once; where a whole pass has more, keys come in chunks
 CHUNK = 256  # keys; a chunk is a multiple of this
+LONGEST = 4096  # keys of a chunk at most: above them a step holds more and is not faster
 MATMUL_ROWS = 512  # up to here CUDA gathers rows faster as a product with a one-hot matrix
 SORT_FROM = 64  # rows * top_k from which sorting by expert pays: MLX's grouped kernels need it
 
@@ -207,7 +208,7 @@ def attend(
     rows = batch * heads * length
     if rows * count * queries.dtype.size <= SCORES:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask.whole)
-    size = max(SCORES // (8 * rows * mx.float32.size) // CHUNK * CHUNK, CHUNK)
+    size = min(max(SCORES // (2 * rows * mx.float32.size) // CHUNK * CHUNK, CHUNK), LONGEST)
     queries = queries.reshape(batch, kv_heads, -1, dim)  # a KV head's queries in one matrix: no key is repeated
     # Finite, unlike the scores of hidden keys: a chunk that is all hidden then adds zeros instead of NaN.
     top = mx.full((*queries.shape[:3], 1), mx.finfo(mx.float32).min)

@@ -135,11 +135,16 @@ class Queue:
 
     MLX enqueues up to a thousand operations, and what they allocate is held until they have run: at the release's
     shape half the layers of a step, gigabytes. Where `AHEAD` bytes are in flight, a queue waits for the oldest
-    stage, though never for the last: the device should not run dry.
+    stage, though not for the last: the device should not run dry.
+
+    Args:
+        limit: bytes in flight beyond which it waits for everything all the same. Of many short stages, what they
+            let go of comes back late and piles up.
     """
 
-    def __init__(self):
+    def __init__(self, limit: int | None = None):
         self._base = mx.get_active_memory()
+        self._limit = limit
         self._waiting: deque[Any] = deque()
 
     def add(self, *stages: Any) -> None:
@@ -147,6 +152,8 @@ class Queue:
         for stage in stages:
             while len(self._waiting) > 1 and mx.get_active_memory() > self._base + AHEAD:
                 mx.eval(self._waiting.popleft())
+            if self._limit is not None and mx.get_active_memory() > self._base + self._limit:
+                mx.synchronize()
             mx.async_eval(stage)
             self._waiting.append(stage)
 

@@ -135,7 +135,7 @@ def test_chunks_keep_the_dtype_and_its_precision(chunked, spread):
 
 
 def test_what_fits_is_computed_in_one_piece(monkeypatch):
-    """Up to the budget to the byte; beyond it in chunks of a multiple of 256 keys."""
+    """Up to the budget to the byte; beyond it in chunks of a multiple of 256 keys, up to a longest one."""
     queries, keys, values = draw(2, 4, 2, 3, 5000)
     asked = []
     monkeypatch.setattr(Mask, "part", lambda self, start, end: asked.append((start, end)))
@@ -145,7 +145,11 @@ def test_what_fits_is_computed_in_one_piece(monkeypatch):
     asked.clear()
     monkeypatch.setattr(layers, "SCORES", 2 * 4 * 3 * 5000 * 4 - 1)
     attend(queries, keys, values, Mask(np.arange(5000)))
-    assert asked == [(start, min(start + 512, 5000)) for start in range(0, 5000, 512)]
+    assert asked == [(0, 2304), (2304, 4608), (4608, 5000)]
+    asked.clear()
+    monkeypatch.setattr(layers, "LONGEST", 2048)
+    attend(queries, keys, values, Mask(np.arange(5000)))
+    assert asked == [(0, 2048), (2048, 4096), (4096, 5000)]
     asked.clear()
     monkeypatch.setattr(layers, "SCORES", 1)
     attend(queries, keys, values, Mask(np.arange(5000)))
