@@ -14,10 +14,12 @@ from support import RED, engine_of, square
 import mlx_dgemma
 from mlx_dgemma.checkpoint import DEMO
 from mlx_dgemma.generate import Block
+from mlx_dgemma.images import BUDGETS
 from mlx_dgemma.schedule import Failed, Scheduler
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.openapi import document
+from mlx_dgemma.server.options import NUMBERS, WHOLES
 from mlx_dgemma.server.settings import Settings
 
 PATH = "/v1/responses"
@@ -332,6 +334,22 @@ def test_bodies_are_as_described():
     unfit = [body for body, *_ in REFUSED if not jsonschema.Draft202012Validator(schema).is_valid(body)]
     contradicting = [body for body, *_ in REFUSED if body not in unfit]
     assert len(unfit) >= 17, contradicting  # the rest contradict themselves, which no schema tells
+
+
+ASKED = {
+    "Chat": {"messages": [{"role": "user", "content": "a"}]},
+    "Completion": {"prompt": "a"},
+    "Response": {"input": "a"},
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_models_own_options_are_described_within_their_limits(name):
+    one, validator = ASKED[name], jsonschema.Draft202012Validator(described(name))
+    for option, (low, high) in {**WHOLES, **NUMBERS}.items():
+        least, most = (min(BUDGETS), max(BUDGETS)) if option == "image_tokens" else (low, high)
+        assert [validator.is_valid({**one, option: value}) for value in (least, most)] == [True, True], option
+        assert not any(validator.is_valid({**one, option: value}) for value in (low - 1, high + 1)), option
 
 
 def test_answers_are_as_described(client):

@@ -191,8 +191,8 @@ def _sent(settings: Settings) -> dict[str, Schema]:
 def _drawn(choices: int) -> dict[str, Schema]:
     """How an answer is generated."""
     own: dict[str, Schema] = dict.fromkeys(FLAGS, FLAG)
-    own |= {name: _whole(low) for name, low in WHOLES.items()}
-    own |= {name: _number(0, 1e9) for name in NUMBERS}
+    own |= {name: _whole(*limits) for name, limits in WHOLES.items()}
+    own |= {name: _number(*limits) for name, limits in NUMBERS.items()}
     own["image_tokens"] = _one(*BUDGETS)
     stop = {**TEXT, "minLength": 1}
     return {

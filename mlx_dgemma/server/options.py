@@ -12,14 +12,25 @@ from ..errors import DgemmaError, OptionError, PromptError
 from ..generate import GenerationOptions
 from ..images import BUDGETS
 from .errors import ApiError
-from .fields import Fields, shown
+from .fields import WHOLE, Fields, shown
 from .settings import Settings
 
 FLAGS = ("exact", "fast")
 STEPS = 1000  # of a canvas at most: a key is kept for each, and nobody else gets the row meanwhile
+WHOLES = {  # (least, most) of each
+    "max_denoising_steps": (1, STEPS),
+    "stability_threshold": (0, WHOLE),
+    "patience": (0, WHOLE),
+    "image_tokens": (1, WHOLE),
+}
 COLDEST = 0.001  # temperature above 0; logits divided by much less are no numbers
-WHOLES = {"stability_threshold": 0, "patience": 0, "image_tokens": 1}
-NUMBERS = ("entropy_bound", "t_min", "t_max", "confidence_threshold", "certainty_threshold")
+NUMBERS = {
+    "entropy_bound": (0, 1e9),
+    "t_min": (0, 1e9),
+    "t_max": (COLDEST, 1e9),
+    "confidence_threshold": (0, 1e9),
+    "certainty_threshold": (0, 1e9),
+}
 STOPS = 4  # stop strings at most
 CHOICES = 8  # answers to one request at most
 _NAMES = {field.name for field in dataclass_fields(GenerationOptions)}
@@ -56,9 +67,8 @@ def arguments_of(
     given["regex"] = fields.text("regex")
     given["thinking"] = fields.flag("thinking")
     given |= {name: fields.flag(name) for name in FLAGS}
-    given |= {name: fields.whole(name, low) for name, low in WHOLES.items()}
-    given["max_denoising_steps"] = fields.whole("max_denoising_steps", 1, STEPS)
-    given |= {name: fields.number(name, COLDEST if name == "t_max" else 0, 1e9) for name in NUMBERS}
+    given |= {name: fields.whole(name, *limits) for name, limits in WHOLES.items()}
+    given |= {name: fields.number(name, *limits) for name, limits in NUMBERS.items()}
     if given["image_tokens"] not in (None, *BUDGETS):
         fields.refuse("image_tokens", f"it should be one of {', '.join(map(str, BUDGETS))}")
     temperature = fields.number("temperature", 0, 2)

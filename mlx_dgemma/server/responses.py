@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SAME = (  # fields that mean the same in a chat request
     "model", "stream", "stream_options", "drafts", "user", "safety_identifier", "prompt_cache_key", "metadata",
     "store", "service_tier", "seed", "stop", "temperature", "top_p", "top_logprobs", "regex", "thinking",
-    "parallel_tool_calls", "max_denoising_steps", *FLAGS, *WHOLES, *NUMBERS,
+    "parallel_tool_calls", *FLAGS, *WHOLES, *NUMBERS,
 )  # fmt: skip
 RENAMED = (  # what a chat request calls otherwise, for errors
     (r"\b(tools\[\d+\]|tool_choice)\.function\b", r"\1"),
