@@ -80,7 +80,7 @@ class Router(nn.Module):
         Softmax over the chosen logits equals softmax over all of them, renormalised to the chosen.
         """
         scores = self.proj(rms_norm(x, self._eps) * self.scale * self._root)
-        indices = mx.argpartition(scores, kth=-self._top_k, axis=-1)[..., -self._top_k :]
+        indices = mx.stop_gradient(mx.argpartition(scores, kth=-self._top_k, axis=-1)[..., -self._top_k :])
         weights = mx.softmax(mx.take_along_axis(scores, indices, axis=-1), axis=-1, precise=True)
         return indices, weights * self.per_expert_scale[indices]
 

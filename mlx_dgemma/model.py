@@ -9,7 +9,7 @@ Formulas follow Transformers' diffusion_gemma; module names are the checkpoint's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -84,6 +84,7 @@ class DiffusionGemma(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
+        self._apply: Callable[..., mx.array] = Layer.__call__  # what takes (layer, h, scalar, view)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -225,7 +226,7 @@ class DiffusionGemma(nn.Module):
         for i, (layer, scalar) in enumerate(zip(self.model.decoder.layers, scalars)):
             kind = layer._layer_type
             keys = [Keys(one.layers[i], one.offset, mask[kind], canvas) for one, mask in zip(prefixes, masks)]
-            h = layer(h, scalar, View(keys, rope_offset))
+            h = self._apply(layer, h, scalar, View(keys, rope_offset))
         return self.model.decoder.norm(h)
 
     def _place(self, tokens: mx.array, h: mx.array, features: mx.array) -> tuple[mx.array, np.ndarray | None]:

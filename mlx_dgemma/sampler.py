@@ -71,6 +71,23 @@ def noise(length: int, vocab_size: int, keys: mx.array) -> mx.array:
     return mx.vmap(lambda key: mx.random.randint(0, vocab_size, (length,), key=key))(keys)
 
 
+def corrupt(tokens: mx.array, shares: mx.array, vocab_size: int, keys: mx.array) -> mx.array:
+    """Uniform-noise corruption, which training learns to undo: some tokens become uniform random ones.
+
+    Args:
+        tokens: [B, C] int32.
+        shares: [B] float32, probability with which a token of the row is replaced, perhaps by itself.
+        vocab_size: V.
+        keys: [B, 2]; a row's draws depend on its own alone.
+
+    Returns:
+        [B, C] int32.
+    """
+    first, second = split(keys, 2)
+    drawn = mx.vmap(lambda key: mx.random.uniform(shape=tokens.shape[1:], key=key))(first)
+    return mx.where(drawn < shares[:, None], noise(tokens.shape[1], vocab_size, second), tokens)
+
+
 def text(best: mx.array, end_tokens: mx.array, room: mx.array) -> mx.array:
     """Positions that an answer is made of: up to and including the first end token, and within its room.
 
