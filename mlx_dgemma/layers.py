@@ -113,7 +113,7 @@ class Experts(nn.Module):
         """x [N, H], experts and weights [N * K] in the rows' order -> [N, H], by `runs`."""
         rows, size = x.shape
         # CUDA compiles a gather_qmm for every length, a minute each: packed weights get a single one.
-        longest = 64 if isinstance(self.gate_up_proj, SwitchLinear) else 16
+        longest = 64 if isinstance(_base(self.gate_up_proj), SwitchLinear) else 16
         slots, owners, length = runs(chosen, self.gate_up_proj.num_experts, longest)
         source, share = fill(slots, weights, owners.size * length, rows)
         if rows <= MATMUL_ROWS:
@@ -126,10 +126,15 @@ class Experts(nn.Module):
     def _feed(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """x [..., rows, H] through the expert of each leading index."""
         dtype = x.dtype
-        if isinstance(self.gate_up_proj, SwitchLinear):
-            x = x.astype(self.gate_up_proj.weight.dtype)  # float32 on the CPU, whatever the rest is
+        if isinstance(base := _base(self.gate_up_proj), SwitchLinear):
+            x = x.astype(base.weight.dtype)  # float32 on the CPU, whatever the rest is
         gate, up = mx.split(self.gate_up_proj(x, indices, sorted_indices=sorted_indices), 2, axis=-1)
         return self.down_proj(geglu(gate, up), indices, sorted_indices=sorted_indices).astype(dtype)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """The map itself, where an adapter stands around it."""
+    return module.get("linear", module)
 
 
 def pads_runs() -> bool:

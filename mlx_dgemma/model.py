@@ -85,6 +85,7 @@ class DiffusionGemma(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self._apply: Callable[..., mx.array] = Layer.__call__  # what takes (layer, h, scalar, view)
+        self._encoder_layers: tuple[Layer, ...] | None = None  # where an adapter changes the modes differently
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -223,7 +224,8 @@ class DiffusionGemma(nn.Module):
         rope_offset = prefixes[0].rope_offset()
         if len(prefixes) > 1:
             rope_offset = mx.array([prefix.offset for prefix in prefixes])
-        for i, (layer, scalar) in enumerate(zip(self.model.decoder.layers, scalars)):
+        layers = self.model.decoder.layers if canvas or self._encoder_layers is None else self._encoder_layers
+        for i, (layer, scalar) in enumerate(zip(layers, scalars)):
             kind = layer._layer_type
             keys = [Keys(one.layers[i], one.offset, mask[kind], canvas) for one, mask in zip(prefixes, masks)]
             h = self._apply(layer, h, scalar, View(keys, rope_offset))
