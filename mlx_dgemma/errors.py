@@ -19,3 +19,7 @@ class PromptError(DgemmaError):
 
 class MemoryLimitError(DgemmaError):
     """The checkpoint needs more memory than this machine can give."""
+
+
+class DataError(DgemmaError):
+    """Training or evaluation data that cannot be read or used."""

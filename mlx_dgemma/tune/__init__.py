@@ -1,0 +1,1 @@
+"""Fine-tuning: data, objective, and the loop; `mlx-dgemma tune`."""
