@@ -340,15 +340,38 @@ class Engine:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
             raise OptionError(f"seed is {seed!r}; it should be a whole number from 0 to 2**64 - 1.")
         self._check_length(messages)
-        pictures, shown, times = self._media(messages, options)
-        image = self._marker(self.config.image_token_id)
-        tokens = render(self.tokenizer, messages, tools, thinking, shown, (image, VIDEO))
+        tokens, pictures, times = self.tokens_of(messages, thinking, tools, options)
         self._check_room(len(tokens))
         answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop)
         digests = iter([picture.digest for picture in pictures for _ in range(picture.tokens)])
         placeholder = self.config.image_token_id
         held = [next(digests) if token == placeholder and pictures else token for token in tokens]
         return Row(tokens, held, pictures, times, seed, answer)
+
+    def tokens_of(
+        self,
+        messages: list[Message],
+        thinking: bool = False,
+        tools: list[dict] | None = None,
+        options: GenerationOptions | None = None,
+    ) -> tuple[list[int], list[Picture], list[float]]:
+        """A conversation as the model gets to see it, however long, ready for the assistant's answer.
+
+        Args:
+            messages: from `messages_of`.
+            thinking, tools: as `stream` takes them.
+            options: what pictures and videos may take; None takes the checkpoint's.
+
+        Returns:
+            Token ids, the generation prompt and a placeholder per soft token included; the pictures; and the times
+            of video frames in seconds.
+
+        Raises:
+            PromptError: the template refuses the messages, or a picture cannot be read.
+        """
+        pictures, shown, times = self._media(messages, options or self.options)
+        image = self._marker(self.config.image_token_id)
+        return render(self.tokenizer, messages, tools, thinking, shown, (image, VIDEO)), pictures, times
 
     def _marker(self, token: int) -> str:
         return self.tokenizer.convert_ids_to_tokens(token)

@@ -70,14 +70,16 @@ def test_help_imports_nothing_heavy_and_is_fast():
     )
     done = python("-c", code)
     assert done.stdout.splitlines()[-1] == "[]"
-    listed = ["generate", "chat", "infill", "edit", "choose", "serve", "info", "convert"]
+    listed = ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "info", "convert"]
     assert re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE) == listed
     started = time.perf_counter()
     assert python("-m", "mlx_dgemma", "-h").returncode == 0
     assert time.perf_counter() - started < 1
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "infill", "edit", "choose", "serve", "info", "convert"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "info", "convert"]
+)
 def test_every_command_has_help(command):
     done = run(command, "-h")
     assert done.exit_code == 0
