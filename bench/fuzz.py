@@ -114,9 +114,9 @@ def main() -> None:
     print()
     rows = [[what, before[1][what], after[1][what]] for what in ("files", "threads")]
     table(["", "before", "after"], [["resident, GiB", before[0] / GIB, after[0] / GIB], *rows])
-    tracebacks = log.count("Traceback")
+    tracebacks = log.count("Traceback (most")
     if tracebacks:
-        print(log[max(log.index("Traceback") - 300, 0) :][:6000])
+        print(log[max(log.index("Traceback (most") - 300, 0) :][:6000])
     good = not failed and not tracebacks and health["status"] == "ok" and not health["running"] + health["waiting"]
     figures = {"seconds": round(took), "good": good, "failed": failed, "tracebacks": tracebacks, "health": health}
     finish("fuzz", **found, **figures, answers=counted, resident=[before[0], after[0]], held=[before[1], after[1]])
