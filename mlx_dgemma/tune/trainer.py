@@ -1,0 +1,223 @@
+"""Steps of training and their state, which goes on after a stop exactly where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import AdamW, clip_grad_norm, cosine_decay, join_schedules, linear_schedule
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from .. import adapters
+from ..errors import DataError, OptionError
+from ..model import DiffusionGemma
+from .objective import Batch, Losses, Objective, draw, loss, recomputed
+
+KINDS = ("lora", "dora", "full")
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained, and how; the defaults are NVIDIA NeMo's for LoRA.
+
+    Attributes:
+        kind: "lora", "dora", or "full" for the weights themselves, the router only where it is a target.
+        targets: groups of modules, see `adapters.targets`; of "full" alone whether "router" is among them counts.
+        layers: how many layers, from the last one; None: all.
+        rank: of a and b.
+        alpha: b @ a is multiplied by alpha / rank.
+        dropout: of a LoRA's input.
+        learning_rate: the highest; it rises over `warmup` steps and falls to a tenth along a cosine.
+        steps: of the optimizer.
+        warmup: steps; None: a twentieth of `steps`.
+        accumulate: batches a step.
+        betas: AdamW's.
+        weight_decay: AdamW's.
+        clip: global norm that gradients are brought to at most.
+        seed: of weights, noise and order.
+        recompute: compute layers again for the gradient: less memory, more time.
+    """
+
+    kind: str = "lora"
+    targets: tuple[str, ...] = ("attention", "mlp")
+    layers: int | None = None
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    learning_rate: float = 1.5e-4
+    steps: int = 1000
+    warmup: int | None = None
+    accumulate: int = 1
+    betas: tuple[float, float] = (0.95, 0.99)
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    seed: int = 0
+    recompute: bool = True
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise OptionError(f"kind is {self.kind!r}; it should be one of {', '.join(KINDS)}.")
+        for name, low in (
+            ("rank", 1),
+            ("steps", 1),
+            ("accumulate", 1),
+            ("clip", 0),
+            ("alpha", 0),
+            ("learning_rate", 0),
+        ):
+            if getattr(self, name) < low:
+                raise OptionError(f"{name} is {getattr(self, name)}; it should be at least {low}.")
+        if not 0 <= self.dropout < 1:
+            raise OptionError(f"dropout is {self.dropout}; it should be at least 0 and below 1.")
+
+
+@dataclass(frozen=True)
+class Told:
+    """A step's figures: losses in nats a token, the gradients' norm before clipping, and the learning rate."""
+
+    total: float
+    canvas: float
+    encoder: float
+    norm: float
+    learning_rate: float
+
+
+class Trainer:
+    """A model, what of it is trained, and an optimizer.
+
+    Args:
+        model: changed in place: an adapter is put in, everything else is frozen.
+        method: what is trained, and how.
+        objective: what is minimised.
+    """
+
+    def __init__(self, model: DiffusionGemma, method: Method, objective: Objective):
+        self.model, self.method, self.objective = model, method, objective
+        self.step = 0
+        self._prepare()
+        model.train()
+        if method.recompute:
+            model._apply = recomputed
+        warmup = max(method.steps // 20, 1) if method.warmup is None else method.warmup
+        peak, falling = method.learning_rate, max(method.steps - warmup, 1)
+        rates = [linear_schedule(peak / max(warmup, 1), peak, max(warmup, 1)), cosine_decay(peak, falling, peak / 10)]
+        self.optimizer = AdamW(
+            join_schedules(rates, [warmup]), list(method.betas), 1e-8, method.weight_decay, bias_correction=True
+        )
+        self.optimizer.init(model.trainable_parameters())
+        mx.eval(model.parameters(), self.optimizer.state)
+
+    def _prepare(self) -> None:
+        model, method = self.model, self.method
+        model.freeze()
+        if method.kind != "full":
+            paths = adapters.targets(model, method.targets, method.layers)
+            key = mx.random.key(method.seed)
+            adapters.start(
+                model, paths, method.rank, method.alpha / method.rank, method.dropout, method.kind == "dora", key
+            )
+            return
+        packed = next((path for path, one in model.named_modules() if "scales" in one), None)
+        if packed:
+            raise OptionError(f"kind is full, but {packed} is quantized; take lora, or a checkpoint of floats.")
+        decoder, chosen = model.model.decoder, method.layers or len(model.model.decoder.layers)
+        for layer in decoder.layers[len(decoder.layers) - chosen :]:
+            layer.unfreeze()
+            if "router" not in method.targets:
+                layer.router.freeze()
+        if method.layers is None:
+            for part in (decoder.embed_tokens, decoder.norm, decoder.self_conditioning):
+                part.unfreeze()
+            model.model.encoder.language_model.unfreeze()
+
+    @property
+    def trainable(self) -> int:
+        """Number of weights that are trained."""
+        return sum(a.size for _, a in tree_flatten(self.model.trainable_parameters()))
+
+    def update(self, batches: Sequence[Batch]) -> Told:
+        """One step of the optimizer over `accumulate` batches; the noise depends on the step's number alone."""
+        sums: Any = None
+        losses = []
+        for i, batch in enumerate(batches):
+            number = self.step * self.method.accumulate + i
+            if self.method.dropout:  # mlx-lm's layers draw from MLX's own state
+                mx.random.seed((self.method.seed << 32) + number)
+            (total, canvas, encoder), gradients = self._gradients(batch, number)
+            sums = gradients if sums is None else tree_map(lambda a, b: a + b, sums, gradients)
+            mx.eval(sums, total, canvas, encoder)
+            losses.append((total.item(), canvas.item(), encoder.item()))
+        count = len(batches)
+        clipped, norm = clip_grad_norm(tree_map(lambda a: a / count, sums), self.method.clip)
+        self.optimizer.update(self.model, clipped)
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        self.step += 1
+        means = [sum(column) / count for column in zip(*losses)]
+        return Told(*means, float(norm), self.optimizer.learning_rate.item())
+
+    def _gradients(self, batch: Batch, number: int) -> tuple[tuple[mx.array, ...], Any]:
+        key = mx.random.key((self.method.seed << 32) + number)
+        noise = draw(batch, self.objective, self.model.config.text.vocab_size, key)
+        return nn.value_and_grad(self.model, lambda: tuple(loss(self.model, batch, noise, self.objective)))()
+
+    def measure(self, batch: Batch, number: int) -> Losses:
+        """A batch's loss without learning from it, under noise that depends on `number` alone."""
+        key = mx.random.key((1 << 63) + number)
+        self.model.eval()
+        losses = loss(
+            self.model, batch, draw(batch, self.objective, self.model.config.text.vocab_size, key), self.objective
+        )
+        mx.eval(*losses)
+        self.model.train()
+        return losses
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write what `resume` needs into one file, which is replaced as a whole.
+
+        Args:
+            folder: where `STATE` goes.
+            about: whatever must be the same for a run to go on, as JSON.
+        """
+        arrays = {f"weights.{name}": a for name, a in tree_flatten(self.model.trainable_parameters())}
+        arrays |= {f"optimizer.{name}": a for name, a in tree_flatten(self.optimizer.state)}
+        told = {"step": str(self.step), "method": json.dumps(asdict(self.method)), "about": json.dumps(about)}
+        beside = folder / f".{STATE}"
+        mx.save_safetensors(str(beside.with_suffix(".part.safetensors")), arrays, told)
+        os.replace(beside.with_suffix(".part.safetensors"), folder / STATE)
+
+    def resume(self, folder: Path, about: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            DataError: there is none, it is broken, or it was saved by another run.
+        """
+        file = folder / STATE
+        if not file.exists():
+            raise DataError(f"{folder} holds no {STATE} to resume from; start anew without --resume.")
+        try:
+            arrays, told = mx.load(str(file), return_metadata=True)
+            was = {"method": json.loads(told["method"]), "about": json.loads(told["about"])}
+            step = int(told["step"])
+        except (RuntimeError, KeyError, ValueError):
+            raise DataError(f"{file} is broken; start anew without --resume.") from None
+        now = json.loads(json.dumps({"method": asdict(self.method), "about": about}))
+        for part in now:
+            for name in now[part]:
+                if was[part].get(name) != now[part][name]:
+                    raise DataError(
+                        f"{file} was trained with {name} {was[part].get(name)!r}, and now it is {now[part][name]!r}; "
+                        "resume with the same, or start anew."
+                    )
+        weights = [(name.removeprefix("weights."), a) for name, a in arrays.items() if name.startswith("weights.")]
+        state = [(name.removeprefix("optimizer."), a) for name, a in arrays.items() if name.startswith("optimizer.")]
+        self.model.update(tree_unflatten(weights))
+        self.optimizer.state = tree_unflatten(state)
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        self.step = step
