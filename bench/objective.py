@@ -76,10 +76,11 @@ def theirs(model, batch: Batch, noise: Noise, objective, seen: dict) -> tuple[li
     if more:
         more["mm_token_type_ids"] = held
     places = (real.cumsum(1) - 1).clamp(min=0)
-    told = dict(input_ids=tokens, attention_mask=masks(model, tokens, real, held), position_ids=places, **more)
+    seen_by = masks(model, tokens, real, held)
+    told = {"input_ids": tokens, "attention_mask": seen_by, "position_ids": places, **more}
     behind = places[:, -1:] + 1 + torch.arange(clean.shape[1])
     whole_mask = torch.cat([real, torch.ones_like(clean)], 1)
-    asked = dict(decoder_input_ids=noisy, decoder_position_ids=behind, decoder_attention_mask=whole_mask)
+    asked = {"decoder_input_ids": noisy, "decoder_position_ids": behind, "decoder_attention_mask": whole_mask}
     model.zero_grad()
     with torch.no_grad():
         first = model(**told, **asked).logits
