@@ -52,7 +52,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which they are met."""
-        return ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "info", "convert"]
+        return ["generate", "chat", "infill", "edit", "choose", "serve", "tune", "evaluate", "info", "convert"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """A command by its name."""
@@ -72,6 +72,10 @@ class Commands(click.Group):
             from .cli_serve import serve
 
             return serve
+        if cmd_name == "tune":
+            from .cli_tune import tune
+
+            return tune
         if cmd_name == "evaluate":
             from .cli_evaluate import evaluate
 
