@@ -70,7 +70,7 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
 @click.option("--variant", type=click.Choice(VARIANTS), default="google", show_default=True, help="The objective.")
 @number("--encoder-weight", 0.0, "Of the encoder's next-token loss.", "1")
 @number("--self-conditioning", 0.0, "How often a first pass conditions the canvas.", "0.5")
-@number("--fill", 0, "Token that fills the canvas behind an answer.", "the first end token")
+@number("--fill", 0, "Token that fills the canvas behind an answer.", "what the checkpoint puts there")
 @number("--steps", 1, "Of the optimizer.", "1000")
 @number("--batch-size", 1, "Samples of a batch.", "4")
 @number("--accumulate", 1, "Batches of a step.", "1")

@@ -24,7 +24,8 @@ from ..memory import Need, available, prefix_bytes
 from .batches import Batches
 from .curves import Log, draw
 from .data import Example, load
-from .objective import LOGITS, VARIANTS, Objective
+from .objective import LOGITS, VARIANTS, Objective, loss
+from .objective import draw as draw_noise
 from .trainer import Method, Told, Trainer, flat
 
 GIB = 2**30
@@ -44,7 +45,7 @@ class Plan:
         turns: "last" or "all" of a chat's answers are learnt.
         max_length: tokens that a sample may have; None: the context.
         skip_long: leave longer ones out instead of refusing them.
-        fill: token behind an answer in its last canvas; None: the checkpoint's first end token.
+        fill: token behind an answer in its last canvas; None: what the checkpoint itself puts there, see `habit`.
         save_every: steps.
         validate_every: steps; 0: never.
         validate: samples of a validation at most.
@@ -148,7 +149,9 @@ def tune(
     train, valid = splits["train"], splits["valid"]
     if not train:
         raise DataError(f"{plan.data} has no sample to train on; put some into train.jsonl.")
-    fill = engine.options.end_tokens[0] if plan.fill is None else plan.fill
+    fill = habit(engine, train, objective, method.seed) if plan.fill is None else plan.fill
+    if not 0 <= fill < engine.config.text.vocab_size:
+        raise OptionError(f"fill is {fill}; it should be a token id below {engine.config.text.vocab_size}.")
     batches = Batches(engine, train, fill, objective.fill, method.seed)
     checks = Batches(engine, valid, fill, objective.fill, method.seed) if valid else None
     trainer = Trainer(engine.model, method, objective)
@@ -161,11 +164,27 @@ def tune(
     weights = sum(a.nbytes for a in flat(engine.model.parameters()).values())
     needed = need(engine.checkpoint, method, plan.batch_size, longest, trainer.trainable, weights)
     say(
+        f"Canvases are filled with {engine.tokenizer.convert_ids_to_tokens(fill)} behind an answer; "
         f"{len(train)} samples to train on, {len(valid)} to validate; {trainer.trainable:,} weights are trained; "
         f"about {needed.total / GIB:.2f} GiB of memory at most, of {available() / GIB:.1f}."
     )
     log = Log(output / "log.csv", trainer.step)
     yield from _steps(engine, trainer, plan, batches, checks, valid, log, about, stop)
+
+
+def habit(engine: Engine, examples: Sequence[Example], objective: Objective, seed: int) -> int:
+    """The token that a checkpoint itself puts behind an answer: an end token or padding, whichever it expects most."""
+    length = engine.config.canvas_length
+    room = [i for i, one in enumerate(examples) if all(len(target.answer) % length for target in one.targets)][:4]
+    candidates = list(dict.fromkeys([*engine.options.end_tokens, engine.tokenizer.pad_token_id or 0]))
+    if not room:
+        return candidates[0]
+    lost: dict[int, Any] = {}
+    for token in candidates:
+        batch = Batches(engine, examples, token, True, seed).batch(room, room)
+        noise = draw_noise(batch, objective, engine.config.text.vocab_size, mx.random.key(seed))
+        lost[token] = loss(engine.model, batch, noise, replace(objective, encoder_weight=0.0)).canvas.item()
+    return min(lost, key=lost.__getitem__)
 
 
 def _steps(
