@@ -138,6 +138,7 @@ def generate(
     as_json: bool,
     verbose: bool,
     model: str | None,
+    adapter: str | None,
     dtype: str | None,
     ignore_memory: bool,
     system: str | None,
@@ -168,7 +169,7 @@ def generate(
     declarations = _read_tools(tools) if tools else None
     constraint = given({"schema": _read_schema(schema) if schema else None, "regex": utf8(regex, "--regex")})
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal)
+    engine = load_engine(model, adapter, dtype, ignore_memory, terminal)
     stream = partial(engine.stream, messages, tools=declarations, **constraint, **options)
     heard = listen(engine, stream, terminal, silent=as_json)
     if verbose and heard.result:
@@ -190,6 +191,7 @@ def chat(
     video: str | None,
     verbose: bool,
     model: str | None,
+    adapter: str | None,
     dtype: str | None,
     ignore_memory: bool,
     system: str | None,
@@ -209,7 +211,7 @@ def chat(
         raise click.UsageError("- is stdin, which holds the conversation; name the picture's file.")
     terminal, interactive = Terminal(), sys.stdin.isatty()
     system, options = utf8(system, "--system"), given(options)
-    engine = load_engine(model, dtype, ignore_memory, terminal)
+    engine = load_engine(model, adapter, dtype, ignore_memory, terminal)
     if interactive:
         terminal.hint("/help lists the commands, Ctrl-D leaves.")
         if model is None:

@@ -45,6 +45,7 @@ def choose(
     verbose: bool,
     as_json: bool,
     model: str | None,
+    adapter: str | None,
     dtype: str | None,
     ignore_memory: bool,
     **options: Any,
@@ -73,7 +74,7 @@ def choose(
     wanted = _labels(labels, span, truth, asked)
     messages = messages_of(text, utf8(system, "--system"), sources, video)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal)
+    engine = load_engine(model, adapter, dtype, ignore_memory, terminal)
     given = {name: value for name, value in options.items() if value is not None}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

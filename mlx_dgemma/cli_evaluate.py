@@ -51,6 +51,7 @@ def evaluate(
     output: Path | None,
     as_json: bool,
     model: str | None,
+    adapter: str | None,
     dtype: str | None,
     ignore_memory: bool,
     **options: Any,
@@ -76,7 +77,7 @@ def evaluate(
     terminal = Terminal()
     with warnings.catch_warnings(record=True) as caught, _created(output) as file:
         warnings.simplefilter("always", UserWarning)
-        engine = load_engine(model, dtype, ignore_memory, terminal)
+        engine = load_engine(model, adapter, dtype, ignore_memory, terminal)
         terminal.draw([], f"reading {path.name}")
         try:
             examples = read(engine, path)

@@ -52,6 +52,7 @@ MOST_CACHE = 4 * 2**30  # bytes
 def serve(
     ctx: click.Context,
     model: str | None,
+    adapter: str | None,
     dtype: str | None,
     ignore_memory: bool,
     host: str,
@@ -90,7 +91,7 @@ def serve(
         _agent(ctx, install and uninstall, install, api_key, terminal)
         return
     with _listen(host, port) as listening:
-        engine = load_engine(model, dtype, ignore_memory, terminal)
+        engine = load_engine(model, adapter, dtype, ignore_memory, terminal)
         from .memory import spare
         from .schedule import Scheduler
         from .server.app import create_app
@@ -114,7 +115,8 @@ def serve(
         )
         app.state.stopping = lambda: server.should_exit
         name = f"[{host}]" if ":" in host else host
-        terminal.warn(f"Listening on http://{name}:{listening.getsockname()[1]}/v1; Ctrl-C stops it.")
+        changed = f" with the adapter {engine.adapter}" if engine.adapter else ""
+        terminal.warn(f"Listening on http://{name}:{listening.getsockname()[1]}/v1{changed}; Ctrl-C stops it.")
         server.run(sockets=[listening])
 
 

@@ -54,6 +54,7 @@ def infill(
     as_json: bool,
     verbose: bool,
     model: str | None,
+    adapter: str | None,
     dtype: str | None,
     ignore_memory: bool,
     **options: Any,
@@ -73,7 +74,7 @@ def infill(
     prefix, suffix = _around(file, prefix_file, suffix_file, at, mark)
     options = given(options)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal)
+    engine = load_engine(model, adapter, dtype, ignore_memory, terminal)
     job = verbs.infill(engine, prefix, suffix, prompt=utf8(prompt, "--prompt"), **options)
     heard = listen(engine, partial(engine.run, job), terminal, silent=True)
     if heard.result is None:
@@ -111,6 +112,7 @@ def edit(
     as_json: bool,
     verbose: bool,
     model: str | None,
+    adapter: str | None,
     dtype: str | None,
     ignore_memory: bool,
     **options: Any,
@@ -136,7 +138,7 @@ def edit(
         raise click.UsageError("There is no text: name a file or give it on stdin.")
     draft, options = _read(file or "-"), given(options)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal)
+    engine = load_engine(model, adapter, dtype, ignore_memory, terminal)
     job = verbs.edit(engine, draft, utf8(instruction, "The instruction") or "", **options)
     heard = listen(engine, partial(engine.run, job), terminal, silent=True)
     if heard.result is None:
