@@ -207,7 +207,7 @@ def fingerprint(engine: Engine) -> str:
                 with suppress(OSError):
                     file.seek(-min(SAMPLE, size), 2)
                 seen.update(file.read())
-    for name in (peft.CONFIG, peft.WEIGHTS) if engine.adapter else ():
-        content = (engine.adapter / name).read_bytes()  # whole: adapters of one training differ anywhere
-        seen.update(f"adapter {name} {len(content)}".encode() + content)
+    for path in [engine.adapter / name for name in (peft.CONFIG, peft.WEIGHTS)] if engine.adapter else ():
+        content = path.read_bytes()  # whole: adapters of one training differ anywhere
+        seen.update(f"adapter {path.name} {len(content)}".encode() + content)
     return seen.hexdigest()

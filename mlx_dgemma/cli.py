@@ -52,7 +52,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which they are met."""
-        return ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "info", "convert"]
+        return ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "fuse", "info", "convert"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """A command by its name."""
@@ -76,6 +76,10 @@ class Commands(click.Group):
             from .cli_evaluate import evaluate
 
             return evaluate
+        if cmd_name == "fuse":
+            from .cli_fuse import fuse
+
+            return fuse
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -70,7 +70,7 @@ def test_help_imports_nothing_heavy_and_is_fast():
     )
     done = python("-c", code)
     assert done.stdout.splitlines()[-1] == "[]"
-    listed = ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "info", "convert"]
+    listed = ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "fuse", "info", "convert"]
     assert re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE) == listed
     started = time.perf_counter()
     assert python("-m", "mlx_dgemma", "-h").returncode == 0
@@ -78,7 +78,7 @@ def test_help_imports_nothing_heavy_and_is_fast():
 
 
 @pytest.mark.parametrize(
-    "command", ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "info", "convert"]
+    "command", ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "fuse", "info", "convert"]
 )
 def test_every_command_has_help(command):
     done = run(command, "-h")

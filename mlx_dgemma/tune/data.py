@@ -114,10 +114,10 @@ def find(source: str | Path, needed: Sequence[str] = SPLITS) -> dict[str, Path]:
         return dict.fromkeys(needed, path)
     from ..checkpoint import fetch  # imports MLX
 
-    names = [spelt for kind in ("jsonl", *PICTURES) for spelt in (f"*.{kind}", f"*.{kind.upper()}")]
+    patterns = [spelt for kind in ("jsonl", *PICTURES) for spelt in (f"*.{kind}", f"*.{kind.upper()}")]
     folder = fetch(
         str(source),
-        names,
+        patterns,
         lambda found: any((found / f"{split}.jsonl").exists() for split in needed),
         "give a folder with JSONL files, one such file, or a Hub id",
         ("file", "data set"),
