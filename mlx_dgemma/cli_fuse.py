@@ -39,6 +39,5 @@ def fuse(out: Path, adapter: str, model: str | None, dequantize: bool) -> None:
     terminal.say(f"{report.source} with {report.adapter} -> {report.target}\n")
     terminal.say(f"{count(len(report.modules), 'changed weight')}, {human(report.nbytes)}, {report.seconds:.1f} s.\n")
     if report.packed:
-        terminal.warn(
-            f"{count(len(report.packed), 'changed weight')} packed again, which rounds; --dequantize leaves them unpacked."
-        )
+        again = count(len(report.packed), "changed weight")
+        terminal.warn(f"Packed again, which rounds: {again}; --dequantize leaves them unpacked.")

@@ -62,7 +62,7 @@ def fuse(
         DgemmaError: a target that cannot be written, or a full disk.
     """
     start = time.perf_counter()
-    target = vacant(target, OPTION)
+    path = vacant(target, OPTION)
     checkpoint, folder = Checkpoint.open(find(model)), peft.find(adapter)
     changes = peft.read(folder, checkpoint.shapes)
     if not changes.shared:
@@ -70,7 +70,7 @@ def fuse(
     plan = _Plan(checkpoint, changes.changes, dequantize)
     entries = [entries for job in plan.jobs if (entries := plan.entries(job))]
     nbytes = sum(entry.nbytes for group in entries for entry in group)
-    with created(target, nbytes, OPTION) as made:
+    with created(path, nbytes, OPTION) as made:
         writer, done, total = Writer(made, entries), 0, sum(job.nbytes for job in plan.jobs)
         try:
             for job in plan.jobs:
@@ -84,7 +84,7 @@ def fuse(
         carry(checkpoint, made, DTYPES[plan.floats], plan.packed)
     modules = tuple(changes.changes)
     again = tuple(path for path in modules if path in plan.packed)
-    return Report(checkpoint.path, folder, target, modules, again, nbytes, time.perf_counter() - start)
+    return Report(checkpoint.path, folder, path, modules, again, nbytes, time.perf_counter() - start)
 
 
 class _Plan:
