@@ -1,4 +1,4 @@
-"""Adapters: low-rank changes of linear maps (LoRA, DoRA), put into a model, taken out of it, fused with it."""
+"""Adapters: low-rank changes of linear maps (LoRA, DoRA), put into a model and taken out of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ GROUPS = {
 }
 """What can be adapted in every layer; "self-conditioning" is the decoder's, once."""
 SELF_CONDITIONING = tuple(f"model.decoder.self_conditioning.{name}_proj" for name in ("gate", "up", "down"))
-APART = "This adapter changes encoder and decoder differently, and they share their weights; use it with --adapter."
 _ADAPTED = (LoRALinear, DoRALinear, LoRASwitchLinear)
 
 
@@ -239,39 +238,3 @@ def plain_weight(module: Any) -> mx.array:
     return mx.dequantize(
         module.weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode
     )
-
-
-def fuse(model: DiffusionGemma, dequantize: bool = False) -> list[str]:
-    """Replace every adapted module by a plain one with the change in its weight.
-
-    Args:
-        dequantize: leave changed modules unpacked; otherwise they are packed again as they were, which rounds.
-
-    Returns:
-        Their paths.
-
-    Raises:
-        CheckpointError: the modes differ, and one weight cannot hold both.
-    """
-    if model._encoder_layers is not None:
-        raise CheckpointError(APART)
-    fused = {path: _fused(m, dequantize) for path, m in model.named_modules() if isinstance(m, _ADAPTED)}
-    model.update_modules(tree_unflatten(list(fused.items())))
-    return list(fused)
-
-
-def _fused(module: Any, dequantize: bool) -> nn.Module:
-    base, new = module.linear, copy(module.linear)
-    weight = _delta(module).on(plain_weight(base))
-    if "scales" not in base:
-        new.weight = weight.astype(base.weight.dtype)
-        return new
-    weight = weight.astype(base.scales.dtype if base.scales.dtype != mx.uint8 else mx.bfloat16)
-    if not dequantize:
-        new.weight, new.scales, *biases = mx.quantize(weight, base.group_size, base.bits, base.mode)
-        new.update({"biases": biases[0]} if biases else {})
-        return new
-    switch = isinstance(base, QuantizedSwitchLinear)
-    twin: Any = SwitchLinear(1, 1, 1, False) if switch else nn.Linear(1, 1, False)
-    twin.weight = weight
-    return twin

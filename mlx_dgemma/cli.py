@@ -20,6 +20,7 @@ import click
 from . import __version__
 from .cli_common import (
     DEMO_NOTICE,
+    adapter_option,
     answer_options,
     decode,
     files_option,
@@ -52,7 +53,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which they are met."""
-        return ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "fuse", "info", "convert"]
+        return "generate chat infill edit choose serve tune evaluate fuse info convert".split()
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """A command by its name."""
@@ -72,6 +73,10 @@ class Commands(click.Group):
             from .cli_serve import serve
 
             return serve
+        if cmd_name == "tune":
+            from .cli_tune import tune
+
+            return tune
         if cmd_name == "evaluate":
             from .cli_evaluate import evaluate
 
@@ -128,6 +133,7 @@ def main() -> None:
 @click.option("--regex", metavar="PATTERN", help="The answer matches this regular expression as a whole, always.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
 @model_options
+@adapter_option
 @answer_options
 @click.pass_context
 def generate(
@@ -142,9 +148,9 @@ def generate(
     as_json: bool,
     verbose: bool,
     model: str | None,
-    adapter: str | None,
     dtype: str | None,
     ignore_memory: bool,
+    adapter: str | None,
     system: str | None,
     **options: Any,
 ) -> None:
@@ -173,7 +179,7 @@ def generate(
     declarations = _read_tools(tools) if tools else None
     constraint = given({"schema": _read_schema(schema) if schema else None, "regex": utf8(regex, "--regex")})
     terminal = Terminal()
-    engine = load_engine(model, adapter, dtype, ignore_memory, terminal)
+    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
     stream = partial(engine.stream, messages, tools=declarations, **constraint, **options)
     heard = listen(engine, stream, terminal, silent=as_json)
     if verbose and heard.result:
@@ -187,6 +193,7 @@ def generate(
 @main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
 @media_options
 @model_options
+@adapter_option
 @answer_options
 @click.pass_context
 def chat(
@@ -195,9 +202,9 @@ def chat(
     video: str | None,
     verbose: bool,
     model: str | None,
-    adapter: str | None,
     dtype: str | None,
     ignore_memory: bool,
+    adapter: str | None,
     system: str | None,
     **options: Any,
 ) -> None:
@@ -215,7 +222,7 @@ def chat(
         raise click.UsageError("- is stdin, which holds the conversation; name the picture's file.")
     terminal, interactive = Terminal(), sys.stdin.isatty()
     system, options = utf8(system, "--system"), given(options)
-    engine = load_engine(model, adapter, dtype, ignore_memory, terminal)
+    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
     if interactive:
         terminal.hint("/help lists the commands, Ctrl-D leaves.")
         if model is None:

@@ -43,7 +43,6 @@ model_option = click.option(
 )
 model_options = all_of(
     model_option,
-    click.option("--adapter", metavar="PATH_OR_ID", help="LoRA or DoRA in PEFT's layout to put into the model."),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -51,6 +50,11 @@ model_options = all_of(
         help="Of activations and unquantized weights.",
     ),
     click.option("--ignore-memory", is_flag=True, help="Load even what does not seem to fit."),
+)
+
+
+adapter_option = click.option(
+    "--adapter", metavar="PATH_OR_ID", help="LoRA or DoRA in PEFT's layout, to put into the model."
 )
 
 
@@ -134,7 +138,7 @@ class Heard:
 
 
 def load_engine(
-    model: str | None, adapter: str | None, dtype: str | None, ignore_memory: bool, terminal: Terminal
+    model: str | None, dtype: str | None, ignore_memory: bool, terminal: Terminal, adapter: str | None = None
 ) -> Engine:
     """Load a checkpoint, or the demo with a word about it, and an adapter."""
     if model is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from . import peft
-from .adapters import APART, Delta
+from .adapters import Delta
 from .checkpoint import FLOATS, Checkpoint, find
 from .convert.folder import carry, created, vacant
 from .convert.jobs import DTYPES, Job, make_jobs, read, source_quantization, to_array, to_bytes
@@ -66,7 +66,9 @@ def fuse(
     checkpoint, folder = Checkpoint.open(find(model)), peft.find(adapter)
     changes = peft.read(folder, checkpoint.shapes)
     if not changes.shared:
-        raise CheckpointError(APART)
+        raise CheckpointError(
+            "This adapter changes encoder and decoder differently, and they share their weights; use it with --adapter."
+        )
     plan = _Plan(checkpoint, changes.changes, dequantize)
     entries = [entries for job in plan.jobs if (entries := plan.entries(job))]
     nbytes = sum(entry.nbytes for group in entries for entry in group)

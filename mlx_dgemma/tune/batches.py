@@ -70,7 +70,7 @@ class Batches:
             target = targets[int(random.integers(len(targets)))]
             cut = canvases(target, length, self._fill)
             chosen.append(cut[int(random.integers(len(cut)))])
-            features.append(self._soft_tokens(target))
+            features.append(self.soft_tokens(target))
         longest = max(len(one.prefix) for one in chosen)
         padded = [[0] * (longest - len(one.prefix)) + one.prefix for one in chosen]
         counted = [length if self._supervise_fill else one.own for one in chosen]
@@ -82,7 +82,8 @@ class Batches:
             features,
         )
 
-    def _soft_tokens(self, target: Target) -> mx.array | None:
+    def soft_tokens(self, target: Target) -> mx.array | None:
+        """[n, H] what the vision tower makes of a target's pictures, or None where it has none."""
         if not target.images:
             return None
         budget = self._engine.options.image_tokens

@@ -89,6 +89,12 @@ class Told:
     learning_rate: float
 
 
+def flat(tree: Any) -> dict[str, mx.array]:
+    """{path: array} of a tree."""
+    found: Any = tree_flatten(tree)
+    return dict(found)
+
+
 class Trainer:
     """A model, what of it is trained, and an optimizer.
 
@@ -140,7 +146,7 @@ class Trainer:
     @property
     def trainable(self) -> int:
         """Number of weights that are trained."""
-        return sum(a.size for _, a in tree_flatten(self.model.trainable_parameters()))
+        return sum(a.size for a in flat(self.model.trainable_parameters()).values())
 
     def update(self, batches: Sequence[Batch]) -> Told:
         """One step of the optimizer over `accumulate` batches; the noise depends on the step's number alone."""
@@ -150,17 +156,17 @@ class Trainer:
             number = self.step * self.method.accumulate + i
             if self.method.dropout:  # mlx-lm's layers draw from MLX's own state
                 mx.random.seed((self.method.seed << 32) + number)
-            (total, canvas, encoder), gradients = self._gradients(batch, number)
+            scalars, gradients = self._gradients(batch, number)
             sums = gradients if sums is None else tree_map(lambda a, b: a + b, sums, gradients)
-            mx.eval(sums, total, canvas, encoder)
-            losses.append((total.item(), canvas.item(), encoder.item()))
+            mx.eval(sums, scalars)
+            losses.append([one.item() for one in scalars])
         count = len(batches)
         clipped, norm = clip_grad_norm(tree_map(lambda a: a / count, sums), self.method.clip)
         self.optimizer.update(self.model, clipped)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         self.step += 1
-        means = [sum(column) / count for column in zip(*losses)]
-        return Told(*means, float(norm), self.optimizer.learning_rate.item())
+        total, canvas, encoder = (sum(column) / count for column in zip(*losses))
+        return Told(total, canvas, encoder, float(norm), self.optimizer.learning_rate.item())
 
     def _gradients(self, batch: Batch, number: int) -> tuple[tuple[mx.array, ...], Any]:
         key = mx.random.key((self.method.seed << 32) + number)
@@ -185,8 +191,8 @@ class Trainer:
             folder: where `STATE` goes.
             about: whatever must be the same for a run to go on, as JSON.
         """
-        arrays = {f"weights.{name}": a for name, a in tree_flatten(self.model.trainable_parameters())}
-        arrays |= {f"optimizer.{name}": a for name, a in tree_flatten(self.optimizer.state)}
+        arrays = {f"weights.{name}": a for name, a in flat(self.model.trainable_parameters()).items()}
+        arrays |= {f"optimizer.{name}": a for name, a in flat(self.optimizer.state).items()}
         told = {"step": str(self.step), "method": json.dumps(asdict(self.method)), "about": json.dumps(about)}
         beside = folder / f".{STATE}"
         mx.save_safetensors(str(beside.with_suffix(".part.safetensors")), arrays, told)
@@ -202,7 +208,8 @@ class Trainer:
         if not file.exists():
             raise DataError(f"{folder} holds no {STATE} to resume from; start anew without --resume.")
         try:
-            arrays, told = mx.load(str(file), return_metadata=True)
+            loaded: Any = mx.load(str(file), return_metadata=True)
+            arrays, told = loaded
             was = {"method": json.loads(told["method"]), "about": json.loads(told["about"])}
             step = int(told["step"])
         except (RuntimeError, KeyError, ValueError):

@@ -1,0 +1,96 @@
+"""What a run was like: a CSV file that grows line by line, and a picture of its curves."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+COLUMNS = (
+    "step", "seconds", "learning_rate", "loss", "canvas", "encoder", "norm", "valid_loss", "valid_right", "peak_bytes",
+)  # fmt: skip
+SIZE, MARGIN = (900, 500), (70, 40, 20, 50)  # pixels; left, top, right, bottom
+LINES = {"loss": (150, 185, 230), "smoothed": (20, 80, 180), "valid_loss": (200, 60, 40)}
+BEHIND, AXES, TEXT = (255, 255, 255), (190, 190, 190), (60, 60, 60)
+SMOOTH = 0.95  # of the running mean that a step keeps
+
+Row = Mapping[str, float | None]
+
+
+class Log:
+    """A run's rows, kept in a CSV file; rows beyond a step from which a run goes on are dropped.
+
+    Args:
+        file: made with its header where it is missing.
+        step: rows up to it are kept.
+    """
+
+    def __init__(self, file: Path, step: int = 0):
+        self._file = file
+        self.rows: list[dict[str, float | None]] = []
+        if step and file.exists():
+            with file.open(newline="", encoding="utf-8") as held:
+                read = [{name: float(v) if v else None for name, v in row.items()} for row in csv.DictReader(held)]
+            self.rows = [row for row in read if (row.get("step") or 0) <= step]
+        beside = file.with_name(f".{file.name}")
+        with beside.open("w", newline="", encoding="utf-8") as new:
+            writer = csv.DictWriter(new, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(beside, file)
+
+    def add(self, **row: float | None) -> None:
+        """Append a row."""
+        whole = {name: row.get(name) for name in COLUMNS}
+        self.rows.append(whole)
+        with self._file.open("a", newline="", encoding="utf-8") as held:
+            csv.DictWriter(held, COLUMNS).writerow(whole)
+
+
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """Draw the losses over the steps as a PNG: each step's, their running mean, and the validation's."""
+    curves: dict[str, list[tuple[float, float]]] = {name: [] for name in LINES}
+    mean: float | None = None
+    for row in rows:
+        step, loss, valid = row["step"] or 0, row.get("loss"), row.get("valid_loss")
+        if loss is not None:
+            mean = loss if mean is None else SMOOTH * mean + (1 - SMOOTH) * loss
+            curves["loss"].append((step, loss))
+            curves["smoothed"].append((step, mean))
+        if valid is not None:
+            curves["valid_loss"].append((step, valid))
+    image = Image.new("RGB", SIZE, BEHIND)
+    pen = ImageDraw.Draw(image)
+    values = sorted(y for curve in curves.values() for _, y in curve)
+    if values:
+        _axes(pen, curves, values)
+    beside = file.with_name(f".{file.name}")
+    image.save(beside, "PNG")
+    os.replace(beside, file)
+
+
+def _axes(pen: ImageDraw.ImageDraw, curves: Mapping[str, list[tuple[float, float]]], values: list[float]) -> None:
+    left, top, right, bottom = MARGIN[0], MARGIN[1], SIZE[0] - MARGIN[2], SIZE[1] - MARGIN[3]
+    last = max(x for curve in curves.values() for x, _ in curve) or 1
+    low, high = 0.0, values[int(0.99 * (len(values) - 1))] * 1.05 or 1.0  # a few wild steps shall not flatten the rest
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        share = min(max((y - low) / (high - low), 0), 1)
+        return left + (right - left) * x / last, bottom - (bottom - top) * share
+
+    for i in range(5):
+        x, y = last * i / 4, low + (high - low) * i / 4
+        pen.line([at(0, y), at(last, y)], fill=AXES)
+        pen.text((8, at(0, y)[1] - 6), f"{y:.3g}", fill=TEXT)
+        pen.text((at(x, low)[0] - 10, bottom + 8), f"{x:.0f}", fill=TEXT)
+    pen.text(((left + right) / 2 - 10, bottom + 26), "step", fill=TEXT)
+    for i, (name, curve) in enumerate(curves.items()):
+        if len(curve) > 1:
+            pen.line([at(*point) for point in curve], fill=LINES[name], width=1 if name == "loss" else 3)
+        for point in curve if name == "valid_loss" else curve[:1]:
+            x, y = at(*point)
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=LINES[name])
+        pen.text((left + 160 * i, 14), name.replace("_", " ") + " (nats a token)", fill=LINES[name])

@@ -1,0 +1,292 @@
+"""Training steps, saves, resumption and a whole run, on models of milliseconds and on the demo."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from mlx.optimizers import clip_grad_norm
+from mlx.utils import tree_flatten, tree_map
+from support import random_tokens, refusal, small_model
+
+import mlx_dgemma
+from mlx_dgemma import adapters
+from mlx_dgemma.cli import main
+from mlx_dgemma.errors import DataError, OptionError
+from mlx_dgemma.tune.batches import Batches, canvases, order
+from mlx_dgemma.tune.curves import COLUMNS, Log, draw
+from mlx_dgemma.tune.data import Example, Target
+from mlx_dgemma.tune.objective import VARIANTS, Batch
+from mlx_dgemma.tune.run import Plan
+from mlx_dgemma.tune.run import tune as run_
+from mlx_dgemma.tune.trainer import Method, Trainer
+
+QUICK = {"rank": 2, "alpha": 4.0, "learning_rate": 0.01, "steps": 6, "warmup": 1}
+
+
+def batch_of(number, rows=2):
+    tokens, canvas = np.array(random_tokens(number, rows, 7)), np.array(random_tokens(number + 100, rows, 4))
+    return Batch(tokens, np.ones(tokens.shape, bool), canvas, np.ones(canvas.shape, bool))
+
+
+def trainer(**changes):
+    return Trainer(small_model(0), Method(**{**QUICK, **changes}), VARIANTS["google"])
+
+
+def weights(model):
+    return {path: np.array(a) for path, a in tree_flatten(model.parameters())}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"kind": "dora"}, {"kind": "full"}, {"dropout": 0.2}, {"accumulate": 2, "targets": ("experts", "router")}],
+    ids=["lora", "dora", "full", "dropout", "accumulated"],
+)
+def test_stopped_and_resumed_is_bit_for_bit_one_run(tmp_path, changes):
+    whole, first, second = (trainer(**changes) for _ in range(3))
+    count = whole.method.accumulate
+    drawn = [[batch_of(step * count + i) for i in range(count)] for step in range(6)]
+    losses = [whole.update(batches).total for batches in drawn]
+    for batches in drawn[:3]:
+        first.update(batches)
+    first.save(tmp_path, {"data": "a"})
+    second.resume(tmp_path, {"data": "a"})
+    assert second.step == 3
+    assert [second.update(batches).total for batches in drawn[3:]] == losses[3:]
+    mine, theirs = weights(second.model), weights(whole.model)
+    assert mine.keys() == theirs.keys()
+    assert all((mine[path] == theirs[path]).all() for path in mine)
+
+
+@pytest.mark.parametrize("kind, targets", [("lora", ("attention", "mlp")), ("lora", ("experts",)), ("full", ())])
+def test_training_lowers_the_loss_and_changes_what_it_should(kind, targets):
+    one = trainer(kind=kind, targets=targets, steps=40, learning_rate=0.02)
+    before, batch = weights(one.model), batch_of(1, 4)
+    start = np.mean([one.measure(batch, i).total.item() for i in range(8)])
+    for _ in range(40):
+        one.update([batch])
+    assert np.mean([one.measure(batch, i).total.item() for i in range(8)]) < 0.8 * start
+    after = weights(one.model)
+    changed = {path for path in before if (before[path] != after[path]).any()}
+    trained = {path for path, _ in tree_flatten(one.model.trainable_parameters())}
+    assert changed == trained
+    if kind == "full":
+        assert not [path for path in trained if ".router." in path or "vision" in path]
+        assert "model.decoder.embed_tokens.weight" in trained
+    else:
+        assert trained == {path for path in before if path.endswith(("lora_a", "lora_b"))}
+
+
+def test_only_the_last_layers_are_trained():
+    one = trainer(layers=1, targets=("attention", "self-conditioning"))
+    paths = {path for path, _ in tree_flatten(one.model.trainable_parameters())}
+    assert {path.split(".lora")[0] for path in paths} == {
+        *(f"model.decoder.layers.2.self_attn.{name}_proj" for name in "qkvo"),
+        *adapters.SELF_CONDITIONING,
+    }
+
+
+def test_accumulated_gradients_are_the_mean():
+    one, two = trainer(), trainer(accumulate=2)
+    parts = [batch_of(0, 1), batch_of(1, 1)]
+    (_, first), (_, second) = (two._gradients(parts[i], i) for i in (0, 1))
+    mean, _ = clip_grad_norm(tree_map(lambda a, b: (a + b) / 2, first, second), 1.0)
+    one.optimizer.update(one.model, mean)
+    two.update(parts)
+    mine, theirs = weights(one.model), weights(two.model)
+    assert all(np.allclose(mine[path], theirs[path], atol=1e-6) for path in mine)
+
+
+def test_the_learning_rate_rises_and_falls_to_a_tenth():
+    one = trainer(steps=10, warmup=4, learning_rate=0.1)
+    rates = [one.update([batch_of(0)]).learning_rate for _ in range(10)]
+    assert rates[:4] == sorted(rates[:4]) and rates[4:] == sorted(rates[4:], reverse=True)
+    assert max(rates) == pytest.approx(0.1)
+    assert 0.01 < rates[-1] < 0.02
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    one = trainer()
+    one.update([batch_of(0)])
+    assert refusal(DataError, one.resume, tmp_path, {}) == (
+        f"{tmp_path} holds no state.safetensors to resume from; start anew without --resume."
+    )
+    one.save(tmp_path, {"data": "a"})
+    file = tmp_path / "state.safetensors"
+    assert refusal(DataError, one.resume, tmp_path, {"data": "b"}) == (
+        f"{file} was trained with data 'a', and now it is 'b'; resume with the same, or start anew."
+    )
+    assert refusal(DataError, trainer(rank=3).resume, tmp_path, {"data": "a"}) == (
+        f"{file} was trained with rank 2, and now it is 3; resume with the same, or start anew."
+    )
+    file.write_bytes(file.read_bytes()[:100])
+    assert refusal(DataError, one.resume, tmp_path, {}) == f"{file} is broken; start anew without --resume."
+
+
+def test_methods_are_checked():
+    assert (
+        refusal(OptionError, lambda: Method(kind="qlora")) == "kind is 'qlora'; it should be one of lora, dora, full."
+    )
+    assert refusal(OptionError, Method, rank=0) == "rank is 0; it should be at least 1."
+    assert refusal(OptionError, Method, dropout=1.0) == "dropout is 1.0; it should be at least 0 and below 1."
+    assert refusal(OptionError, trainer, targets=("heads",)) == (
+        "There is no target 'heads'; take some of attention, mlp, experts, router, self-conditioning."
+    )
+    assert refusal(OptionError, trainer, layers=9) == "layers is 9; the model has 3."
+
+
+def test_an_answer_is_cut_into_canvases():
+    target = Target([1, 2], [3, 4, 5, 6, 7], [])
+    assert [(one.prefix, one.tokens, one.own) for one in canvases(target, 4, 9)] == [
+        ([1, 2], [3, 4, 5, 6], 4),
+        ([1, 2, 3, 4, 5, 6], [7, 9, 9, 9], 1),
+    ]
+
+
+class Sizes:
+    """What batches need to know of an engine."""
+
+    class config:
+        canvas_length = 4
+
+
+def test_batches_are_padded_on_the_left_and_drawn_by_number():
+    examples = [Example(f"line {i}", [Target(list(range(1, 2 + i)), [20 + i] * (3 + 2 * i), [])], {}) for i in range(4)]
+    batches = Batches(Sizes(), examples, 9, False, 3)
+    batch = batches.batch([0, 3], [5, 6])
+    longest = batch.tokens.shape[1]
+    assert batch.tokens[0].tolist() == [0] * (longest - 1) + [1]
+    assert batch.real[0].tolist() == [False] * (longest - 1) + [True]
+    assert batch.real[1].all()
+    assert batch.canvas[0].tolist() == [20, 20, 20, 9]
+    assert batch.supervised[0].tolist() == [True, True, True, False]
+    assert Batches(Sizes(), examples, 9, True, 3).batch([0], [5]).supervised.all()
+    again = Batches(Sizes(), examples, 9, False, 3).batch([0, 3], [5, 6])
+    assert all((a == b).all() for a, b in zip(vars(batch).values(), vars(again).values()) if isinstance(a, np.ndarray))
+    cuts = {batches.batch([3], [number]).tokens.shape[1] for number in range(40)}
+    assert cuts == {4, 8, 12}  # every canvas of the long answer comes up
+
+
+def test_every_epoch_takes_each_example_once():
+    epochs = [[order(7, 7 * epoch + i, 0) for i in range(7)] for epoch in range(3)]
+    assert [sorted(one) for one in epochs] == [list(range(7))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_log_goes_on_and_draws(tmp_path):
+    log = Log(tmp_path / "log.csv")
+    for step in range(1, 6):
+        log.add(step=step, seconds=step / 2, loss=1 / step, valid_loss=0.5 if step == 4 else None)
+    again = Log(tmp_path / "log.csv", step=3)
+    again.add(step=4, seconds=2.5, loss=0.25)
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert lines[0] == ",".join(COLUMNS)
+    assert [line.split(",")[0] for line in lines[1:]] == ["1.0", "2.0", "3.0", "4"]
+    draw(log.rows, tmp_path / "curves.png")
+    full = (tmp_path / "curves.png").read_bytes()
+    draw([], tmp_path / "curves.png")
+    assert len((tmp_path / "curves.png").read_bytes()) < len(full)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["curves.png", "log.csv"]
+
+
+ANIMALS = "cat dog fox owl bear frog".split()
+QUICKLY = ["--steps", "3", "--batch-size", "2", "--validate-every", "2", "--validate", "2", "--generate", "1"]
+
+
+def data_in(folder, train=ANIMALS, valid=ANIMALS[:2]):
+    """Words to be said twice."""
+    for name, words in (("train", train), *([("valid", valid)] if valid else [])):
+        lines = [json.dumps({"prompt": f"Say {word} twice.", "completion": f"{word} {word}"}) for word in words]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def tune(*arguments):
+    return CliRunner().invoke(main, ["tune", *map(str, arguments)])
+
+
+def test_a_whole_run_from_the_command_line(tmp_path):
+    """Files, what is printed, a YAML file, a stop that is gone on from, and refusals."""
+    data, out, config = data_in(tmp_path), tmp_path / "out", tmp_path / "tune.yaml"
+    config.write_text("rank: 2\nencoder-weight: 0\ntargets: [attention]\nseed: 5\n")
+    told = tune(data, "--output", out, "--config", config, *QUICKLY)
+    assert told.exit_code == 0, told.stderr
+    assert told.stdout == ""
+    assert "Canvases are filled with <pad> behind an answer; 6 samples to train on, 2 to validate;" in told.stderr
+    assert "step 2 of 3, loss " in told.stderr and "% of the answers right" in told.stderr
+    assert "expected: 'cat cat'" in told.stderr
+    assert sorted(file.name for file in out.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "curves.png", "log.csv", "state.safetensors",
+    ]  # fmt: skip
+    rows = (out / "log.csv").read_text().splitlines()
+    assert len(rows) == 4
+    assert [row.split(",")[7] != "" for row in rows[1:]] == [False, True, True]
+    held = json.loads((out / "adapter_config.json").read_text())
+    assert (held["r"], held["lora_alpha"]) == (2, 32)
+    assert tune(data, "--output", out).stderr.endswith(
+        f"Error: {out} is not empty; give another --output, or go on with --resume.\n"
+    )
+    again = tune(data, "--output", out, "--config", config, *QUICKLY, "--resume")
+    assert again.stderr.endswith(f"{out} is done already: 3 steps.\n")
+    more = tune(data_in(tmp_path, ANIMALS[:3]), "--output", out, "--config", config, *QUICKLY, "--resume")
+    assert "state.safetensors was trained with data " in more.stderr and more.exit_code == 1
+
+
+def test_a_run_that_is_stopped_has_saved_and_goes_on_exactly(tmp_path):
+    """As Ctrl-C stops it: after the step."""
+    data = data_in(tmp_path, valid=[])
+    method = Method(rank=2, steps=4, learning_rate=0.01)
+
+    def train(output, stop, resume=False):
+        engine = mlx_dgemma.load(dtype="float32")
+        plan = Plan(data, output, batch_size=2, encoder_weight=0.0)
+        return engine, [one.step for one in run_(engine, method, plan, resume, stop)]
+
+    whole, steps = train(tmp_path / "whole", lambda: False)
+    assert steps == [1, 2, 3, 4]
+    calls = iter([False, True])
+    _, steps = train(tmp_path / "parts", lambda: next(calls))
+    assert steps == [1, 2]
+    held = (tmp_path / "parts" / "adapter_model.safetensors").read_bytes()
+    rest, steps = train(tmp_path / "parts", lambda: False, resume=True)
+    assert steps == [3, 4]
+    assert (tmp_path / "parts" / "adapter_model.safetensors").read_bytes() != held
+    parts, one = (tmp_path / name / "adapter_model.safetensors" for name in ("parts", "whole"))
+    assert parts.read_bytes() == one.read_bytes()
+    mine, theirs = weights(rest.model), weights(whole.model)
+    assert all((mine[path] == theirs[path]).all() for path in mine)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--variant", "google", "--fill", "4000"], "fill is 4000; it should be a token id below 2048."),
+        (["--layers", "9"], "layers is 9; the model has 6."),
+        (["--kind", "dora", "--targets", "experts"],
+         "DoRA is not defined for experts here; leave experts out of --targets, or take lora."),
+        (["--resume"], "OUT holds no state.safetensors to resume from; start anew without --resume."),
+        (["--max-length", "3"], None),
+    ],
+)  # fmt: skip
+def test_what_a_run_refuses(tmp_path, arguments, sentence):
+    out = tmp_path / "out"
+    told = tune(data_in(tmp_path), "--output", out, *arguments)
+    assert told.exit_code == 1
+    last = told.stderr.splitlines()[-1]
+    if sentence is None:
+        assert last.startswith(f"Error: {tmp_path}/train.jsonl, line 1") or "train.jsonl, line 1" in last
+    else:
+        assert last == "Error: " + sentence.replace("OUT", str(out))
+
+
+def test_yaml_files_are_checked(tmp_path):
+    config = tmp_path / "tune.yaml"
+    for text, sentence in (
+        ("rnak: 3", f"{config} sets rnak, which is no option of tune; see mlx-dgemma tune --help."),
+        ("- 3", f"{config} holds no names with values; write lines such as rank: 16."),
+    ):
+        config.write_text(text)
+        told = tune(tmp_path, "--config", config)
+        assert (told.exit_code, told.stderr) == (1, f"Error: {sentence}\n")
+    config.write_text("rank: [")
+    assert tune(tmp_path, "--config", config).stderr.startswith(f"Error: {config} is no YAML (while parsing")
