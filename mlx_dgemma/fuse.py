@@ -1,14 +1,17 @@
-"""`fuse()`: a checkpoint and an adapter become a checkpoint, in bounded memory and all or nothing."""
+"""New weights in a checkpoint's place, all or nothing: `fuse()` puts an adapter's changes into them, in bounded memory;
+`write_checkpoint()` takes a trained model's."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from . import peft
 from .adapters import Delta
@@ -18,6 +21,7 @@ from .convert.jobs import DTYPES, Job, make_jobs, read, source_quantization, to_
 from .convert.recipes import Quantization
 from .convert.writer import Entry, Writer
 from .errors import CheckpointError
+from .model import DiffusionGemma
 
 OPTION = "OUT"  # what names the target, for messages
 
@@ -133,6 +137,7 @@ class _Plan:
             pairs = list(zip(delta.a, delta.b))
         for i, (a, b) in enumerate(pairs):
             held = [to_array(read(job.part(i, len(pairs))), job.dtype).reshape(job.shape[-2:]) for job in jobs]
+            held = [one.astype(mx.float32) if mx.issubdtype(one.dtype, mx.floating) else one for one in held]
             weight = mx.dequantize(*held, **packing.as_dict) if packing else held[0]
             changed = Delta(a, b, delta.scale, delta.magnitude).on(weight).astype(FLOATS[self._dtype(path)])
             new = _packed(changed, self.packed.get(path))
@@ -148,3 +153,37 @@ class _Plan:
 
 def _packed(weight: mx.array, packing: Quantization | None) -> list[mx.array]:
     return list(mx.quantize(weight, **packing.as_dict)) if packing else [weight]
+
+
+def write_checkpoint(model: DiffusionGemma, checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a model's weights, which are not packed, with the other files of the checkpoint that it was loaded from.
+
+    They get the dtypes that the checkpoint stores; what it packs, that of its floats.
+
+    Args:
+        model: all its arrays are plain.
+        checkpoint: the source of configuration and tokenizer.
+        folder: appears when it is whole; one that is there is replaced.
+
+    Raises:
+        DgemmaError: a folder that cannot be written, or a full disk.
+    """
+    stored = {job.target: job.dtype for job in make_jobs(checkpoint, source_quantization(checkpoint), None, None)}
+    floats = stored["model.decoder.norm.weight"]
+    arrays = dict(tree_flatten(model.parameters()))
+    dtypes = {name: stored[name] if stored[name] in FLOATS else floats for name in arrays}
+    entries = [Entry(name, dtypes[name], array.shape) for name, array in arrays.items()]
+    old = folder.with_name(f".{folder.name}.old")
+    with created(folder, sum(entry.nbytes for entry in entries), "--output") as made:
+        writer = Writer(made, [[entry] for entry in entries])
+        try:
+            for name, array in arrays.items():
+                writer.write(name, 0, to_bytes(array.astype(FLOATS[dtypes[name]])))
+            writer.finish()
+        finally:
+            writer.close()
+        carry(checkpoint, made, DTYPES[floats], {})
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
