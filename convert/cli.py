@@ -54,7 +54,7 @@ def command(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
         chosen = recipes.custom(**experts) if given else chosen and recipes.named(chosen)
         from .conversion import convert
 
-        with _stoppable(), _bar() as progress:
+        with stoppable(), bar("Converting") as progress:
             report = convert(origin, mlx_path, chosen, progress=progress, **options)
     except DgemmaError as error:
         raise click.ClickException(str(error)) from None
@@ -65,7 +65,7 @@ def command(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
 
 
 @contextmanager
-def _stoppable():
+def stoppable():
     """A polite kill unwinds like an error, so that the half-made folder goes."""
 
     def stop(number, frame):
@@ -79,25 +79,25 @@ def _stoppable():
 
 
 @contextmanager
-def _bar():
+def bar(label: str):
     """A progress callback that draws a bar on a terminal, and None in a pipe."""
     if not sys.stderr.isatty():
         yield None
         return
-    bar: Any = None
+    shown: Any = None
 
     def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = click.progressbar(length=total, label="Converting", file=sys.stderr, update_min_steps=total // 500)
-            bar.__enter__()
-        bar.update(done - bar.pos)
+        nonlocal shown
+        if shown is None:
+            shown = click.progressbar(length=total, label=label, file=sys.stderr, update_min_steps=total // 500)
+            shown.__enter__()
+        shown.update(done - shown.pos)
 
     try:
         yield progress
     finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
+        if shown is not None:
+            shown.__exit__(None, None, None)
 
 
 def _tell(report: Report) -> None:

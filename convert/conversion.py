@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_dgemma.checkpoint import Checkpoint, find
-from mlx_dgemma.errors import CheckpointError, DgemmaError, OptionError
+from mlx_dgemma.errors import CheckpointError, OptionError
 from mlx_dgemma.layers import on_cpu
-from mlx_dgemma.terminal import human
 
 from . import card, hub
+from .folder import carry, created, vacant
 from .jobs import DTYPES, SLICE_BYTES, Job, make_jobs, read, source_quantization, to_array, to_bytes
 from .recipes import PARTS, Quantization, Recipe, named, part_of
 from .verify import Verification, verify_conversion
-from .writer import INDEX, Writer, write_json
+from .writer import INDEX, Writer
 
 Progress = Callable[[int, int], None]  # bytes read, of so many
-_CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
-_REWRITTEN = ("config.json", INDEX)
+OPTION = "--mlx-path"  # what names the target, for messages
 
 
 @dataclass(frozen=True)
@@ -85,9 +81,7 @@ def convert(
     chosen = named(recipe) if isinstance(recipe, str) else recipe
     if dtype is not None and dtype not in DTYPES.values():
         raise OptionError(f"dtype is {dtype!r}; it should be one of {', '.join(DTYPES.values())}.")
-    target = Path(target).expanduser()
-    if os.path.lexists(target):
-        raise OptionError(f"{target} exists; delete it or choose another --mlx-path.")
+    target = vacant(target, OPTION)
     if upload_repo:
         hub.check(upload_repo)
     checkpoint = Checkpoint.open(find(source))
@@ -96,13 +90,13 @@ def convert(
             f"{checkpoint.path} holds no tokenizer.json; download it, for nothing can be answered without a tokenizer."
         )
     work = _plan(checkpoint, chosen, dtype)
-    with _folder(target, work.nbytes) as folder:
+    with created(target, work.nbytes, OPTION) as folder:
         if work.unchanged:
             _copy(checkpoint, folder, progress)
             nonfinite = _scan(work.jobs) if verify else ()
         else:
             nonfinite = _write(work.jobs, folder, verify, progress)
-        _carry(checkpoint, folder, work)
+        carry(checkpoint, folder, work.dtype, work.packed)
         verification = verify_conversion(checkpoint, Checkpoint.open(folder), work.exact) if verify else None
         report = _report(source, target, checkpoint, chosen, work, nonfinite, verification, start)
         card.write(folder, report, chosen, checkpoint.path / "README.md")
@@ -142,60 +136,6 @@ def _plan(checkpoint: Checkpoint, recipe: Recipe | None, dtype: str | None) -> _
     unchanged = exact and {job.target for job in jobs} == set(checkpoint.tensors)
     stays = next(job.dtype for job in jobs if job.target == "model.decoder.norm.weight")
     return _Work(jobs, packed, DTYPES[stays], unchanged, exact)
-
-
-@contextmanager
-def _folder(target: Path, nbytes: int) -> Iterator[Path]:
-    """A hidden folder beside `target` that becomes `target`, or vanishes if anything goes wrong."""
-    made = [parent for parent in target.absolute().parents if not parent.exists()]
-    parent = target.absolute().parent
-    partial = parent / f".{target.name}.partial-{os.getpid()}"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        free = shutil.disk_usage(parent).free
-        if free < nbytes:
-            raise DgemmaError(
-                f"{parent} has {human(free)} free, but the result takes {human(nbytes)}; "
-                "free some space or choose another --mlx-path."
-            )
-        partial.mkdir()
-        yield partial
-        partial.rename(target)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        for one in made:
-            with suppress(OSError):
-                one.rmdir()
-        if not isinstance(error, OSError):
-            raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DgemmaError(
-                f"The disk under {parent} is full, and the result takes {human(nbytes)}; "
-                "free some space or choose another --mlx-path."
-            ) from None
-        # The hidden folder means nothing to a user; the one that holds it does.
-        where = parent if error.filename is None or str(partial) in str(error.filename) else error.filename
-        raise DgemmaError(
-            f"{where} cannot be used ({error.strerror or error}); mend that or choose another --mlx-path."
-        ) from None
-
-
-def _sweep(target: Path) -> None:
-    """Remove what killed runs left: folders for this target whose process is gone."""
-    for left in target.absolute().parent.glob(f".{escape(target.name)}.partial-*"):
-        number = left.name.rpartition("-")[2]
-        if not number.isdigit():
-            continue
-        try:
-            if int(number) != os.getpid():  # its number may have come round again, to us
-                os.kill(int(number), 0)
-                continue
-        except ProcessLookupError:
-            pass
-        except OSError:  # somebody else's, and alive
-            continue
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _copy(checkpoint: Checkpoint, folder: Path, progress: Progress | None) -> None:
@@ -282,29 +222,6 @@ def _compute(job: Job, data: Any, scan: bool) -> tuple[list[mx.array], mx.array 
     if job.quantization is None:
         return [cast], finite
     return list(mx.quantize(cast.reshape(-1, job.shape[-1]), **job.quantization.as_dict)), finite
-
-
-def _carry(checkpoint: Checkpoint, folder: Path, work: _Work) -> None:
-    """Copy tokenizer, templates and the other configurations; write config.json."""
-    for pattern in _CARRIED:
-        for file in sorted(checkpoint.path.glob(pattern)):
-            if file.name not in _REWRITTEN and file.is_file():
-                copy = folder / file.relative_to(checkpoint.path)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
-    config = {k: v for k, v in checkpoint.raw_config.items() if k not in ("quantization", "quantization_config")}
-    config["dtype"] = work.dtype
-    for key in ("text_config", "vision_config"):
-        if config.get(key) and (key == "text_config" or "dtype" in config[key]):
-            config[key] = {**config[key], "dtype": work.dtype}
-    config.pop("torch_dtype", None)
-    if work.packed:
-        # The experts' quantization is the base, as readers expect it; other modules are exceptions to it.
-        experts = (q for path, q in work.packed.items() if part_of(path) == "experts")
-        base = next(experts, next(iter(work.packed.values())))
-        others = {path: q.as_dict for path, q in sorted(work.packed.items()) if q != base}
-        config["quantization"] = config["quantization_config"] = {**base.as_dict, **others}
-    write_json(folder / "config.json", config)
 
 
 def _report(

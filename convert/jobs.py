@@ -19,6 +19,7 @@ from .recipes import Quantization, Recipe
 from .writer import ITEM, Entry
 
 SLICE_BYTES = 16 * 2**20  # of source read at a time
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 Range = tuple[Path, int, int]  # file[start:end]
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DTYPES = {name: short for short, name in _NAMES.items()}  # safetensors' name: ours
@@ -71,6 +72,17 @@ class Job:
                     piece, free = [], limit
         if piece:
             yield piece
+
+    def part(self, index: int, count: int) -> list[Range]:
+        """Where one of `count` equal parts of the source's bytes lies, such as one expert's."""
+        low, high, at = index * (self.nbytes // count), (index + 1) * (self.nbytes // count), 0
+        piece = []
+        for file, start, end in self._ranges():
+            first, last = max(low - at, 0), min(high - at, end - start)
+            if first < last:
+                piece.append((file, start + first, start + last))
+            at += end - start
+        return piece
 
     def _ranges(self) -> Iterator[Range]:
         """Where the parameter's bytes lie; halves alternate, expert by expert."""
@@ -182,10 +194,9 @@ def read(ranges: list[Range]) -> bytearray:
 
 
 def to_array(data: Any, dtype: str) -> mx.array:
-    """An MLX vector from the bytes of floats."""
-    if dtype == "BF16":
-        return mx.array(np.frombuffer(data, np.uint16)).view(mx.bfloat16)
-    return mx.array(np.frombuffer(data, np.float32 if dtype == "F32" else np.float16))
+    """An MLX vector from the bytes of a tensor."""
+    array = mx.array(np.frombuffer(data, _NUMPY[dtype]))
+    return array.view(mx.bfloat16) if dtype == "BF16" else array
 
 
 def to_bytes(array: mx.array) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Adapters: low-rank changes of linear maps (LoRA, DoRA), put into a model, taken out of it, fused with it."""
+"""Adapters: low-rank changes of linear maps (LoRA, DoRA), put into a model and taken out of it."""
 
 from __future__ import annotations
 
@@ -46,6 +46,18 @@ class Delta:
     scale: float
     magnitude: mx.array | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return self.a.nbytes + self.b.nbytes + (0 if self.magnitude is None else self.magnitude.nbytes)
+
+    def on(self, weight: mx.array) -> mx.array:
+        """The changed weight, float32, of W [out, in] or of experts' [E, out, in]."""
+        weight = weight.astype(mx.float32) + self.scale * (self.b @ self.a)
+        if self.magnitude is not None:
+            weight = weight * (self.magnitude / mx.linalg.norm(weight, axis=1))[:, None]
+        return weight
+
     def same(self, other: Delta | None) -> bool:
         """Whether the other one is equal, bit for bit."""
         if other is None or self.scale != other.scale or (self.magnitude is None) != (other.magnitude is None):
@@ -73,6 +85,16 @@ class Adapter:
         paths = {path for path in (*self.encode, *self.denoise) if path.startswith(LAYERS)}
         return all(path in self.encode and self.encode[path].same(self.denoise.get(path)) for path in paths)
 
+    @property
+    def changes(self) -> dict[str, Delta]:
+        """Those of both modes by path; the encoder's where they differ."""
+        return {**self.denoise, **self.encode}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays; what is shared counts once."""
+        return sum({id(one): one.nbytes for mode in (self.encode, self.denoise) for one in mode.values()}.values())
+
 
 def apply(model: DiffusionGemma, adapter: Adapter) -> None:
     """Put an adapter into a model, for generation.
@@ -91,7 +113,7 @@ def apply(model: DiffusionGemma, adapter: Adapter) -> None:
         ]
         return [_changed(layer, part, f"{LAYERS}{i}.") for i, (layer, part) in enumerate(zip(decoder.layers, parts))]
 
-    both = {**adapter.encode, **adapter.denoise}
+    both = adapter.changes
     for path in both:
         _module(model, path)
     encoder = None if adapter.shared else tuple(layers(adapter.encode))
@@ -197,14 +219,16 @@ def start(
 
 def taken(model: DiffusionGemma) -> Adapter:
     """The adapter that `start` put into a model, as it is now: the same in both modes."""
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, _ADAPTED):
-            a, b = module.lora_a, module.lora_b
-            if not isinstance(module, LoRASwitchLinear):
-                a, b = a.T, b.T
-            found[path] = Delta(a, b, module.scale, module.m if isinstance(module, DoRALinear) else None)
+    found = {path: _delta(module) for path, module in model.named_modules() if isinstance(module, _ADAPTED)}
     return Adapter({path: d for path, d in found.items() if path.startswith(LAYERS)}, found)
+
+
+def _delta(module: Any) -> Delta:
+    """What an adapted module adds."""
+    a, b = module.lora_a, module.lora_b
+    if not isinstance(module, LoRASwitchLinear):
+        a, b = a.T, b.T
+    return Delta(a, b, module.scale, module.m if isinstance(module, DoRALinear) else None)
 
 
 def plain_weight(module: Any) -> mx.array:
@@ -214,47 +238,3 @@ def plain_weight(module: Any) -> mx.array:
     return mx.dequantize(
         module.weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode
     )
-
-
-def fuse(model: DiffusionGemma, dequantize: bool = False) -> list[str]:
-    """Replace every adapted module by a plain one with the change in its weight.
-
-    Args:
-        dequantize: leave changed modules unpacked; otherwise they are packed again as they were, which rounds.
-
-    Returns:
-        Their paths.
-
-    Raises:
-        CheckpointError: the modes differ, and one weight cannot hold both.
-    """
-    if model._encoder_layers is not None:
-        raise CheckpointError(
-            "This adapter changes encoder and decoder differently, and they share their weights; use it with --adapter."
-        )
-    fused = {path: _fused(m, dequantize) for path, m in model.named_modules() if isinstance(m, _ADAPTED)}
-    model.update_modules(tree_unflatten(list(fused.items())))
-    return list(fused)
-
-
-def _fused(module: Any, dequantize: bool) -> nn.Module:
-    base, new = module.linear, copy(module.linear)
-    weight = plain_weight(base).astype(mx.float32)
-    if isinstance(module, LoRASwitchLinear):
-        weight = weight + module.scale * (module.lora_b @ module.lora_a)
-    else:
-        weight = weight + module.scale * (module.lora_b.T @ module.lora_a.T)
-    if isinstance(module, DoRALinear):
-        weight = weight * (module.m / mx.linalg.norm(weight, axis=1))[:, None]
-    if "scales" not in base:
-        new.weight = weight.astype(base.weight.dtype)
-        return new
-    weight = weight.astype(base.scales.dtype if base.scales.dtype != mx.uint8 else mx.bfloat16)
-    if not dequantize:
-        new.weight, new.scales, *biases = mx.quantize(weight, base.group_size, base.bits, base.mode)
-        new.update({"biases": biases[0]} if biases else {})
-        return new
-    switch = isinstance(base, QuantizedSwitchLinear)
-    twin: Any = SwitchLinear(1, 1, 1, False) if switch else nn.Linear(1, 1, False)
-    twin.weight = weight
-    return twin

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from . import peft
 from .errors import OptionError
 from .session import Session
 
@@ -193,7 +194,7 @@ def check_size(path: Path) -> None:
 
 
 def fingerprint(engine: Engine) -> str:
-    """What keys and values depend on beside the tokens: the checkpoint, its chat template, and how it is computed."""
+    """What keys and values depend on beside the tokens: checkpoint, chat template, adapter, and how it is computed."""
     seen = hashlib.sha256()
     seen.update(f"1 {engine.model.dtype} {mx.default_device()} {version('mlx')}".encode())
     for path in sorted(engine.checkpoint.path.iterdir()):
@@ -206,4 +207,7 @@ def fingerprint(engine: Engine) -> str:
                 with suppress(OSError):
                     file.seek(-min(SAMPLE, size), 2)
                 seen.update(file.read())
+    for path in [engine.adapter / name for name in (peft.CONFIG, peft.WEIGHTS)] if engine.adapter else ():
+        content = path.read_bytes()  # whole: adapters of one training differ anywhere
+        seen.update(f"adapter {path.name} {len(content)}".encode() + content)
     return seen.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from . import weights
 from .config import GenerationConfig, ModelConfig, ProcessorConfig, read_json
-from .errors import CheckpointError, OptionError
+from .errors import CheckpointError, DgemmaError, OptionError
 from .layers import on_cpu
 from .model import DiffusionGemma
 
@@ -188,17 +188,40 @@ def find(name: str | os.PathLike | None = None) -> Path:
         CheckpointError: no such folder, no such Hub id, or no network to ask.
     """
     text = str(name or os.environ.get("MLX_DGEMMA_MODEL") or DEMO)
-    path = Path(text).expanduser()
+    give = "give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it"
+    return fetch(text, ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"), _whole, give)
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a snapshot is a checkpoint; a shard that is missing raises."""
+    return (folder / "config.json").exists() and any(folder.glob("*.safetensors")) and bool(read_tensors(folder))
+
+
+def fetch(
+    name: str,
+    patterns: Sequence[str],
+    whole: Callable[[Path], bool],
+    give: str,
+    kinds: tuple[str, str] = ("folder", "repository"),
+    error: type[DgemmaError] = CheckpointError,
+    **wanted: str,
+) -> Path:
+    """A path of this machine, else a Hub id's snapshot, looked for on this machine first.
+
+    Args:
+        name: path or id.
+        patterns: names of the files to download.
+        whole: whether a snapshot holds all that is needed; what does not, or raises CheckpointError, is downloaded.
+        give: what to do about a path that does not exist, for the message.
+        kinds: what it is on this machine and on the Hub, for messages.
+        error: what is raised.
+        wanted: further arguments of `snapshot_download`.
+    """
+    path = Path(name).expanduser()
     if path.exists():
         return path
-    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
-        raise CheckpointError(
-            f"{text} does not exist; give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it."
-        )
-    return _download(text)
-
-
-def _download(repo: str) -> Path:
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise error(f"{name} does not exist; {give}.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -208,27 +231,27 @@ def _download(repo: str) -> Path:
         RepositoryNotFoundError,
     )
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    here, there = kinds
+    asked: dict[str, Any] = {"allow_patterns": list(patterns), **wanted}
     try:
         try:
-            found = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-            if (found / "config.json").exists() and (any(found.glob("*.safetensors"))):
-                read_tensors(found)  # an interrupted download is completed below
+            found = Path(snapshot_download(name, local_files_only=True, **asked))
+            if whole(found):  # an interrupted download is completed below
                 return found
         except (LocalEntryNotFoundError, CheckpointError):
             pass
-        return Path(snapshot_download(repo, allow_patterns=patterns))
+        return Path(snapshot_download(name, **asked))
     except GatedRepoError:
-        raise CheckpointError(f"{repo} is gated; accept its licence on the Hub and run `hf auth login`.") from None
+        raise error(f"{name} is gated; accept its terms on the Hub and run `hf auth login`.") from None
     except RepositoryNotFoundError:
-        raise CheckpointError(
-            f"{repo} is neither a folder here nor a repository on the Hub; check the name, or log in if it is private."
+        raise error(
+            f"{name} is neither a {here} here nor a {there} on the Hub; check the name, or log in if it is private."
         ) from None
     except HFValidationError:
-        raise CheckpointError(f"{repo!r} is neither a folder here nor a valid Hub id.") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"{repo} is not on this machine and the Hub cannot be reached ({type(error).__name__}); "
+        raise error(f"{name!r} is neither a {here} here nor a valid Hub id.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as problem:
+        raise error(
+            f"{name} is not on this machine and the Hub cannot be reached ({type(problem).__name__}); "
             "connect and try again, or give a folder."
         ) from None
 

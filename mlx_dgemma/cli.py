@@ -20,6 +20,7 @@ import click
 from . import __version__
 from .cli_common import (
     DEMO_NOTICE,
+    adapter_option,
     answer_options,
     decode,
     files_option,
@@ -52,7 +53,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which they are met."""
-        return ["generate", "chat", "infill", "edit", "choose", "serve", "tune", "evaluate", "info", "convert"]
+        return "generate chat infill edit choose serve tune evaluate fuse info convert".split()
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """A command by its name."""
@@ -80,6 +81,10 @@ class Commands(click.Group):
             from .cli_evaluate import evaluate
 
             return evaluate
+        if cmd_name == "fuse":
+            from .cli_fuse import fuse
+
+            return fuse
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -128,6 +133,7 @@ def main() -> None:
 @click.option("--regex", metavar="PATTERN", help="The answer matches this regular expression as a whole, always.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
 @model_options
+@adapter_option
 @answer_options
 @click.pass_context
 def generate(
@@ -144,6 +150,7 @@ def generate(
     model: str | None,
     dtype: str | None,
     ignore_memory: bool,
+    adapter: str | None,
     system: str | None,
     **options: Any,
 ) -> None:
@@ -172,7 +179,7 @@ def generate(
     declarations = _read_tools(tools) if tools else None
     constraint = given({"schema": _read_schema(schema) if schema else None, "regex": utf8(regex, "--regex")})
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal)
+    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
     stream = partial(engine.stream, messages, tools=declarations, **constraint, **options)
     heard = listen(engine, stream, terminal, silent=as_json)
     if verbose and heard.result:
@@ -186,6 +193,7 @@ def generate(
 @main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
 @media_options
 @model_options
+@adapter_option
 @answer_options
 @click.pass_context
 def chat(
@@ -196,6 +204,7 @@ def chat(
     model: str | None,
     dtype: str | None,
     ignore_memory: bool,
+    adapter: str | None,
     system: str | None,
     **options: Any,
 ) -> None:
@@ -213,7 +222,7 @@ def chat(
         raise click.UsageError("- is stdin, which holds the conversation; name the picture's file.")
     terminal, interactive = Terminal(), sys.stdin.isatty()
     system, options = utf8(system, "--system"), given(options)
-    engine = load_engine(model, dtype, ignore_memory, terminal)
+    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
     if interactive:
         terminal.hint("/help lists the commands, Ctrl-D leaves.")
         if model is None:

@@ -9,7 +9,16 @@ from typing import Any
 
 import click
 
-from .cli_common import files_option, load_engine, media_options, model_options, number, read_prompt, utf8
+from .cli_common import (
+    adapter_option,
+    files_option,
+    load_engine,
+    media_options,
+    model_options,
+    number,
+    read_prompt,
+    utf8,
+)
 from .prompt import messages_of
 from .terminal import Terminal, count, human
 
@@ -29,6 +38,7 @@ from .terminal import Terminal, count, human
 @number("--prefill-chunk", 1, "Prompt tokens encoded at once.", "512, or 1024 of a prompt beyond 4096")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @model_options
+@adapter_option
 def choose(
     prompt: str | None,
     labels: tuple[str, ...],
@@ -47,6 +57,7 @@ def choose(
     model: str | None,
     dtype: str | None,
     ignore_memory: bool,
+    adapter: str | None,
     **options: Any,
 ) -> None:
     """Tell how probable each label is as the answer.
@@ -73,7 +84,7 @@ def choose(
     wanted = _labels(labels, span, truth, asked)
     messages = messages_of(text, utf8(system, "--system"), sources, video)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal)
+    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
     given = {name: value for name, value in options.items() if value is not None}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

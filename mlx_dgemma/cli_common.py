@@ -33,15 +33,16 @@ def all_of(*decorators: Callable[[Command], Command]) -> Callable[[Command], Com
     return lambda command: reduce(lambda inner, one: one(inner), reversed(decorators), command)
 
 
+model_option = click.option(
+    "-m",
+    "--model",
+    metavar="PATH_OR_ID",
+    envvar="MLX_DGEMMA_MODEL",
+    show_default="$MLX_DGEMMA_MODEL, else the bundled demo",
+    help="Checkpoint folder or Hub id.",
+)
 model_options = all_of(
-    click.option(
-        "-m",
-        "--model",
-        metavar="PATH_OR_ID",
-        envvar="MLX_DGEMMA_MODEL",
-        show_default="$MLX_DGEMMA_MODEL, else the bundled demo",
-        help="Checkpoint folder or Hub id.",
-    ),
+    model_option,
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -49,6 +50,11 @@ model_options = all_of(
         help="Of activations and unquantized weights.",
     ),
     click.option("--ignore-memory", is_flag=True, help="Load even what does not seem to fit."),
+)
+
+
+adapter_option = click.option(
+    "--adapter", metavar="PATH_OR_ID", help="LoRA or DoRA in PEFT's layout, to put into the model."
 )
 
 
@@ -131,8 +137,10 @@ class Heard:
         }
 
 
-def load_engine(model: str | None, dtype: str | None, ignore_memory: bool, terminal: Terminal) -> Engine:
-    """Load a checkpoint, or the demo with a word about it."""
+def load_engine(
+    model: str | None, dtype: str | None, ignore_memory: bool, terminal: Terminal, adapter: str | None = None
+) -> Engine:
+    """Load a checkpoint, or the demo with a word about it, and an adapter."""
     if model is None:
         terminal.warn(DEMO_NOTICE)
     if not terminal.hints:
@@ -141,7 +149,7 @@ def load_engine(model: str | None, dtype: str | None, ignore_memory: bool, termi
     try:
         from .engine import load
 
-        engine = load(model, dtype, ignore_memory=ignore_memory)
+        engine = load(model, dtype, adapter=adapter, ignore_memory=ignore_memory)
     finally:
         terminal.erase()
     for note in engine.notes:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from .cli_common import given, load_engine, model_options, number, sampler_options, utf8
+from .cli_common import adapter_option, given, load_engine, model_options, number, sampler_options, utf8
 from .errors import OptionError
 from .terminal import Terminal, count
 from .tune.data import SPLITS, find, read
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @number("--bound", 1, "Also bound the answers' likelihood, with so many noise draws a canvas.", "not")
 @model_options
+@adapter_option
 @number("--seed", 0, "Of the first answer; each further one has the next.", "0")
 @number("--max-tokens", 1, "Where an answer is cut.")
 @number("--image-tokens", 1, "Tokens that a picture may take: 70, 140, 280, 560 or 1120.")
@@ -58,6 +59,7 @@ def evaluate(
     model: str | None,
     dtype: str | None,
     ignore_memory: bool,
+    adapter: str | None,
     **options: Any,
 ) -> None:
     """Mark answers on data whose last answers are the expected ones.
@@ -82,7 +84,7 @@ def evaluate(
     terminal = Terminal()
     with warnings.catch_warnings(record=True) as caught, _created(output) as file:
         warnings.simplefilter("always", UserWarning)
-        engine = load_engine(model, dtype, ignore_memory, terminal)
+        engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
         terminal.draw([], f"reading {path.name}")
         try:
             examples = read(engine, path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from .cli_common import load_engine, model_options
+from .cli_common import adapter_option, load_engine, model_options
 from .errors import OptionError
 from .server.settings import Settings, model_name
 from .terminal import Terminal
@@ -21,6 +21,7 @@ MOST_CACHE = 4 * 2**30  # bytes
 
 @click.command(epilog="README.md lists what requests may hold.")
 @model_options
+@adapter_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--api-key", envvar="MLX_DGEMMA_API_KEY", show_envvar=True, metavar="KEY", help="Asked of everybody.")
@@ -54,6 +55,7 @@ def serve(
     model: str | None,
     dtype: str | None,
     ignore_memory: bool,
+    adapter: str | None,
     host: str,
     port: int,
     api_key: str | None,
@@ -90,7 +92,7 @@ def serve(
         _agent(ctx, install and uninstall, install, api_key, terminal)
         return
     with _listen(host, port) as listening:
-        engine = load_engine(model, dtype, ignore_memory, terminal)
+        engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
         from .memory import spare
         from .schedule import Scheduler
         from .server.app import create_app
@@ -114,7 +116,8 @@ def serve(
         )
         app.state.stopping = lambda: server.should_exit
         name = f"[{host}]" if ":" in host else host
-        terminal.warn(f"Listening on http://{name}:{listening.getsockname()[1]}/v1; Ctrl-C stops it.")
+        changed = f" with the adapter {engine.adapter}" if engine.adapter else ""
+        terminal.warn(f"Listening on http://{name}:{listening.getsockname()[1]}/v1{changed}; Ctrl-C stops it.")
         server.run(sockets=[listening])
 
 

@@ -14,7 +14,18 @@ from typing import Any
 
 import click
 
-from .cli_common import decode, given, listen, load_engine, model_options, number, sampler_options, tell, utf8
+from .cli_common import (
+    adapter_option,
+    decode,
+    given,
+    listen,
+    load_engine,
+    model_options,
+    number,
+    sampler_options,
+    tell,
+    utf8,
+)
 from .errors import OptionError
 from .terminal import Terminal
 
@@ -40,6 +51,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @json_option
 @verbose_option
 @model_options
+@adapter_option
 @sampler_options
 @click.pass_context
 def infill(
@@ -56,6 +68,7 @@ def infill(
     model: str | None,
     dtype: str | None,
     ignore_memory: bool,
+    adapter: str | None,
     **options: Any,
 ) -> None:
     """Fill a hole in a text, which stays as it is.
@@ -73,7 +86,7 @@ def infill(
     prefix, suffix = _around(file, prefix_file, suffix_file, at, mark)
     options = given(options)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal)
+    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
     job = verbs.infill(engine, prefix, suffix, prompt=utf8(prompt, "--prompt"), **options)
     heard = listen(engine, partial(engine.run, job), terminal, silent=True)
     if heard.result is None:
@@ -100,6 +113,7 @@ def infill(
 @json_option
 @verbose_option
 @model_options
+@adapter_option
 @sampler_options
 @click.pass_context
 def edit(
@@ -113,6 +127,7 @@ def edit(
     model: str | None,
     dtype: str | None,
     ignore_memory: bool,
+    adapter: str | None,
     **options: Any,
 ) -> None:
     """Rewrite a text as an instruction says.
@@ -136,7 +151,7 @@ def edit(
         raise click.UsageError("There is no text: name a file or give it on stdin.")
     draft, options = _read(file or "-"), given(options)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal)
+    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
     job = verbs.edit(engine, draft, utf8(instruction, "The instruction") or "", **options)
     heard = listen(engine, partial(engine.run, job), terminal, silent=True)
     if heard.result is None:

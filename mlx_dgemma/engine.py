@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from . import memory, verbs
+from . import adapters, memory, peft, verbs
 from .checkpoint import Checkpoint, build, find
 from .choose import Labels, choose
 from .config import ModelConfig
@@ -44,6 +45,7 @@ class Engine:
         tokenizer: mlx-lm's wrapper around the checkpoint's tokenizer.
         options: the effective `GenerationOptions`, as the checkpoint sets them.
         notes: what was chosen while loading, one sentence each.
+        adapter: folder of the adapter that is in the model, or None.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +54,7 @@ class Engine:
     options: GenerationOptions
     notes: tuple[str, ...] = ()
     load_seconds: float = 0.0
+    adapter: Path | None = None
     _languages: dict[str, Language] = field(default_factory=dict, repr=False)
 
     @property
@@ -512,6 +515,7 @@ def load(
     path: str | PathLike | None = None,
     dtype: str | None = None,
     *,
+    adapter: str | PathLike | None = None,
     dequantize: bool | None = None,
     ignore_memory: bool = False,
 ) -> Engine:
@@ -521,12 +525,13 @@ def load(
         path: a folder or a Hub id; None takes $MLX_DGEMMA_MODEL, else the bundled demo.
         dtype: "float32", "bfloat16" or "float16" for activations and unquantized weights; None keeps
             what is stored, and takes float32 on the CPU.
+        adapter: a LoRA or DoRA in PEFT's layout, a folder or a Hub id, to put into the model.
         dequantize: unpack quantized weights; None does so on the CPU where they fit, since quantized
             matrix products are slow there.
         ignore_memory: load even what does not seem to fit.
 
     Raises:
-        CheckpointError: nothing there, something broken, or another model.
+        CheckpointError: nothing there, something broken, or another model; an adapter of another model.
         MemoryLimitError: the machine has too little memory.
         OptionError: an unknown dtype.
     """
@@ -540,12 +545,19 @@ def load(
         if checkpoint.quantization and not dequantize:
             how = "kept packed, which is slow there"
         notes.append(f"CPU device: weights of {checkpoint.bits_per_weight:.1f} bits are {how}.")
+    folder = None if adapter is None else peft.find(adapter)
+    read = None if folder is None else peft.read(folder, checkpoint.shapes)
     if not ignore_memory:
-        memory.check(checkpoint, memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize))
+        needed = memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize)
+        memory.check(checkpoint, replace(needed, weights=needed.weights + (read.nbytes if read else 0)))
     tokenizer = _load_tokenizer(checkpoint)
     model = build(checkpoint, dtype, dequantize)
+    if read is not None:
+        adapters.apply(model, read)
+        modes = "both modes alike" if read.shared else "encoder and decoder differently"
+        notes.append(f"The adapter {folder} changes {len(read.changes)} modules, {modes}.")
     options = GenerationOptions.of(checkpoint.generation, checkpoint.processor)
-    return Engine(checkpoint, model, tokenizer, options, tuple(notes), time.perf_counter() - started)
+    return Engine(checkpoint, model, tokenizer, options, tuple(notes), time.perf_counter() - started, folder)
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from .adapters import Adapter, Delta
-from .checkpoint import FLOATS, read_header
+from .checkpoint import FLOATS, fetch, read_header
 from .config import read_json
 from .errors import CheckpointError
 
@@ -58,6 +58,17 @@ _HARMLESS = frozenset(
 )
 # These leave the model's own weights as they are; pissa, olora, corda, loftq and lora_ga do not.
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+
+
+def find(name: str | os.PathLike) -> Path:
+    """The folder of an adapter: a path, else a Hub id, looked for on this machine first.
+
+    Raises:
+        CheckpointError: no such folder, no such Hub id, or no network to ask.
+    """
+    files = (CONFIG, WEIGHTS)
+    give = "give an adapter's folder or its Hub id"
+    return fetch(str(name), files, lambda folder: all((folder / one).exists() for one in files), give)
 
 
 def read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Adapter:

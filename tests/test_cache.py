@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 import warnings
+from dataclasses import replace
 from functools import cache as cache_of_calls
 
 import mlx.core as mx
@@ -397,6 +398,25 @@ def test_garbage_is_ignored(tiny, filled, tmp_path, content):
     for message in ignored(tiny, tmp_path):
         assert message.startswith(f"{file.name} in the prefix cache is broken (")
         assert message.endswith("); it is ignored.")
+
+
+def test_files_of_another_adapter_are_not_taken(tiny, tmp_path):
+    """A folder's sessions are for one model: neither without its adapter nor with another one."""
+    adapter, other = (tmp_path / name for name in ("adapter", "other"))
+    for folder, weights in ((adapter, b"a" * 200_000), (other, b"a" * 100_000 + b"b" + b"a" * 99_999)):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+    engines = [tiny, replace(tiny, adapter=adapter), replace(tiny, adapter=other)]
+    cache = PrefixCache(engines[1], PLENTY, tmp_path / "kept")
+    run(engines[1], cache, tiny_job(some(0, 80)))
+    assert not cache.save_one()
+    assert len(PrefixCache(engines[1], PLENTY, tmp_path / "kept")) == 1
+    copied = shutil.copytree(adapter, tmp_path / "copy")
+    assert len(PrefixCache(replace(tiny, adapter=copied), PLENTY, tmp_path / "kept")) == 1
+    for engine in (engines[0], engines[2]):
+        shutil.copytree(tmp_path / "kept", tmp_path / "again", dirs_exist_ok=True)
+        assert len(PrefixCache(engine, PLENTY, tmp_path / "again")) == 0
 
 
 @pytest.mark.parametrize(

@@ -505,7 +505,7 @@ def test_a_gated_repository(monkeypatch):
 
     Hub(monkeypatch, local=absent(), remote=refused(GatedRepoError))
     assert message(find, "some/model") == (
-        "some/model is gated; accept its licence on the Hub and run `hf auth login`."
+        "some/model is gated; accept its terms on the Hub and run `hf auth login`."
     )
 
 

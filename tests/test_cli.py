@@ -18,6 +18,7 @@ from mlx_dgemma import cli, engine, info, memory, terminal
 from mlx_dgemma.checkpoint import DEMO, Checkpoint
 from mlx_dgemma.generate import Block, Draft
 
+COMMANDS = "generate chat infill edit choose serve tune evaluate fuse info convert".split()
 JSON_PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."
 COUNT = "Count from 1 to 60."
 TWO_BLOCKS = ("--max-tokens", 100)
@@ -70,16 +71,13 @@ def test_help_imports_nothing_heavy_and_is_fast():
     )
     done = python("-c", code)
     assert done.stdout.splitlines()[-1] == "[]"
-    listed = ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "info", "convert"]
-    assert re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE) == listed
+    assert re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE) == COMMANDS
     started = time.perf_counter()
     assert python("-m", "mlx_dgemma", "-h").returncode == 0
     assert time.perf_counter() - started < 1
 
 
-@pytest.mark.parametrize(
-    "command", ["generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "info", "convert"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     done = run(command, "-h")
     assert done.exit_code == 0

@@ -345,8 +345,8 @@ def test_a_difference_where_none_may_be_fails(hf_checkpoint, tmp_path, monkeypat
         held[NORM] = (dtype, shape, data[:-2] + b"\0\0")
         write_safetensors(folder / "model.safetensors", held, "mlx")
 
-    carry = conversion._carry
-    monkeypatch.setattr(conversion, "_carry", lambda c, folder, work: (carry(c, folder, work), spoil(folder)))
+    carry = conversion.carry
+    monkeypatch.setattr(conversion, "carry", lambda c, folder, *how: (carry(c, folder, *how), spoil(folder)))
     done = run(hf_checkpoint, "--mlx-path", tmp_path / "out", "--verify")
     assert done.exit_code == 1
     assert re.fullmatch(

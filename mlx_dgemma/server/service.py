@@ -21,6 +21,7 @@ from ..errors import DgemmaError, OptionError
 
 LABEL = "org.mlx-dgemma.serve"
 KEY, MODEL = "MLX_DGEMMA_API_KEY", "MLX_DGEMMA_MODEL"
+NAMED = ("-m", "--model", "--adapter")  # a folder or a Hub id
 INHERITED = ("HF_HOME", "HF_HUB_CACHE", MODEL)  # launchd hands on nothing that a shell has set
 THROTTLE = 60  # seconds between two starts: a server that cannot start should not read its weights all day
 LEAVE = 30  # seconds to wait for an agent to end; launchd kills it after 20
@@ -120,7 +121,7 @@ def _lasting(arguments: Sequence[str]) -> list[str]:
             continue
         if name == "--api-key":
             value = value or ("" if equals else next(rest, ""))
-        elif name in ("-m", "--model", "--cache-dir") and not equals:
+        elif name in (*NAMED, "--cache-dir") and not equals:
             made += [name, _rooted(name, next(rest, ""))]
         elif short:
             made += ["-m", _model(argument[2:])]
@@ -130,7 +131,7 @@ def _lasting(arguments: Sequence[str]) -> list[str]:
 
 
 def _rooted(name: str, value: str) -> str:
-    if name in ("-m", "--model"):
+    if name in NAMED:
         return _model(value)
     return _absolute(value) if name == "--cache-dir" else value
 

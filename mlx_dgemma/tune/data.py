@@ -112,51 +112,23 @@ def find(source: str | Path, needed: Sequence[str] = SPLITS) -> dict[str, Path]:
         if path.suffix != ".jsonl":
             raise DataError(f"{path} is no .jsonl file; data are read as JSONL, one object a line.")
         return dict.fromkeys(needed, path)
-    folder = path
-    if not path.is_dir():
-        if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
-            raise DataError(f"{source} does not exist; give a folder with JSONL files, one such file, or a Hub id.")
-        folder = _download(str(source), needed)
+    from ..checkpoint import fetch  # imports MLX
+
+    patterns = [spelt for kind in ("jsonl", *PICTURES) for spelt in (f"*.{kind}", f"*.{kind.upper()}")]
+    folder = fetch(
+        str(source),
+        patterns,
+        lambda found: any((found / f"{split}.jsonl").exists() for split in needed),
+        "give a folder with JSONL files, one such file, or a Hub id",
+        ("file", "data set"),
+        DataError,
+        repo_type="dataset",
+    )
     found = {split: file for split in SPLITS if (file := folder / f"{split}.jsonl").is_file()}
     if not set(found) & set(needed):
         names = " or ".join(f"{split}.jsonl" for split in needed)
         raise DataError(f"{source} has no {names}; data are read as JSONL, one object a line.")
     return found
-
-
-def _download(repo: str, needed: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    kinds = [spelt for kind in ("jsonl", *PICTURES) for spelt in (kind, kind.upper())]
-    wanted: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": [f"*.{kind}" for kind in kinds]}
-    try:
-        try:
-            folder = Path(snapshot_download(repo, local_files_only=True, **wanted))
-            if any((folder / f"{split}.jsonl").exists() for split in needed):
-                return folder
-        except LocalEntryNotFoundError:
-            pass
-        return Path(snapshot_download(repo, **wanted))
-    except GatedRepoError:
-        raise DataError(f"{repo} is gated; accept its terms on the Hub and run `hf auth login`.") from None
-    except RepositoryNotFoundError:
-        raise DataError(
-            f"{repo} is neither a file here nor a data set on the Hub; check the name, or log in if it is private."
-        ) from None
-    except HFValidationError:
-        raise DataError(f"{repo!r} is neither a file here nor a valid Hub id.") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise DataError(
-            f"{repo} is not on this machine and the Hub cannot be reached ({type(error).__name__}); "
-            "connect and try again, or give a folder."
-        ) from None
 
 
 def read(
