@@ -18,7 +18,10 @@ from .terminal import Terminal, count
 from .tune.data import SPLITS, find, read
 
 if TYPE_CHECKING:
+    from .engine import Engine
     from .evaluate import Evaluation, Marked, Score
+    from .tune.data import Example
+    from .tune.likelihood import Bound
 
 
 @click.command("evaluate", epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     "--output", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Write each answer there, one a line."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@number("--bound", 1, "Also bound the answers' likelihood, with so many noise draws a canvas.", "not")
 @model_options
 @adapter_option
 @number("--seed", 0, "Of the first answer; each further one has the next.", "0")
@@ -51,6 +55,7 @@ def evaluate(
     by: str | None,
     output: Path | None,
     as_json: bool,
+    bound: int | None,
     model: str | None,
     dtype: str | None,
     ignore_memory: bool,
@@ -63,7 +68,8 @@ def evaluate(
     an object with messages (and tools, thinking), or with prompt and completion. exact asks for the same text,
     contains for the expected text in the answer, and regex for an answer that matches the expected text as a whole;
     tool calls must have the same names and arguments. A function gets the record and the answer's text and returns
-    a truth or a number from 0 to 1. The share that is right has a 95 % Wilson interval.
+    a truth or a number from 0 to 1. The share that is right has a 95 % Wilson interval. --bound tells what the expected
+    answers cost the model at most, in nats a token.
 
     \b
     mlx-dgemma evaluate data --model FOLDER
@@ -96,13 +102,14 @@ def evaluate(
 
             terminal.draw([], f"answering {count(len(examples), 'question')}")
             outcome = evaluate_(engine, examples, utf8(metric, "--metric") or "", by=by, watch=watch, **given(options))
+            likelihood = _bound(engine, examples, bound, options["seed"] or 0, terminal) if bound else None
         finally:
             terminal.erase()
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         terminal.warn(f"Warning: {message}")
     if outcome.cut:
         terminal.warn(f"Warning: {count(outcome.cut, 'answer')} reached the limit; --max-tokens N makes room for more.")
-    terminal.say(_as_json(outcome) if as_json else _table(outcome))
+    terminal.say(_as_json(outcome, likelihood) if as_json else _table(outcome, likelihood))
 
 
 @contextmanager
@@ -127,19 +134,32 @@ def _created(path: Path | None) -> Iterator[TextIO | None]:
                 path.unlink()
 
 
-def _as_json(outcome: Evaluation) -> str:
+def _bound(engine: Engine, examples: list[Example], draws: int, seed: int, terminal: Terminal) -> Bound:
+    from .tune.likelihood import bound
+    from .tune.objective import VARIANTS
+    from .tune.run import habit
+
+    terminal.draw([], f"bounding the likelihood of {count(len(examples), 'answer')}")
+    return bound(engine, examples, habit(engine, examples, VARIANTS["google"], seed), draws, seed)
+
+
+def _as_json(outcome: Evaluation, likelihood: Bound | None) -> str:
     told = {name: value for name, value in vars(outcome).items() if name not in ("answers", "groups")}
     told["groups"] = {name: asdict(score) for name, score in outcome.groups.items()}
+    told["bound"] = asdict(likelihood) if likelihood else None
     return json.dumps(told, ensure_ascii=False) + "\n"
 
 
-def _table(outcome: Evaluation) -> str:
+def _table(outcome: Evaluation, likelihood: Bound | None) -> str:
     """A row for each group and one for all, in columns, then what it took."""
     head = ["", "right", "of", "share", "95 %", "positions", "steps"]
     rows = [head, *([name, *_cells(score)] for name, score in outcome.groups.items()), ["all", *_cells(outcome)]]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
-    return "\n".join([*lines, f"{count(outcome.of, 'answer')} in {outcome.seconds:.1f} s"]) + "\n"
+    lines.append(f"{count(outcome.of, 'answer')} in {outcome.seconds:.1f} s")
+    if likelihood:
+        lines.append(f"at most {likelihood.nats:.3f} nats a token (standard error {likelihood.error:.3f})")
+    return "\n".join(lines) + "\n"
 
 
 def _cells(score: Score) -> list[str]:

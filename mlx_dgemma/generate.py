@@ -247,7 +247,7 @@ def fitting_chunk(model: DiffusionGemma, batch_size: int, length: int) -> int:
 
 def evaluate(prefix: Prefix) -> None:
     """Compute what was encoded, layer after layer."""
-    queue = memory.Queue(limit=3 * memory.AHEAD)
+    queue = memory.Queue()
     queue.add(*prefix.stages, prefix.state)
     queue.finish()
 

@@ -19,6 +19,7 @@ from .prefix import STEP
 
 GB = 1e9
 AHEAD = 2**28  # bytes in flight beyond which nothing is started
+LIMIT = 3 * AHEAD  # bytes in flight beyond which the device may run dry
 
 
 @dataclass(frozen=True)
@@ -135,16 +136,12 @@ class Queue:
 
     MLX enqueues up to a thousand operations, and what they allocate is held until they have run: at the release's
     shape half the layers of a step, gigabytes. Where `AHEAD` bytes are in flight, a queue waits for the oldest
-    stage, though not for the last: the device should not run dry.
-
-    Args:
-        limit: bytes in flight beyond which it waits for everything all the same. Of many short stages, what they
-            let go of comes back late and piles up.
+    stage, though not for the last: the device should not run dry. What many short stages let go of comes back late
+    and piles up: beyond `LIMIT` it waits for everything all the same.
     """
 
-    def __init__(self, limit: int | None = None):
+    def __init__(self):
         self._base = mx.get_active_memory()
-        self._limit = limit
         self._waiting: deque[Any] = deque()
 
     def add(self, *stages: Any) -> None:
@@ -152,7 +149,7 @@ class Queue:
         for stage in stages:
             while len(self._waiting) > 1 and mx.get_active_memory() > self._base + AHEAD:
                 mx.eval(self._waiting.popleft())
-            if self._limit is not None and mx.get_active_memory() > self._base + self._limit:
+            if mx.get_active_memory() > self._base + LIMIT:
                 mx.synchronize()
             mx.async_eval(stage)
             self._waiting.append(stage)

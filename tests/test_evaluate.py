@@ -315,7 +315,7 @@ def test_the_command_tells_json_and_writes_answers(write, tmp_path):
     done = run(path, "--json", "--output", output, *options)
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
-    assert set(told) == set("right of share low high positions steps seconds cut groups".split())
+    assert set(told) == set("right of share low high positions steps seconds cut groups bound".split())
     assert (told["right"], told["of"], told["share"], told["groups"]) == (1, 2, 0.5, {})
     lines = {one["where"]: one for one in map(json.loads, output.read_text().splitlines())}
     assert [set(one) for one in lines.values()] == [set("where text expected score finish_reason stats".split())] * 2

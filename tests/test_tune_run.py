@@ -2,12 +2,13 @@
 
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_map
-from support import random_tokens, refusal, small_model
+from support import RED, random_tokens, refusal, small_model, square
 
 import mlx_dgemma
 from mlx_dgemma import adapters
@@ -15,11 +16,12 @@ from mlx_dgemma.cli import main
 from mlx_dgemma.errors import DataError, OptionError
 from mlx_dgemma.tune.batches import Batches, canvases, order
 from mlx_dgemma.tune.curves import COLUMNS, Log, draw
-from mlx_dgemma.tune.data import Example, Target
-from mlx_dgemma.tune.objective import VARIANTS, Batch
-from mlx_dgemma.tune.run import Plan
+from mlx_dgemma.tune.data import Example, Target, read
+from mlx_dgemma.tune.objective import VARIANTS, Batch, Noise, loss
+from mlx_dgemma.tune.objective import draw as noise_of
+from mlx_dgemma.tune.run import Plan, need
 from mlx_dgemma.tune.run import tune as run_
-from mlx_dgemma.tune.trainer import Method, Trainer
+from mlx_dgemma.tune.trainer import Method, Trainer, flat
 
 QUICK = {"rank": 2, "alpha": 4.0, "learning_rate": 0.01, "steps": 6, "warmup": 1}
 
@@ -290,3 +292,50 @@ def test_yaml_files_are_checked(tmp_path):
         assert (told.exit_code, told.stderr) == (1, f"Error: {sentence}\n")
     config.write_text("rank: [")
     assert tune(tmp_path, "--config", config).stderr.startswith(f"Error: {config} is no YAML (while parsing")
+
+
+def test_pictures_and_padding_stay_with_their_sample(tmp_path):
+    """A sample with a picture beside one without: the batch's loss is the mean of what each has alone."""
+    square(RED).save(tmp_path / "red.png")
+    seen = [{"type": "image", "image": "red.png"}, {"type": "text", "text": "What color is the shape?"}]
+    lines = [
+        {"messages": [{"role": "user", "content": seen}, {"role": "assistant", "content": "Scarlet."}]},
+        {"prompt": "Say dog twice.", "completion": "dog dog"},
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    engine = mlx_dgemma.load(dtype="float32")
+    batches = Batches(engine, read(engine, tmp_path / "train.jsonl"), 0, True, 0)
+    both = batches.batch([0, 1], [0, 1])
+    held = (both.tokens == engine.config.image_token_id).sum(axis=1)
+    assert (both.features[0].shape[0], both.features[1]) == (held[0], None)
+    assert held[0] > 0 and held[1] == 0
+    noise = noise_of(both, VARIANTS["google"], 2048, mx.random.key(0))
+    alone = []
+    for i in range(2):
+        own = Noise(noise.t[i : i + 1], noise.canvas[i : i + 1], noise.conditioned[i : i + 1])
+        alone.append(loss(engine.model, batches.batch([i], [i]), own, VARIANTS["google"]))
+    together = loss(engine.model, both, noise, VARIANTS["google"])
+    for one, *each in zip(together, *alone):
+        assert one.item() == pytest.approx(sum(part.item() for part in each) / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("rows, length", [(1, 40), (2, 100)])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_estimate_bounds_the_peak(tmp_path, rows, length, recompute):
+    """From above, and not by more than sixfold: it plans for a machine, it does not measure one."""
+    engine = mlx_dgemma.load(dtype="float32")
+    tokens = np.array(random_tokens(0, rows, length, vocab=2000)) + 20
+    canvas = np.array(random_tokens(1, rows, 64, vocab=2000))
+    batch = Batch(tokens, np.ones(tokens.shape, bool), canvas, np.ones(canvas.shape, bool))
+    method = Method(rank=4, steps=10, recompute=recompute)
+    one = Trainer(engine.model, method, VARIANTS["google"])
+    held = sum(a.nbytes for a in flat(engine.model.parameters()).values())
+    mx.synchronize()
+    mx.clear_cache()
+    base = mx.get_active_memory() - held
+    mx.reset_peak_memory()
+    for _ in range(2):
+        one.update([batch])
+    peak = mx.get_peak_memory() - base
+    needed = need(engine.checkpoint, method, rows, length + 64, one.trainable, held).total
+    assert peak <= needed <= 6 * peak

@@ -113,9 +113,10 @@ def need(checkpoint: Checkpoint, method: Method, batch: int, prefix: int, traine
     inner = 4 * (text.intermediate_size + text.num_attention_heads * max(text.head("full_attention")[1], 64))
     experts = text.top_k_experts * (3 * text.moe_intermediate_size + 2 * text.hidden_size)
     scores = batch * text.num_attention_heads * (prefix + canvas) ** 2
-    within = 4 * (positions * (inner + experts + 12 * text.hidden_size) + 2 * scores)
+    within = 6 * (positions * (inner + experts + 12 * text.hidden_size) + 2 * scores)
     kept = (2 if method.recompute else 0) * 4 * positions * text.hidden_size * layers
-    workspace = state + kept + within * (1 if method.recompute else layers) + 6 * LOGITS
+    workspace = state + kept + within * (1 if method.recompute else layers)
+    workspace += 6 * min(LOGITS, 4 * positions * text.vocab_size)
     return Need(weights, 4 * prefix_bytes(checkpoint.config, prefix + 2 * canvas, 4, batch), workspace)
 
 
