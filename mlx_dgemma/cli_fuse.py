@@ -20,8 +20,9 @@ def fuse(out: Path, adapter: str, model: str | None, dequantize: bool) -> None:
     """Put an adapter into a checkpoint's weights for good.
 
     OUT is the folder to make. Changed weights are rounded once more: to the dtype that the checkpoint stores, or, where
-    it is quantized, to the bits that it packs them in. Packing can take away much of what a small change does;
-    --dequantize keeps it, for more memory, and --adapter with the other commands rounds nothing.
+    it is quantized, to the bits that it packs them in. In 16-bit floats and at 8 bit little is lost; of experts at
+    4 bit the rounding can outweigh a small change. --dequantize leaves changed weights unpacked, for more memory;
+    --adapter with the other commands rounds no weight.
 
     An adapter that changes encoder and decoder differently cannot be fused, for they share their weights.
 

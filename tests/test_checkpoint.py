@@ -504,9 +504,7 @@ def test_a_gated_repository(monkeypatch):
     from huggingface_hub.errors import GatedRepoError
 
     Hub(monkeypatch, local=absent(), remote=refused(GatedRepoError))
-    assert message(find, "some/model") == (
-        "some/model is gated; accept its terms on the Hub and run `hf auth login`."
-    )
+    assert message(find, "some/model") == ("some/model is gated; accept its terms on the Hub and run `hf auth login`.")
 
 
 def test_no_network(monkeypatch):

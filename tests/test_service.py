@@ -114,6 +114,7 @@ def test_paths_mean_the_same_from_another_folder(tmp_path, monkeypatch):
     assert lasting("-mmodels/4bit") == ["-m", f"{here}/models/4bit"]
     assert lasting("--model=~/4bit") == ["--model=/Users/a/4bit"]
     assert lasting("--model", "google/diffusiongemma") == ["--model", "google/diffusiongemma"]  # a Hub id
+    assert lasting("--adapter", "some/adapter", "--adapter=./a") == ["--adapter", "some/adapter", f"--adapter={here}/a"]
     assert lasting("--cache-dir", "kept", "--port=1") == ["--cache-dir", f"{here}/kept", "--port=1"]
     assert lasting("--cache-dir=a/b") == [f"--cache-dir={here}/a/b"]
     given = {"MLX_DGEMMA_MODEL": "models/4bit", "HF_HOME": "hub", "HF_HUB_CACHE": "", "PATH": "/bin"}
