@@ -4,7 +4,7 @@
     python bench/tune.py --shape 26b --recipe 4bit --prefix 1024     # a GPU
 
 Weights and tokens are random. A step is what `tune.trainer` does for one batch: encoder, the first pass of
-self-conditioning (every other sample takes it, and here the steps alternate), decoder, both losses, gradients, AdamW.
+self-conditioning (half of the samples take it), decoder, both losses, gradients, AdamW.
 """
 
 import argparse

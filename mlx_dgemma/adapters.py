@@ -199,8 +199,10 @@ def start(
     """Put an adapter that changes nothing yet into a model: a is uniform within 1 / sqrt(in), b is zero.
 
     Raises:
-        OptionError: DoRA of modules that it cannot be computed for.
+        OptionError: DoRA of modules that it cannot be computed for, or a model that has an adapter already.
     """
+    if any(isinstance(module, _ADAPTED) for module in model.modules()):
+        raise OptionError("The model has an adapter already; load it without one.")
     changes = {}
     for path, own in zip(paths, mx.random.split(key, len(paths))):
         module = _module(model, path)

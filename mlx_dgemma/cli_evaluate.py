@@ -158,7 +158,8 @@ def _table(outcome: Evaluation, likelihood: Bound | None) -> str:
     lines = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
     lines.append(f"{count(outcome.of, 'answer')} in {outcome.seconds:.1f} s")
     if likelihood:
-        lines.append(f"at most {likelihood.nats:.3f} nats a token (standard error {likelihood.error:.3f})")
+        error = "" if likelihood.error is None else f" (standard error {likelihood.error:.3f})"
+        lines.append(f"at most {likelihood.nats:.3f} nats a token{error}")
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from ..errors import DataError
+
 COLUMNS = (
     "step", "seconds", "learning_rate", "loss", "canvas", "encoder", "norm", "valid_loss", "valid_right", "peak_bytes",
 )  # fmt: skip
@@ -26,6 +28,9 @@ class Log:
     Args:
         file: made with its header where it is missing.
         step: rows up to it are kept.
+
+    Raises:
+        DataError: a file that is there and cannot be read.
     """
 
     def __init__(self, file: Path, step: int = 0):
@@ -33,8 +38,14 @@ class Log:
         self.rows: list[dict[str, float | None]] = []
         if step and file.exists():
             with file.open(newline="", encoding="utf-8") as held:
-                read = [{name: float(v) if v else None for name, v in row.items()} for row in csv.DictReader(held)]
-            self.rows = [row for row in read if (row.get("step") or 0) <= step]
+                rows = list(csv.DictReader(held))
+            try:
+                read: list[dict[str, float | None]] = [
+                    {name: float(row[name]) if row[name] else None for name in COLUMNS} for row in rows
+                ]
+            except (KeyError, TypeError, ValueError):
+                raise DataError(f"{file} is broken; remove it, and the curves begin anew.") from None
+            self.rows = [{**row, "step": int(row["step"] or 0)} for row in read if (row["step"] or 0) <= step]
         beside = file.with_name(f".{file.name}")
         with beside.open("w", newline="", encoding="utf-8") as new:
             writer = csv.DictWriter(new, COLUMNS)
@@ -53,13 +64,13 @@ class Log:
 def draw(rows: Sequence[Row], file: Path) -> None:
     """Draw the losses over the steps as a PNG: each step's, their running mean, and the validation's."""
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in LINES}
-    mean: float | None = None
+    mean = held = 0.0
     for row in rows:
         step, loss, valid = row["step"] or 0, row.get("loss"), row.get("valid_loss")
         if loss is not None:
-            mean = loss if mean is None else SMOOTH * mean + (1 - SMOOTH) * loss
+            mean, held = SMOOTH * mean + (1 - SMOOTH) * loss, SMOOTH * held + 1 - SMOOTH
             curves["loss"].append((step, loss))
-            curves["smoothed"].append((step, mean))
+            curves["smoothed"].append((step, mean / held))
         if valid is not None:
             curves["valid_loss"].append((step, valid))
     image = Image.new("RGB", SIZE, BEHIND)
@@ -85,7 +96,7 @@ def _axes(pen: ImageDraw.ImageDraw, curves: Mapping[str, list[tuple[float, float
         x, y = last * i / 4, low + (high - low) * i / 4
         pen.line([at(0, y), at(last, y)], fill=AXES)
         pen.text((8, at(0, y)[1] - 6), f"{y:.3g}", fill=TEXT)
-        pen.text((at(x, low)[0] - 10, bottom + 8), f"{x:.0f}", fill=TEXT)
+        pen.text((at(x, low)[0] - 10, bottom + 8), f"{x:g}", fill=TEXT)
     pen.text(((left + right) / 2 - 10, bottom + 26), "step", fill=TEXT)
     for i, (name, curve) in enumerate(curves.items()):
         if len(curve) > 1:

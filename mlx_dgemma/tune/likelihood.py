@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound of the answers' likelihood; the error is the standard error over the draws.
+    """A bound of the answers' likelihood; the error is the standard error over the draws, None of a single one.
 
     Attributes:
         nats: upper bound of -log p of all canvases, fill included, for every token of the answers.
@@ -39,7 +39,7 @@ class Bound:
     """
 
     nats: float
-    error: float
+    error: float | None
     tokens: int
     canvases: int
 
@@ -56,18 +56,18 @@ def cost(log_p: mx.array, clean: mx.array, noisy: mx.array, t: mx.array) -> mx.a
     Returns:
         [N] float32, nats; at least 0.
     """
-    vocab = log_p.shape[-1]
-    c = (vocab * (1 - t) + t) / t  # how much likelier the clean token is than any other
-    here = mx.exp(mx.take_along_axis(log_p, noisy[:, None], axis=-1))
-    rates = (
-        1 + mx.exp(log_p) * (c - 1)[:, None] - here * (1 - 1 / c)[:, None]
-    )  # of a jump to each token, times V / rate
-    own = mx.take_along_axis(rates, noisy[:, None], axis=-1)[:, 0]
-    target = mx.take_along_axis(rates, clean[:, None], axis=-1)[:, 0]
-    logs, total = mx.log(rates).sum(axis=-1) - mx.log(own), rates.sum(axis=-1) - own  # over all tokens but this one
-    kept = (-(vocab - 1) * mx.log(c) - logs) / c - (vocab - 1) / c + total
-    moved = c * mx.log(c / target) - c + target + (mx.log(target) - logs) - (vocab - 2) + (total - target)
-    return mx.where(clean == noisy, kept, moved) / (vocab * (1 - t))
+    vocab, c = (
+        log_p.shape[-1],
+        (log_p.shape[-1] * (1 - t) + t)[:, None] / t[:, None],
+    )  # how much likelier the clean one is
+    ids, at, kept = mx.arange(vocab), noisy[:, None], (clean == noisy)[:, None]
+    here = mx.take_along_axis(log_p, at, axis=-1)
+    # rates of a jump to each token, and what each costs: no difference of near numbers, whatever c is
+    rates = mx.exp(log_p) * (c - 1) + (mx.exp(here) / c - mx.expm1(here))
+    goal = (ids == clean[:, None]) & ~kept
+    scale, weight = mx.where(kept, c, mx.where(goal, 1 / c, 1)), mx.where(kept, 1 / c, mx.where(goal, c, 1))
+    ratio = mx.where(ids == at, 1, rates * scale)
+    return (weight * (ratio - 1 - mx.log(ratio))).sum(axis=-1) / (vocab * (1 - t))
 
 
 def bound(engine: Engine, examples: Sequence[Example], fill: int, draws: int = 8, seed: int = 0) -> Bound:
@@ -95,8 +95,8 @@ def bound(engine: Engine, examples: Sequence[Example], fill: int, draws: int = 8
             key, own = mx.random.split(key)
             sums += _canvas(engine.model, one.prefix, one.tokens, soft, draws, own)
             count += 1
-    error = sums.std(ddof=1) / draws**0.5 if draws > 1 else float("inf")
-    return Bound(float(sums.mean() / tokens), float(error / tokens), tokens, count)
+    error = float(sums.std(ddof=1) / draws**0.5 / tokens) if draws > 1 else None
+    return Bound(float(sums.mean() / tokens), error, tokens, count)
 
 
 def _canvas(

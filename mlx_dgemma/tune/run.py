@@ -17,7 +17,7 @@ import numpy as np
 from .. import adapters, peft
 from ..checkpoint import Checkpoint
 from ..engine import Engine
-from ..errors import DataError, OptionError
+from ..errors import DataError, MemoryLimitError, OptionError
 from ..evaluate import evaluate
 from ..layers import Layer
 from ..memory import Need, available, prefix_bytes
@@ -66,6 +66,21 @@ class Plan:
     validate_every: int = 100
     validate: int = 64
     generate: int = 8
+
+    def __post_init__(self):
+        for name, low in (
+            ("batch_size", 1),
+            ("save_every", 1),
+            ("validate_every", 0),
+            ("validate", 1),
+            ("generate", 0),
+        ):
+            if getattr(self, name) < low:
+                raise OptionError(f"{name} is {getattr(self, name)}; it should be at least {low}.")
+        if self.self_conditioning is not None and not 0 <= self.self_conditioning <= 1:
+            raise OptionError(f"self_conditioning is {self.self_conditioning}; it should be from 0 to 1.")
+        if self.output == Path():
+            raise OptionError("output is empty; name a folder to make.")
 
     @property
     def objective(self) -> Objective:
@@ -127,6 +142,7 @@ def tune(
     resume: bool = False,
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
+    ignore_memory: bool = False,
 ) -> Iterator[Progress]:
     """Train, step by step; `plan.output` holds the last save whenever this ends.
 
@@ -137,9 +153,10 @@ def tune(
         resume: go on with the run whose state lies in the output.
         stop: asked after every step; when true, the run is saved and ends.
         say: takes sentences about what was found and decided.
+        ignore_memory: begin even what does not seem to fit.
 
     Raises:
-        OptionError, DataError, PromptError: as soon as they are seen, most before the first step.
+        OptionError, DataError, PromptError, MemoryLimitError: as soon as they are seen, most before the first step.
     """
     objective, output = plan.objective, plan.output
     if not resume and output.exists() and any(output.iterdir()):
@@ -156,21 +173,40 @@ def tune(
     batches = Batches(engine, train, fill, objective.fill, method.seed)
     checks = Batches(engine, valid, fill, objective.fill, method.seed) if valid else None
     trainer = Trainer(engine.model, method, objective)
-    about = {"model": str(engine.checkpoint.path.name), "data": digest(train), "batch_size": plan.batch_size,
-             "objective": vars(objective), "fill": fill}  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-    if resume:
-        trainer.resume(output, about)
-    longest = max(len(target.prompt) + len(target.answer) for example in train for target in example.targets)
-    weights = sum(a.nbytes for a in flat(engine.model.parameters()).values())
-    needed = need(engine.checkpoint, method, plan.batch_size, longest, trainer.trainable, weights)
-    say(
-        f"Canvases are filled with {engine.tokenizer.convert_ids_to_tokens(fill)} behind an answer; "
-        f"{len(train)} samples to train on, {len(valid)} to validate; {trainer.trainable:,} weights are trained; "
-        f"about {needed.total / GIB:.2f} GiB of memory at most, of {available() / GIB:.1f}."
-    )
-    log = Log(output / "log.csv", trainer.step)
-    yield from _steps(engine, trainer, plan, batches, checks, valid, log, about, stop)
+    about = {
+        "model": fingerprint(engine.checkpoint),
+        "dtype": str(engine.model.dtype),
+        "data": digest(train),
+        "batch_size": plan.batch_size,
+        "objective": vars(objective),
+        "fill": fill,
+    }
+    try:
+        if resume:
+            trainer.resume(output, about)
+        longest = max(len(target.prompt) + len(target.answer) for example in train for target in example.targets)
+        weights = sum(a.nbytes for a in flat(engine.model.parameters()).values())
+        needed = need(engine.checkpoint, method, plan.batch_size, longest, trainer.trainable, weights)
+        say(
+            f"Canvases are filled with {engine.tokenizer.convert_ids_to_tokens(fill)} behind an answer; "
+            f"{len(train)} samples to train on, {len(valid)} to validate; {trainer.trainable:,} weights are trained; "
+            f"about {needed.total / GIB:.2f} GiB of memory at most, of {available() / GIB:.1f}."
+        )
+        if needed.total > available() and not ignore_memory:
+            raise MemoryLimitError(
+                f"Training needs about {needed.total / GIB:.1f} GiB and this machine gives {available() / GIB:.1f}; "
+                "lower --batch-size or --max-length, or try anyway with --ignore-memory."
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            trainer.save(output, about)  # whatever happens, --resume finds something
+        elif trainer.step == method.steps:
+            save(engine, trainer, output, about)  # the end may have come between two files
+        yield from _steps(
+            engine, trainer, plan, batches, checks, valid, Log(output / "log.csv", trainer.step), about, stop
+        )
+    finally:
+        trainer.done()
 
 
 def habit(engine: Engine, examples: Sequence[Example], objective: Objective, seed: int) -> int:
@@ -210,13 +246,15 @@ def _steps(
         )
         told = trainer.update(list(drawn))
         highest = max(highest, mx.get_peak_memory())  # before a generation counts anew
-        ended = stop() or trainer.step == steps
-        found: dict[str, Any] = {}
-        if checks and plan.validate_every and (ended or trainer.step % plan.validate_every == 0):
-            found = validate(engine, trainer, checks, valid, plan)
-        saved = ended or trainer.step % plan.save_every == 0
+        last, stopping = trainer.step == steps, stop()
+        due = (
+            bool(checks and plan.validate_every) and (last or trainer.step % plan.validate_every == 0) and not stopping
+        )
+        saved = last or stopping or due or trainer.step % plan.save_every == 0
         if saved:
             save(engine, trainer, plan.output, about)
+        found = validate(engine, trainer, checks, valid, plan) if due and checks else {}
+        ended = last or stopping or (due and stop())
         seconds = before + time.perf_counter() - began
         log.add(
             step=trainer.step, seconds=round(seconds, 3), learning_rate=told.learning_rate, loss=told.total,
@@ -274,5 +312,12 @@ def digest(examples: Sequence[Example]) -> str:
     """What a run's data are told by."""
     held = hashlib.sha256()
     for example in examples:
-        held.update(json.dumps([[t.prompt, t.answer] for t in example.targets]).encode())
+        held.update(json.dumps([[t.prompt, t.answer, t.images] for t in example.targets]).encode())
     return held.hexdigest()[:16]
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """What a run's model is told by: its configuration, and its tensors' names, dtypes and shapes."""
+    tensors = sorted((name, info.dtype, info.shape) for name, info in checkpoint.tensors.items())
+    told = json.dumps([checkpoint.raw_config, tensors], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]

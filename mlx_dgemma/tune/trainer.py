@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .. import adapters
 from ..errors import DataError, OptionError
+from ..layers import Layer
 from ..model import DiffusionGemma
 from .objective import Batch, Losses, Objective, draw, loss, recomputed
 
@@ -39,9 +41,9 @@ class Method:
         warmup: steps; None: a twentieth of `steps`.
         accumulate: batches a step.
         betas: AdamW's.
-        weight_decay: AdamW's.
-        clip: global norm that gradients are brought to at most.
-        seed: of weights, noise and order.
+        weight_decay: AdamW's, times the learning rate: float32 hardly feels the references' 1e-4.
+        clip: global norm that gradients are brought to at most; 0: any.
+        seed: of weights, noise and order, below 2**31.
         recompute: compute layers again for the gradient: less memory, more time.
     """
 
@@ -64,18 +66,32 @@ class Method:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise OptionError(f"kind is {self.kind!r}; it should be one of {', '.join(KINDS)}.")
-        for name, low in (
-            ("rank", 1),
-            ("steps", 1),
-            ("accumulate", 1),
-            ("clip", 0),
-            ("alpha", 0),
-            ("learning_rate", 0),
-        ):
-            if getattr(self, name) < low:
+        for name, low in (("rank", 1), ("steps", 1), ("accumulate", 1), ("clip", 0), ("weight_decay", 0)):
+            if not low <= getattr(self, name) < math.inf:
                 raise OptionError(f"{name} is {getattr(self, name)}; it should be at least {low}.")
+        for name in ("alpha", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise OptionError(f"{name} is {getattr(self, name)}; it should be above 0.")
         if not 0 <= self.dropout < 1:
             raise OptionError(f"dropout is {self.dropout}; it should be at least 0 and below 1.")
+        if self.dropout and self.recompute:
+            raise OptionError(
+                f"dropout is {self.dropout}, and layers computed again would draw another one; give --keep too."
+            )
+        if not 0 <= self.seed < 2**31:
+            raise OptionError(f"seed is {self.seed}; it should be at least 0 and below 2147483648.")
+        if self.warmup is not None and not 0 <= self.warmup < self.steps:
+            raise OptionError(f"warmup is {self.warmup}; it should be below the {self.steps} steps.")
+        if not self.targets:
+            raise OptionError("targets is empty; name at least one group.")
+        if self.kind == "full":
+            for name in ("rank", "alpha", "dropout"):
+                if getattr(self, name) != getattr(Method, name):
+                    raise OptionError(
+                        f"{name} is {getattr(self, name)}, but kind is full, which knows none; leave it out."
+                    )
+            if strange := sorted(set(self.targets) - {"attention", "mlp", "router"}):
+                raise OptionError(f"kind is full, which trains every part; leave the target {strange[0]} out.")
 
 
 @dataclass(frozen=True)
@@ -120,6 +136,11 @@ class Trainer:
         self.optimizer.init(model.trainable_parameters())
         mx.eval(model.parameters(), self.optimizer.state)
 
+    def done(self) -> None:
+        """Leave the model as generation takes it."""
+        self.model.eval()
+        self.model._apply = Layer.__call__
+
     def _prepare(self) -> None:
         model, method = self.model, self.method
         model.freeze()
@@ -133,6 +154,8 @@ class Trainer:
         packed = next((path for path, one in model.named_modules() if "scales" in one), None)
         if packed:
             raise OptionError(f"kind is full, but {packed} is quantized; take lora, or a checkpoint of floats.")
+        if model.dtype != mx.float32:
+            raise OptionError("kind is full, and 16-bit weights would lose small changes; give --dtype float32.")
         decoder, chosen = model.model.decoder, method.layers or len(model.model.decoder.layers)
         for layer in decoder.layers[len(decoder.layers) - chosen :]:
             layer.unfreeze()
@@ -161,11 +184,16 @@ class Trainer:
             mx.eval(sums, scalars)
             losses.append([one.item() for one in scalars])
         count = len(batches)
-        clipped, norm = clip_grad_norm(tree_map(lambda a: a / count, sums), self.method.clip)
+        clipped, norm = clip_grad_norm(tree_map(lambda a: a / count, sums), self.method.clip or math.inf)
+        total, canvas, encoder = (sum(column) / count for column in zip(*losses))
+        if not math.isfinite(total + float(norm)):
+            raise DataError(
+                f"The loss is {total} and the gradients' norm {float(norm)} at step {self.step + 1}; "
+                f"lower --learning-rate, which is {self.method.learning_rate}."
+            )
         self.optimizer.update(self.model, clipped)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         self.step += 1
-        total, canvas, encoder = (sum(column) / count for column in zip(*losses))
         return Told(total, canvas, encoder, float(norm), self.optimizer.learning_rate.item())
 
     def _gradients(self, batch: Batch, number: int) -> tuple[tuple[mx.array, ...], Any]:
