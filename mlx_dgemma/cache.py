@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 WORTH = 64  # tokens; a shorter beginning is encoded as fast as it is fetched
+NAME = "[0-9a-f]" * 32  # of a file: nothing else in the folder is touched
 SAMPLE = 2**16  # bytes of a shard at its beginning and end that tell it from others
 
 
@@ -47,6 +48,8 @@ class PrefixCache:
         self._unsaved: list[str] = []
         self._key = "" if folder is None else fingerprint(engine)
         if folder is not None:
+            if folder.resolve() == engine.checkpoint.path.resolve():
+                raise OptionError(f"The cache folder {folder} is the checkpoint's own; name another.")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._load(folder)
@@ -139,9 +142,9 @@ class PrefixCache:
 
     def _load(self, folder: Path) -> None:
         """Take in what an earlier process left; the newest files first, within the budget."""
-        for part in folder.glob("*.part.safetensors"):
+        for part in folder.glob(f"{NAME}.part.safetensors"):
             part.unlink(missing_ok=True)
-        with_time = [(path.stat().st_mtime, path) for path in folder.glob("*.safetensors")]
+        with_time = [(path.stat().st_mtime, path) for path in folder.glob(f"{NAME}.safetensors")]
         found: list[tuple[str, Session]] = []
         left = self._budget
         for _, path in sorted(with_time, reverse=True):
@@ -202,8 +205,8 @@ def fingerprint(engine: Engine) -> str:
             seen.update(path.name.encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
             with path.open("rb") as file:
-                size = path.stat().st_size
-                seen.update(f"{path.name} {size}".encode() + file.read(SAMPLE))
+                size, changed = path.stat().st_size, path.stat().st_mtime_ns  # tuned weights can be alike here
+                seen.update(f"{path.name} {size} {changed}".encode() + file.read(SAMPLE))
                 with suppress(OSError):
                     file.seek(-min(SAMPLE, size), 2)
                 seen.update(file.read())

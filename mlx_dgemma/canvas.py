@@ -62,11 +62,12 @@ class Constrained(Control):
         language: of the text.
         ends: tokens one of which ends the text.
         marks: the tokens that open and close a thought, where one may stand before the text.
+        begun: whether the prompt has opened it.
     """
 
-    def __init__(self, language: Language, ends: Sequence[int], marks: Sequence[int] = ()):
+    def __init__(self, language: Language, ends: Sequence[int], marks: Sequence[int] = (), begun: bool = False):
         self._language, self._ends, self._marks = language, tuple(ends), tuple(marks)
-        self._state = FRESH if marks else 0
+        self._state = (THINKING if begun else FRESH) if marks else 0
 
     def guide(self, left: int) -> Guide:
         """The language's best text."""

@@ -30,7 +30,7 @@ import numpy as np
 from . import head, memory, sampler
 from .errors import OptionError
 from .labels import Labels, Question, Spelling, Vocabulary, layouts_of, questions_of, spellings_of, vocabulary
-from .prompt import messages_of
+from .prompt import messages_of, whole
 
 if TYPE_CHECKING:
     from .engine import Engine, Prompt
@@ -239,6 +239,7 @@ def _plan(engine: Engine, questions: list[Question], answer: str | None) -> _Pla
 
     @cache
     def encode(text: str) -> tuple[int, ...]:
+        whole("The text", text)
         return tuple(engine.tokenizer.encode(text, add_special_tokens=False))
 
     texts = [("label", text) for question in questions for group in question.texts for text in group]

@@ -103,7 +103,8 @@ def serve(
         app = create_app(scheduler, settings)
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("mlx_dgemma").setLevel(logging.INFO)
-        warnings.filterwarnings("ignore", category=UserWarning, module="mlx_dgemma")  # they quote answers
+        quoting = r"mlx_dgemma\.(?!schedule$)"  # their warnings quote answers
+        warnings.filterwarnings("ignore", category=UserWarning, module=quoting)
         server = uvicorn.Server(
             uvicorn.Config(
                 app,

@@ -26,7 +26,7 @@ from .images import digest, join, open_image, patchify
 from .layers import on_cpu
 from .model import DiffusionGemma
 from .prefix import Prefix
-from .prompt import Answer, Message, messages_of, parts_of, render
+from .prompt import Answer, Message, messages_of, opens_thought, parts_of, render
 from .result import Result, Stats
 from .session import Job, Picture, Row, Session
 from .video import sample_frames, stamp
@@ -345,7 +345,8 @@ class Engine:
         self._check_length(messages)
         tokens, pictures, times = self.tokens_of(messages, thinking, tools, options)
         self._check_room(len(tokens))
-        answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop)
+        begun = opens_thought(self.tokenizer, tokens)
+        answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop, thinks=begun)
         digests = iter([picture.digest for picture in pictures for _ in range(picture.tokens)])
         placeholder = self.config.image_token_id
         held = [next(digests) if token == placeholder and pictures else token for token in tokens]

@@ -78,11 +78,14 @@ def _checked(prompt: Sequence[Message]) -> list[Message]:
             raise PromptError(f"Message {i} is a {role} message, and templates take only the first; put it there.")
         message = dict(given)
         if calls := message.get("tool_calls"):
+            if not isinstance(calls, (list, tuple)):
+                raise PromptError(f"Message {i} has the tool_calls {calls!r}; it should be a list of calls.")
             message["tool_calls"] = calls = [_call(i, call) for call in calls]
             called.update({call.get("id"): call["function"]["name"] for call in calls})
         message["content"] = _content(i, message)
         if role == "tool" and not message.get("name"):
-            message["name"] = called.get(message.get("tool_call_id"))
+            key = message.get("tool_call_id")
+            message["name"] = called.get(key) if isinstance(key, str) else None
         messages.append(message)
     return messages
 
@@ -128,7 +131,9 @@ def _call(i: int, call: Any) -> Any:
             function["arguments"] = json.loads(function["arguments"])
         if not isinstance(function["name"], str) or not isinstance(function["arguments"], dict):
             raise ValueError("no name or no arguments")
-    except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(call.get("id"), (str, type(None))):
+            raise ValueError("its id is no text")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PromptError(f"Message {i} has a tool call that cannot be read ({error}): {call!r}.") from None
     return {**call, "function": function}
 
@@ -163,6 +168,7 @@ def render(
         )
     except Exception as error:  # templates raise what they like
         raise PromptError(f"The chat template refuses these messages: {error}") from None
+    whole("The prompt", text)
     for marker in markers:
         given = sum(one == marker for one, _ in media)
         if text.count(marker) != given:
@@ -175,6 +181,27 @@ def render(
         head, _, text = text.partition(marker)
         done += head + shown
     return tokenizer.encode(done + text, add_special_tokens=False)
+
+
+def opens_thought(tokenizer: Any, tokens: Sequence[int]) -> bool:
+    """Whether a prompt ends where its template has opened a thought."""
+    opened = tokenizer.think_start_tokens
+    tail = tokenizer.decode(list(tokens[-len(opened) - 1 :])) if opened else ""
+    return bool(opened) and tail.rstrip().endswith(tokenizer.decode(list(opened)))
+
+
+def whole(name: str, text: str) -> None:
+    """Refuse half of a surrogate pair, which no tokenizer takes.
+
+    Raises:
+        PromptError: the text has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{name} has half of a surrogate pair, {text[error.start]!a}, which is no character; leave it out."
+        ) from None
 
 
 def held_back(text: str, stop: Sequence[str]) -> int:
@@ -200,6 +227,7 @@ class Answer:
     max_tokens: int
     stop: tuple[str, ...] = ()
     skip: int = 0  # characters to leave out at the beginning
+    thinks: bool = False  # the prompt ends in a thought that is open
     text: str = ""
     thinking: str = ""
     tool_calls: list[dict] = field(default_factory=list)
@@ -214,7 +242,7 @@ class Answer:
         self._open = {first(wrapper.think_start_tokens): "thinking", first(wrapper.tool_call_start_tokens): "tool"}
         self._close = {first(wrapper.think_end_tokens): "thinking", first(wrapper.tool_call_end_tokens): "tool"}
         self._special = set(wrapper.all_special_ids) | set(self._open) | set(self._close)
-        self._part = "text"
+        self._part = "thinking" if self.thinks else "text"
         self._inner: list[int] = []  # of the thinking or the call that is open
         self._text = wrapper.detokenizer
         self._given = 0, 0  # characters of text and thinking already taken
@@ -307,6 +335,7 @@ class Answer:
             return None  # the parser would overlook what stands around a call
         try:
             calls = self.tokenizer.tool_parser(inner)
+            json.dumps(calls, ensure_ascii=False, allow_nan=False).encode()  # else nobody could be sent it
         except (ValueError, TypeError):
             return None
         return calls if isinstance(calls, list) else [calls]

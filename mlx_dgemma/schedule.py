@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -262,8 +263,11 @@ class Scheduler:
         with self._woken:
             del self._running[job]
         for session in (job.branch, job.session) if keep else ():
-            if session is not None:
-                self._cache.put(session)
+            try:
+                if session is not None:
+                    self._cache.put(session)
+            except (OSError, RuntimeError) as error:  # MLX raises the latter; the thread must go on
+                warnings.warn(f"A prefix could not be kept ({error}); it will be encoded again.", stacklevel=2)
         self._kept = self._cache.nbytes, len(self._cache)
         mx.clear_cache()  # buffers of shapes that nobody may ask for again
 

@@ -12,7 +12,7 @@ from .canvas import PARTS, Constrained, Control, Drafted
 from .constrain import Language, covers_lines
 from .errors import OptionError, PromptError
 from .infill import IN_VIEW, LONGEST, Filling, Hole, Seams, divide
-from .prompt import Answer, messages_of
+from .prompt import Answer, messages_of, whole
 from .regular import literal, translate
 from .schema import to_regex
 from .session import Job
@@ -43,6 +43,7 @@ def infill(
     for name, text in (("prefix", prefix), ("suffix", suffix)):
         if not isinstance(text, str):
             raise OptionError(f"{name} is {text!r}; it should be a text.")
+        whole(name, text)
     if not prefix + suffix and prompt is None:
         raise PromptError("There is no text before or behind the hole, and no prompt; give one of them.")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
@@ -95,6 +96,7 @@ def fill(
     """The job of `Engine.fill`."""
     if not isinstance(template, str) or not isinstance(holes, Mapping):
         raise OptionError(f"template is a text and holes a mapping of their names; these are {template!r}, {holes!r}.")
+    whole("template", template)
     parts, names = _parse(template)
     if unknown := [name for name in holes if name not in names]:
         raise OptionError(f"The template has no hole {unknown[0]!r}; it has {', '.join(names) or 'none'}.")
@@ -121,6 +123,7 @@ def edit(
     for name, given in (("text", text), ("instruction", instruction)):
         if not isinstance(given, str) or not given.strip():
             raise OptionError(f"{name} is {given!r}; it should be a text that is not empty.")
+        whole(name, given)
     if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not 0 <= strength <= 1:
         raise OptionError(f"strength is {strength!r}; it should be a number from 0 (the draft) to 1 (all noise).")
     effective = _effective(engine, "edit", options)
@@ -151,8 +154,9 @@ def constrained(
     if isinstance(row.answer, Answer):
         row.answer.max_tokens = min(row.answer.max_tokens, room)
     opened, closed = engine.tokenizer.think_start_tokens, engine.tokenizer.think_end_tokens
-    marks = (opened[0], closed[0]) if thinking and opened and closed else ()
-    return Constrained(language, options.end_tokens, marks)
+    begun = isinstance(row.answer, Answer) and row.answer.thinks
+    marks = (opened[0], closed[0]) if (thinking or begun) and opened and closed else ()
+    return Constrained(language, options.end_tokens, marks, begun)
 
 
 def constraint(

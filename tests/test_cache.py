@@ -14,7 +14,7 @@ import pytest
 from loop import tiny_engine, tiny_job
 from support import BLUE, GREEN, RED, engine_of, random_tokens, refusal, strip
 
-from mlx_dgemma.cache import WORTH, PrefixCache
+from mlx_dgemma.cache import WORTH, PrefixCache, fingerprint
 from mlx_dgemma.errors import OptionError
 from mlx_dgemma.generate import Finished, Loop
 from mlx_dgemma.schedule import Scheduler
@@ -456,7 +456,7 @@ def test_another_checkpoint_takes_nothing(tiny, filled, tmp_path, changed):
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     for name in ("config.json", "model.safetensors"):
-        (checkpoint / name).write_bytes((tiny.checkpoint.path / name).read_bytes())
+        shutil.copy2(tiny.checkpoint.path / name, checkpoint / name)
     filled(tmp_path / "cache")
     other = tiny_engine(checkpoint)
     assert len(PrefixCache(other, PLENTY, tmp_path / "cache")) == 1  # where it lies does not matter
@@ -464,6 +464,32 @@ def test_another_checkpoint_takes_nothing(tiny, filled, tmp_path, changed):
         file.write(b" ")
     assert len(PrefixCache(other, PLENTY, tmp_path / "cache")) == 0
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_is_no_file_of_the_cache_is_left_alone(tiny, tmp_path):
+    """Above all a checkpoint's weights, where the cache is put beside or into its folder."""
+    checkpoint, other = tmp_path / "checkpoint", tmp_path / "other"
+    shutil.copytree(tiny.checkpoint.path, checkpoint)
+    engine = tiny_engine(checkpoint)
+    assert refusal(OptionError, PrefixCache, engine, PLENTY, checkpoint) == (
+        f"The cache folder {checkpoint} is the checkpoint's own; name another."
+    )
+    shutil.copytree(checkpoint, other)
+    (other / "x.part.safetensors").write_bytes(b"a")
+    before = sorted(file.name for file in other.iterdir())
+    assert len(PrefixCache(engine, PLENTY, other)) == 0
+    assert sorted(file.name for file in other.iterdir()) == before
+
+
+def test_weights_written_anew_are_another_checkpoint(tiny, tmp_path):
+    """Tuned weights can have the size, the beginning and the end of those before."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny.checkpoint.path, checkpoint)
+    engine, file = tiny_engine(checkpoint), checkpoint / "model.safetensors"
+    before, held = fingerprint(engine), bytearray(file.read_bytes())
+    held[len(held) // 2] ^= 1
+    file.write_bytes(held)
+    assert fingerprint(engine) != before
 
 
 def test_what_was_being_written_when_a_process_ended_is_removed(tiny, filled, tmp_path):

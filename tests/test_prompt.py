@@ -4,8 +4,10 @@ import json
 import random
 
 import pytest
-from support import engine_of
+from support import engine_of, refusal
 
+import mlx_dgemma
+from mlx_dgemma.checkpoint import DEMO
 from mlx_dgemma.errors import PromptError
 from mlx_dgemma.prompt import ROLES, Answer, messages_of, render
 
@@ -393,3 +395,52 @@ def test_a_late_system_message_is_refused():
     with pytest.raises(PromptError) as error:
         messages_of([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}])
     assert str(error.value) == "Message 1 is a system message, and templates take only the first; put it there."
+
+
+def test_calls_that_are_none_are_refused():
+    def asked(calls):
+        return [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": calls}]
+
+    assert refusal(PromptError, messages_of, asked(5)) == (
+        "Message 1 has the tool_calls 5; it should be a list of calls."
+    )
+    call = {"id": [1], "function": {"name": "f", "arguments": {}}}
+    assert refusal(PromptError, messages_of, asked([call])) == (
+        f"Message 1 has a tool call that cannot be read (its id is no text): {call!r}."
+    )
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("generate", ["a\ud800b"]),
+        ("infill", ["a\ud800", "b"]),
+        ("edit", ["a\ud800", "b"]),
+        ("fill", ["a\ud800 {x}", {"x": 3}]),
+        ("choose", ["a", ["a\ud800", "b"]]),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(name, arguments):
+    told = refusal(PromptError, getattr(engine_of(DEMO), name), *arguments)
+    assert told.endswith(" has half of a surrogate pair, '\\ud800', which is no character; leave it out.")
+
+
+@pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "1e999"])
+def test_a_call_that_nobody_can_be_sent_is_text(value):
+    engine = engine_of(DEMO)
+    answer, raw = Answer(engine.tokenizer, engine.options.end_tokens, 100), f"call:f{{a:{value}}}"
+    with pytest.warns(UserWarning, match="is broken"):
+        answer.feed(engine.tokenizer.encode(f"<|tool_call>{raw}<tool_call|>", add_special_tokens=False))
+    assert (answer.text, answer.tool_calls) == (raw, [])
+
+
+def test_a_thought_that_the_prompt_has_opened_is_one(monkeypatch):
+    """As templates of releases do behind a tool's response."""
+    engine = mlx_dgemma.load(dtype="float32")
+    opened = engine.tokenizer.chat_template + '{% if enable_thinking %}<|channel>thought{{ "\\n" }}{% endif %}'
+    monkeypatch.setattr(engine.tokenizer._tokenizer, "chat_template", opened)
+    answer = engine.prepare("a", thinking=True).row.answer
+    answer.feed(engine.tokenizer.encode("So.\n<channel|>Four.", add_special_tokens=False))
+    answer.cut("stop")
+    assert (answer.text, answer.thinking) == ("Four.", "So.")
+    assert not engine.prepare("a").row.answer.thinks

@@ -16,6 +16,7 @@ from support import RED, engine_of, random_tokens, strip
 
 import mlx_dgemma
 from mlx_dgemma import verbs
+from mlx_dgemma.cache import PrefixCache
 from mlx_dgemma.errors import OptionError, PromptError
 from mlx_dgemma.generate import Block, Draft, Finished
 from mlx_dgemma.schedule import COUNTERS, Accepted, Busy, Failed, Scheduler, Stopping
@@ -441,3 +442,20 @@ print(heard[-1].result.text)
 def test_a_process_with_a_scheduler_ends_well():
     done = subprocess.run([sys.executable, "-c", SCRIPT], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "f r o g\n", "")
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_a_cache_that_fails_hurts_nobody(cancel, monkeypatch):
+    def put(self, session):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(PrefixCache, "put", put)
+    scheduler = Scheduler(tiny_engine())
+    with pytest.warns(UserWarning, match="A prefix could not be kept"):
+        first = ask(scheduler, 1, Draft, drafts=True)
+        first.wait()
+        if cancel:
+            first.ticket.cancel()
+        first.go_on()
+        assert told(ask(scheduler, 2).last) == alone(2)
+        scheduler.close()

@@ -1,6 +1,8 @@
 """Training steps, saves, resumption and a whole run, on models of milliseconds and on the demo."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,9 +13,10 @@ from mlx.utils import tree_flatten, tree_map
 from support import RED, random_tokens, refusal, small_model, square
 
 import mlx_dgemma
-from mlx_dgemma import adapters
+from mlx_dgemma import adapters, cli_tune
 from mlx_dgemma.cli import main
-from mlx_dgemma.errors import DataError, OptionError
+from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError
+from mlx_dgemma.layers import Layer
 from mlx_dgemma.tune.batches import Batches, canvases, order
 from mlx_dgemma.tune.curves import COLUMNS, Log, draw
 from mlx_dgemma.tune.data import Example, Target, read
@@ -41,7 +44,13 @@ def weights(model):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"kind": "dora"}, {"kind": "full"}, {"dropout": 0.2}, {"accumulate": 2, "targets": ("experts", "router")}],
+    [
+        {},
+        {"kind": "dora"},
+        {"kind": "full", "rank": 16, "alpha": 32.0},
+        {"dropout": 0.2, "recompute": False},
+        {"accumulate": 2, "targets": ("experts", "router")},
+    ],
     ids=["lora", "dora", "full", "dropout", "accumulated"],
 )
 def test_stopped_and_resumed_is_bit_for_bit_one_run(tmp_path, changes):
@@ -60,9 +69,12 @@ def test_stopped_and_resumed_is_bit_for_bit_one_run(tmp_path, changes):
     assert all((mine[path] == theirs[path]).all() for path in mine)
 
 
-@pytest.mark.parametrize("kind, targets", [("lora", ("attention", "mlp")), ("lora", ("experts",)), ("full", ())])
+@pytest.mark.parametrize(
+    "kind, targets", [("lora", ("attention", "mlp")), ("lora", ("experts",)), ("full", ("attention",))]
+)
 def test_training_lowers_the_loss_and_changes_what_it_should(kind, targets):
-    one = trainer(kind=kind, targets=targets, steps=40, learning_rate=0.02)
+    own = {"rank": 16, "alpha": 32.0} if kind == "full" else {}
+    one = trainer(kind=kind, targets=targets, steps=40, learning_rate=0.02, **own)
     before, batch = weights(one.model), batch_of(1, 4)
     start = np.mean([one.measure(batch, i).total.item() for i in range(8)])
     for _ in range(40):
@@ -131,6 +143,45 @@ def test_methods_are_checked():
     )
     assert refusal(OptionError, Method, rank=0) == "rank is 0; it should be at least 1."
     assert refusal(OptionError, Method, dropout=1.0) == "dropout is 1.0; it should be at least 0 and below 1."
+    assert refusal(OptionError, Method, dropout=0.1) == (
+        "dropout is 0.1, and layers computed again would draw another one; give --keep too."
+    )
+    for name, value in (("alpha", 0.0), ("learning_rate", float("nan")), ("learning_rate", float("inf"))):
+        assert refusal(OptionError, Method, **{name: value}) == f"{name} is {value}; it should be above 0."
+    assert (
+        refusal(OptionError, Method, seed=2**31) == "seed is 2147483648; it should be at least 0 and below 2147483648."
+    )
+    assert refusal(OptionError, Method, steps=3, warmup=3) == "warmup is 3; it should be below the 3 steps."
+    assert refusal(OptionError, Method, targets=()) == "targets is empty; name at least one group."
+    assert refusal(OptionError, lambda: Method(kind="full", rank=4)) == (
+        "rank is 4, but kind is full, which knows none; leave it out."
+    )
+    assert refusal(OptionError, lambda: Method(kind="full", targets=("experts",))) == (
+        "kind is full, which trains every part; leave the target experts out."
+    )
+    one = trainer()
+    assert refusal(OptionError, lambda: Trainer(one.model, one.method, one.objective)) == (
+        "The model has an adapter already; load it without one."
+    )
+    half = small_model(0)
+    half.set_dtype(mx.bfloat16)
+    assert refusal(OptionError, lambda: Trainer(half, Method(kind="full"), one.objective)) == (
+        "kind is full, and 16-bit weights would lose small changes; give --dtype float32."
+    )
+
+
+def test_plans_are_checked():
+    for name, value in (("batch_size", 0), ("save_every", 0), ("validate", 0)):
+        assert refusal(OptionError, lambda n=name, v=value: Plan("a", Path("b"), **{n: v})) == (
+            f"{name} is {value}; it should be at least 1."
+        )
+    assert refusal(OptionError, lambda: Plan("a", Path(""))) == "output is empty; name a folder to make."
+    assert refusal(OptionError, lambda: Plan("a", Path("b"), self_conditioning=2.0)) == (
+        "self_conditioning is 2.0; it should be from 0 to 1."
+    )
+
+
+def test_more_methods_are_checked():
     assert refusal(OptionError, trainer, targets=("heads",)) == (
         "There is no target 'heads'; take some of attention, mlp, experts, router, self-conditioning."
     )
@@ -183,7 +234,7 @@ def test_a_log_goes_on_and_draws(tmp_path):
     again.add(step=4, seconds=2.5, loss=0.25)
     lines = (tmp_path / "log.csv").read_text().splitlines()
     assert lines[0] == ",".join(COLUMNS)
-    assert [line.split(",")[0] for line in lines[1:]] == ["1.0", "2.0", "3.0", "4"]
+    assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3", "4"]
     draw(log.rows, tmp_path / "curves.png")
     full = (tmp_path / "curves.png").read_bytes()
     draw([], tmp_path / "curves.png")
@@ -267,7 +318,6 @@ def test_a_run_that_is_stopped_has_saved_and_goes_on_exactly(tmp_path):
         (["--kind", "dora", "--targets", "experts"],
          "DoRA is not defined for experts here; leave experts out of --targets, or take lora."),
         (["--resume"], "OUT holds no state.safetensors to resume from; start anew without --resume."),
-        (["--max-length", "3"], None),
     ],
 )  # fmt: skip
 def test_what_a_run_refuses(tmp_path, arguments, sentence):
@@ -275,21 +325,83 @@ def test_what_a_run_refuses(tmp_path, arguments, sentence):
     told = tune(data_in(tmp_path), "--output", out, *arguments)
     assert told.exit_code == 1
     last = told.stderr.splitlines()[-1]
-    if sentence is None:
-        assert last.startswith(f"Error: {tmp_path}/train.jsonl, line 1") or "train.jsonl, line 1" in last
-    else:
-        assert last == "Error: " + sentence.replace("OUT", str(out))
+    assert last == "Error: " + sentence.replace("OUT", str(out))
+    assert not out.exists()
 
 
-def test_yaml_files_are_checked(tmp_path):
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_learnt():
+    one = trainer(learning_rate=0.02)
+    one.update([batch_of(0)])
+    before = weights(one.model)
+    one.objective = replace(one.objective, encoder_weight=float("nan"))
+    told = refusal(DataError, one.update, [batch_of(1)])
+    assert told == "The loss is nan and the gradients' norm nan at step 2; lower --learning-rate, which is 0.02."
+    after = weights(one.model)
+    assert all((before[path] == after[path]).all() for path in before)
+
+
+def test_a_run_that_is_killed_can_be_gone_on_with(tmp_path):
+    """Even before its first save, and where the end came between two files."""
+    data, out = data_in(tmp_path), tmp_path / "out"
+    engine = mlx_dgemma.load(dtype="float32")
+    plan, method = Plan(data, out, batch_size=1, validate=1, generate=0), Method(rank=2, steps=2)
+    run = run_(engine, method, plan)
+    next(run)
+    run.close()
+    assert (engine.model.training, engine.model._apply) == (False, Layer.__call__)
+    assert "state.safetensors" in {file.name for file in out.iterdir()}
+    again = run_(mlx_dgemma.load(dtype="float32"), method, plan, resume=True)
+    assert [one.step for one in again] == [1, 2]
+    (out / "adapter_model.safetensors").unlink()
+    assert list(run_(mlx_dgemma.load(dtype="float32"), method, plan, resume=True)) == []
+    assert (out / "adapter_model.safetensors").exists()
+
+
+def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_dgemma.tune.run.available", lambda: 2**20)
+    engine, plan = mlx_dgemma.load(dtype="float32"), Plan(data_in(tmp_path), tmp_path / "out", batch_size=2)
+    told = refusal(MemoryLimitError, list, run_(engine, Method(rank=2, steps=1), plan))
+    assert told.startswith("Training needs about 0.")
+    assert told.endswith(
+        " GiB and this machine gives 0.0; lower --batch-size or --max-length, or try anyway with --ignore-memory."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_log_is_refused(tmp_path):
+    file = tmp_path / "log.csv"
+    file.write_text("step,loss\n1,a\n")
+    assert refusal(DataError, Log, file, 3) == f"{file} is broken; remove it, and the curves begin anew."
+
+
+def test_the_command_knows_every_objective_and_target():
+    assert tuple(VARIANTS) == cli_tune.VARIANTS
+    assert (*adapters.GROUPS, "self-conditioning") == cli_tune.TARGETS
+
+
+def test_yaml_files_are_checked(tmp_path, monkeypatch):
     config = tmp_path / "tune.yaml"
     for text, sentence in (
+        ("rank: 2.7", f"{config} sets rank to 2.7; it should be a whole number."),
+        ("rank: [1]", f"{config} sets rank to [1]; it should be a whole number."),
+        ("resume: 1", f"{config} sets resume to 1; it should be true or false."),
+        ("targets: 3", f"{config} sets targets to 3; it should be a list of words."),
+        ("output: 5", f"{config} sets output to 5; it should be a text."),
+        (
+            "learning-rate: 1e-4",
+            f"{config} sets learning_rate to '1e-4'; it should be a number (YAML reads 1e-4 as a word: write 1.0e-4).",
+        ),
         ("rnak: 3", f"{config} sets rnak, which is no option of tune; see mlx-dgemma tune --help."),
         ("- 3", f"{config} holds no names with values; write lines such as rank: 16."),
     ):
         config.write_text(text)
         told = tune(tmp_path, "--config", config)
         assert (told.exit_code, told.stderr) == (1, f"Error: {sentence}\n")
+    monkeypatch.setenv("MLX_DGEMMA_MODEL", "somewhere")
+    config.write_text("model: here")
+    assert tune(tmp_path, "--config", config).stderr == (
+        f"Error: {config} sets model, and so does $MLX_DGEMMA_MODEL; unset one of them.\n"
+    )
     config.write_text("rank: [")
     assert tune(tmp_path, "--config", config).stderr.startswith(f"Error: {config} is no YAML (while parsing")
 

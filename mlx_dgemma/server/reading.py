@@ -39,7 +39,7 @@ class Reading:
         if isinstance(event, Draft):
             return {"block": event.block, "step": event.step, "tokens": self._draft(event)}
         if isinstance(event, Finished):
-            text = self._behind_thought(event.result.tokens)
+            text = self._behind_thought(event.result)
             return Done(event.result, text, self._spelt(event.result, text) if self._log_probs else [])
         return event
 
@@ -66,10 +66,11 @@ class Reading:
             pieces[-1] += reader.last_segment
         return pieces
 
-    def _behind_thought(self, tokens: Sequence[int]) -> int:
+    def _behind_thought(self, result: Result) -> int:
         """How many tokens a thought takes at the beginning, its marks included."""
         opened, closed = self._tokenizer.think_start_tokens, self._tokenizer.think_end_tokens
-        if not opened or not closed or opened[0] not in tokens:
+        tokens = result.tokens
+        if not opened or not closed or not (result.thinking or opened[0] in tokens):
             return 0
         return tokens.index(closed[0]) + 1 if closed[0] in tokens else len(tokens)
 
