@@ -21,6 +21,7 @@ from ..errors import DataError, MemoryLimitError, OptionError
 from ..evaluate import evaluate
 from ..layers import Layer
 from ..memory import Need, available, prefix_bytes
+from ..terminal import count
 from .batches import Batches
 from .curves import Log, draw
 from .data import Example, load
@@ -189,7 +190,8 @@ def tune(
         needed = need(engine.checkpoint, method, plan.batch_size, longest, trainer.trainable, weights)
         say(
             f"Canvases are filled with {engine.tokenizer.convert_ids_to_tokens(fill)} behind an answer; "
-            f"{len(train)} samples to train on, {len(valid)} to validate; {trainer.trainable:,} weights are trained; "
+            f"{count(len(train), 'sample')} to train on, {len(valid)} to validate; "
+            f"{trainer.trainable:,} weights are trained; "
             f"about {needed.total / GIB:.2f} GiB of memory at most, of {available() / GIB:.1f}."
         )
         if needed.total > available() and not ignore_memory:
@@ -270,10 +272,10 @@ def _steps(
 
 def validate(engine: Engine, trainer: Trainer, checks: Batches, valid: Sequence[Example], plan: Plan) -> dict[str, Any]:
     """The loss on validation data, under the same noise every time, and the share of generated answers right."""
-    count, size = min(len(valid), plan.validate), plan.batch_size
+    most, size = min(len(valid), plan.validate), plan.batch_size
     losses = []
-    for start in range(0, count, size):
-        numbers = list(range(start, min(start + size, count)))
+    for start in range(0, most, size):
+        numbers = list(range(start, min(start + size, most)))
         losses += [trainer.measure(checks.batch(numbers, numbers), start).total.item()] * len(numbers)
     found: dict[str, Any] = {"valid_loss": float(np.mean(losses))}
     asked = [example for example in valid if example.chat][: plan.generate]
