@@ -201,7 +201,7 @@ def start(
     Raises:
         OptionError: DoRA of modules that it cannot be computed for, or a model that has an adapter already.
     """
-    if any(isinstance(module, _ADAPTED) for module in model.modules()):
+    if model._encoder_layers is not None or any(isinstance(module, _ADAPTED) for module in model.modules()):
         raise OptionError("The model has an adapter already; load it without one.")
     changes = {}
     for path, own in zip(paths, mx.random.split(key, len(paths))):

@@ -186,6 +186,8 @@ def test_more_methods_are_checked():
         "There is no target 'heads'; take some of attention, mlp, experts, router, self-conditioning."
     )
     assert refusal(OptionError, trainer, layers=9) == "layers is 9; the model has 3."
+    full = {"kind": "full", "rank": 16, "alpha": 32.0}
+    assert refusal(OptionError, lambda: trainer(layers=9, **full)) == "layers is 9; the model has 3."
 
 
 def test_an_answer_is_cut_into_canvases():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -38,7 +39,12 @@ def canvases(target: Target, length: int, fill: int) -> list[Canvas]:
 def order(count: int, number: int, seed: int) -> int:
     """Which of so many examples sample `number` of a run is: every epoch is a permutation of its own."""
     epoch, place = divmod(number, count)
-    return int(np.random.default_rng([seed, 0, epoch]).permutation(count)[place])
+    return int(_permutation(count, epoch, seed)[place])
+
+
+@lru_cache(maxsize=2)  # a batch may lie across two epochs
+def _permutation(count: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 
 class Batches:

@@ -108,7 +108,6 @@ class Progress:
     valid_loss: float | None = None
     valid_right: float | None = None
     sample: tuple[str, str] | None = None  # the first generated answer and the expected one
-    saved: bool = False
 
 
 def need(checkpoint: Checkpoint, method: Method, batch: int, prefix: int, trained: int, weights: int) -> Need:
@@ -265,7 +264,7 @@ def _steps(
         )  # fmt: skip
         if saved:
             draw(log.rows, plan.output / "curves.png")
-        yield Progress(trainer.step, steps, told, seconds, highest, saved=saved, **found)
+        yield Progress(trainer.step, steps, told, seconds, highest, **found)
         if ended:
             return
 

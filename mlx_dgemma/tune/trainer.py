@@ -143,9 +143,9 @@ class Trainer:
 
     def _prepare(self) -> None:
         model, method = self.model, self.method
+        paths = adapters.targets(model, method.targets, method.layers)
         model.freeze()
         if method.kind != "full":
-            paths = adapters.targets(model, method.targets, method.layers)
             key = mx.random.key(method.seed)
             adapters.start(
                 model, paths, method.rank, method.alpha / method.rank, method.dropout, method.kind == "dora", key
