@@ -51,7 +51,7 @@ class PrefixCache:
             if folder.resolve() == engine.checkpoint.path.resolve():
                 raise OptionError(f"The cache folder {folder} is the checkpoint's own; name another.")
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(0o700, parents=True, exist_ok=True)  # files hold prompts
                 self._load(folder)
             except OSError as error:
                 raise OptionError(

@@ -481,6 +481,12 @@ def test_what_is_no_file_of_the_cache_is_left_alone(tiny, tmp_path):
     assert sorted(file.name for file in other.iterdir()) == before
 
 
+def test_the_folder_is_its_owners_alone(tiny, tmp_path):
+    """Its files hold prompts."""
+    PrefixCache(tiny, PLENTY, tmp_path / "cache")
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
 def test_weights_written_anew_are_another_checkpoint(tiny, tmp_path):
     """Tuned weights can have the size, the beginning and the end of those before."""
     checkpoint = tmp_path / "checkpoint"
