@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import NamedTuple
@@ -37,10 +38,33 @@ def fused(function: Callable, shapeless: bool = True) -> Callable:
     return call
 
 
-@fused
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """tanh-approximated GELU of `gate`, times `up`."""
+    if on_cpu() and gate.dtype == mx.float32:
+        return gate * _let_through(gate) * up
+    return _geglu(gate, up)
+
+
+@fused
+def _geglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.gelu_approx(gate) * up
+
+
+# A power of two, because MLX's CPU backend takes a third of the time for it that exp and tanh take, which it
+# computes one by one on x86.
+_SLOPE = -2 * math.sqrt(2 / math.pi) * math.log2(math.e)
+
+
+@mx.custom_function
+def _let_through(gate: mx.array) -> mx.array:
+    """What GELU multiplies its input with, (1 + tanh(u)) / 2 as 1 / (1 + exp(-2 u))."""
+    return 1 / (1 + mx.power(2.0, gate * (_SLOPE + (_SLOPE * 0.044715) * (gate * gate))))
+
+
+@_let_through.vjp
+def _let_through_vjp(gate: mx.array, cotangent: mx.array, share: mx.array) -> mx.array:
+    slope = (-math.log(2) * _SLOPE) * (1 + (3 * 0.044715) * (gate * gate))
+    return cotangent * (share * (1 - share)) * slope
 
 
 def rms_norm(x: mx.array, eps: float) -> mx.array:
