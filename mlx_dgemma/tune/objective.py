@@ -16,11 +16,11 @@ import mlx.core as mx
 import numpy as np
 
 from .. import sampler
-from ..layers import Layer, View
+from ..layers import Layer, View, logsumexp
 from ..model import DiffusionGemma
 from ..prefix import LayerKV
 
-LOGITS = 2**26  # bytes of float32 logits at once; the gradient computes them again
+LOGITS = 2**26  # bytes of float32 logits at once; where there are more, the gradient computes them again
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def cross_entropy(
     def lost(weights: dict, hidden: mx.array, cut: slice) -> mx.array:
         table.update(weights)
         logits, own = model.logits(hidden[None])[0], ids[cut]
-        total, picked = mx.logsumexp(logits, axis=-1), mx.take_along_axis(logits, own[:, None], axis=-1)[:, 0]
+        total, picked = logsumexp(logits), mx.take_along_axis(logits, own[:, None], axis=-1)[:, 0]
         if shift is not None and seen is not None:
             by, at = shift[cut], seen[cut]
             raised = mx.take_along_axis(logits, at[:, None], axis=-1)[:, 0] + by + mx.log1p(-mx.exp(-by))
@@ -220,8 +220,10 @@ def cross_entropy(
     ids, found = mx.array(targets.astype(np.int32)), []
     for start in range(0, hidden.shape[0], size):
         cut = slice(start, start + size)
-        again = mx.checkpoint(partial(lost, cut=cut))  # token ids are no arguments of it: they have no gradient
-        found.append(again(table.trainable_parameters(), hidden[cut]))
+        piece: Callable = partial(lost, cut=cut)  # token ids are no arguments of it: they have no gradient
+        if size < hidden.shape[0]:
+            piece = mx.checkpoint(piece)
+        found.append(piece(table.trainable_parameters(), hidden[cut]))
         hidden = mx.depends(hidden, [found[-1]])
     return mx.concatenate(found) if found else mx.zeros((0,))
 
