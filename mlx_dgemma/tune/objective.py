@@ -129,9 +129,13 @@ def loss(model: DiffusionGemma, batch: Batch, noise: Noise, objective: Objective
     conditioning = None
     if noise.conditioned.any():
         # on a copy: what the first pass writes must not stand in the second one's way
-        hidden = mx.stop_gradient(model.denoise(noise.canvas, prefix.fork()))
+        taken = np.flatnonzero(noise.conditioned)
+        held, index = prefix.fork(), mx.array(taken)
+        held.keep(taken.tolist())
+        hidden = mx.stop_gradient(model.denoise(noise.canvas[index], held))
         found = mx.stop_gradient(_expected(model, hidden))
-        conditioning = mx.where(mx.array(noise.conditioned)[:, None, None], found, 0)
+        conditioning = mx.zeros((rows, *found.shape[1:]), found.dtype)
+        conditioning[index] = found
     encoder = _next_tokens(model, batch, states, prefix, objective)
     hidden = model.denoise(noise.canvas, prefix, conditioning)
     shift = None
