@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +20,8 @@ CHUNK = 256  # keys; a chunk is a multiple of this
 LONGEST = 4096  # keys of a chunk at most: above them a step holds more and is not faster
 MATMUL_ROWS = 512  # up to here CUDA gathers rows faster as a product with a one-hot matrix
 SORT_FROM = 64  # rows * top_k from which sorting by expert pays: MLX's grouped kernels need it
+
+_custom: Any = mx.custom_function  # by its stub, what it makes returns an object
 
 
 def on_cpu() -> bool:
@@ -53,7 +55,7 @@ def _geglu(gate: mx.array, up: mx.array) -> mx.array:
 _SLOPE = -2 * math.sqrt(2 / math.pi) * math.log2(math.e)
 
 
-@mx.custom_function
+@_custom
 def _let_through(gate: mx.array) -> mx.array:
     """What GELU multiplies its input with, (1 + tanh(u)) / 2 as 1 / (1 + exp(-2 u))."""
     return 1 / (1 + mx.power(2.0, gate * (_SLOPE + (_SLOPE * 0.044715) * (gate * gate))))
@@ -75,7 +77,7 @@ def exp(x: mx.array) -> mx.array:
     return _power(x) if _by_powers(x) else mx.exp(x)
 
 
-@mx.custom_function
+@_custom
 def _power(x: mx.array) -> mx.array:
     return mx.power(2.0, x * math.log2(math.e))
 
@@ -109,7 +111,7 @@ def _softcap(x: mx.array, cap: mx.array) -> mx.array:
     return cap * mx.tanh(x.astype(mx.float32) / cap)
 
 
-@mx.custom_function
+@_custom
 def _tanh(x: mx.array) -> mx.array:
     return 1 - 2 / (1 + mx.power(2.0, x * (2 * math.log2(math.e))))
 

@@ -1,7 +1,7 @@
 """Training steps, saves, resumption and a whole run, on models of milliseconds and on the demo."""
 
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,8 +15,9 @@ from support import RED, random_tokens, refusal, small_model, square
 import mlx_dgemma
 from mlx_dgemma import adapters, cli_tune
 from mlx_dgemma.cli import main
-from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError
+from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError, PromptError
 from mlx_dgemma.layers import Layer
+from mlx_dgemma.tune import trainer as trainer_module
 from mlx_dgemma.tune.batches import Batches, canvases, order
 from mlx_dgemma.tune.curves import COLUMNS, Log, draw
 from mlx_dgemma.tune.data import Example, Target, read
@@ -452,3 +453,28 @@ def test_the_estimate_bounds_the_peak(tmp_path, rows, length, recompute):
     peak = mx.get_peak_memory() - base
     needed = need(engine.checkpoint, method, rows, length + 64, one.trainable, held).total
     assert peak <= needed <= 6 * peak
+
+
+@pytest.mark.parametrize("name", ["google", "nemo"])
+def test_parts_of_a_batch_in_processes_of_their_own_add_up_to_it(monkeypatch, name):
+    whole, parted, again = (Trainer(small_model(0), Method(**QUICK), VARIANTS[name]) for _ in range(3))
+    monkeypatch.setattr(trainer_module, "POSITIONS", 1)
+    whole._cores, parted._cores, again._cores = 1, 2, 2
+    batch = batch_of(0, 3)
+    batch.real[0, :2] = batch.supervised[1, 2:] = False
+    told = [[one.update([batch]) for _ in range(2)] for one in (whole, parted, again)]
+    for one in (parted, again):
+        one.done()
+    mine, theirs, same = (weights(one.model) for one in (whole, parted, again))
+    assert astuple(told[0][1]) == pytest.approx(astuple(told[1][1]), rel=1e-5)
+    assert all(np.allclose(mine[path], theirs[path], atol=1e-5) for path in mine)
+    assert told[1] == told[2] and all(np.array_equal(theirs[path], same[path]) for path in theirs)
+
+
+def test_a_mistake_in_another_process_is_told_here(monkeypatch):
+    one = trainer()
+    monkeypatch.setattr(trainer_module, "POSITIONS", 1)
+    one._cores = 2
+    batch = replace(batch_of(0), features=[mx.zeros((1, 1)), None])
+    assert "image placeholders" in refusal(PromptError, one.update, [batch])
+    one.done()

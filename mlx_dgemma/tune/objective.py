@@ -93,6 +93,14 @@ class Noise(NamedTuple):
     conditioned: np.ndarray  # [B] bool, which samples take the first pass
 
 
+class Part(NamedTuple):
+    """Rows of a batch."""
+
+    batch: Batch
+    noise: Noise
+    shares: tuple[float, float]  # of them in the batch's canvas loss and in its encoder loss
+
+
 class Losses(NamedTuple):
     """Scalars, float32, nats a token."""
 
@@ -114,8 +122,40 @@ def draw(batch: Batch, objective: Objective, vocab_size: int, key: mx.array) -> 
     return Noise(t, sampler.corrupt(mx.array(batch.canvas), t, vocab_size, second), conditioned)
 
 
-def loss(model: DiffusionGemma, batch: Batch, noise: Noise, objective: Objective) -> Losses:
+def split(batch: Batch, noise: Noise, objective: Objective, image_token_id: int | None, count: int) -> list[Part]:
+    """Parts of a batch, like in cost, whose losses and gradients add up to its own."""
+    dealt = np.argsort(noise.conditioned, kind="stable")
+    counted = batch.supervised, _next_counts(batch, image_token_id)
+    parts = []
+    for i in range(count):
+        rows = dealt[i::count]
+        at = mx.array(rows)
+        if objective.by_token:
+            canvas, encoder = (float(one[rows].sum() / max(one.sum(), 1)) for one in counted)
+        else:
+            canvas = encoder = len(rows) / len(dealt)
+        features = [batch.features[row] for row in rows] if batch.features else []
+        own = Batch(batch.tokens[rows], batch.real[rows], batch.canvas[rows], batch.supervised[rows], features)
+        drawn = Noise(noise.t[at], noise.canvas[at], noise.conditioned[rows])
+        parts.append(Part(own, drawn, (canvas, encoder)))
+    return parts
+
+
+def loss(
+    model: DiffusionGemma,
+    batch: Batch,
+    noise: Noise,
+    objective: Objective,
+    shares: tuple[float, float] = (1.0, 1.0),
+) -> Losses:
     """The loss of a batch under given noise; lazy, to be differentiated.
+
+    Args:
+        model: that denoises.
+        batch: clean.
+        noise: drawn for it.
+        objective: how the loss is made.
+        shares: see `Part`.
 
     Raises:
         PromptError: placeholders and soft tokens differ in number.
@@ -136,7 +176,7 @@ def loss(model: DiffusionGemma, batch: Batch, noise: Noise, objective: Objective
         found = mx.stop_gradient(_expected(model, hidden))
         conditioning = mx.zeros((rows, *found.shape[1:]), found.dtype)
         conditioning[index] = found
-    encoder = _next_tokens(model, batch, states, prefix, objective)
+    encoder = shares[1] * _next_tokens(model, batch, states, prefix, objective)
     hidden = model.denoise(noise.canvas, prefix, conditioning)
     shift = None
     if objective.leave_one_out:
@@ -151,7 +191,7 @@ def loss(model: DiffusionGemma, batch: Batch, noise: Noise, objective: Objective
         noise.canvas.reshape(-1)[mx.array(where)],
     )
     weight = mx.minimum(1 / mx.maximum(1 - noise.t, 1e-9), objective.clip) if objective.reweighted else None
-    canvas = _mean(lost, batch.supervised, objective.by_token, weight)
+    canvas = shares[0] * _mean(lost, batch.supervised, objective.by_token, weight)
     return Losses(canvas + objective.encoder_weight * encoder, canvas, encoder)
 
 
@@ -174,11 +214,16 @@ def _next_tokens(model: DiffusionGemma, batch: Batch, states: mx.array, prefix: 
     if canvas.shape[1]:
         states = mx.concatenate([states, model.encode(canvas, prefix.fork())], axis=1)
     targets = np.concatenate([batch.tokens, batch.canvas], axis=1)
-    counts = np.concatenate([batch.real & (batch.tokens != model.config.image_token_id), batch.supervised], axis=1)
-    counts = counts[:, 1:] & np.pad(batch.real, ((0, 0), (0, batch.canvas.shape[1] - 1)), constant_values=True)
+    counts = _next_counts(batch, model.config.image_token_id)
     where = np.flatnonzero(counts)
     flat = states.reshape(-1, states.shape[-1])[mx.array(where)]
     return _mean(cross_entropy(model, flat, targets[:, 1:].reshape(-1)[where]), counts, objective.by_token)
+
+
+def _next_counts(batch: Batch, image_token_id: int | None) -> np.ndarray:
+    """[B, P + C - 1] bool, which tokens behind the first count in the encoder's loss."""
+    counts = np.concatenate([batch.real & (batch.tokens != image_token_id), batch.supervised], axis=1)
+    return counts[:, 1:] & np.pad(batch.real, ((0, 0), (0, batch.canvas.shape[1] - 1)), constant_values=True)
 
 
 def _mean(lost: mx.array, counts: np.ndarray, by_token: bool, weight: mx.array | None = None) -> mx.array:

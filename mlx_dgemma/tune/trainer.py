@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.optimizers import AdamW, clip_grad_norm, cosine_decay, join_schedules, linear_schedule
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from .. import adapters
 from ..errors import DataError, OptionError
-from ..layers import Layer
+from ..layers import Layer, on_cpu
 from ..model import DiffusionGemma
-from .objective import Batch, Losses, Objective, draw, loss, recomputed
+from .objective import Batch, Losses, Objective, draw, loss, recomputed, split
+from .workers import MODEL, POSITIONS, Workers, differentiate
 
 KINDS = ("lora", "dora", "full")
 STATE = "state.safetensors"
@@ -124,6 +124,10 @@ class Trainer:
         self.model, self.method, self.objective = model, method, objective
         self.step = 0
         self._prepare()
+        small = sum(a.nbytes for a in flat(model.parameters()).values()) <= MODEL
+        # dropout draws from the state of one process
+        self._cores = (os.cpu_count() or 1) if on_cpu() and small and not method.dropout else 1
+        self._workers = Workers(model, objective)
         model.train()
         if method.recompute:
             model._apply = recomputed
@@ -137,7 +141,8 @@ class Trainer:
         mx.eval(model.parameters(), self.optimizer.state)
 
     def done(self) -> None:
-        """Leave the model as generation takes it."""
+        """Leave the model as generation takes it; nothing is trained after."""
+        self._workers.close()
         self.model.eval()
         self.model._apply = Layer.__call__
 
@@ -198,8 +203,19 @@ class Trainer:
 
     def _gradients(self, batch: Batch, number: int) -> tuple[tuple[mx.array, ...], Any]:
         key = mx.random.key((self.method.seed << 32) + number)
-        noise = draw(batch, self.objective, self.model.config.text.vocab_size, key)
-        return nn.value_and_grad(self.model, lambda: tuple(loss(self.model, batch, noise, self.objective)))()
+        config, objective = self.model.config, self.objective
+        noise = draw(batch, objective, config.text.vocab_size, key)
+        count = self._parts(batch)
+        if count == 1:
+            return differentiate(self.model, objective, batch, noise)
+        parts = split(batch, noise, objective, config.image_token_id, count)
+        return self._workers.gradients(self.model.trainable_parameters(), parts)
+
+    def _parts(self, batch: Batch) -> int:
+        """How many processes share a batch; the bits of its gradients depend on it."""
+        if self._cores == 1 or batch.tokens.size + batch.canvas.size < POSITIONS:
+            return 1
+        return min(self._cores, len(batch.canvas))
 
     def measure(self, batch: Batch, number: int) -> Losses:
         """A batch's loss without learning from it, under noise that depends on `number` alone."""

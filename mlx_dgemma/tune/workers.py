@@ -1,0 +1,107 @@
+"""A batch's gradients on all cores: MLX's CPU backend computes on a single one, so each has a process of its own.
+
+Threads would not do: MLX bounds the tasks in flight of all streams together, and one starves the other.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from ..errors import DgemmaError
+from ..model import DiffusionGemma
+from .objective import Batch, Noise, Objective, Part, loss
+
+MODEL = 2**28  # bytes of weights; larger models are not copied into other processes
+POSITIONS = 512  # of a batch's prefixes and canvases; less is not worth the way to another process
+
+
+class Workers:
+    """Processes with a copy of a model each, started when they are needed; they end with `close` or this process.
+
+    Args:
+        model: what is trained of it goes with every part, the rest stays as it is.
+        objective: what is minimised.
+    """
+
+    def __init__(self, model: DiffusionGemma, objective: Objective):
+        self._model, self._objective = model, objective
+        self._processes: list[subprocess.Popen] = []
+
+    def _start(self) -> None:
+        # A BLAS with threads of its own would fight for the cores.
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+        command, pipe = [sys.executable, "-m", __name__], subprocess.PIPE
+        # A session of their own: Ctrl-C stops this process, which finishes its step first.
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True)
+        self._processes.append(process)
+        _send((self._model, self._objective), process.stdin)
+
+    def gradients(self, weights: Any, parts: Sequence[Part]) -> tuple[tuple[mx.array, ...], Any]:
+        """Losses and gradients of a batch, a process a part."""
+        while len(self._processes) < len(parts):
+            self._start()
+        for process, part in zip(self._processes, parts):
+            _send((weights, part), process.stdin)
+        found = [_receive(process.stdout) for process, _ in zip(self._processes, parts)]
+        for one in found:
+            if isinstance(one, DgemmaError):
+                raise one
+        total = found[0]
+        for one in found[1:]:
+            total = tree_map(lambda a, b: a + b, total, one)
+        return total
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.communicate()
+        self._processes = []
+
+
+def differentiate(
+    model: DiffusionGemma, objective: Objective, batch: Batch, noise: Noise, shares: tuple[float, float] = (1.0, 1.0)
+) -> tuple[tuple[mx.array, ...], Any]:
+    """Losses and the gradients of what is trained, see `objective.loss`; lazy."""
+    return nn.value_and_grad(model, lambda: tuple(loss(model, batch, noise, objective, shares)))()
+
+
+def _send(what: Any, pipe: Any) -> None:
+    pickle.dump(what, pipe, pickle.HIGHEST_PROTOCOL)
+    pipe.flush()
+
+
+def _receive(pipe: Any) -> Any:
+    return pickle.load(pipe)
+
+
+def _serve(source: BinaryIO, sink: BinaryIO) -> None:
+    model, objective = pickle.load(source)
+    while True:
+        try:
+            weights, part = pickle.load(source)
+        except EOFError:
+            return
+        model.update(weights)
+        found: Any
+        try:
+            found = differentiate(model, objective, *part)
+            mx.eval(found)
+        except DgemmaError as error:
+            found = error
+        _send(found, sink)
+
+
+if __name__ == "__main__":
+    mx.set_default_device(mx.cpu)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what is printed goes elsewhere
+    _serve(sys.stdin.buffer, answers)
