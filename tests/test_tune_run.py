@@ -433,9 +433,9 @@ def test_pictures_and_padding_stay_with_their_sample(tmp_path):
         assert one.item() == pytest.approx(sum(part.item() for part in each) / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("rows, length", [(1, 40), (2, 100)])
+@pytest.mark.parametrize("rows, length, parts", [(1, 40, 1), (2, 100, 1), (8, 40, 2)])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_the_estimate_bounds_the_peak(tmp_path, rows, length, recompute):
+def test_the_estimate_bounds_the_peak(rows, length, parts, recompute):
     """From above, and not by more than sixfold: it plans for a machine, it does not measure one."""
     engine = mlx_dgemma.load(dtype="float32")
     tokens = np.array(random_tokens(0, rows, length, vocab=2000)) + 20
@@ -443,6 +443,8 @@ def test_the_estimate_bounds_the_peak(tmp_path, rows, length, recompute):
     batch = Batch(tokens, np.ones(tokens.shape, bool), canvas, np.ones(canvas.shape, bool))
     method = Method(rank=4, steps=10, recompute=recompute)
     one = Trainer(engine.model, method, VARIANTS["google"])
+    one._cores = 2
+    assert one.parts(rows, length) == parts
     held = sum(a.nbytes for a in flat(engine.model.parameters()).values())
     mx.synchronize()
     mx.clear_cache()
@@ -450,8 +452,9 @@ def test_the_estimate_bounds_the_peak(tmp_path, rows, length, recompute):
     mx.reset_peak_memory()
     for _ in range(2):
         one.update([batch])
-    peak = mx.get_peak_memory() - base
-    needed = need(engine.checkpoint, method, rows, length + 64, one.trainable, held).total
+    peak = one.peak_bytes - base
+    one.done()
+    needed = need(engine.checkpoint, method, rows, length + 64, one.trainable, held, parts).total
     assert peak <= needed <= 6 * peak
 
 
@@ -477,4 +480,10 @@ def test_a_mistake_in_another_process_is_told_here(monkeypatch):
     one._cores = 2
     batch = replace(batch_of(0), features=[mx.zeros((1, 1)), None])
     assert "image placeholders" in refusal(PromptError, one.update, [batch])
+    one._workers._processes[1].kill()
+    assert refusal(MemoryLimitError, one.update, [batch_of(0)]) == (
+        "A process that computed gradients has ended, as happens where memory runs out; "
+        "lower --batch-size, and go on with --resume."
+    )
+    one.update([batch_of(0)])  # others take their places
     one.done()

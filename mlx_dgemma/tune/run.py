@@ -110,7 +110,9 @@ class Progress:
     sample: tuple[str, str] | None = None  # the first generated answer and the expected one
 
 
-def need(checkpoint: Checkpoint, method: Method, batch: int, prefix: int, trained: int, weights: int) -> Need:
+def need(
+    checkpoint: Checkpoint, method: Method, batch: int, prefix: int, trained: int, weights: int, parts: int = 1
+) -> Need:
     """Estimate a run's peak: weights, the prefixes' KV, and all else; a bound of what was measured (bench/RESULTS.md).
 
     Args:
@@ -120,10 +122,13 @@ def need(checkpoint: Checkpoint, method: Method, batch: int, prefix: int, traine
         prefix: tokens of the longest sample before its canvas.
         trained: number of weights that are trained.
         weights: bytes of all weights.
+        parts: processes that share a batch, each with weights of its own.
     """
+    copies = parts if parts > 1 else 0
     text, canvas = checkpoint.config.text, checkpoint.config.canvas_length
     positions = batch * (prefix + 2 * canvas)  # of the encoder over prefix and canvas, and of the decoder
-    state = 4 * 4 * trained  # gradients, both moments, and what the optimizer makes anew
+    # gradients, both moments, and what the optimizer makes anew; in a process of its own weights and gradients
+    state = 4 * (4 + 2 * copies) * trained
     layers = text.num_hidden_layers
     inner = 4 * (text.intermediate_size + text.num_attention_heads * max(text.head("full_attention")[1], 64))
     experts = text.top_k_experts * (3 * text.moe_intermediate_size + 2 * text.hidden_size)
@@ -131,8 +136,8 @@ def need(checkpoint: Checkpoint, method: Method, batch: int, prefix: int, traine
     within = 6 * (positions * (inner + experts + 12 * text.hidden_size) + 2 * scores)
     kept = (2 if method.recompute else 0) * 4 * positions * text.hidden_size * layers
     workspace = state + kept + within * (1 if method.recompute else layers)
-    workspace += 6 * min(LOGITS, 4 * positions * text.vocab_size)
-    return Need(weights, 4 * prefix_bytes(checkpoint.config, prefix + 2 * canvas, 4, batch), workspace)
+    workspace += 6 * min(parts * LOGITS, 4 * positions * text.vocab_size)
+    return Need((1 + copies) * weights, 4 * prefix_bytes(checkpoint.config, prefix + 2 * canvas, 4, batch), workspace)
 
 
 def tune(
@@ -186,7 +191,8 @@ def tune(
             trainer.resume(output, about)
         longest = max(len(target.prompt) + len(target.answer) for example in train for target in example.targets)
         weights = sum(a.nbytes for a in flat(engine.model.parameters()).values())
-        needed = need(engine.checkpoint, method, plan.batch_size, longest, trainer.trainable, weights)
+        parts = trainer.parts(plan.batch_size, longest)
+        needed = need(engine.checkpoint, method, plan.batch_size, longest, trainer.trainable, weights, parts)
         say(
             f"Canvases are filled with {engine.tokenizer.convert_ids_to_tokens(fill)} behind an answer; "
             f"{count(len(train), 'sample')} to train on, {len(valid)} to validate; "
@@ -246,7 +252,7 @@ def _steps(
             batches.drawn(range(first + i * size, first + (i + 1) * size)) for i in range(trainer.method.accumulate)
         )
         told = trainer.update(list(drawn))
-        highest = max(highest, mx.get_peak_memory())  # before a generation counts anew
+        highest = max(highest, trainer.peak_bytes)  # before a generation counts anew
         last, stopping = trainer.step == steps, stop()
         due = (
             bool(checks and plan.validate_every) and (last or trainer.step % plan.validate_every == 0) and not stopping

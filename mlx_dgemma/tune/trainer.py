@@ -105,6 +105,11 @@ class Told:
     learning_rate: float
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def flat(tree: Any) -> dict[str, mx.array]:
     """{path: array} of a tree."""
     found: Any = tree_flatten(tree)
@@ -126,7 +131,7 @@ class Trainer:
         self._prepare()
         small = sum(a.nbytes for a in flat(model.parameters()).values()) <= MODEL
         # dropout draws from the state of one process
-        self._cores = (os.cpu_count() or 1) if on_cpu() and small and not method.dropout else 1
+        self._cores = cores() if on_cpu() and small and not method.dropout else 1
         self._workers = Workers(model, objective)
         model.train()
         if method.recompute:
@@ -205,17 +210,22 @@ class Trainer:
         key = mx.random.key((self.method.seed << 32) + number)
         config, objective = self.model.config, self.objective
         noise = draw(batch, objective, config.text.vocab_size, key)
-        count = self._parts(batch)
+        count = self.parts(*batch.tokens.shape)
         if count == 1:
             return differentiate(self.model, objective, batch, noise)
         parts = split(batch, noise, objective, config.image_token_id, count)
         return self._workers.gradients(self.model.trainable_parameters(), parts)
 
-    def _parts(self, batch: Batch) -> int:
-        """How many processes share a batch; the bits of its gradients depend on it."""
-        if self._cores == 1 or batch.tokens.size + batch.canvas.size < POSITIONS:
+    def parts(self, rows: int, prefix: int) -> int:
+        """How many processes share a batch of rows and prefix tokens; the bits of its gradients depend on it."""
+        if self._cores == 1 or rows * (prefix + self.model.config.canvas_length) < POSITIONS:
             return 1
-        return min(self._cores, len(batch.canvas))
+        return min(self._cores, rows)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that MLX held at most since its peak was reset, other processes included."""
+        return mx.get_peak_memory() + self._workers.peak_bytes
 
     def measure(self, batch: Batch, number: int) -> Losses:
         """A batch's loss without learning from it, under noise that depends on `number` alone."""

@@ -10,13 +10,13 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from ..errors import DgemmaError
+from ..errors import DgemmaError, MemoryLimitError
 from ..model import DiffusionGemma
 from .objective import Batch, Noise, Objective, Part, loss
 
@@ -35,34 +35,52 @@ class Workers:
     def __init__(self, model: DiffusionGemma, objective: Objective):
         self._model, self._objective = model, objective
         self._processes: list[subprocess.Popen] = []
+        self.peak_bytes = 0  # that all of them together held at most
 
     def _start(self) -> None:
         # A BLAS with threads of its own would fight for the cores.
         env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
-        command, pipe = [sys.executable, "-m", __name__], subprocess.PIPE
+        # This package, not one that happens to lie in the working directory.
+        command = [sys.executable, "-c", f"import sys; sys.path.pop(0); from {__name__} import serve; serve()"]
+        pipe = subprocess.PIPE
         # A session of their own: Ctrl-C stops this process, which finishes its step first.
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True)
         self._processes.append(process)
         _send((self._model, self._objective), process.stdin)
 
     def gradients(self, weights: Any, parts: Sequence[Part]) -> tuple[tuple[mx.array, ...], Any]:
-        """Losses and gradients of a batch, a process a part."""
+        """Losses and gradients of a batch, a process a part.
+
+        Raises:
+            MemoryLimitError: a process was ended from outside.
+            PromptError: as `loss`.
+        """
         while len(self._processes) < len(parts):
             self._start()
-        for process, part in zip(self._processes, parts):
-            _send((weights, part), process.stdin)
-        found = [_receive(process.stdout) for process, _ in zip(self._processes, parts)]
+        used = self._processes[: len(parts)]
+        try:
+            for process, part in zip(used, parts):
+                _send((weights, part), process.stdin)
+            found = [pickle.load(process.stdout) for process in used]
+        except (EOFError, BrokenPipeError):
+            self.close()
+            raise MemoryLimitError(
+                "A process that computed gradients has ended, as happens where memory runs out; "
+                "lower --batch-size, and go on with --resume."
+            ) from None
         for one in found:
             if isinstance(one, DgemmaError):
                 raise one
-        total = found[0]
-        for one in found[1:]:
+        self.peak_bytes = max(self.peak_bytes, sum(peak for _, peak in found))
+        total = found[0][0]
+        for one, _ in found[1:]:
             total = tree_map(lambda a, b: a + b, total, one)
         return total
 
     def close(self) -> None:
         """End the processes."""
         for process in self._processes:
+            process.kill()
             process.communicate()
         self._processes = []
 
@@ -79,11 +97,11 @@ def _send(what: Any, pipe: Any) -> None:
     pipe.flush()
 
 
-def _receive(pipe: Any) -> Any:
-    return pickle.load(pipe)
-
-
-def _serve(source: BinaryIO, sink: BinaryIO) -> None:
+def serve() -> None:
+    """Answer on stdout what comes on stdin: a model and an objective, then weights and parts."""
+    mx.set_default_device(mx.cpu)
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what is printed goes elsewhere
     model, objective = pickle.load(source)
     while True:
         try:
@@ -95,13 +113,7 @@ def _serve(source: BinaryIO, sink: BinaryIO) -> None:
         try:
             found = differentiate(model, objective, *part)
             mx.eval(found)
+            found = found, mx.get_peak_memory()
         except DgemmaError as error:
             found = error
         _send(found, sink)
-
-
-if __name__ == "__main__":
-    mx.set_default_device(mx.cpu)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what is printed goes elsewhere
-    _serve(sys.stdin.buffer, answers)
