@@ -61,7 +61,7 @@ class Workers:
         try:
             for process, part in zip(used, parts):
                 _send((weights, part), process.stdin)
-            found = [pickle.load(process.stdout) for process in used]
+            found: list[Any] = [_receive(process.stdout) for process in used]
         except (EOFError, BrokenPipeError):
             self.close()
             raise MemoryLimitError(
@@ -95,6 +95,10 @@ def differentiate(
 def _send(what: Any, pipe: Any) -> None:
     pickle.dump(what, pipe, pickle.HIGHEST_PROTOCOL)
     pipe.flush()
+
+
+def _receive(pipe: Any) -> Any:
+    return pickle.load(pipe)
 
 
 def serve() -> None:
