@@ -39,10 +39,10 @@ class Workers:
 
     def _start(self) -> None:
         # A BLAS with threads of its own would fight for the cores.
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
         # This package, not one that happens to lie in the working directory.
-        command = [sys.executable, "-c", f"import sys; sys.path.pop(0); from {__name__} import serve; serve()"]
-        pipe = subprocess.PIPE
+        run = f"import sys; sys.path = [*filter(None, sys.path)]; from {__name__} import serve; serve()"
+        command, pipe = [sys.executable, "-c", run], subprocess.PIPE
         # A session of their own: Ctrl-C stops this process, which finishes its step first.
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True)
         self._processes.append(process)
