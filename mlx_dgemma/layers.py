@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,8 +19,6 @@ CHUNK = 256  # keys; a chunk is a multiple of this
 LONGEST = 4096  # keys of a chunk at most: above them a step holds more and is not faster
 MATMUL_ROWS = 512  # up to here CUDA gathers rows faster as a product with a one-hot matrix
 SORT_FROM = 64  # rows * top_k from which sorting by expert pays: MLX's grouped kernels need it
-
-_custom: Any = mx.custom_function  # by its stub, what it makes returns an object
 
 
 def on_cpu() -> bool:
@@ -40,85 +37,10 @@ def fused(function: Callable, shapeless: bool = True) -> Callable:
     return call
 
 
+@fused
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """tanh-approximated GELU of `gate`, times `up`."""
-    if _by_powers(gate):
-        return gate * _let_through(gate) * up
-    return _geglu(gate, up)
-
-
-@fused
-def _geglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.gelu_approx(gate) * up
-
-
-_SLOPE = -2 * math.sqrt(2 / math.pi) * math.log2(math.e)
-
-
-@_custom
-def _let_through(gate: mx.array) -> mx.array:
-    """What GELU multiplies its input with, (1 + tanh(u)) / 2 as 1 / (1 + exp(-2 u))."""
-    return 1 / (1 + mx.power(2.0, gate * (_SLOPE + (_SLOPE * 0.044715) * (gate * gate))))
-
-
-@_let_through.vjp
-def _let_through_vjp(gate: mx.array, cotangent: mx.array, share: mx.array) -> mx.array:
-    slope = (-math.log(2) * _SLOPE) * (1 + (3 * 0.044715) * (gate * gate))
-    return cotangent * (share * (1 - share)) * slope
-
-
-def _by_powers(x: mx.array) -> bool:
-    """Whether exponentials are taken as powers of two: a third of the time of MLX's exp and tanh on an x86 CPU."""
-    return on_cpu() and x.dtype == mx.float32
-
-
-def exp(x: mx.array) -> mx.array:
-    """exp(x)."""
-    return _power(x) if _by_powers(x) else mx.exp(x)
-
-
-@_custom
-def _power(x: mx.array) -> mx.array:
-    return mx.power(2.0, x * math.log2(math.e))
-
-
-@_power.vjp
-def _power_vjp(x: mx.array, cotangent: mx.array, power: mx.array) -> mx.array:
-    return cotangent * power
-
-
-def softmax(x: mx.array) -> mx.array:
-    """Softmax over the last axis, computed in float32."""
-    if not _by_powers(x):
-        return mx.softmax(x, axis=-1, precise=True)
-    shares = exp(x - x.max(axis=-1, keepdims=True))
-    return shares / shares.sum(axis=-1, keepdims=True)
-
-
-def logsumexp(x: mx.array) -> mx.array:
-    """log(sum(exp(x))) over the last axis, which goes."""
-    top = mx.stop_gradient(x.max(axis=-1, keepdims=True))
-    return mx.log(exp(x - top).sum(axis=-1)) + top[..., 0]
-
-
-def softcap(x: mx.array, cap: float) -> mx.array:
-    """cap * tanh(x / cap) in float32."""
-    return cap * _tanh(x / cap) if _by_powers(x) else _softcap(x, mx.array(cap, mx.float32))
-
-
-@fused
-def _softcap(x: mx.array, cap: mx.array) -> mx.array:
-    return cap * mx.tanh(x.astype(mx.float32) / cap)
-
-
-@_custom
-def _tanh(x: mx.array) -> mx.array:
-    return 1 - 2 / (1 + mx.power(2.0, x * (2 * math.log2(math.e))))
-
-
-@_tanh.vjp
-def _tanh_vjp(x: mx.array, cotangent: mx.array, out: mx.array) -> mx.array:
-    return cotangent * (1 - out * out)
 
 
 def rms_norm(x: mx.array, eps: float) -> mx.array:
@@ -291,8 +213,6 @@ def attend(
     kv_heads, count = keys.shape[1:3]
     rows = batch * heads * length
     if rows * count * queries.dtype.size <= SCORES:
-        if _by_powers(queries):
-            return _attend_by_powers(queries, keys, values, mask.part(0, count))
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask.whole)
     size = min(max(SCORES // (2 * rows * mx.float32.size) // CHUNK * CHUNK, CHUNK), LONGEST)
     queries = queries.reshape(batch, kv_heads, -1, dim)  # a KV head's queries in one matrix: no key is repeated
@@ -315,17 +235,6 @@ def attend(
         if stages is not None:
             stages.append(mx.array(total))
     return (out / total).astype(values.dtype).reshape(batch, heads, length, dim)
-
-
-def _attend_by_powers(queries: mx.array, keys: mx.array, values: mx.array, seen: mx.array | None) -> mx.array:
-    """`attend` in one piece; `seen` is a bool mask."""
-    batch, heads, length, dim = queries.shape
-    scores = queries.reshape(batch, keys.shape[1], -1, dim) @ keys.swapaxes(-1, -2)
-    if seen is not None:
-        grouped = scores.reshape(batch, heads, length, -1)
-        scores = mx.where(seen, grouped, mx.finfo(mx.float32).min).reshape(scores.shape)
-    shares = exp(scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    return ((shares @ values) / shares.sum(axis=-1, keepdims=True)).reshape(queries.shape)
 
 
 @fused

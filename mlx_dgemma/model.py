@@ -17,11 +17,16 @@ import numpy as np
 
 from .config import ModelConfig
 from .errors import PromptError
-from .layers import Keys, Layer, SelfConditioning, View, softcap, softmax
+from .layers import Keys, Layer, SelfConditioning, View, fused
 from .prefix import Prefix
 from .vision import Projector, VisionTower
 
 LOOK_PATCHES = 10240  # patches that the vision tower encodes at once
+
+
+@fused
+def _softcap(x: mx.array, cap: mx.array) -> mx.array:
+    return cap * mx.tanh(x.astype(mx.float32) / cap)
 
 
 class Decoder(nn.Module):
@@ -177,7 +182,8 @@ class DiffusionGemma(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[B, C, H] -> [B, C, V] float32, softcapped, before temperature (the tied embedding is the head)."""
-        return softcap(self.model.decoder.embed_tokens.as_linear(hidden), self.config.text.final_logit_softcapping)
+        cap = mx.array(self.config.text.final_logit_softcapping, mx.float32)
+        return _softcap(self.model.decoder.embed_tokens.as_linear(hidden), cap)
 
     def condition(self, processed_logits: mx.array) -> mx.array:
         """The expected embedding under a step's processed logits, for the next step.
@@ -189,7 +195,7 @@ class DiffusionGemma(nn.Module):
             [B, C, H]: softmax(logits rounded to the model's dtype) @ embedding * sqrt(H).
         """
         table, dtype = self.model.decoder.embed_tokens, self.dtype
-        p = softmax(processed_logits.astype(dtype))
+        p = mx.softmax(processed_logits.astype(dtype), axis=-1, precise=True)
         if isinstance(table, nn.QuantizedEmbedding):
             expected = mx.quantized_matmul(
                 p,

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import sampler
-from ..layers import Layer, View, logsumexp
+from ..layers import Layer, View
 from ..model import DiffusionGemma
 from ..prefix import LayerKV
 
@@ -258,7 +258,7 @@ def cross_entropy(
     def lost(weights: dict, hidden: mx.array, cut: slice) -> mx.array:
         table.update(weights)
         logits, own = model.logits(hidden[None])[0], ids[cut]
-        total, picked = logsumexp(logits), mx.take_along_axis(logits, own[:, None], axis=-1)[:, 0]
+        total, picked = mx.logsumexp(logits, axis=-1), mx.take_along_axis(logits, own[:, None], axis=-1)[:, 0]
         if shift is not None and seen is not None:
             by, at = shift[cut], seen[cut]
             raised = mx.take_along_axis(logits, at[:, None], axis=-1)[:, 0] + by + mx.log1p(-mx.exp(-by))
