@@ -1,6 +1,7 @@
 """A batch's gradients on all cores: MLX's CPU backend computes on a single one, so each has a process of its own.
 
-Threads would not do: MLX bounds the tasks in flight of all streams together, and one starves the other.
+Threads would not do: MLX bounds the tasks in flight of all streams together, and one starves the other. Nor would
+multiprocessing, which runs a caller's script again in every process unless that guards its main part.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ class Workers:
             MemoryLimitError: a process was ended from outside.
             PromptError: as `loss`.
         """
-        while len(self._processes) < len(parts):
-            self._start()
-        used = self._processes[: len(parts)]
         try:
+            while len(self._processes) < len(parts):
+                self._start()
+            used = self._processes[: len(parts)]
             for process, part in zip(used, parts):
                 _send((weights, part), process.stdin)
             found: list[Any] = [_receive(process.stdout) for process in used]
