@@ -116,11 +116,10 @@ class Experts(nn.Module):
         longest = 64 if isinstance(_base(self.gate_up_proj), SwitchLinear) else 16
         slots, owners, length = runs(chosen, self.gate_up_proj.num_experts, longest)
         source, share = fill(slots, weights, owners.size * length, rows)
-        if rows <= MATMUL_ROWS and not on_cpu():
+        if rows <= MATMUL_ROWS:
             take, mix = one_hot(source, share, rows, x)
             return mix.T @ self._feed((take @ x).reshape(owners.size, length, size), owners).reshape(-1, size)
-        x = x[mx.minimum(source, rows - 1)].reshape(owners.size, length, size)
-        y = self._feed(x, owners, sorted_indices=on_cpu())  # which saves the CPU's gradient a scatter
+        y = self._feed(x[mx.minimum(source, rows - 1)].reshape(owners.size, length, size), owners)
         y = y.reshape(-1, size)[slots].reshape(rows, -1, size)
         return (y * weights.reshape(rows, -1, 1)).sum(axis=-2).astype(x.dtype)
 
@@ -141,10 +140,10 @@ def _base(module: nn.Module) -> nn.Module:
 def pads_runs() -> bool:
     """Whether experts are computed in padded runs.
 
-    CUDA's gather kernels read an expert once for every row, and the CPU's make a product of each row, so there
-    rows are padded to runs. Metal's sorted kernels tile runs themselves.
+    CUDA's gather kernels read an expert once for every row, so there its rows are padded to runs that
+    read it once each. Metal's sorted kernels tile runs themselves, and on the CPU nothing is gained.
     """
-    return not mx.metal.is_available()
+    return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
 def runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.array, int]:
