@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 VARIANTS = ("google", "nemo", "megatron", "megatron-reweighted", "megatron-loo", "megatron-reweighted-loo")
 TARGETS = ("attention", "mlp", "experts", "router", "self-conditioning")
+OPTIMIZERS = ("adamw", "muon")
 
 
 def read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
@@ -109,9 +110,14 @@ def _checked(path: str, param: click.Parameter, value: Any) -> Any:
 @number("--steps", 1, "Updates of the weights; a run that is resumed keeps its number.", "1000")
 @number("--batch-size", 1, "Samples of a batch.", "4")
 @number("--accumulate", 1, "Batches of a step.", "1")
-@number("--learning-rate", 0.0, "Highest; it falls to a tenth along a cosine.", "0.00015")
+@click.option(
+    "--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True,
+    help="Muon learns more from as many samples; its rates are some ten times greater.",
+)  # fmt: skip
+@number("--learning-rate", 0.0, "Highest; it rises first, and falls along a cosine.", "0.00015")
+@number("--final", 0.0, "Share of the learning rate that is left in the end.", "0.1")
 @number("--warmup", 0, "Steps in which the learning rate rises.", "a twentieth of the steps")
-@number("--weight-decay", 0.0, "AdamW's, times the learning rate.", "0.0001")
+@number("--weight-decay", 0.0, "Of the weights, times the learning rate.", "0.0001")
 @number("--clip", 0.0, "Norm of the gradients at most; 0: any.", "1")
 @click.option(
     "--recompute/--keep", default=True, show_default=True, help="Compute layers again for the gradient: less memory."

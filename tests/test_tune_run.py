@@ -51,8 +51,9 @@ def weights(model):
         {"kind": "full", "rank": 16, "alpha": 32.0},
         {"dropout": 0.2, "recompute": False},
         {"accumulate": 2, "targets": ("experts", "router")},
+        {"optimizer": "muon", "final": 0.0},
     ],
-    ids=["lora", "dora", "full", "dropout", "accumulated"],
+    ids=["lora", "dora", "full", "dropout", "accumulated", "muon"],
 )
 def test_stopped_and_resumed_is_bit_for_bit_one_run(tmp_path, changes):
     whole, first, second = (trainer(**changes) for _ in range(3))
@@ -118,6 +119,25 @@ def test_the_learning_rate_rises_and_falls_to_a_tenth():
     assert rates[:4] == sorted(rates[:4]) and rates[4:] == sorted(rates[4:], reverse=True)
     assert max(rates) == pytest.approx(0.1)
     assert 0.01 < rates[-1] < 0.02
+    one = trainer(steps=10, warmup=4, learning_rate=0.1, final=0.0)
+    assert 0 < [one.update([batch_of(0)]).learning_rate for _ in range(10)][-1] < 0.01
+
+
+def test_muon_changes_matrices_along_all_directions_and_decays_them_as_adamw_does():
+    one, two = trainer(optimizer="muon", weight_decay=0.0), trainer(optimizer="muon", weight_decay=10.0)
+    before = weights(one.model)
+    rate = one.update([batch_of(0)]).learning_rate
+    two.update([batch_of(0)])
+    mine, theirs = weights(one.model), weights(two.model)
+    before = {path: was for path, was in before.items() if path.endswith(("lora_a", "lora_b"))}
+    for path, was in before.items():
+        change = mine[path] - was
+        if np.abs(change).max() > 0:  # a change of `a` waits for the first one of `b`
+            expected = rate * max(1, was.shape[0] / was.shape[1]) ** 0.5
+            found = np.linalg.svd(change, compute_uv=False)
+            assert found.max() / expected < 1.3 and found.min() / expected > 0.3
+        np.testing.assert_allclose(theirs[path], mine[path] - 10 * rate * was, atol=1e-6)
+    assert any(np.abs(mine[path] - was).max() > 0 for path, was in before.items())
 
 
 def test_a_state_of_another_run_is_refused(tmp_path):
@@ -153,6 +173,14 @@ def test_methods_are_checked():
         refusal(OptionError, Method, seed=2**31) == "seed is 2147483648; it should be at least 0 and below 2147483648."
     )
     assert refusal(OptionError, Method, steps=3, warmup=3) == "warmup is 3; it should be below the 3 steps."
+    assert refusal(OptionError, Method, final=1.5) == "final is 1.5; it should be from 0 to 1."
+    assert refusal(OptionError, Method, optimizer="sgd") == "optimizer is 'sgd'; it should be one of adamw, muon."
+    assert refusal(OptionError, lambda: Method(optimizer="muon", kind="dora")) == (
+        "optimizer is muon, which takes matrices alone, and kind dora has others; take adamw."
+    )
+    assert refusal(OptionError, Method, optimizer="muon", targets=("mlp", "experts")) == (
+        "optimizer is muon, which takes matrices alone, and the target experts has others; take adamw."
+    )
     assert refusal(OptionError, Method, targets=()) == "targets is empty; name at least one group."
     assert refusal(OptionError, lambda: Method(kind="full", rank=4)) == (
         "rank is 4, but kind is full, which knows none; leave it out."
