@@ -112,7 +112,7 @@ def _checked(path: str, param: click.Parameter, value: Any) -> Any:
 @number("--accumulate", 1, "Batches of a step.", "1")
 @click.option(
     "--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True,
-    help="Muon learns more from as many samples; its rates are some ten times greater.",
+    help="Muon learns more from as many samples; its rates are several times greater.",
 )  # fmt: skip
 @number("--learning-rate", 0.0, "Highest; it rises first, and falls along a cosine.", "0.00015")
 @number("--final", 0.0, "Share of the learning rate that is left in the end.", "0.1")

@@ -41,7 +41,7 @@ def fused(function: Callable, shapeless: bool = True) -> Callable:
 @fused
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """tanh-approximated GELU of `gate`, times `up`."""
-    if on_cpu():  # (1 + tanh(u)) / 2 as sigmoid(2 u): MLX has powers, tanh and cosh computed one by one there
+    if on_cpu():  # (1 + tanh(u)) / 2 as sigmoid(2 u): powers, tanh and its gradient are slow there
         u = math.sqrt(2 / math.pi) * gate * (1 + 0.044715 * gate * gate)
         return gate * mx.sigmoid(2 * u) * up
     return nn.gelu_approx(gate) * up

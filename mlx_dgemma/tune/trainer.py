@@ -38,7 +38,7 @@ class Method:
         alpha: b @ a is multiplied by alpha / rank.
         dropout: of a LoRA's input.
         optimizer: "adamw", or "muon" (kellerjordan.github.io/posts/muon), which brings every matrix's update to
-            singular values near 1: it learns more from as many samples, and its learning rates are some ten times
+            singular values near 1: it learns more from as many samples, and its learning rates are several times
             greater.
         learning_rate: the highest; it rises over `warmup` steps and falls to `final` of it along a cosine.
         final: share of the learning rate that is left in the end.
