@@ -113,7 +113,7 @@ def test_accumulated_gradients_are_the_mean():
     assert all(np.allclose(mine[path], theirs[path], atol=1e-6) for path in mine)
 
 
-def test_the_learning_rate_rises_and_falls_to_a_tenth():
+def test_the_learning_rate_rises_and_falls_to_its_final_share():
     one = trainer(steps=10, warmup=4, learning_rate=0.1)
     rates = [one.update([batch_of(0)]).learning_rate for _ in range(10)]
     assert rates[:4] == sorted(rates[:4]) and rates[4:] == sorted(rates[4:], reverse=True)
