@@ -5,8 +5,8 @@
     mlx-dgemma evaluate FOLDER/arithmetic.jsonl --adapter adapter
     mlx-dgemma evaluate FOLDER/others.jsonl --adapter adapter --metric bench/arithmetic.py:right
 
-Problems are those of `tasks/`, whose numbers are up to 99, worked digit by digit as its thinking family works sums.
-None that is asked is learnt, nor its numbers the other way round. A part of the data are the other families, so that
+Problems are those of `tasks/` with two-digit numbers, worked digit by digit as its thinking family works sums. None
+that is asked is learnt, nor its numbers the other way round. A part of the data are the other families, so that
 they are not forgotten; theirs are drawn again, from a random number of their own.
 """
 
@@ -48,13 +48,10 @@ def worked(sign: str, x: int, y: int) -> str:
     return f"Ones: {top} - {y % 10} = {top - y % 10}. {told} Tens: {left} - {y // 10} = {left - y // 10}."
 
 
-def problem(r: random.Random, like_asked: bool) -> tuple[str, int, int]:
-    """Sign and numbers; to learn from, differences and single digits come up more often than when asked."""
-    sign = "+" if r.random() < (0.5 if like_asked else 0.4) else "-"
-    x, y = r.randint(0, 99), r.randint(0, 99)
-    if not like_asked and r.random() < 0.15:
-        x, y = r.sample([x, y % 10], 2)
-    return (sign, x, y) if sign == "+" else (sign, max(x, y), min(x, y))
+def problem(r: random.Random, sums: float) -> tuple[str, int, int]:
+    """Sign and numbers; a difference is never negative."""
+    x, y = r.randint(10, 99), r.randint(10, 99)
+    return ("+", x, y) if r.random() < sums else ("-", max(x, y), min(x, y))
 
 
 def arithmetic(r: random.Random, sign: str, x: int, y: int) -> dict:
@@ -83,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=int, default=25000)
-    parser.add_argument("--others", type=float, default=0.15, help="share of the other families")
+    parser.add_argument("--others", type=float, default=0.22, help="share of the other families")
     parser.add_argument("--asked", type=int, default=200, help="problems held out")
     parser.add_argument("--each", type=int, default=20, help="questions of each other family")
     parser.add_argument("--seed", type=int, default=0)
@@ -91,7 +88,7 @@ def main() -> None:
     asked, learnt = random.Random(2 * args.seed), random.Random(2 * args.seed + 1)
     held: dict[tuple, None] = {}
     while len(held) < args.asked:
-        held[problem(asked, like_asked=True)] = None
+        held[problem(asked, 0.5)] = None
     hidden = {(sign, *pair) for sign, x, y in held for pair in ((x, y), (y, x))}
     args.folder.mkdir(parents=True)
     write(args.folder / "arithmetic.jsonl", [arithmetic(asked, *one) for one in held])
@@ -100,7 +97,7 @@ def main() -> None:
     while len(records) < args.samples:
         if learnt.random() < args.others:
             records.append(other(learnt, learnt.choices(OTHERS, WEIGHTS)[0]))
-        elif (one := problem(learnt, like_asked=False)) not in hidden:
+        elif (one := problem(learnt, 0.45)) not in hidden:  # differences are new to the model
             records.append(arithmetic(learnt, *one))
     write(args.folder / "train.jsonl", records)
 

@@ -95,7 +95,7 @@ def test_draws_depend_on_the_key_alone():
     many = Batch(*(np.repeat(a, 500, axis=0) for a in (batch.tokens, batch.real, batch.canvas, batch.supervised)))
     noise = draw(many, nemo, 40, mx.random.key(1))
     t = np.array(noise.t)
-    assert t.min() >= nemo.low and t.max() <= nemo.high
+    assert t.min() >= nemo.noise_min and t.max() <= nemo.noise_max
     assert t.mean() == pytest.approx(0.5, abs=0.03)
     assert noise.conditioned.mean() == pytest.approx(0.5, abs=0.05)
 

@@ -208,6 +208,12 @@ def test_plans_are_checked():
     assert refusal(OptionError, lambda: Plan("a", Path("b"), self_conditioning=2.0)) == (
         "self_conditioning is 2.0; it should be from 0 to 1."
     )
+    assert refusal(OptionError, lambda: Plan("a", Path("b"), noise_min=1.0)) == (
+        "noise_min is 1.0; it should be above 0 and below 0.9999."
+    )
+    chosen = Plan("a", Path("b"), "megatron", noise_min=0.2).objective
+    t = np.array(noise_of(batch_of(0, rows=64), chosen, 40, mx.random.key(0)).t)
+    assert 0.2 <= t.min() < 0.3 and 0.9 < t.max() <= 1
 
 
 def test_more_methods_are_checked():

@@ -28,8 +28,8 @@ class Objective:
     """How a loss is made.
 
     Attributes:
-        low: least t.
-        high: greatest t.
+        noise_min: least t; from 0.2 or so a canvas says less of itself, and more must be known.
+        noise_max: greatest t.
         reweighted: weigh a canvas by 1 / (1 - t), the rate at which tokens lose their value.
         leave_one_out: the network tells what a token is from all others (arXiv 2605.22765), so a position's logit of
             the token seen there is raised by log(1 + V * (1 - t) / t) before the softmax.
@@ -41,8 +41,8 @@ class Objective:
         clip: what 1 / (1 - t) is at most.
     """
 
-    low: float = 1e-4
-    high: float = 1 - 1e-4
+    noise_min: float = 1e-4
+    noise_max: float = 1 - 1e-4
     reweighted: bool = False
     leave_one_out: bool = False
     fill: bool = True
@@ -56,12 +56,14 @@ VARIANTS = {
     # google-deepmind/gemma, diffusion: every canvas token counts alike
     "google": Objective(),
     # NVIDIA NeMo AutoModel: other times, and a mean over tokens
-    "nemo": Objective(low=1e-3, high=1.0, by_token=True),
+    "nemo": Objective(noise_min=1e-3, noise_max=1.0, by_token=True),
     # NVIDIA Megatron-Bridge: the padding of a last canvas does not count
-    "megatron": Objective(low=1e-3, high=1 - 1e-3, fill=False),
-    "megatron-reweighted": Objective(low=1e-3, high=1 - 1e-3, fill=False, reweighted=True),
-    "megatron-loo": Objective(low=1e-3, high=1 - 1e-3, fill=False, leave_one_out=True),
-    "megatron-reweighted-loo": Objective(low=1e-3, high=1 - 1e-3, fill=False, reweighted=True, leave_one_out=True),
+    "megatron": Objective(noise_min=1e-3, noise_max=1 - 1e-3, fill=False),
+    "megatron-reweighted": Objective(noise_min=1e-3, noise_max=1 - 1e-3, fill=False, reweighted=True),
+    "megatron-loo": Objective(noise_min=1e-3, noise_max=1 - 1e-3, fill=False, leave_one_out=True),
+    "megatron-reweighted-loo": Objective(
+        noise_min=1e-3, noise_max=1 - 1e-3, fill=False, reweighted=True, leave_one_out=True
+    ),
 }
 """The published objectives, by their source."""
 
@@ -117,7 +119,7 @@ def draw(batch: Batch, objective: Objective, vocab_size: int, key: mx.array) -> 
     def uniform(own: mx.array) -> mx.array:
         return mx.vmap(lambda key: mx.random.uniform(key=key))(own)
 
-    t = objective.low + (objective.high - objective.low) * uniform(first)
+    t = objective.noise_min + (objective.noise_max - objective.noise_min) * uniform(first)
     conditioned = np.asarray(uniform(third) < objective.self_conditioning)
     return Noise(t, sampler.corrupt(mx.array(batch.canvas), t, vocab_size, second), conditioned)
 

@@ -42,6 +42,7 @@ class Plan:
         variant: of the objective, a name in `VARIANTS`.
         encoder_weight: of the encoder's loss; None: the variant's.
         self_conditioning: probability of the first pass; None: the variant's.
+        noise_min: least share of a canvas that is replaced; None: the variant's.
         batch_size: samples of a batch.
         turns: "last" or "all" of a chat's answers are learnt.
         max_length: tokens that a sample may have; None: the context.
@@ -58,6 +59,7 @@ class Plan:
     variant: str = "google"
     encoder_weight: float | None = None
     self_conditioning: float | None = None
+    noise_min: float | None = None
     batch_size: int = 4
     turns: str = "last"
     max_length: int | None = None
@@ -80,6 +82,8 @@ class Plan:
                 raise OptionError(f"{name} is {getattr(self, name)}; it should be at least {low}.")
         if self.self_conditioning is not None and not 0 <= self.self_conditioning <= 1:
             raise OptionError(f"self_conditioning is {self.self_conditioning}; it should be from 0 to 1.")
+        if self.noise_min is not None and not 0 < self.noise_min < VARIANTS["google"].noise_max:
+            raise OptionError(f"noise_min is {self.noise_min}; it should be above 0 and below 0.9999.")
         if self.output == Path():
             raise OptionError("output is empty; name a folder to make.")
 
@@ -92,7 +96,7 @@ class Plan:
         """
         if self.variant not in VARIANTS:
             raise OptionError(f"There is no objective {self.variant!r}; take one of {', '.join(VARIANTS)}.")
-        names = ("encoder_weight", "self_conditioning")
+        names = ("encoder_weight", "self_conditioning", "noise_min")
         return replace(VARIANTS[self.variant], **{n: v for n in names if (v := getattr(self, n)) is not None})
 
 
