@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=int, default=25000)
-    parser.add_argument("--others", type=float, default=0.26, help="share of the other families")
+    parser.add_argument("--others", type=float, default=0.22, help="share of the other families")
     parser.add_argument("--asked", type=int, default=200, help="problems held out")
     parser.add_argument("--each", type=int, default=20, help="questions of each other family")
     parser.add_argument("--seed", type=int, default=0)
