@@ -106,7 +106,7 @@ def _checked(path: str, param: click.Parameter, value: Any) -> Any:
 @click.option("--variant", type=click.Choice(VARIANTS), default="google", show_default=True, help="The objective.")
 @number("--encoder-weight", 0.0, "Of the encoder's next-token loss.", "1")
 @number("--self-conditioning", 0.0, "How often a first pass conditions the canvas.", "0.5")
-@number("--noise-min", 0.0, "Least share of a canvas's tokens that is replaced.", "the variant's: 0.0001 or 0.001")
+@number("--noise-min", 0.0, "Least probability of replacing a token; 0.2 skips nearly clean canvases.", "the variant's")
 @number("--fill", 0, "Token that fills the canvas behind an answer.", "what the checkpoint puts there")
 @number("--steps", 1, "Updates of the weights; a run that is resumed keeps its number.", "1000")
 @number("--batch-size", 1, "Samples of a batch.", "4")

@@ -28,7 +28,7 @@ class Objective:
     """How a loss is made.
 
     Attributes:
-        noise_min: least t; from 0.2 or so a canvas says less of itself, and more must be known.
+        noise_min: least t; canvases that are nearly clean teach little.
         noise_max: greatest t.
         reweighted: weigh a canvas by 1 / (1 - t), the rate at which tokens lose their value.
         leave_one_out: the network tells what a token is from all others (arXiv 2605.22765), so a position's logit of

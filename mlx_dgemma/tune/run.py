@@ -42,7 +42,7 @@ class Plan:
         variant: of the objective, a name in `VARIANTS`.
         encoder_weight: of the encoder's loss; None: the variant's.
         self_conditioning: probability of the first pass; None: the variant's.
-        noise_min: least share of a canvas that is replaced; None: the variant's.
+        noise_min: least t; None: the variant's.
         batch_size: samples of a batch.
         turns: "last" or "all" of a chat's answers are learnt.
         max_length: tokens that a sample may have; None: the context.
