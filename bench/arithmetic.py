@@ -6,13 +6,14 @@
     mlx-dgemma evaluate FOLDER/others.jsonl --adapter adapter --metric bench/arithmetic.py:right
 
 Problems are those of `tasks/` with two-digit numbers, worked digit by digit as its thinking family works sums. None
-that is asked is learnt, nor its numbers the other way round. A part of the data are the other families, so that
-they are not forgotten; theirs are drawn again, from a random number of their own.
+that is asked is learnt, in no family, nor its numbers the other way round. A part of the data are the other families,
+so that they are not forgotten; theirs are drawn again, from a random number of their own.
 """
 
 import argparse
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -89,16 +90,19 @@ def main() -> None:
     held: dict[tuple, None] = {}
     while len(held) < args.asked:
         held[problem(asked, 0.5)] = None
-    hidden = {(sign, *pair) for sign, x, y in held for pair in ((x, y), (y, x))}
+    hidden = {f"{a} {sign} {b}" for sign, x, y in held for a, b in ((x, y), (y, x))}
     args.folder.mkdir(parents=True)
     write(args.folder / "arithmetic.jsonl", [arithmetic(asked, *one) for one in held])
     write(args.folder / "others.jsonl", [other(asked, family) for family in OTHERS for _ in range(args.each)])
     records = []
     while len(records) < args.samples:
         if learnt.random() < args.others:
-            records.append(other(learnt, learnt.choices(OTHERS, WEIGHTS)[0]))
-        elif (one := problem(learnt, 0.45)) not in hidden:  # differences are new to the model
-            records.append(arithmetic(learnt, *one))
+            record = other(learnt, learnt.choices(OTHERS, WEIGHTS)[0])
+        else:
+            record = arithmetic(learnt, *problem(learnt, 0.45))  # differences are new to the model
+        asks = re.search(r"\d+ [+-] \d+", record["messages"][0]["content"])  # the thinking family asks sums too
+        if not asks or asks[0] not in hidden:
+            records.append(record)
     write(args.folder / "train.jsonl", records)
 
 
