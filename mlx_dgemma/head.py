@@ -105,7 +105,7 @@ class Reading(NamedTuple):
         elif dense:
             flat = expected.reshape(-1, expected.shape[-1])
             diffuse = self.diffuse.flatten()
-            index = mx.argsort(~diffuse)[:dense]
+            index = mx.argsort(mx.where(diffuse, 0, 1))[:dense]  # Metal sorts integers, but no bools
             states, log_mass = self.hidden.reshape(flat.shape)[index], self.log_mass.flatten()[index, None]
             t = mx.broadcast_to(self.t, (*self.log_mass.shape, 1)).reshape(-1, 1)[index]
             whole = mx.zeros(states.shape, mx.float32)

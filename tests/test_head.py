@@ -243,6 +243,16 @@ def test_conditioning_of_diffuse_positions_is_dense_and_of_others_within_the_tai
         assert np.linalg.norm(off[~diffuse], axis=-1).max() < bound + 8 * near(model, dense)
 
 
+def test_no_bools_are_sorted(monkeypatch):
+    """Metal has no kernel that sorts them."""
+    sort, seen = mx.argsort, []
+    monkeypatch.setattr(mx, "argsort", lambda a, *rest, **named: seen.append(a.dtype) or sort(a, *rest, **named))
+    model = model_of("float32", 1000)
+    reading = head.read(model, states(model), T, keys_of(3, 4))
+    mx.eval(reading.condition(model, 4))
+    assert seen and mx.bool_ not in seen
+
+
 def test_what_the_tail_leaves_out_is_within_its_bound(monkeypatch):
     """With so wide a tail the bound tells, and rounding does not."""
     model = model_of("float32", 1000)
