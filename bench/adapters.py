@@ -22,10 +22,11 @@ from report import finish, machine, table
 from safetensors.torch import load_file, save_file
 from transformers import DiffusionGemmaForBlockDiffusion
 
-from mlx_dgemma import peft
-from mlx_dgemma.adapters import Adapter, Delta
-from mlx_dgemma.checkpoint import Checkpoint, build
-from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.adapters import peft
+from mlx_dgemma.adapters.deltas import Adapter, Delta
+from mlx_dgemma.checkpoint.build import build
+from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
 BOUND = 1e-4
 TEMPERATURE = 0.8  # between the first step and the one that it conditions

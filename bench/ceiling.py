@@ -3,7 +3,7 @@
 import mlx.core as mx
 from report import GIB
 
-from mlx_dgemma.config import ModelConfig, VisionConfig
+from mlx_dgemma.model.config import ModelConfig, VisionConfig
 
 # device name: (GB/s, TFLOP/s of dense 16-bit matrix products). Apple's are the largest bins, from core counts
 # and clocks; M5's with its neural accelerators, the base chip's measured, the others scaled from it.

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 import tasks
 
 import mlx_dgemma
-from mlx_dgemma import choose
+from mlx_dgemma.tasks import choose
 
 FAMILIES = ("compare", "capital", "v_one", "v_count", "v_two", "v_video")
 WRONG = ["yes", "perhaps", "seventeen", "Bogota"]  # in no answer

@@ -30,7 +30,7 @@ from peers import (
 from report import GIB, attempt, finish, machine, ratio
 from step import ceilings, measure, nbytes
 
-from mlx_dgemma.checkpoint import suit_device
+from mlx_dgemma.checkpoint.build import suit_device
 
 PEERS = ("mlx-vlm", "transformers")
 

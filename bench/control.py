@@ -29,14 +29,17 @@ from report import finish, machine, spread, table
 from shapes import random_model, random_prompt, raw_config
 
 import mlx_dgemma
-from mlx_dgemma.canvas import Constrained
-from mlx_dgemma.checkpoint import suit_device
-from mlx_dgemma.constrain import Language, Marginals, Spelling, best_text
-from mlx_dgemma.denoise import denoise_block
-from mlx_dgemma.generate import GenerationOptions, prefill
-from mlx_dgemma.infill import Seams
-from mlx_dgemma.regular import translate
-from mlx_dgemma.schema import to_regex
+from mlx_dgemma.checkpoint.build import suit_device
+from mlx_dgemma.constraints.language import Language
+from mlx_dgemma.constraints.patterns import translate
+from mlx_dgemma.constraints.schema import to_regex
+from mlx_dgemma.constraints.search import Marginals, best_text
+from mlx_dgemma.constraints.tokens import Spelling
+from mlx_dgemma.decoding.canvas import denoise_block
+from mlx_dgemma.decoding.options import GenerationOptions
+from mlx_dgemma.decoding.prefill import prefill
+from mlx_dgemma.tasks.constrained import Constrained
+from mlx_dgemma.tasks.infill import Seams
 
 sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 from constraints import PATTERNS, PERSON, SCHEMAS, TEN, Pieces, determined, hole

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from report import finish, machine, ratio, show, spread, table
 from shapes import TOWER, raw_config
 
-from mlx_dgemma.checkpoint import DEMO
-from mlx_dgemma.config import ModelConfig
+from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.convert.recipes import DEFAULT, RECIPES
 from mlx_dgemma.convert.writer import ITEM, Entry, Writer, write_json
-from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
 ROOT = Path(__file__).resolve().parent.parent
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json")

@@ -17,9 +17,13 @@ from report import GIB, finish, machine, spread, table
 from shapes import add_arguments, from_arguments, random_prompt
 from step import nbytes
 
-from mlx_dgemma.checkpoint import suit_device
-from mlx_dgemma.generate import Block, GenerationOptions, Loop, encoding
-from mlx_dgemma.session import Job, Row, Session
+from mlx_dgemma.checkpoint.build import suit_device
+from mlx_dgemma.decoding.events import Block
+from mlx_dgemma.decoding.loop import Loop
+from mlx_dgemma.decoding.options import GenerationOptions
+from mlx_dgemma.decoding.prefill import encoding
+from mlx_dgemma.decoding.request import Job, Row
+from mlx_dgemma.decoding.session import Session
 
 
 class Reader:

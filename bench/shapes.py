@@ -7,10 +7,10 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from report import on_cpu
 
-from mlx_dgemma.checkpoint import DTYPES
-from mlx_dgemma.config import ModelConfig
+from mlx_dgemma.checkpoint.build import DTYPES
 from mlx_dgemma.convert.recipes import RECIPES
-from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
 # Spelt out, because every runtime has other defaults.
 SHAPES = {

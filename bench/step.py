@@ -20,10 +20,11 @@ from mlx.utils import tree_flatten
 from report import GIB, attempt, finish, machine
 from shapes import add_arguments, from_arguments, random_prompt
 
-from mlx_dgemma.checkpoint import DTYPES, suit_device
-from mlx_dgemma.denoise import denoise_block
-from mlx_dgemma.generate import GenerationOptions, prefill
-from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.checkpoint.build import DTYPES, suit_device
+from mlx_dgemma.decoding.canvas import denoise_block
+from mlx_dgemma.decoding.options import GenerationOptions
+from mlx_dgemma.decoding.prefill import prefill
+from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
 
 def measure(model: DiffusionGemma, prompt: mx.array, steps: int, mode: str = "default") -> dict:

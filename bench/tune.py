@@ -17,8 +17,8 @@ from report import GIB, finish, machine, spread, table
 from shapes import add_arguments, from_arguments, random_prompt
 from step import nbytes
 
-from mlx_dgemma.adapters import GROUPS
-from mlx_dgemma.checkpoint import suit_device
+from mlx_dgemma.adapters.deltas import GROUPS
+from mlx_dgemma.checkpoint.build import suit_device
 from mlx_dgemma.tune.objective import VARIANTS, Batch
 from mlx_dgemma.tune.trainer import KINDS, Method, Trainer
 

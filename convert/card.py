@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml  # huggingface-hub brings it
 
 from mlx_dgemma import __version__
-from mlx_dgemma.terminal import human
+from mlx_dgemma.errors import human
 
 from .recipes import RECIPES, Recipe
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dgemma.errors import DgemmaError
-from mlx_dgemma.terminal import human
+from mlx_dgemma.errors import DgemmaError, human
 
 from . import recipes
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint import Checkpoint, find
+from mlx_dgemma.checkpoint.find import find
+from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.errors import CheckpointError, OptionError
-from mlx_dgemma.layers import on_cpu
+from mlx_dgemma.model.device import on_cpu
 
 from . import card, hub
 from .folder import carry, created, vacant

@@ -10,9 +10,8 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
-from mlx_dgemma.checkpoint import Checkpoint
-from mlx_dgemma.errors import DgemmaError, OptionError
-from mlx_dgemma.terminal import human
+from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.errors import DgemmaError, OptionError, human
 
 from .recipes import Quantization, part_of
 from .writer import INDEX, write_json

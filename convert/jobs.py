@@ -11,8 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma import weights
-from mlx_dgemma.checkpoint import FLOATS, Checkpoint, TensorInfo
+from mlx_dgemma.checkpoint import weights
+from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.checkpoint.headers import FLOATS, TensorInfo
 from mlx_dgemma.errors import CheckpointError, OptionError
 
 from .recipes import Quantization, Recipe

@@ -10,11 +10,12 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
-from mlx_dgemma.checkpoint import Checkpoint
+from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.errors import CheckpointError
-from mlx_dgemma.model import DiffusionGemma
-from mlx_dgemma.prefix import Prefix
-from mlx_dgemma.prompt import messages_of, render
+from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_dgemma.model.kv_cache import Prefix
+from mlx_dgemma.prompt.messages import messages_of
+from mlx_dgemma.prompt.template import render
 
 from .jobs import make_jobs, source_quantization
 

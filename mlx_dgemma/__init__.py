@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .decoding.events import Block, Draft, Finished, Result
+    from .decoding.options import GenerationOptions
+    from .decoding.session import Session
     from .engine import Engine, load
     from .errors import CheckpointError, DgemmaError, MemoryLimitError, OptionError, PromptError
-    from .generate import Block, Draft, Finished, GenerationOptions
-    from .result import Result
-    from .session import Session
 
 _HOME = {
     "engine": ("Engine", "load"),
     "errors": ("CheckpointError", "DgemmaError", "MemoryLimitError", "OptionError", "PromptError"),
-    "generate": ("Block", "Draft", "Finished", "GenerationOptions"),
-    "result": ("Result",),
-    "session": ("Session",),
+    "decoding.events": ("Block", "Draft", "Finished", "Result"),
+    "decoding.options": ("GenerationOptions",),
+    "decoding.session": ("Session",),
 }
 __all__ = [
     "Block",

@@ -15,21 +15,33 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import adapters, memory, peft, verbs
-from .checkpoint import Checkpoint, build, find
-from .choose import Labels, choose
-from .config import ModelConfig
-from .constrain import Language, Spelling
+from .adapters import deltas, peft
+from .checkpoint import memory
+from .checkpoint.build import build
+from .checkpoint.find import find
+from .checkpoint.folder import Checkpoint
+from .constraints.language import Language
+from .constraints.tokens import Spelling
+from .decoding.events import Block, Draft, Finished, Result, Stats
+from .decoding.loop import Loop
+from .decoding.options import GenerationOptions
+from .decoding.prefill import encoding
+from .decoding.request import Job, Picture, Row
+from .decoding.session import Session
 from .errors import CheckpointError, OptionError, PromptError
-from .generate import Block, Draft, Finished, GenerationOptions, Loop, encoding
-from .images import digest, join, open_image, patchify
-from .layers import on_cpu
-from .model import DiffusionGemma
-from .prefix import Prefix
-from .prompt import Answer, Message, messages_of, opens_thought, parts_of, render
-from .result import Result, Stats
-from .session import Job, Picture, Row, Session
-from .video import sample_frames, stamp
+from .model import device
+from .model.config import ModelConfig
+from .model.device import on_cpu
+from .model.diffusion_gemma import DiffusionGemma
+from .model.kv_cache import Prefix
+from .model.patches import join
+from .prompt.answer import Answer
+from .prompt.images import digest, open_image, patchify
+from .prompt.messages import Message, messages_of, parts_of
+from .prompt.template import opens_thought, render
+from .prompt.video import sample_frames, stamp
+from .tasks import constrained, edit, fill, infill
+from .tasks.choose import Labels, choose
 
 Prompt = str | Sequence[Message]
 KEPT_LANGUAGES = 16  # of constraints, the last used
@@ -131,13 +143,13 @@ class Engine:
         effective = self.options.override(max_tokens=max_tokens, **options)
         messages = messages_of(prompt, system, images, video)
         row = self._row(messages, seed, effective, thinking, tools)
-        return Job(row, effective, verbs.constraint(self, row, effective, schema, regex, thinking, tools))
+        return Job(row, effective, constrained.constraint(self, row, effective, schema, regex, thinking, tools))
 
     def run(self, job: Job, session: Session | None = None, drafts: bool = True) -> Iterator[Draft | Block | Finished]:
         """Generate what was prepared, event by event, as `stream` does."""
         loop, job.drafts = Loop(self.model), drafts
         mx.reset_peak_memory()
-        with memory.wired_limit():
+        with device.wired_limit():
             self.start(loop, job, session)
             while loop.jobs:
                 for _, event in self.advance(loop):
@@ -194,7 +206,7 @@ class Engine:
         loop, results = Loop(self.model), {}
         looked: dict[str, mx.array] = {}
         mx.reset_peak_memory()
-        with memory.wired_limit():
+        with device.wired_limit():
             for job in jobs:
                 self.start(loop, job)
                 job.session.features = looked  # a picture in several prompts is looked at once
@@ -241,9 +253,9 @@ class Engine:
         Raises:
             PromptError, OptionError: as `stream`.
         """
-        return self._last(self.run(verbs.infill(self, prefix, suffix, **arguments), drafts=False))
+        return self._last(self.run(infill.infill(self, prefix, suffix, **arguments), drafts=False))
 
-    def fill(self, template: str, holes: verbs.Holes, **arguments: Any) -> Result:
+    def fill(self, template: str, holes: fill.Holes, **arguments: Any) -> Result:
         """Fill a template's holes: the text is the template, with `r.holes` in place of the names in braces.
 
         Args:
@@ -256,7 +268,7 @@ class Engine:
         Raises:
             PromptError, OptionError: as `stream`; a hole that only one of template and `holes` has.
         """
-        return self._last(self.run(verbs.fill(self, template, holes, **arguments), drafts=False))
+        return self._last(self.run(fill.fill(self, template, holes, **arguments), drafts=False))
 
     def edit(self, text: str, instruction: str, **arguments: Any) -> Result:
         """Rewrite a text as an instruction says, beginning with the text itself rather than with noise.
@@ -271,7 +283,7 @@ class Engine:
         Raises:
             PromptError, OptionError: as `stream`.
         """
-        return self._last(self.run(verbs.edit(self, text, instruction, **arguments), drafts=False))
+        return self._last(self.run(edit.edit(self, text, instruction, **arguments), drafts=False))
 
     @staticmethod
     def _last(events: Iterator[Draft | Block | Finished]) -> Result:
@@ -554,7 +566,7 @@ def load(
     tokenizer = _load_tokenizer(checkpoint)
     model = build(checkpoint, dtype, dequantize)
     if read is not None:
-        adapters.apply(model, read)
+        deltas.apply(model, read)
         modes = "both modes alike" if read.shared else "encoder and decoder differently"
         notes.append(f"The adapter {folder} changes {len(read.changes)} modules, {modes}.")
     options = GenerationOptions.of(checkpoint.generation, checkpoint.processor)

@@ -1,5 +1,25 @@
 """The mistakes a user can make and mend: each message is one sentence, shown as it stands."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def human(nbytes: float) -> str:
+    """Bytes in decimal units: 8.2 MB, 15.6 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def count(number: int, noun: str) -> str:
+    """1 block, 2 blocks."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
 
 class DgemmaError(Exception):
     """Base of every error below; the command line prints its message and exits with 1."""

@@ -14,8 +14,8 @@ import pytest
 from serving import serving
 
 import mlx_dgemma
-from mlx_dgemma.checkpoint import DEMO
-from mlx_dgemma.schedule import Scheduler
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.serving.scheduler import Scheduler
 
 DATA = Path(__file__).parent / "data"
 INDEX = "model.safetensors.index.json"

@@ -9,10 +9,13 @@ import numpy as np
 from naive import two_levels
 from support import small_model
 
-from mlx_dgemma import head
+from mlx_dgemma.decoding.loop import Loop
+from mlx_dgemma.decoding.options import GenerationOptions
+from mlx_dgemma.decoding.prefill import encoding
+from mlx_dgemma.decoding.request import Job, Row
+from mlx_dgemma.decoding.session import Session
 from mlx_dgemma.engine import Engine
-from mlx_dgemma.generate import GenerationOptions, Loop, encoding
-from mlx_dgemma.session import Job, Row, Session
+from mlx_dgemma.model import head
 
 # A random model is never sure, so these bounds are wide: some canvases settle and some do not.
 OPTIONS = GenerationOptions(

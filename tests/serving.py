@@ -10,10 +10,10 @@ from urllib.parse import unquote
 
 import uvicorn
 
-from mlx_dgemma.generate import GenerationOptions
-from mlx_dgemma.schedule import Accepted, Load, Ticket
+from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.settings import Settings
+from mlx_dgemma.serving.scheduler import Accepted, Load, Ticket
 
 MODEL = "demo"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

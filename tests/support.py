@@ -10,10 +10,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from PIL import Image, ImageDraw
 
 import mlx_dgemma
-from mlx_dgemma.config import ModelConfig
 from mlx_dgemma.engine import Engine
-from mlx_dgemma.model import DiffusionGemma
-from mlx_dgemma.prompt import messages_of
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_dgemma.prompt.messages import messages_of
 
 DATA = Path(__file__).parent / "data"
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -14,14 +14,19 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from support import gap, random_tokens, refusal, small_config, small_model
 
 import mlx_dgemma
-from mlx_dgemma import adapters, checkpoint, cli, memory, peft
-from mlx_dgemma.adapters import Adapter, Delta, apply, start, taken, targets
-from mlx_dgemma.checkpoint import Checkpoint, build
+from mlx_dgemma.adapters import deltas as adapters
+from mlx_dgemma.adapters import peft
+from mlx_dgemma.adapters.deltas import Adapter, Delta, apply, start, taken, targets
+from mlx_dgemma.adapters.fuse import fuse, write_checkpoint
+from mlx_dgemma.checkpoint import build as build_module
+from mlx_dgemma.checkpoint import memory
+from mlx_dgemma.checkpoint.build import build
+from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.cli import main
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.jobs import make_jobs, source_quantization
 from mlx_dgemma.errors import CheckpointError, OptionError
-from mlx_dgemma.fuse import fuse, write_checkpoint
-from mlx_dgemma.layers import on_cpu
+from mlx_dgemma.model.device import on_cpu
 
 BOUND = 1e-4
 LINEAR = (nn.Linear, SwitchLinear)
@@ -184,7 +189,7 @@ def packed(mode, bits=4):
         if mode:
             nn.quantize(model, 32, bits, mode=mode, class_predicate=lambda _, m: isinstance(m, LINEAR))
         if unpack:
-            checkpoint._dequantize(model, mx.float32)
+            build_module._dequantize(model, mx.float32)
         found.append(model)
     return found
 
@@ -520,7 +525,7 @@ def test_a_model_is_written_as_its_checkpoint_stores_it(demo, tmp_path, recipe):
 
 
 def run(*arguments, data=None):
-    return CliRunner().invoke(cli.main, [str(one) for one in arguments], input=data, prog_name="mlx-dgemma")
+    return CliRunner().invoke(main.main, [str(one) for one in arguments], input=data, prog_name="mlx-dgemma")
 
 
 def test_an_adapter_changes_an_answer_and_the_fused_checkpoint_gives_the_same(float32, adapter, tmp_path):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from support import FULL, SLIDING, gap, random_tokens, small_model
 
-from mlx_dgemma import layers, memory
-from mlx_dgemma.layers import attend
-from mlx_dgemma.prefix import Mask
+from mlx_dgemma.model import attention, device
+from mlx_dgemma.model.attention import attend
+from mlx_dgemma.model.masks import Mask
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def chunked(monkeypatch):
     """Make every attention take so many keys at once."""
 
     def force(keys):
-        monkeypatch.setattr(layers, "SCORES", 1)
-        monkeypatch.setattr(layers, "CHUNK", keys)
+        monkeypatch.setattr(attention, "SCORES", 1)
+        monkeypatch.setattr(attention, "CHUNK", keys)
 
     return force
 
@@ -113,7 +113,7 @@ def test_attention_in_chunks_equals_a_plain_loop(chunked, batch, heads, kv_heads
         queries, k, v = draw(batch, heads, kv_heads, length, len(mask.keys))
         expected = plain(queries, k, v, table(mask, batch, length))
         with pytest.MonkeyPatch.context() as once:
-            once.setattr(layers, "SCORES", 2**40)
+            once.setattr(attention, "SCORES", 2**40)
             assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
         chunked(keys)
         assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
@@ -139,19 +139,19 @@ def test_what_fits_is_computed_in_one_piece(monkeypatch):
     queries, keys, values = draw(2, 4, 2, 3, 5000)
     asked = []
     monkeypatch.setattr(Mask, "part", lambda self, start, end: asked.append((start, end)))
-    monkeypatch.setattr(layers, "SCORES", 2 * 4 * 3 * 5000 * 4)
+    monkeypatch.setattr(attention, "SCORES", 2 * 4 * 3 * 5000 * 4)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(0, 5000)]
     asked.clear()
-    monkeypatch.setattr(layers, "SCORES", 2 * 4 * 3 * 5000 * 4 - 1)
+    monkeypatch.setattr(attention, "SCORES", 2 * 4 * 3 * 5000 * 4 - 1)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(0, 2304), (2304, 4608), (4608, 5000)]
     asked.clear()
-    monkeypatch.setattr(layers, "LONGEST", 2048)
+    monkeypatch.setattr(attention, "LONGEST", 2048)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(0, 2048), (2048, 4096), (4096, 5000)]
     asked.clear()
-    monkeypatch.setattr(layers, "SCORES", 1)
+    monkeypatch.setattr(attention, "SCORES", 1)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(i, min(i + 256, 5000)) for i in range(0, 5000, 256)]
 
@@ -164,7 +164,7 @@ def peak(queries, keys, values):
     mx.reset_peak_memory()
     stages = []
     found = attend(queries, keys, values, mask, stages)
-    queue = memory.Queue()
+    queue = device.Queue()
     queue.add(*stages, found)
     del stages
     queue.finish()
@@ -175,8 +175,8 @@ def test_chunks_and_waiting_bound_the_peak(monkeypatch):
     """64 MiB of scores in chunks of 1 MiB, a few of which are in flight at once; without waiting all are."""
     arrays = draw(1, 4, 1, 64, 65536)
     assert peak(*arrays) >= 2**26
-    monkeypatch.setattr(layers, "SCORES", 2**20)
-    monkeypatch.setattr(memory, "AHEAD", 2**20)
+    monkeypatch.setattr(attention, "SCORES", 2**20)
+    monkeypatch.setattr(device, "AHEAD", 2**20)
     assert peak(*arrays) < 6 * 2**20
 
 

@@ -14,10 +14,11 @@ import pytest
 from loop import tiny_engine, tiny_job
 from support import BLUE, GREEN, RED, engine_of, random_tokens, refusal, strip
 
-from mlx_dgemma.cache import WORTH, PrefixCache, fingerprint
+from mlx_dgemma.decoding.events import Finished
+from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.generate import Finished, Loop
-from mlx_dgemma.schedule import Scheduler
+from mlx_dgemma.serving.prefix_cache import WORTH, PrefixCache, fingerprint
+from mlx_dgemma.serving.scheduler import Scheduler
 
 PLENTY = 2**30
 STORY = "Once there was a cat named Leo. Leo had a red ball. Every day he played with it in the green meadow. "

@@ -13,12 +13,18 @@ from loop import Reader, job_of
 from naive import two_levels
 from support import FULL, engine_of, gap, random_tokens, small_model
 
-from mlx_dgemma import head, sampler
-from mlx_dgemma.canvas import Control, Drafted, Guide, fitting_size
-from mlx_dgemma.denoise import CONFIDENT, UNLIKE, Layout, denoise_block
-from mlx_dgemma.generate import Block, GenerationOptions, Loop, prefill
-from mlx_dgemma.model import DiffusionGemma
-from mlx_dgemma.session import Job
+from mlx_dgemma.decoding import sampler
+from mlx_dgemma.decoding.canvas import CONFIDENT, UNLIKE, denoise_block
+from mlx_dgemma.decoding.control import Control, Layout, fitting_size
+from mlx_dgemma.decoding.events import Block
+from mlx_dgemma.decoding.loop import Loop
+from mlx_dgemma.decoding.options import GenerationOptions
+from mlx_dgemma.decoding.prefill import prefill
+from mlx_dgemma.decoding.request import Job
+from mlx_dgemma.model import head, rng
+from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_dgemma.tasks.constrained import Guide
+from mlx_dgemma.tasks.edit import Drafted
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 OPTIONS = GenerationOptions(
@@ -73,7 +79,7 @@ def plain_canvas(model, prompt, seed, options, layout=None, choose=None):
     """[(best, accepted, entropy)] of the steps of one canvas; `choose`: [C, V] logits to the guide's tokens."""
     total, vocab = options.max_denoising_steps, model.config.text.vocab_size
     length = model.config.canvas_length if layout is None else layout.tokens.shape[1]
-    draws = sampler.split(keys_of(seed), 2 * total + 1)[:, 0]
+    draws = rng.split(keys_of(seed), 2 * total + 1)[:, 0]
     canvas = np.array(mx.random.randint(0, vocab, (length,), key=draws[0]))
     pinned, given = np.zeros(length, bool), np.zeros(length, int)
     if layout is not None:
@@ -336,7 +342,7 @@ def test_a_guide_is_told_what_whole_logits_tell(model):
     assert guide.tokens.tolist() == [5, 6, 30, 39, 1, 2, 3]
     denoised(model, 0, replace(OPTIONS, max_denoising_steps=1), layout, guide)
     (told,) = seen
-    noise = sampler.noise(8, 40, sampler.split(keys_of(0), 3)[0])
+    noise = rng.noise(8, 40, rng.split(keys_of(0), 3)[0])
     canvas = mx.where(layout.pinned | layout.drafted, layout.tokens, noise)
     logits = model.logits(model.denoise(canvas, prefix_of(model, PROMPT))) / OPTIONS.t_max
     log_p = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]

@@ -11,10 +11,15 @@ from mlx.utils import tree_flatten
 from support import gap, random_tokens, small_config, small_model
 
 import mlx_dgemma
-from mlx_dgemma import checkpoint, memory, weights
-from mlx_dgemma.checkpoint import DEMO, INDEX, Checkpoint, build, find, read_header
+from mlx_dgemma.checkpoint import build as build_module
+from mlx_dgemma.checkpoint import memory, weights
+from mlx_dgemma.checkpoint.build import build
+from mlx_dgemma.checkpoint.find import DEMO, find
+from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.checkpoint.headers import INDEX, read_header
 from mlx_dgemma.errors import CheckpointError, OptionError
-from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.model import device
+from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
 
 def message(function, *arguments):
@@ -111,7 +116,7 @@ def test_dtype_is_kept_or_changed(tmp_path, tensors, dtype, expected):
     model = build(Checkpoint.open(write(tmp_path / "a", stored)), dtype)
     assert model.dtype == getattr(mx, expected)
     experts = model.model.decoder.layers[0].experts.gate_up_proj.weight
-    assert experts.dtype == (mx.float32 if checkpoint.on_cpu() else model.dtype)
+    assert experts.dtype == (mx.float32 if build_module.on_cpu() else model.dtype)
     hidden = model.encode(mx.array([[1, 2, 3]]), model.new_prefix())
     assert hidden.dtype == model.dtype
 
@@ -177,7 +182,7 @@ def test_quantized_weights_compute_as_their_dequantized_twin(quantized):
 
 
 def test_a_quantized_checkpoint_is_dequantized_on_the_cpu_unless_told_otherwise(quantized, demo, monkeypatch):
-    if not checkpoint.on_cpu():
+    if not build_module.on_cpu():
         pytest.skip("says what the CPU backend does")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo / name, quantized)
@@ -189,7 +194,7 @@ def test_a_quantized_checkpoint_is_dequantized_on_the_cpu_unless_told_otherwise(
     assert packed.model.model.decoder.embed_tokens.bits == 8
     assert packed.notes == (f"CPU device: weights of {bits} bits are kept packed, which is slow there.",)
     fits = memory.need(engine.checkpoint, 64, None, False).total
-    monkeypatch.setattr(memory, "available", lambda: fits)  # too little for the dequantized weights
+    monkeypatch.setattr(device, "available", lambda: fits)  # too little for the dequantized weights
     assert mlx_dgemma.load(quantized, ignore_memory=True).model.model.decoder.embed_tokens.bits == 8
 
 

@@ -10,9 +10,11 @@ import pytest
 from click.testing import CliRunner
 from support import RED, engine_of, refusal, row_of, small_model, square
 
-from mlx_dgemma import choose, cli, head, labels, sampler
-from mlx_dgemma.checkpoint import DEMO
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.cli import main
 from mlx_dgemma.errors import OptionError, PromptError
+from mlx_dgemma.model import head, rng
+from mlx_dgemma.tasks import choose, labels
 
 LARGER = "Which is larger, 51 or 23?"
 JSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
@@ -34,7 +36,7 @@ def quiet():
 
 
 def canvas_of(engine, seed=0):
-    return np.array(sampler.noise(64, 2048, mx.random.key(seed)[None]))[0]
+    return np.array(rng.noise(64, 2048, mx.random.key(seed)[None]))[0]
 
 
 def whole(engine, prompt, canvas, **media):
@@ -404,12 +406,12 @@ def test_wrong_prompts_and_options_are_told(engine, monkeypatch):
 
 
 def run(*arguments, data=b""):
-    return CliRunner().invoke(cli.main, ["choose", *map(str, arguments)], input=data)
+    return CliRunner().invoke(main.main, ["choose", *map(str, arguments)], input=data)
 
 
 @pytest.fixture
 def loaded(engine, monkeypatch):
-    monkeypatch.setattr("mlx_dgemma.cli_choose.load_engine", lambda *_: engine)
+    monkeypatch.setattr("mlx_dgemma.cli.choose.load_engine", lambda *_: engine)
 
 
 @pytest.mark.usefixtures("loaded")

@@ -14,9 +14,13 @@ from click.testing import CliRunner
 from PIL import Image, ImageDraw
 from support import engine_of
 
-from mlx_dgemma import cli, engine, info, memory, terminal
-from mlx_dgemma.checkpoint import DEMO, Checkpoint
-from mlx_dgemma.generate import Block, Draft
+from mlx_dgemma import engine, errors
+from mlx_dgemma.checkpoint import memory
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.cli import info, main
+from mlx_dgemma.decoding.events import Block, Draft
+from mlx_dgemma.model import device
 
 COMMANDS = "generate chat infill edit choose serve tune evaluate fuse info convert".split()
 JSON_PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."
@@ -47,7 +51,7 @@ def no_model_named(monkeypatch):
 
 
 def run(*arguments, data=b""):
-    return CliRunner().invoke(cli.main, [str(one) for one in arguments], input=data, prog_name="mlx-dgemma")
+    return CliRunner().invoke(main.main, [str(one) for one in arguments], input=data, prog_name="mlx-dgemma")
 
 
 def python(*arguments, **options):
@@ -64,7 +68,7 @@ def shell(command):
 
 def test_help_imports_nothing_heavy_and_is_fast():
     code = (
-        "import sys\nfrom mlx_dgemma.cli import main\n"
+        "import sys\nfrom mlx_dgemma.cli.main import main\n"
         "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
         "heavy = {'mlx', 'mlx_lm', 'transformers', 'numpy', 'huggingface_hub'}\n"
         "print(sorted(heavy & set(sys.modules)))"
@@ -155,7 +159,7 @@ def test_a_pipe_gets_the_text_alone():
     done = python("-m", "mlx_dgemma", "generate", JSON_PROMPT, "--seed", "0")
     assert done.returncode == 0
     assert done.stdout == '{"name": "Anna", "age": 31, "city": "Oslo"}\n'
-    assert done.stderr == cli.DEMO_NOTICE + "\n"
+    assert done.stderr == main.DEMO_NOTICE + "\n"
 
 
 def test_a_named_model_needs_no_notice(monkeypatch):
@@ -426,7 +430,7 @@ def test_ctrl_c_in_a_chat_keeps_what_is_finished(monkeypatch, interrupted):
         return real(self, messages, **options)
 
     monkeypatch.setattr(engine.Engine, "stream", stream)
-    monkeypatch.setattr(cli, "_read_turn", lambda _: next(lines))
+    monkeypatch.setattr(main, "_read_turn", lambda _: next(lines))
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     monkeypatch.setenv("TERM", "dumb")
     done = run("chat", "--seed", 0, *TWO_BLOCKS)
@@ -471,7 +475,7 @@ def test_convert_then_info(tmp_path, monkeypatch):
 
 def test_info_for_people():
     done = run("info", "--context", 1024)
-    assert done.stderr == cli.DEMO_NOTICE + "\n"
+    assert done.stderr == main.DEMO_NOTICE + "\n"
     lines = done.stdout.splitlines()
     assert lines[0] == f"model         {DEMO}"
     assert "layers        6: 5 sliding (window 96), 1 full" in lines
@@ -481,8 +485,8 @@ def test_info_for_people():
 
 
 def test_info_says_when_it_does_not_fit(monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: 10_000_000)
+    monkeypatch.setattr(device, "available", lambda: 10_000_000)
     about = info.describe(Checkpoint.open(DEMO))
     assert not about["memory"]["fits"]
-    missing = terminal.human(about["memory"]["total"] - 10_000_000)
+    missing = errors.human(about["memory"]["total"] - 10_000_000)
     assert f"{'':14}does not fit: {missing} are missing" in info.lines(about)

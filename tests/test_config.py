@@ -6,8 +6,8 @@ import json
 import pytest
 from support import small_config
 
-from mlx_dgemma.config import GenerationConfig, ModelConfig, ProcessorConfig, read_json
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.model.config import GenerationConfig, ModelConfig, ProcessorConfig, read_json
 
 
 @pytest.fixture(scope="module")

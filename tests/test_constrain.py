@@ -10,22 +10,15 @@ import numpy as np
 import pytest
 from support import engine_of, refusal
 
-from mlx_dgemma import constrain
-from mlx_dgemma.canvas import Constrained
-from mlx_dgemma.constrain import (
-    FRESH,
-    LONGEST,
-    THINKING,
-    Language,
-    Marginals,
-    Spelling,
-    automaton,
-    best_text,
-    covers_lines,
-    exact_text,
-)
+from mlx_dgemma.constraints import dfa
+from mlx_dgemma.constraints import language as language_module
+from mlx_dgemma.constraints.dfa import automaton
+from mlx_dgemma.constraints.language import Language, covers_lines
+from mlx_dgemma.constraints.patterns import translate
+from mlx_dgemma.constraints.search import FRESH, THINKING, Marginals, best_text, exact_text
+from mlx_dgemma.constraints.tokens import LONGEST, Spelling
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.regular import translate
+from mlx_dgemma.tasks.constrained import Constrained
 
 PIECES = ("<pad>", "<end>", "<stop>", "<open>", "<close>", "a", "b", "ab", "▁", "c▁")
 PAD, END, STOP, OPEN, CLOSE, A, B, AB, BLANK, C_BLANK = range(10)
@@ -177,7 +170,7 @@ def test_too_large_automata_are_refused(monkeypatch):
         "The constraint takes an automaton of about 20,001 states, and 20,000 are the most: ask for smaller bounds "
         "(maxLength, maxItems, {m,n})."
     )
-    monkeypatch.setattr(constrain, "STATES", 4)
+    monkeypatch.setattr(dfa, "STATES", 4)
     assert len(automaton("ab")[0]) == 4
     assert refusal(OptionError, automaton, "abcd") == (
         "The constraint takes an automaton of about 5 states, and 4 are the most: ask for smaller bounds "
@@ -187,7 +180,7 @@ def test_too_large_automata_are_refused(monkeypatch):
 
 def test_counted_free_text_takes_states_in_proportion():
     """The library's search may begin at any zero byte, so a class with one in it takes a power of two of them."""
-    code = "from mlx_dgemma.constrain import *; from mlx_dgemma.regular import *; "
+    code = "from mlx_dgemma.constraints.dfa import *; from mlx_dgemma.constraints.patterns import *; "
     code += "print(len(automaton(translate('[^\\\\n]{1,30}'))[0]))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=5)
     assert 30 < int(done.stdout) < 500
@@ -613,8 +606,8 @@ def test_languages_of_every_line(pattern, covers, spelling):
 @pytest.mark.parametrize("known", [0, 1, 3, 7])
 def test_what_is_forgotten_is_learned_again(monkeypatch, known):
     expected, got = [], []
-    for results, limit in ((expected, constrain.KNOWN), (got, known)):
-        monkeypatch.setattr(constrain, "KNOWN", limit)
+    for results, limit in ((expected, language_module.KNOWN), (got, known)):
+        monkeypatch.setattr(language_module, "KNOWN", limit)
         language = Language(translate("[ab ]{2,}|(?:a|b)c ?a*"), SMALL)
         for seed in range(40):
             random = np.random.default_rng(seed)

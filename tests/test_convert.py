@@ -16,15 +16,17 @@ from conftest import INDEX, read_folder, read_safetensors, write_safetensors
 from mlx.utils import tree_flatten
 from support import small_config
 
-from mlx_dgemma.checkpoint import Checkpoint, build, read_header
-from mlx_dgemma.config import ModelConfig
+from mlx_dgemma.checkpoint.build import build
+from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.checkpoint.headers import read_header
 from mlx_dgemma.convert import DEFAULT, RECIPES, Quantization, Recipe, Report, convert
 from mlx_dgemma.convert import conversion as module
 from mlx_dgemma.convert import jobs as jobs_module
 from mlx_dgemma.convert import writer as writer_module
 from mlx_dgemma.convert.writer import Entry, Writer
 from mlx_dgemma.errors import CheckpointError, DgemmaError, OptionError
-from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
 ROOT = Path(__file__).parent.parent
 COMBINATIONS = [(bits, size, "affine") for bits, size in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128))]

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import INDEX, read_safetensors, write_safetensors
 
-from mlx_dgemma.checkpoint import Checkpoint
+from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.convert import cli as cli_module
 from mlx_dgemma.convert import conversion, convert, verify
 from mlx_dgemma.errors import CheckpointError, DgemmaError, OptionError

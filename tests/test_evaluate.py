@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner
 from support import RED, engine_of, refusal, square
 
-from mlx_dgemma import cli
-from mlx_dgemma.checkpoint import DEMO
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.cli import main
+from mlx_dgemma.decoding.events import Result, Stats
 from mlx_dgemma.errors import DataError, OptionError
-from mlx_dgemma.evaluate import evaluate, wilson
-from mlx_dgemma.result import Result, Stats
 from mlx_dgemma.tune.data import Example, read
+from mlx_dgemma.tune.evaluate import evaluate, wilson
 
 TOOL = {
     "type": "function",
@@ -291,7 +291,7 @@ def test_a_function_that_fails():
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.main, ["evaluate", *map(str, arguments), "-m", str(DEMO)], prog_name="mlx-dgemma")
+    return CliRunner().invoke(main.main, ["evaluate", *map(str, arguments), "-m", str(DEMO)], prog_name="mlx-dgemma")
 
 
 def test_the_command_tells_a_table(write, tmp_path):

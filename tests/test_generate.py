@@ -9,9 +9,12 @@ import pytest
 from loop import OPTIONS, Reader, job_of, plain_loop, run
 from support import engine_of, gap, random_tokens, small_model
 
-from mlx_dgemma.config import GenerationConfig, ProcessorConfig
+from mlx_dgemma.decoding.events import Block, Draft
+from mlx_dgemma.decoding.loop import Loop
+from mlx_dgemma.decoding.options import GenerationOptions
+from mlx_dgemma.decoding.prefill import chunks, fitting_chunk, prefill
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.generate import Block, Draft, GenerationOptions, Loop, chunks, fitting_chunk, prefill
+from mlx_dgemma.model.config import GenerationConfig, ProcessorConfig
 
 PROMPTS = [
     "Write JSON for: Anna is 31 years old and lives in Oslo.",

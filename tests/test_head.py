@@ -9,7 +9,8 @@ import pytest
 from naive import two_levels
 from support import FULL, gap, small_model
 
-from mlx_dgemma import head, memory, sampler
+from mlx_dgemma.decoding import sampler
+from mlx_dgemma.model import device, head, rng
 
 T = 0.7
 KINDS = ["float32", "8bit", "mxfp4", "bfloat16"]
@@ -119,7 +120,7 @@ def test_a_reading_equals_whole_logits_whatever_the_chunks(kind, size, whole):
         assert reading.best.tolist() == mx.argmax(logits, axis=-1).tolist()
         assert np.abs(np.array(reading.entropy) - entropy).max() < 1e-5
         accepted = sampler.accept(reading.entropy, 0.5)
-        assert accepted.tolist() == sampler.accept(sampler.entropy(logits), 0.5).tolist()
+        assert accepted.tolist() == sampler.accept(rng.entropy(logits), 0.5).tolist()
         assert np.abs(np.array(reading.confidence) / np.exp(log_p.max(-1)) - 1).max() < 1e-5
         assert np.abs(np.array(reading.log_mass) - low).max() < 1e-5
         assert reading.drawn.tolist() == expected
@@ -319,7 +320,7 @@ def test_a_whole_reading_is_the_plain_functions(kind):
     reading = head.read_whole(model, hidden, T, keys)
     assert reading.best.dtype == mx.int32
     assert reading.best.tolist() == mx.argmax(logits, axis=-1).tolist()
-    assert gap(reading.entropy, sampler.entropy(logits)) == 0
+    assert gap(reading.entropy, rng.entropy(logits)) == 0
     for row in range(2):
         noise = mx.random.gumbel((4, 1000), key=keys[row])
         assert reading.drawn[row].tolist() == mx.argmax(logits[row] + noise, axis=-1).tolist()
@@ -337,7 +338,7 @@ def test_no_array_of_positions_by_vocabulary_is_made(monkeypatch, whole):
     """A reading and its conditioning, evaluated as the block loop does it, against the bytes of whole logits."""
     monkeypatch.setattr(head, "TILES", 512)
     monkeypatch.setattr(head, "STRIDE", 8)
-    monkeypatch.setattr(memory, "AHEAD", 2**20)
+    monkeypatch.setattr(device, "AHEAD", 2**20)
     model, positions, vocab = model_of("float32", 65_536), 128, 65_536
     hidden = mx.random.normal((1, positions, 64), key=mx.random.key(0)) * 0.1
     keys = keys_of(0)
@@ -347,7 +348,7 @@ def test_no_array_of_positions_by_vocabulary_is_made(monkeypatch, whole):
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        reading, queue = head.read(model, hidden, T, keys, whole, nbytes), memory.Queue()
+        reading, queue = head.read(model, hidden, T, keys, whole, nbytes), device.Queue()
         queue.add(*reading.stages, reading.held)
         queue.finish()
         mx.eval(reading.condition(model, positions, nbytes))

@@ -10,14 +10,15 @@ from mlx.utils import tree_flatten
 from support import engine_of, random_tokens, small_config, small_model
 
 import mlx_dgemma
-from mlx_dgemma import memory
-from mlx_dgemma.checkpoint import Checkpoint
-from mlx_dgemma.config import GenerationConfig, ModelConfig, ProcessorConfig
+from mlx_dgemma.checkpoint import memory
+from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.checkpoint.memory import Need
 from mlx_dgemma.convert.recipes import RECIPES
 from mlx_dgemma.errors import MemoryLimitError
-from mlx_dgemma.layers import SCORES
-from mlx_dgemma.memory import Need
-from mlx_dgemma.prefix import STEP
+from mlx_dgemma.model import device
+from mlx_dgemma.model.attention import SCORES
+from mlx_dgemma.model.config import GenerationConfig, ModelConfig, ProcessorConfig
+from mlx_dgemma.model.kv_cache import STEP
 
 RELEASE = {"model_type": "diffusion_gemma", "text_config": {"num_global_key_value_heads": 2}}
 
@@ -79,13 +80,13 @@ def test_a_need_adds_up(held):
 
 
 def test_the_device_gives_something():
-    assert memory.available() > 2**28
+    assert device.available() > 2**28
     if mx.default_device() == mx.cpu:
-        assert memory.available() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        assert device.available() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def refusal(monkeypatch, held, need, have):
-    monkeypatch.setattr(memory, "available", lambda: have)
+    monkeypatch.setattr(device, "available", lambda: have)
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     with pytest.raises(MemoryLimitError) as caught:
         memory.check(held, need)
@@ -93,9 +94,9 @@ def refusal(monkeypatch, held, need, have):
 
 
 def test_what_fits_is_let_through(monkeypatch, held):
-    monkeypatch.setattr(memory, "available", lambda: 60)
+    monkeypatch.setattr(device, "available", lambda: 60)
     memory.check(held, Need(10, 20, 30))
-    monkeypatch.setattr(memory, "available", lambda: 59)
+    monkeypatch.setattr(device, "available", lambda: 59)
     with pytest.raises(MemoryLimitError):
         memory.check(held, Need(10, 20, 30))
 
@@ -126,7 +127,7 @@ def test_the_refusal_says_when_no_recipe_fits(monkeypatch, held):
 
 
 def test_on_metal_the_refusal_tells_of_the_wired_limit(monkeypatch, held):
-    monkeypatch.setattr(memory, "available", lambda: 1)
+    monkeypatch.setattr(device, "available", lambda: 1)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     with pytest.raises(
         MemoryLimitError, match=re.escape("`sudo sysctl iogpu.wired_limit_mb=N` raises what macOS gives;")
@@ -135,7 +136,7 @@ def test_on_metal_the_refusal_tells_of_the_wired_limit(monkeypatch, held):
 
 
 def test_load_refuses_what_does_not_fit_unless_told_to_try(monkeypatch, demo):
-    monkeypatch.setattr(memory, "available", lambda: 1000)
+    monkeypatch.setattr(device, "available", lambda: 1000)
     with pytest.raises(MemoryLimitError, match=r"^demo needs \d+\.\d GB "):
         mlx_dgemma.load(demo)
     assert mlx_dgemma.load(demo, ignore_memory=True).model.dtype in (mx.float32, mx.bfloat16)
@@ -143,9 +144,9 @@ def test_load_refuses_what_does_not_fit_unless_told_to_try(monkeypatch, demo):
 
 def test_load_asks_for_no_more_context_than_the_model_has(monkeypatch, demo, held):
     dtype = "float32" if mx.default_device() == mx.cpu else None
-    monkeypatch.setattr(memory, "available", lambda: memory.need(held, 4096, dtype).total)
+    monkeypatch.setattr(device, "available", lambda: memory.need(held, 4096, dtype).total)
     mlx_dgemma.load(demo)
-    monkeypatch.setattr(memory, "available", lambda: memory.need(held, 4096, dtype).total - 1)
+    monkeypatch.setattr(device, "available", lambda: memory.need(held, 4096, dtype).total - 1)
     with pytest.raises(MemoryLimitError):
         mlx_dgemma.load(demo)
 
@@ -180,7 +181,7 @@ def test_a_queue_computes_all_of_it_in_order(monkeypatch):
     monkeypatch.setattr(mx, "async_eval", lambda stage: started.append(stage) or start(stage))
     monkeypatch.setattr(mx, "eval", lambda stage: waited.append(stage) or wait(stage))
     stages, more = stages_of(5, 1), [mx.array(3) + 1, [mx.array(4) + 1, None]]
-    queue = memory.Queue()
+    queue = device.Queue()
     queue.add(*stages, None, more)
     queue.add()
     assert waited == []  # nothing is in flight that would be too much
@@ -199,10 +200,10 @@ def test_a_queue_waits_for_the_oldest_where_too_much_is_in_flight(monkeypatch):
     wait = mx.eval
     monkeypatch.setattr(mx, "eval", lambda stage: waited.append(stage[0].item()) or wait(stage))
     for ahead, expected in ((2**40, []), (5 * 2**20, [1, 2, 3, 4, 5, 6])):
-        monkeypatch.setattr(memory, "AHEAD", ahead)
+        monkeypatch.setattr(device, "AHEAD", ahead)
         mx.synchronize()
         waited.clear()
-        queue, stages = memory.Queue(), stages_of(8, 4)
+        queue, stages = device.Queue(), stages_of(8, 4)
         queue.add(*stages)
         assert waited == expected
         queue.finish()
@@ -215,9 +216,9 @@ def test_a_queue_waits_for_everything_beyond_its_limit(monkeypatch):
     waited = []
     monkeypatch.setattr(mx, "synchronize", lambda: waited.append(mx.get_active_memory()))
     for limit, expected in ((2**40, 0), (17 * 2**20, 3)):
-        monkeypatch.setattr(memory, "LIMIT", limit)
+        monkeypatch.setattr(device, "LIMIT", limit)
         waited.clear()
-        queue, stages = memory.Queue(), stages_of(8, 4)
+        queue, stages = device.Queue(), stages_of(8, 4)
         queue.add(*stages)
         queue.finish()
         assert len(waited) == expected

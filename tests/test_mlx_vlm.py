@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mlx_dgemma.checkpoint import Checkpoint, build
+from mlx_dgemma.checkpoint.build import build
+from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.convert import convert
 
 vlm = pytest.importorskip("mlx_vlm.utils")

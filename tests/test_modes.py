@@ -10,12 +10,14 @@ from loop import OPTIONS, Reader, job_of, plain_loop, run
 from support import engine_of, random_tokens, refusal, small_model
 from test_generate import PROMPTS
 
-from mlx_dgemma import denoise as module
-from mlx_dgemma import head
-from mlx_dgemma.config import GenerationConfig, ProcessorConfig
+from mlx_dgemma.decoding import canvas as module
+from mlx_dgemma.decoding.events import Block, Draft
+from mlx_dgemma.decoding.loop import Loop
+from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.generate import Block, Draft, GenerationOptions, Loop
-from mlx_dgemma.prefix import Prefix
+from mlx_dgemma.model import head
+from mlx_dgemma.model.config import GenerationConfig, ProcessorConfig
+from mlx_dgemma.model.kv_cache import Prefix
 
 # As wide as the bounds of exact mode's tests; every rule alone, and together as the modes have them.
 BASE = GenerationOptions(max_denoising_steps=10, entropy_bound=2.5, confidence_threshold=1.0, certainty_threshold=1.0)

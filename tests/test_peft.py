@@ -11,9 +11,11 @@ import pytest
 from conftest import write_safetensors
 from support import DATA, gap, reference, refusal
 
-from mlx_dgemma import peft
-from mlx_dgemma.adapters import Adapter, Delta
-from mlx_dgemma.checkpoint import DEMO, Checkpoint, build
+from mlx_dgemma.adapters import peft
+from mlx_dgemma.adapters.deltas import Adapter, Delta
+from mlx_dgemma.checkpoint.build import build
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.errors import CheckpointError
 
 BOUND = 1e-4

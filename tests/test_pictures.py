@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 from support import BLUE, GREEN, RED, engine_of, refusal, row_of, small_model, square, strip
 
-from mlx_dgemma import cli
-from mlx_dgemma.checkpoint import DEMO
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.cli import main
 from mlx_dgemma.errors import OptionError, PromptError
-from mlx_dgemma.images import digest, open_image, patchify
-from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_dgemma.prompt.images import digest, open_image, patchify
 
 COLOR = "What color is the shape?"
 FEW = {"max_denoising_steps": 2, "max_tokens": 64}  # one block, settled or not
@@ -298,7 +298,7 @@ def test_a_batch_with_pictures_is_each_prompt_alone(engine, chunk):
 
 def invoke(*arguments, data=b""):
     return CliRunner().invoke(
-        cli.main, ["generate", *map(str, arguments), "-m", str(DEMO), "--seed", "0", "--exact"], input=data
+        main.main, ["generate", *map(str, arguments), "-m", str(DEMO), "--seed", "0", "--exact"], input=data
     )
 
 

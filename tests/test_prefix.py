@@ -9,7 +9,7 @@ from naive import Naive
 from support import FULL, SLIDING, gap, random_tokens, small_model
 
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.prefix import STEP
+from mlx_dgemma.model.kv_cache import STEP
 
 BOUND = 2e-4
 

@@ -7,9 +7,11 @@ import pytest
 from support import engine_of, refusal
 
 import mlx_dgemma
-from mlx_dgemma.checkpoint import DEMO
+from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.errors import PromptError
-from mlx_dgemma.prompt import ROLES, Answer, messages_of, render
+from mlx_dgemma.prompt.answer import Answer
+from mlx_dgemma.prompt.messages import ROLES, messages_of
+from mlx_dgemma.prompt.template import render
 
 TOOL = {
     "type": "function",

@@ -8,8 +8,8 @@ from collections import defaultdict
 import pytest
 from outlines_core import Index, Vocabulary
 
+from mlx_dgemma.constraints.patterns import characters, literal, translate, without
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.regular import characters, literal, translate, without
 
 BYTES = Vocabulary(256, {bytes([value]): [value] for value in range(256)})
 

@@ -12,15 +12,15 @@ from serving import Script, ask, post, serving
 from support import RED, engine_of, square
 
 import mlx_dgemma
-from mlx_dgemma.checkpoint import DEMO
-from mlx_dgemma.generate import Block
-from mlx_dgemma.images import BUDGETS
-from mlx_dgemma.schedule import Failed, Scheduler
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.decoding.events import Block
+from mlx_dgemma.prompt.images import BUDGETS
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.openapi import document
 from mlx_dgemma.server.options import NUMBERS, WHOLES
 from mlx_dgemma.server.settings import Settings
+from mlx_dgemma.serving.scheduler import Failed, Scheduler
 
 PATH = "/v1/responses"
 JSON_PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."

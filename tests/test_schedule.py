@@ -15,11 +15,11 @@ from serving import WEATHER
 from support import RED, engine_of, random_tokens, strip
 
 import mlx_dgemma
-from mlx_dgemma import verbs
-from mlx_dgemma.cache import PrefixCache
+from mlx_dgemma.decoding.events import Block, Draft, Finished
 from mlx_dgemma.errors import OptionError, PromptError
-from mlx_dgemma.generate import Block, Draft, Finished
-from mlx_dgemma.schedule import COUNTERS, Accepted, Busy, Failed, Scheduler, Stopping
+from mlx_dgemma.serving.prefix_cache import PrefixCache
+from mlx_dgemma.serving.scheduler import COUNTERS, Accepted, Busy, Failed, Scheduler, Stopping
+from mlx_dgemma.tasks import infill
 
 LIMIT = 60  # seconds; nothing here takes so long unless it hangs
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
@@ -130,7 +130,7 @@ def demo_scheduler(demo):
 
 def submit(scheduler, way, arguments, options, seed, drafts=False):
     listener, engine = Listener(), scheduler.engine
-    prepare = partial(verbs.infill, engine) if way == "infill" else engine.prepare
+    prepare = partial(infill.infill, engine) if way == "infill" else engine.prepare
     listener.ticket = scheduler.submit(partial(prepare, *arguments, seed=seed, **options), listener, drafts)
     return listener
 
@@ -422,7 +422,7 @@ def test_what_fails_a_whole_batch_fails_all_that_run_and_no_other(tiny, monkeypa
 SCRIPT = """
 import threading
 import mlx_dgemma
-from mlx_dgemma.schedule import Scheduler
+from mlx_dgemma.serving.scheduler import Scheduler
 
 engine, over, heard = mlx_dgemma.load(dtype="float32"), threading.Event(), []
 scheduler = Scheduler(engine)

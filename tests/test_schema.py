@@ -11,8 +11,8 @@ import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 from test_regular import Automaton, as_python
 
+from mlx_dgemma.constraints.schema import SUPPORTED, to_regex
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.schema import SUPPORTED, to_regex
 
 CHECKER = FormatChecker(formats=())
 

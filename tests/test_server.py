@@ -13,11 +13,12 @@ import pytest
 from serving import MODEL, TIME, WEATHER, chat, said
 from support import BLUE, engine_of, square
 
-from mlx_dgemma import Draft, verbs
-from mlx_dgemma.checkpoint import DEMO
-from mlx_dgemma.schema import to_regex
+from mlx_dgemma import Draft
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.constraints.schema import to_regex
 from mlx_dgemma.server.chat import any_object
 from mlx_dgemma.server.completions import Cut
+from mlx_dgemma.tasks import infill as infill_module
 
 JSON_PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."
 COUNT = "Count from 1 to 30."
@@ -308,7 +309,7 @@ def test_a_text_is_continued(client):
 
 
 def test_a_hole_is_filled(client, monkeypatch):
-    monkeypatch.setattr(verbs, "LONGEST", 4)  # lengths that are tried, for speed
+    monkeypatch.setattr(infill_module, "LONGEST", 4)  # lengths that are tried, for speed
     prefix, suffix, options = "The cat saw a ", " in the garden.", {"seed": 0, "max_denoising_steps": 8}
     same = engine_of(DEMO).infill(prefix, suffix, **options)
     asked = {"prompt": prefix, "suffix": suffix, "max_tokens": 64, "model": MODEL, "extra_body": options}

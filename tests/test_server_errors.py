@@ -11,11 +11,11 @@ import pytest
 from serving import CHAT, COMPLETIONS, MODEL, WEATHER, Script, ask, chat, post, said
 
 from mlx_dgemma import OptionError, PromptError
-from mlx_dgemma.generate import Block
-from mlx_dgemma.schedule import Busy, Failed, Stopping
-from mlx_dgemma.schema import SUPPORTED
+from mlx_dgemma.constraints.schema import SUPPORTED
+from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.settings import Settings
+from mlx_dgemma.serving.scheduler import Busy, Failed, Stopping
 
 COUNT = "Count from 1 to 30."
 

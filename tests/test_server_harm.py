@@ -16,17 +16,18 @@ from serving import CHAT, Script, said
 from support import BLUE, engine_of, square
 
 import mlx_dgemma
-from mlx_dgemma import constrain, engine
-from mlx_dgemma.checkpoint import DEMO
-from mlx_dgemma.generate import Finished
-from mlx_dgemma.images import open_image
-from mlx_dgemma.regular import translate
-from mlx_dgemma.schedule import Failed, Scheduler
+from mlx_dgemma import engine
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.constraints import dfa
+from mlx_dgemma.constraints.dfa_size import exceeds
+from mlx_dgemma.constraints.patterns import translate
+from mlx_dgemma.decoding.events import Finished
+from mlx_dgemma.prompt.images import open_image
 from mlx_dgemma.server.completions import Cut
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.follow import follow
 from mlx_dgemma.server.messages import tools_of
-from mlx_dgemma.subsets import exceeds
+from mlx_dgemma.serving.scheduler import Failed, Scheduler
 
 
 @pytest.fixture
@@ -153,10 +154,10 @@ def test_a_long_regex_is_not_read(url):
 def test_states_are_never_overestimated():
     """What is counted is at most what the library makes, so that nothing is refused which would fit."""
     for pattern in ("abc", "a|ab", "(?:ab|a)*c?", "[ab]*a[ab]{6}", "(?:a?){20}", "(?:a{1,5}){1,5}", "(?:a|b|ab){2,}c"):
-        tree = constrain._plain(translate(pattern))
-        assert not exceeds(tree, len(constrain.automaton(translate(pattern))[0]) - 1), pattern
-    assert exceeds(constrain._plain(translate("[ab]*a[ab]{6}")), 63)
-    assert not exceeds(constrain._plain(translate("[ab]*a[ab]{6}")), 64)
+        tree = dfa._plain(translate(pattern))
+        assert not exceeds(tree, len(dfa.automaton(translate(pattern))[0]) - 1), pattern
+    assert exceeds(dfa._plain(translate("[ab]*a[ab]{6}")), 63)
+    assert not exceeds(dfa._plain(translate("[ab]*a[ab]{6}")), 64)
 
 
 def test_a_listener_whose_loop_is_closed_is_silent():

@@ -19,8 +19,9 @@ from click.testing import CliRunner
 from serving import Script, ask, chat, post, serving
 from support import refusal
 
-from mlx_dgemma import OptionError, cli, engine
-from mlx_dgemma.checkpoint import DEMO
+from mlx_dgemma import OptionError, engine
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.cli import main
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.messages import data_url
 from mlx_dgemma.server.settings import Settings
@@ -272,7 +273,7 @@ def test_the_log_has_a_line_a_request_and_no_text(caplog):
 
 
 def run(*arguments, **options):
-    return CliRunner().invoke(cli.main, ["serve", *map(str, arguments)], prog_name="mlx-dgemma", **options)
+    return CliRunner().invoke(main.main, ["serve", *map(str, arguments)], prog_name="mlx-dgemma", **options)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from support import refusal
 
+from mlx_dgemma.cli import launchd as service
 from mlx_dgemma.errors import DgemmaError, OptionError
-from mlx_dgemma.server import service
 
 DOMAIN = f"gui/{os.getuid()}"
 SERVICE = f"{DOMAIN}/org.mlx-dgemma.serve"

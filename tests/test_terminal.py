@@ -10,10 +10,11 @@ import mlx.core as mx
 import pytest
 from support import engine_of
 
-from mlx_dgemma import cli_common, terminal
-from mlx_dgemma.checkpoint import DEMO
-from mlx_dgemma.generate import Block, Draft
-from mlx_dgemma.terminal import Terminal
+from mlx_dgemma import errors
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.cli import common, terminal
+from mlx_dgemma.cli.terminal import Terminal
+from mlx_dgemma.decoding.events import Block, Draft
 
 
 class Screen:
@@ -141,7 +142,7 @@ def test_ctrl_c_leaves_a_clean_screen(monkeypatch, variables, text):
         screen.write("^C")
         raise KeyboardInterrupt
 
-    heard = cli_common.listen(engine_of(DEMO), lambda drafts: events(), view)
+    heard = common.listen(engine_of(DEMO), lambda drafts: events(), view)
     assert (heard.text, heard.result) == ("1, 2, 3", None)
     assert screen.text() == text + "Interrupted after 1 finished block."
 
@@ -188,7 +189,7 @@ def test_a_draft_becomes_segments():
 def test_a_whole_answer_on_a_terminal(monkeypatch):
     screen, view = on_screen(monkeypatch, 40, 10)
     held = engine_of(DEMO)
-    heard = cli_common.listen(held, partial(held.stream, "Count from 1 to 60.", seed=0, max_tokens=100), view)
+    heard = common.listen(held, partial(held.stream, "Count from 1 to 60.", seed=0, max_tokens=100), view)
     assert heard.result is not None and heard.text == heard.result.text
     assert "block 2, step 1" in view.err.getvalue()
     plain = Screen(40, 10)
@@ -202,4 +203,4 @@ def test_a_whole_answer_on_a_terminal(monkeypatch):
     ("nbytes", "text"), [(12, "12 bytes"), (1500, "1.5 kB"), (8_200_000, "8.2 MB"), (15.6e9, "15.6 GB")]
 )
 def test_human_sizes(nbytes, text):
-    assert terminal.human(nbytes) == text
+    assert errors.human(nbytes) == text

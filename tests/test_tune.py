@@ -7,8 +7,8 @@ import pytest
 from mlx.utils import tree_flatten
 from support import DATA, engine_of, gap, random_tokens, small_model
 
-from mlx_dgemma import sampler
-from mlx_dgemma.checkpoint import DEMO
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.model import rng
 from mlx_dgemma.tune import objective
 from mlx_dgemma.tune.objective import VARIANTS, Batch, Noise, cross_entropy, draw, loss, recomputed
 
@@ -75,12 +75,12 @@ def test_noise_replaces_a_share_of_the_tokens():
     """About t of them, each by any token alike; a row's draws are its key's own."""
     keys = mx.random.split(mx.random.key(0), 3)
     tokens = mx.zeros((3, 4000), mx.int32)
-    found = np.array(sampler.corrupt(tokens, mx.array([0.0, 0.3, 1.0]), 50, keys))
+    found = np.array(rng.corrupt(tokens, mx.array([0.0, 0.3, 1.0]), 50, keys))
     assert (found[0] == 0).all()
     changed = (found != 0).mean(axis=1)
     assert changed[1:] == pytest.approx([0.3 * 0.98, 0.98], abs=0.03)
     assert np.bincount(found[2], minlength=50).std() < 15
-    alone = np.array(sampler.corrupt(tokens[1:2], mx.array([0.3]), 50, keys[1:2]))
+    alone = np.array(rng.corrupt(tokens[1:2], mx.array([0.3]), 50, keys[1:2]))
     assert (alone[0] == found[1]).all()
 
 

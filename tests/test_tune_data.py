@@ -11,8 +11,8 @@ import pytest
 from support import RED, engine_of, refusal, square, strip
 
 from mlx_dgemma.errors import DataError, OptionError
-from mlx_dgemma.images import open_image
-from mlx_dgemma.prompt import Answer
+from mlx_dgemma.prompt.answer import Answer
+from mlx_dgemma.prompt.images import open_image
 from mlx_dgemma.tune.data import find, load, read
 
 TOOL = {

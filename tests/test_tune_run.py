@@ -13,10 +13,11 @@ from mlx.utils import tree_flatten, tree_map
 from support import RED, random_tokens, refusal, small_model, square
 
 import mlx_dgemma
-from mlx_dgemma import adapters, cli_tune
-from mlx_dgemma.cli import main
+from mlx_dgemma.adapters import deltas
+from mlx_dgemma.cli import tune as cli_tune
+from mlx_dgemma.cli.main import main
 from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError, PromptError
-from mlx_dgemma.layers import Layer
+from mlx_dgemma.model.layers import Layer
 from mlx_dgemma.tune import trainer as trainer_module
 from mlx_dgemma.tune.batches import Batches, canvases, order
 from mlx_dgemma.tune.curves import COLUMNS, Log, draw
@@ -98,7 +99,7 @@ def test_only_the_last_layers_are_trained():
     paths = {path for path, _ in tree_flatten(one.model.trainable_parameters())}
     assert {path.split(".lora")[0] for path in paths} == {
         *(f"model.decoder.layers.2.self_attn.{name}_proj" for name in "qkvo"),
-        *adapters.SELF_CONDITIONING,
+        *deltas.SELF_CONDITIONING,
     }
 
 
@@ -412,7 +413,7 @@ def test_a_broken_log_is_refused(tmp_path):
 
 def test_the_command_knows_every_objective_and_target():
     assert tuple(VARIANTS) == cli_tune.VARIANTS
-    assert (*adapters.GROUPS, "self-conditioning") == cli_tune.TARGETS
+    assert (*deltas.GROUPS, "self-conditioning") == cli_tune.TARGETS
 
 
 def test_yaml_files_are_checked(tmp_path, monkeypatch):

@@ -9,8 +9,11 @@ from functools import partial
 import pytest
 from support import engine_of, refusal
 
-from mlx_dgemma import Block, Draft, Finished, OptionError, PromptError, infill, verbs
-from mlx_dgemma.infill import Seams
+from mlx_dgemma import Block, Draft, Finished, OptionError, PromptError
+from mlx_dgemma.tasks import edit as edit_
+from mlx_dgemma.tasks import fill as fill_
+from mlx_dgemma.tasks import infill
+from mlx_dgemma.tasks.infill import Seams
 
 PERSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
 ANSWER = '{"name": "Anna", "age": 31, "city": "Oslo"}'
@@ -36,7 +39,7 @@ def engine(demo):
 @pytest.fixture
 def few_lengths(monkeypatch):
     """A hole without a length has 8 tokens at most, all in one pass."""
-    monkeypatch.setattr("mlx_dgemma.verbs.LONGEST", 8)
+    monkeypatch.setattr("mlx_dgemma.tasks.infill.LONGEST", 8)
 
 
 def count_of(engine, text):
@@ -593,7 +596,11 @@ VERBS = {
 @pytest.mark.parametrize("name", VERBS)
 def test_streams_end_in_the_result(engine, few_lengths, name):
     verb, arguments, options = VERBS[name]
-    prepare = engine.prepare if verb == "stream" else partial(getattr(verbs, verb), engine)
+    prepare = (
+        engine.prepare
+        if verb == "stream"
+        else partial(getattr({"infill": infill, "fill": fill_, "edit": edit_}[verb], verb), engine)
+    )
     *events, finished = engine.run(prepare(*arguments, seed=4, **options))
     *blocks, quiet = engine.run(prepare(*arguments, seed=4, **options), drafts=False)
     steps = finished.result.stats.denoising_steps

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mlx_dgemma.errors import OptionError, PromptError
-from mlx_dgemma.video import sample_frames, stamp
+from mlx_dgemma.prompt.video import sample_frames, stamp
 
 av = pytest.importorskip("av")
 
@@ -85,7 +85,7 @@ def test_a_long_file_is_sampled_by_jumping(kind, monkeypatch):
     data = video(900, rate=5, kind=kind, group=25)  # three minutes
     expected = [(i * 900 // 8 / 5, i * 900 // 8) for i in range(8)]
     assert taken(data, 1, 8) == expected
-    monkeypatch.setattr("mlx_dgemma.video._SEEK", 10**6)
+    monkeypatch.setattr("mlx_dgemma.prompt.video._SEEK", 10**6)
     assert taken(data, 1, 8) == expected
 
 

@@ -24,11 +24,13 @@ from support import (
 )
 
 import mlx_dgemma
-from mlx_dgemma.checkpoint import DEMO, Checkpoint, build
+from mlx_dgemma.checkpoint.build import build
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.decoding.prefill import chunks, prefill
 from mlx_dgemma.errors import CheckpointError
-from mlx_dgemma.generate import chunks, prefill
-from mlx_dgemma.images import open_image, patchify
-from mlx_dgemma.vision import VisionTower
+from mlx_dgemma.model.vision import VisionTower
+from mlx_dgemma.prompt.images import open_image, patchify
 
 BOUND = 1e-4
 TOWER = "model.encoder.vision_tower"
@@ -224,9 +226,9 @@ def test_groups_and_chunks_of_queries_change_nothing(small, monkeypatch):
 
     monkeypatch.setattr(VisionTower, "__call__", spied)
     for limit, groups in ((1, [1] * 5), (2 * many[0].shape[1], [2, 2, 1]), (10**6, [5])):
-        monkeypatch.setattr("mlx_dgemma.model.LOOK_PATCHES", limit)
+        monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.LOOK_PATCHES", limit)
         for rows in (1, 7, 10**6):
-            monkeypatch.setattr("mlx_dgemma.vision.ROWS", rows)
+            monkeypatch.setattr("mlx_dgemma.model.vision.ROWS", rows)
             sizes.clear()
             assert gap(model.look(many), whole) < 1e-5
             assert sizes == groups
@@ -244,9 +246,9 @@ def test_memory_does_not_grow_with_the_number_of_pictures(engine, monkeypatch):
     one = patchify([strip(RED)], 70)
     few, many = (tuple(mx.repeat(mx.array(a), n, axis=0) for a in (one.patches, one.positions)) for n in (2, 10))
     mx.eval(few, many)
-    monkeypatch.setattr("mlx_dgemma.model.LOOK_PATCHES", 2 * one.patches.shape[1])
+    monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.LOOK_PATCHES", 2 * one.patches.shape[1])
     assert peak(engine.model, many) < 1.2 * peak(engine.model, few)
-    monkeypatch.setattr("mlx_dgemma.model.LOOK_PATCHES", 10**6)
+    monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.LOOK_PATCHES", 10**6)
     assert peak(engine.model, many) > 3 * peak(engine.model, few)  # what is measured is real
 
 
@@ -255,5 +257,5 @@ def test_memory_does_not_grow_with_the_square_of_patches(engine, monkeypatch):
     pictures = mx.array(held.patches), mx.array(held.positions)
     mx.eval(pictures)
     whole = peak(engine.model, pictures)
-    monkeypatch.setattr("mlx_dgemma.vision.ROWS", 128)
+    monkeypatch.setattr("mlx_dgemma.model.vision.ROWS", 128)
     assert peak(engine.model, pictures) < 0.6 * whole

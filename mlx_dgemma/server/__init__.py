@@ -1,1 +1,3 @@
 """OpenAI-compatible HTTP over a `schedule.Scheduler` (extra: serve)."""
+
+from __future__ import annotations

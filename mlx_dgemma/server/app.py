@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from ..schedule import Scheduler
+from ..serving.scheduler import Scheduler
 from .chat import chat_completions
 from .completions import completions
 from .errors import ApiError

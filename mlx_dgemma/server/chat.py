@@ -14,11 +14,11 @@ from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from .. import verbs
-from ..generate import Block
-from ..prompt import parts_of
-from ..schedule import Accepted
-from ..session import Job
+from ..decoding.events import Block
+from ..decoding.request import Job
+from ..prompt.messages import parts_of
+from ..serving.scheduler import Accepted
+from ..tasks import constrained
 from .fields import Fields, read
 from .follow import follow_all
 from .messages import messages_of, tools_of
@@ -29,6 +29,7 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from ..engine import Engine
+
 
 LEVELS = 3  # of brackets inside a json_object's own: each makes the automaton four times as large
 LONGEST = 20_000  # characters of a regex; to read a million takes seconds
@@ -75,7 +76,7 @@ class Chat:
                 return job
             with blamed("messages", schema="tool_choice", pattern="tool_choice", constraint="tool_choice"):
                 schema, thinking = _call_schema(self.forced), arguments["thinking"]
-                control = verbs.constraint(engine, job.row, job.options, schema, None, thinking, None)
+                control = constrained.constraint(engine, job.row, job.options, schema, None, thinking, None)
                 return replace(job, control=control)
 
         return prepare

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from .. import verbs
-from ..generate import Block
-from ..infill import LONGEST
-from ..prompt import held_back
-from ..schedule import Accepted
-from ..session import Job
+from ..decoding.events import Block
+from ..decoding.request import Job
+from ..prompt.answer import held_back
+from ..serving.scheduler import Accepted
+from ..tasks import infill
+from ..tasks.infill import LONGEST
 from .fields import Fields, read
 from .follow import follow_all
 from .options import Form, arguments_of, blamed, form_of
@@ -45,7 +45,7 @@ class Completion:
     """A request that was read.
 
     Attributes:
-        arguments: of `verbs.infill`; the seed is the first choice's.
+        arguments: of `infill.infill`; the seed is the first choice's.
         stop: what the text is cut before, here rather than in the engine, whose infill knows no such thing.
     """
 
@@ -61,7 +61,7 @@ class Completion:
         def prepare() -> Job:
             with blamed("prompt"):
                 arguments = {**self.arguments, "seed": self.arguments["seed"] + i}
-                return verbs.infill(engine, self.prefix, self.suffix, **arguments)
+                return infill.infill(engine, self.prefix, self.suffix, **arguments)
 
         return prepare
 

@@ -13,6 +13,7 @@ from .errors import ApiError
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+
 WHOLE = 2**31 - 1  # the largest whole number where nothing else bounds it
 DIGITS = 40  # of a whole number; longer ones take quadratic time to read
 

@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
+from ..decoding.events import Block, Draft, Finished
+from ..decoding.request import Job
 from ..errors import DgemmaError
-from ..generate import Block, Draft, Finished
-from ..schedule import Accepted, Busy, Event, Failed, Scheduler, Stopping
-from ..session import Job
+from ..serving.scheduler import Accepted, Busy, Event, Failed, Scheduler, Stopping
 from .errors import ApiError
 
 

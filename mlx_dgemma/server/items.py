@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from ..prompt import Message, parts_of
+from ..prompt.messages import Message, parts_of
 from .errors import ApiError
 from .fields import Fields, parse
 from .messages import data_url

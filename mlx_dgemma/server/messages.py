@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from ..errors import PromptError
-from ..images import open_file
+from ..prompt.images import open_file
 from .errors import ApiError
 from .fields import Fields, shown
 from .settings import Settings

@@ -6,8 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 from .. import __version__
-from ..images import BUDGETS
-from ..result import Stats
+from ..decoding.events import Stats
+from ..prompt.images import BUDGETS
 from .chat import EFFORTS
 from .fields import WHOLE
 from .items import ROLES, STATUS

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
+from ..decoding.options import GenerationOptions
 from ..errors import DgemmaError, OptionError, PromptError
-from ..generate import GenerationOptions
-from ..images import BUDGETS
+from ..prompt.images import BUDGETS
 from .errors import ApiError
 from .fields import WHOLE, Fields, shown
 from .settings import Settings

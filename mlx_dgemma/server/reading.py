@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..generate import Block, Draft, Finished
-from ..result import Result
+from ..decoding.events import Block, Draft, Finished, Result
 
 if TYPE_CHECKING:
     from ..engine import Engine

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ..generate import Block
-from ..schedule import Accepted
-from ..session import Job
+from ..decoding.events import Block
+from ..decoding.request import Job
+from ..serving.scheduler import Accepted
 from .chat import Chat, read_chat
 from .errors import ApiError
 from .fields import Fields, read
@@ -25,6 +25,7 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from ..engine import Engine
+
 
 SAME = (  # fields that mean the same in a chat request
     "model", "stream", "stream_options", "drafts", "user", "safety_identifier", "prompt_cache_key", "metadata",

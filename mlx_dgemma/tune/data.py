@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, OptionError, PromptError
-from ..prompt import Message, messages_of, parts_of
+from ..prompt.messages import Message, messages_of, parts_of
 
 if TYPE_CHECKING:
     from ..engine import Engine
+
 
 SPLITS = ("train", "valid", "test")
 TURNS = ("last", "all")
@@ -112,7 +113,7 @@ def find(source: str | Path, needed: Sequence[str] = SPLITS) -> dict[str, Path]:
         if path.suffix != ".jsonl":
             raise DataError(f"{path} is no .jsonl file; data are read as JSONL, one object a line.")
         return dict.fromkeys(needed, path)
-    from ..checkpoint import fetch  # imports MLX
+    from ..checkpoint.find import fetch  # imports MLX
 
     patterns = [spelt for kind in ("jsonl", *PICTURES) for spelt in (f"*.{kind}", f"*.{kind.upper()}")]
     folder = fetch(

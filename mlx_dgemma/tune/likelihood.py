@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from .. import sampler
 from ..errors import DataError
+from ..model import rng
 from .batches import Batches, canvases
 from .objective import LOGITS
 
 if TYPE_CHECKING:
     from ..engine import Engine
-    from ..model import DiffusionGemma
+    from ..model.diffusion_gemma import DiffusionGemma
     from .data import Example
 
 
@@ -112,7 +112,7 @@ def _canvas(
     size = max(LOGITS // (4 * vocab), 1)
     for t, own in zip(times, mx.random.split(second, draws)):
         canvas = mx.array([clean], mx.int32)
-        noisy = sampler.corrupt(canvas, t[None], vocab, own[None])
+        noisy = rng.corrupt(canvas, t[None], vocab, own[None])
         hidden, lost = model.denoise(noisy, prefix), mx.array(0.0)
         for start in range(0, len(clean), size):
             cut = slice(start, start + size)

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .. import sampler
-from ..layers import Layer, View
-from ..model import DiffusionGemma
-from ..prefix import LayerKV
+from ..model import rng
+from ..model.attention import View
+from ..model.diffusion_gemma import DiffusionGemma
+from ..model.kv_cache import LayerKV
+from ..model.layers import Layer
 
 LOGITS = 2**26  # bytes of float32 logits at once; where there are more, the gradient computes them again
 
@@ -114,14 +115,14 @@ class Losses(NamedTuple):
 def draw(batch: Batch, objective: Objective, vocab_size: int, key: mx.array) -> Noise:
     """Draw a batch's noise from a random key."""
     keys = mx.random.split(key, len(batch.canvas))
-    first, second, third = sampler.split(keys, 3)
+    first, second, third = rng.split(keys, 3)
 
     def uniform(own: mx.array) -> mx.array:
         return mx.vmap(lambda key: mx.random.uniform(key=key))(own)
 
     t = objective.noise_min + (objective.noise_max - objective.noise_min) * uniform(first)
     conditioned = np.asarray(uniform(third) < objective.self_conditioning)
-    return Noise(t, sampler.corrupt(mx.array(batch.canvas), t, vocab_size, second), conditioned)
+    return Noise(t, rng.corrupt(mx.array(batch.canvas), t, vocab_size, second), conditioned)
 
 
 def split(batch: Batch, noise: Noise, objective: Objective, image_token_id: int | None, count: int) -> list[Part]:

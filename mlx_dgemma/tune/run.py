@@ -14,17 +14,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import adapters, peft
-from ..checkpoint import Checkpoint
+from ..adapters import deltas, peft
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.memory import Need, prefix_bytes
 from ..engine import Engine
-from ..errors import DataError, MemoryLimitError, OptionError
-from ..evaluate import evaluate
-from ..layers import Layer
-from ..memory import Need, available, prefix_bytes
-from ..terminal import count
+from ..errors import DataError, MemoryLimitError, OptionError, count
+from ..model import device
+from ..model.layers import Layer
 from .batches import Batches
 from .curves import Log, draw
 from .data import Example, load
+from .evaluate import evaluate
 from .objective import LOGITS, VARIANTS, Objective, loss
 from .objective import draw as draw_noise
 from .trainer import Method, Told, Trainer, flat
@@ -201,11 +201,12 @@ def tune(
             f"Canvases are filled with {engine.tokenizer.convert_ids_to_tokens(fill)} behind an answer; "
             f"{count(len(train), 'sample')} to train on, {len(valid)} to validate; "
             f"{trainer.trainable:,} weights are trained; "
-            f"about {needed.total / GIB:.2f} GiB of memory at most, of {available() / GIB:.1f}."
+            f"about {needed.total / GIB:.2f} GiB of memory at most, of {device.available() / GIB:.1f}."
         )
-        if needed.total > available() and not ignore_memory:
+        have = device.available()
+        if needed.total > have and not ignore_memory:
             raise MemoryLimitError(
-                f"Training needs about {needed.total / GIB:.1f} GiB and this machine gives {available() / GIB:.1f}; "
+                f"Training needs about {needed.total / GIB:.1f} GiB and this machine gives {have / GIB:.1f}; "
                 "lower --batch-size or --max-length, or try anyway with --ignore-memory."
             )
         output.mkdir(parents=True, exist_ok=True)
@@ -311,11 +312,11 @@ def generating(trainer: Trainer) -> Iterator[None]:
 def save(engine: Engine, trainer: Trainer, output: Path, about: dict[str, Any]) -> None:
     """Write the adapter, or the checkpoint of full training, and the state; each file is replaced as a whole."""
     if trainer.method.kind == "full":
-        from ..fuse import write_checkpoint
+        from ..adapters.fuse import write_checkpoint
 
         write_checkpoint(engine.model, engine.checkpoint, output / "model")
     else:
-        peft.write(adapters.taken(trainer.model), output, str(engine.checkpoint.path))
+        peft.write(deltas.taken(trainer.model), output, str(engine.checkpoint.path))
     trainer.save(output, about)
 
 

@@ -14,10 +14,11 @@ import mlx.core as mx
 from mlx.optimizers import AdamW, Muon, clip_grad_norm, cosine_decay, join_schedules, linear_schedule
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from .. import adapters
+from ..adapters import deltas
 from ..errors import DataError, OptionError
-from ..layers import Layer, on_cpu
-from ..model import DiffusionGemma
+from ..model.device import on_cpu
+from ..model.diffusion_gemma import DiffusionGemma
+from ..model.layers import Layer
 from .objective import Batch, Losses, Objective, draw, loss, recomputed, split
 from .workers import MODEL, POSITIONS, Workers, differentiate
 
@@ -32,7 +33,7 @@ class Method:
 
     Attributes:
         kind: "lora", "dora", or "full" for the weights themselves, the router only where it is a target.
-        targets: groups of modules, see `adapters.targets`; of "full" alone whether "router" is among them counts.
+        targets: groups of modules, see `deltas.targets`; of "full" alone whether "router" is among them counts.
         layers: how many layers, from the last one; None: all.
         rank: of a and b.
         alpha: b @ a is multiplied by alpha / rank.
@@ -181,11 +182,11 @@ class Trainer:
 
     def _prepare(self) -> None:
         model, method = self.model, self.method
-        paths = adapters.targets(model, method.targets, method.layers)
+        paths = deltas.targets(model, method.targets, method.layers)
         model.freeze()
         if method.kind != "full":
             key = mx.random.key(method.seed)
-            adapters.start(
+            deltas.start(
                 model, paths, method.rank, method.alpha / method.rank, method.dropout, method.kind == "dora", key
             )
             return

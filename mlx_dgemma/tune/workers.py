@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from ..errors import DgemmaError, MemoryLimitError
-from ..model import DiffusionGemma
+from ..model.diffusion_gemma import DiffusionGemma
 from .objective import Batch, Noise, Objective, Part, loss
 
 MODEL = 2**28  # bytes of weights; larger models are not copied into other processes

@@ -1,0 +1,141 @@
+"""Find a checkpoint (a folder or a Hub id), read and check it, build the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from ..errors import CheckpointError, OptionError
+from ..model.config import ModelConfig
+from ..model.device import on_cpu
+from ..model.diffusion_gemma import DiffusionGemma
+from . import weights
+from .folder import Checkpoint, _shapes
+from .headers import FLOATS, TensorInfo
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = False) -> DiffusionGemma:
+    """The model with its weights, evaluated.
+
+    Args:
+        checkpoint: what to build.
+        dtype: of activations and unquantized weights ("float32", "bfloat16", "float16"); None keeps
+            what is stored. On the CPU unquantized experts are float32 all the same: MLX has no
+            other kernel for them there.
+        dequantize: unpack quantized weights.
+
+    Raises:
+        OptionError: an unknown dtype.
+        CheckpointError: a tensor missing, unknown, or of a wrong shape or dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype is {dtype!r}; it should be one of {', '.join(DTYPES)}.")
+    model = DiffusionGemma(checkpoint.config)
+    stored = {name for name in checkpoint.tensors if name.endswith(".scales")}
+    if checkpoint.quantization:
+        _quantize(model, checkpoint.quantization, stored, checkpoint.config)
+    elif stored:
+        raise CheckpointError(f"The checkpoint holds {min(stored)}, but config.json has no quantization entry.")
+    shapes = _shapes(model)
+    plan = weights.plan(list(checkpoint.tensors), checkpoint.config, set(shapes))
+    cast = DTYPES[dtype] if dtype else None
+    model.load_weights(list(_arrays(checkpoint, plan, shapes, cast)), strict=True)
+    if dequantize:
+        _dequantize(model, cast)
+    suit_device(model)
+    mx.eval(model.parameters())
+    return model
+
+
+def suit_device(model: nn.Module) -> None:
+    """Lay weights out as MLX's default device computes fastest: on the CPU column by column.
+
+    The CPU wheels' BLAS takes half the time for those, and has experts in float32 only.
+    """
+    if not on_cpu():
+        return
+    for module in model.modules():
+        if isinstance(module, SwitchLinear):
+            module.weight = module.weight.astype(mx.float32)
+        if isinstance(module, (nn.Linear, SwitchLinear)):
+            module.weight = mx.contiguous(module.weight.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+def _quantize(model: nn.Module, quantization: dict, stored: set[str], config: ModelConfig) -> None:
+    """Give quantized modules to every path whose scales are stored, with its own parameters."""
+    paths = {
+        target.removesuffix(".scales") for name in stored if (m := weights.match(name, config)) and (target := m[0])
+    }
+    default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
+
+    def choose(path: str, module: nn.Module):
+        if path not in paths:
+            return False
+        own = quantization.get(path) or quantization.get(path.replace("gate_up_proj", "gate_proj"))
+        return {**default, "mode": "affine", **own} if isinstance(own, dict) else default
+
+    try:
+        nn.quantize(model, class_predicate=choose)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"config.json has a quantization that MLX cannot compute ({error}).") from None
+
+
+def _arrays(
+    checkpoint: Checkpoint, plan: dict[str, list[weights.Source]], shapes: dict, cast: mx.Dtype | None
+) -> Iterator[tuple[str, mx.array]]:
+    files: dict[Path, dict[str, mx.array]] = {}
+    for target, sources in plan.items():
+        parts = []
+        for source in sources:
+            info = checkpoint.tensors[source.name]
+            _check(info, source, shapes[target], packed=f"{target.rpartition('.')[0]}.scales" in shapes)
+            if info.file not in files:
+                loaded = mx.load(str(info.file))  # lazy: read when evaluated
+                assert isinstance(loaded, dict)
+                files[info.file] = loaded
+            parts.append(files[info.file].pop(source.name))
+        array = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+        if cast is not None and mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(cast)
+        yield target, array
+
+
+def _check(info: TensorInfo, source: weights.Source, shape: tuple[int, ...], packed: bool) -> None:
+    wanted = shape if source.half is None else (shape[0], shape[1] // 2, *shape[2:])
+    if info.shape != wanted:
+        raise CheckpointError(
+            f"{source.name} has the shape {list(info.shape)}, but config.json asks for {list(wanted)}."
+        )
+    if info.dtype not in FLOATS and not (packed and info.dtype in ("U32", "U8")):
+        raise CheckpointError(f"{source.name} has the dtype {info.dtype}; it should be one of {', '.join(FLOATS)}.")
+
+
+def _dequantize(model: nn.Module, cast: mx.Dtype | None) -> None:
+    """Replace every quantized module by its plain twin."""
+
+    def plain(module: nn.Module) -> nn.Module:
+        twin = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
+        weight = mx.dequantize(
+            module.weight,
+            module.scales,
+            module.get("biases"),
+            group_size=module.group_size,
+            bits=module.bits,
+            mode=module.mode,
+        )
+        kind = twin[type(module)]
+        new = kind(1, 1, 1, False) if kind is SwitchLinear else kind(1, 1)
+        new.pop("bias", None)
+        new.weight = weight if cast is None else weight.astype(cast)
+        return new
+
+    quantized = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+    leaves = [(path, plain(m)) for path, m in model.named_modules() if isinstance(m, quantized)]
+    model.update_modules(tree_unflatten(leaves))

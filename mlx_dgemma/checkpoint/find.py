@@ -1,0 +1,91 @@
+"""Find a checkpoint (a folder or a Hub id), read and check it, build the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, DgemmaError
+from .headers import read_tensors
+
+DEMO = Path(__file__).parent.parent / "demo"
+
+
+def find(name: str | os.PathLike | None = None) -> Path:
+    """The folder of a checkpoint: a path, else a Hub id, looked for on this machine first.
+
+    Args:
+        name: None takes $MLX_DGEMMA_MODEL, else the bundled demo.
+
+    Raises:
+        CheckpointError: no such folder, no such Hub id, or no network to ask.
+    """
+    text = str(name or os.environ.get("MLX_DGEMMA_MODEL") or DEMO)
+    give = "give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it"
+    return fetch(text, ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"), _whole, give)
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a snapshot is a checkpoint; a shard that is missing raises."""
+    return (folder / "config.json").exists() and any(folder.glob("*.safetensors")) and bool(read_tensors(folder))
+
+
+def fetch(
+    name: str,
+    patterns: Sequence[str],
+    whole: Callable[[Path], bool],
+    give: str,
+    kinds: tuple[str, str] = ("folder", "repository"),
+    error: type[DgemmaError] = CheckpointError,
+    **wanted: str,
+) -> Path:
+    """A path of this machine, else a Hub id's snapshot, looked for on this machine first.
+
+    Args:
+        name: path or id.
+        patterns: names of the files to download.
+        whole: whether a snapshot holds all that is needed; what does not, or raises CheckpointError, is downloaded.
+        give: what to do about a path that does not exist, for the message.
+        kinds: what it is on this machine and on the Hub, for messages.
+        error: what is raised.
+        wanted: further arguments of `snapshot_download`.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise error(f"{name} does not exist; {give}.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    here, there = kinds
+    asked: dict[str, Any] = {"allow_patterns": list(patterns), **wanted}
+    try:
+        try:
+            found = Path(snapshot_download(name, local_files_only=True, **asked))
+            if whole(found):  # an interrupted download is completed below
+                return found
+        except (LocalEntryNotFoundError, CheckpointError):
+            pass
+        return Path(snapshot_download(name, **asked))
+    except GatedRepoError:
+        raise error(f"{name} is gated; accept its terms on the Hub and run `hf auth login`.") from None
+    except RepositoryNotFoundError:
+        raise error(
+            f"{name} is neither a {here} here nor a {there} on the Hub; check the name, or log in if it is private."
+        ) from None
+    except HFValidationError:
+        raise error(f"{name!r} is neither a {here} here nor a valid Hub id.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as problem:
+        raise error(
+            f"{name} is not on this machine and the Hub cannot be reached ({type(problem).__name__}); "
+            "connect and try again, or give a folder."
+        ) from None

@@ -1,0 +1,85 @@
+"""Find a checkpoint (a folder or a Hub id), read and check it, build the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import CheckpointError
+from ..model.config import GenerationConfig, ModelConfig, ProcessorConfig, read_json
+from ..model.diffusion_gemma import DiffusionGemma
+from .headers import TensorInfo, read_tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that was read and found whole. No weight is in memory yet."""
+
+    path: Path
+    config: ModelConfig
+    generation: GenerationConfig
+    processor: ProcessorConfig
+    raw_config: dict[str, Any] = field(repr=False)
+    tensors: dict[str, TensorInfo] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read configuration and headers.
+
+        Raises:
+            CheckpointError: whatever is missing, broken or of another model.
+        """
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a folder; point at the folder that holds config.json.")
+        raw = read_json(path / "config.json")
+        config = ModelConfig.from_dict(raw)
+        generation, processor = path / "generation_config.json", path / "processor_config.json"
+        return cls(
+            path,
+            config,
+            GenerationConfig.from_dict(read_json(generation) if generation.exists() else {}, config.eos_token_ids),
+            ProcessorConfig.from_dict(read_json(processor) if processor.exists() else {}),
+            raw,
+            read_tensors(path),
+        )
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """config.json's quantization: group_size, bits, mode, and overrides by module path."""
+        return self.raw_config.get("quantization") or self.raw_config.get("quantization_config")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{parameter: shape} of the unquantized model."""
+        return _shapes(DiffusionGemma(self.config))
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, whatever bits hold them."""
+        return sum(_size(shape) for shape in self.shapes.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, scales and biases included, per weight."""
+        return self.nbytes * 8 / self.parameters
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: a.shape for name, a in dict(tree_flatten(model.parameters())).items()}
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

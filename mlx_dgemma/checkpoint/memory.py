@@ -1,0 +1,117 @@
+"""How much memory a checkpoint needs and this machine can give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..errors import MemoryLimitError
+from ..model import device
+from ..model.attention import SCORES
+from ..model.config import ModelConfig
+from ..model.device import on_cpu
+from ..model.kv_cache import STEP
+from .folder import Checkpoint
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of unified memory: weights, the prefix's KV, and a denoising step's arrays."""
+
+    weights: int
+    prefix: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.prefix + self.workspace
+
+
+def prefix_bytes(config: ModelConfig, context: int, itemsize: int, batch_size: int = 1) -> int:
+    """KV of `context` positions: all of them in full layers, what the window sees in sliding ones."""
+    text, total = config.text, 0
+    for kind in text.layer_types:
+        heads, dim = text.head(kind)
+        held = context if kind == "full_attention" else min(context, text.sliding_window - 1)
+        slots = -(-(held + config.canvas_length) // STEP) * STEP
+        total += 2 * heads * dim * slots * itemsize * batch_size
+    return total
+
+
+def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False) -> Need:
+    """Estimate from the headers what loading and a prompt of `context` tokens take.
+
+    The workspace is the larger of a denoising step's and a prefill chunk's, bounds of peaks measured at the
+    release's shape (bench/RESULTS.md): eight float32 arrays of [canvas, vocabulary], which exact mode may take and
+    the others do not, and eight of [heads, chunk, context] attention scores, which come in chunks of at
+    most `layers.SCORES`; the experts' rows are among them.
+    """
+    itemsize = 4 if dtype == "float32" else 2
+    if dequantize or (not checkpoint.quantization and dtype is not None):
+        weights = checkpoint.parameters * itemsize
+    else:
+        weights = checkpoint.nbytes
+    config = checkpoint.config
+    step = 8 * 4 * config.canvas_length * config.text.vocab_size
+    scores = 8 * min(itemsize * config.text.num_attention_heads * min(1024, context) * context, SCORES)
+    workspace = max(step, scores)
+    return Need(weights, prefix_bytes(config, context, itemsize), workspace)
+
+
+def context(checkpoint: Checkpoint) -> int:
+    """Tokens of context that loading makes sure of: 4,096, or all that a smaller model has."""
+    return min(4096, checkpoint.config.text.max_position_embeddings)
+
+
+def settle(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool | None = None) -> tuple[str | None, bool]:
+    """(dtype, dequantize) as loading takes them where None leaves the choice.
+
+    On the CPU quantized matrix products are slow and float32 is fastest, so weights are unpacked to it
+    where they fit; on a GPU they stay as stored.
+    """
+    if on_cpu() and dtype is None and (dequantize is not False or not checkpoint.quantization):
+        dtype = "float32"
+    if dequantize is None:
+        packed = on_cpu() and checkpoint.quantization is not None
+        dequantize = packed and need(checkpoint, context(checkpoint), dtype, True).total <= device.available()
+    return dtype, dequantize
+
+
+def spare(checkpoint: Checkpoint, rows: int) -> int:
+    """Bytes left beside a loaded checkpoint and so many prompts of `context` tokens; 0 where nothing is."""
+    dtype, dequantize = settle(checkpoint)
+    needed = need(checkpoint, context(checkpoint), dtype, dequantize)
+    return max(device.available() - needed.total - (rows - 1) * needed.prefix, 0)
+
+
+def check(checkpoint: Checkpoint, needed: Need) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        MemoryLimitError: says how much is missing, which recipe would fit, and what to try.
+    """
+    have = device.available()
+    if needed.total <= have:
+        return
+    from ..convert.recipes import RECIPES
+
+    rest = needed.total - needed.weights
+    sizes = {name: recipe.nbytes(checkpoint.shapes) for name, recipe in RECIPES.items()}
+    fitting = [name for name, size in sizes.items() if size + rest <= have]
+    if fitting:
+        best = max(fitting, key=sizes.__getitem__)
+        way = f"the recipe {best} would fit ({sizes[best] / GB:.1f} GB of weights)"
+    else:
+        small = min(sizes, key=sizes.__getitem__)
+        way = f"no recipe fits (the smallest, {small}, has {sizes[small] / GB:.1f} GB of weights)"
+    if mx.metal.is_available():
+        way += "; `sudo sysctl iogpu.wired_limit_mb=N` raises what macOS gives"
+    raise MemoryLimitError(
+        f"{checkpoint.path.name} needs {needed.total / GB:.1f} GB (weights {needed.weights / GB:.1f}, prefix "
+        f"{needed.prefix / GB:.1f}, workspace {needed.workspace / GB:.1f}) and this machine gives {have / GB:.1f} GB: "
+        f"{(needed.total - have) / GB:.1f} GB are missing; {way}; --ignore-memory (ignore_memory=True) tries anyway."
+    )

@@ -1,0 +1,93 @@
+"""The weight map: which tensor of a checkpoint fills which parameter, for loading and converting alike.
+
+Three layouts are read: Hugging Face's (experts as bare 3-D tensors), the one mlx-vlm writes and
+mlx-community holds (experts as modules, gate and up fused), and its older form (gate and up apart).
+Every source tensor is used or on the ignore list, every parameter is filled, or both are named.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..errors import CheckpointError
+from ..model.config import ModelConfig
+
+_EXPERTS = r"(model\.decoder\.layers\.\d+\.experts)"
+_PARTS = r"(weight|scales|biases)"
+
+# (source, target, half): `half` 0 or 1 says which half of the target's rows the source fills.
+RULES: tuple[tuple[str, str, int | None], ...] = (
+    (_EXPERTS + r"\.(gate_up_proj|down_proj)", r"\1.\2.weight", None),
+    (_EXPERTS + r"\.gate_proj\." + _PARTS, r"\1.gate_up_proj.\2", 0),
+    (_EXPERTS + r"\.up_proj\." + _PARTS, r"\1.gate_up_proj.\2", 1),
+    (r"(model\.encoder\.language_model\.layers\.\d+\.layer_scalar)", r"\1", None),
+    (r"(model\.(?:decoder|encoder\.vision_tower|encoder\.embed_vision)\..+)", r"\1", None),
+)
+# Tensors that repeat others or carry nothing: tied copies, tables made anew.
+IGNORED = (
+    r"lm_head\.weight",
+    r".*rotary_emb\..*",
+    r"model\.encoder\.language_model\.(?!layers\.\d+\.layer_scalar$).*",
+)
+_CLIP_BOUND = r".*\.(input|output)_(min|max)"  # written by towers that do not clip, too
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the checkpoint and the half of the target that it fills (None: all of it)."""
+
+    name: str
+    half: int | None = None
+
+
+def match(name: str, config: ModelConfig) -> tuple[str, int | None] | None:
+    """(target, half) of a source tensor, or None where it is ignored.
+
+    Raises:
+        CheckpointError: no rule knows the name.
+    """
+    vision = name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision."))
+    clipped = config.vision is not None and config.vision.use_clipped_linears
+    if any(re.fullmatch(pattern, name) for pattern in IGNORED) or (
+        vision and not clipped and re.fullmatch(_CLIP_BOUND, name)
+    ):
+        return None
+    for pattern, target, half in RULES:
+        if found := re.fullmatch(pattern, name):
+            return found.expand(target), half
+    raise CheckpointError(f"The checkpoint holds the unknown tensor {name}; this is not a DiffusionGemma release.")
+
+
+def plan(names: list[str], config: ModelConfig, targets: set[str]) -> dict[str, list[Source]]:
+    """Assign source tensors to parameters.
+
+    Args:
+        names: the checkpoint's tensors.
+        config: its configuration.
+        targets: parameters to be filled.
+
+    Returns:
+        {target: its sources}, two of them where gate and up lie apart.
+
+    Raises:
+        CheckpointError: names a source without target, a target without source, or one filled twice.
+    """
+    assigned: dict[str, list[Source]] = {}
+    for name in names:
+        if (found := match(name, config)) is None:
+            continue
+        target, half = found
+        if target not in targets:
+            raise CheckpointError(f"The checkpoint holds {name}, which config.json has no place for.")
+        assigned.setdefault(target, []).append(Source(name, half))
+    for target, sources in assigned.items():
+        sources.sort(key=lambda source: source.half or 0)
+        if [source.half for source in sources] not in ([None], [0, 1]):
+            raise CheckpointError(
+                f"The checkpoint fills {target} with {', '.join(s.name for s in sources)}: not one way."
+            )
+    if missing := sorted(targets - set(assigned)):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"The checkpoint lacks {missing[0]}{more}; download it again.")
+    return assigned

@@ -1,0 +1,174 @@
+"""`mlx-dgemma evaluate`: a thin layer over `evaluate()`. Nothing heavy is imported until it runs."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from ..errors import OptionError, count
+from ..tune.data import SPLITS, find, read
+from .common import adapter_option, given, load_engine, model_options, number, sampler_options, utf8
+from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..tune.data import Example
+    from ..tune.evaluate import Evaluation, Marked, Score
+    from ..tune.likelihood import Bound
+
+
+@click.command("evaluate", epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
+@click.argument("data")
+@click.option("--split", type=click.Choice(SPLITS), show_default="test, else valid", help="Which file of a folder.")
+@click.option(
+    "--metric",
+    default="exact",
+    show_default=True,
+    metavar="NAME",
+    help="exact, contains, regex, or FILE.py:FUNCTION of yours.",
+)
+@click.option("--by", metavar="FIELD", show_default="task", help="Field of the records to group scores by.")
+@number("--batch-size", 1, "Answers generated together.", "8")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Write each answer there, one a line."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@number("--bound", 1, "Also bound the answers' likelihood, with so many noise draws a canvas.", "not")
+@model_options
+@adapter_option
+@number("--seed", 0, "Of the first answer; each further one has the next.", "0")
+@number("--max-tokens", 1, "Where an answer is cut.")
+@number("--image-tokens", 1, "Tokens that a picture may take: 70, 140, 280, 560 or 1120.")
+@click.option("--exact", is_flag=True, default=None, help="Settle as Transformers does: slower, more memory.")
+@sampler_options
+def evaluate(
+    data: str,
+    split: str | None,
+    metric: str,
+    by: str | None,
+    output: Path | None,
+    as_json: bool,
+    bound: int | None,
+    model: str | None,
+    dtype: str | None,
+    ignore_memory: bool,
+    adapter: str | None,
+    **options: Any,
+) -> None:
+    """Mark answers on data whose last answers are the expected ones.
+
+    DATA is a folder with test.jsonl or valid.jsonl, one .jsonl file, or the id of a data set on the Hub. Each line is
+    an object with messages (and tools, thinking), or with prompt and completion. exact asks for the same text,
+    contains for the expected text in the answer, and regex for an answer that matches the expected text as a whole;
+    tool calls must have the same names and arguments. A function gets the record and the answer's text and returns
+    a truth or a number from 0 to 1. The share that is right has a 95 % Wilson interval. --bound tells what the expected
+    answers cost the model at most, in nats a token.
+
+    \b
+    mlx-dgemma evaluate data --model FOLDER
+    mlx-dgemma evaluate data/valid.jsonl --metric contains --output answers.jsonl
+    mlx-dgemma evaluate questions.jsonl --metric marks.py:close --by topic --json
+    """
+    if split and Path(data).is_file():
+        raise click.UsageError(f"--split {split} names a file of a folder, but {data} is a file; leave it out.")
+    needed = (split,) if split else ("test", "valid")
+    found = find(data, needed)
+    path = next(found[one] for one in needed if one in found)
+    terminal = Terminal()
+    with warnings.catch_warnings(record=True) as caught, _created(output) as file:
+        warnings.simplefilter("always", UserWarning)
+        engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+        terminal.draw([], f"reading {path.name}")
+        try:
+            examples = read(engine, path)
+            from ..tune.evaluate import evaluate as evaluate_
+
+            right = done = 0.0
+
+            def watch(one: Marked) -> None:
+                nonlocal right, done
+                right, done = right + one.score, done + 1
+                terminal.draw([], f"answer {done:.0f} of {len(examples)}, {right:g} right")
+                if file:
+                    file.write(json.dumps(asdict(one), ensure_ascii=False) + "\n")
+                    file.flush()
+
+            terminal.draw([], f"answering {count(len(examples), 'question')}")
+            outcome = evaluate_(engine, examples, utf8(metric, "--metric") or "", by=by, watch=watch, **given(options))
+            likelihood = _bound(engine, examples, bound, options["seed"] or 0, terminal) if bound else None
+        finally:
+            terminal.erase()
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        terminal.warn(f"Warning: {message}")
+    if outcome.cut:
+        terminal.warn(f"Warning: {count(outcome.cut, 'answer')} reached the limit; --max-tokens N makes room for more.")
+    terminal.say(_as_json(outcome, likelihood) if as_json else _table(outcome, likelihood))
+
+
+@contextmanager
+def _created(path: Path | None) -> Iterator[TextIO | None]:
+    """A new file, if one is wanted; without a line in it it is taken away again.
+
+    Raises:
+        OptionError: it is there already.
+    """
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError:
+        raise OptionError(f"{path} exists already; give another name, or remove it.") from None
+    with file:
+        try:
+            yield file
+        finally:
+            if not file.tell():
+                path.unlink()
+
+
+def _bound(engine: Engine, examples: list[Example], draws: int, seed: int, terminal: Terminal) -> Bound:
+    from ..tune.likelihood import bound
+    from ..tune.objective import VARIANTS
+    from ..tune.run import habit
+
+    terminal.draw([], f"bounding the likelihood of {count(len(examples), 'answer')}")
+    return bound(engine, examples, habit(engine, examples, VARIANTS["google"], seed), draws, seed)
+
+
+def _as_json(outcome: Evaluation, likelihood: Bound | None) -> str:
+    told = {name: value for name, value in vars(outcome).items() if name not in ("answers", "groups")}
+    told["groups"] = {name: asdict(score) for name, score in outcome.groups.items()}
+    told["bound"] = asdict(likelihood) if likelihood else None
+    return json.dumps(told, ensure_ascii=False) + "\n"
+
+
+def _table(outcome: Evaluation, likelihood: Bound | None) -> str:
+    """A row for each group and one for all, in columns, then what it took."""
+    head = ["", "right", "of", "share", "95 %", "positions", "steps"]
+    rows = [head, *([name, *_cells(score)] for name, score in outcome.groups.items()), ["all", *_cells(outcome)]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
+    lines.append(f"{count(outcome.of, 'answer')} in {outcome.seconds:.1f} s")
+    if likelihood:
+        error = "" if likelihood.error is None else f" (standard error {likelihood.error:.3f})"
+        lines.append(f"at most {likelihood.nats:.3f} nats a token{error}")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(score: Score) -> list[str]:
+    return [
+        f"{score.right:g}",
+        str(score.of),
+        f"{100 * score.share:.1f} %",
+        f"{100 * score.low:.1f} to {100 * score.high:.1f} %",
+        f"{score.positions:.0f}",
+        f"{score.steps:.1f}",
+    ]

@@ -1,0 +1,198 @@
+"""What `mlx-dgemma info` tells about a checkpoint, from its JSON files and headers: no weight is read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint import memory
+from ..checkpoint.find import find
+from ..checkpoint.folder import Checkpoint
+from ..convert.recipes import RECIPES
+from ..errors import CheckpointError, OptionError, count, human
+from ..model import device
+
+CONTEXTS = (4096, 16384, 65536, 131072, 262144)  # tokens, the table's rows
+
+
+def open_local(name: str | None) -> Checkpoint:
+    """Open a checkpoint that is on this machine.
+
+    Raises:
+        CheckpointError: as `find` and `Checkpoint.open`; also a Hub id that was never downloaded.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    text = name or os.environ.get("MLX_DGEMMA_MODEL") or ""
+    hub_id = text.count("/") == 1 and not text.startswith((".", "~", "/")) and not Path(text).exists()
+    if hub_id and all(text.split("/")) and not isinstance(try_to_load_from_cache(text, "config.json"), str):
+        raise CheckpointError(f"{text} is not on this machine; run `hf download {text}` first, or give a folder.")
+    return Checkpoint.open(find(name))
+
+
+def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, Any]:
+    """Everything as JSON-able values: sizes in bytes, contexts in tokens.
+
+    Args:
+        checkpoint: what to describe.
+        context: prompt and answer together, in tokens; None takes 4096, or the model's longest if that is less.
+
+    Raises:
+        OptionError: a context that is longer than the model's.
+    """
+    text = checkpoint.config.text
+    longest = text.max_position_embeddings
+    context = memory.context(checkpoint) if context is None else context
+    if not 1 <= context <= longest:
+        raise OptionError(f"context is {context}; it should be from 1 to {longest}, this model's longest.")
+    loaded = memory.settle(checkpoint)
+    need = memory.need(checkpoint, context, *loaded)
+    available = device.available()
+    sampler = asdict(checkpoint.generation)
+    sampler["max_tokens"] = sampler.pop("max_new_tokens")  # as the option is called
+    table = sorted({context, longest, *(one for one in CONTEXTS if one < longest)})
+    return {
+        "model": str(checkpoint.path),
+        "architecture": _architecture(checkpoint),
+        "parameters": _parameters(checkpoint),
+        "bytes_on_disk": checkpoint.nbytes,
+        "bits_per_weight": round(checkpoint.bits_per_weight, 3),
+        "quantization": _quantization(checkpoint),
+        "sampler": sampler,
+        "machine": {"device": str(mx.device_info().get("device_name", "unknown")), "available": available},
+        "memory": {
+            "context": context,
+            **asdict(need),
+            "total": need.total,
+            "fits": need.total <= available,
+            "loaded_as": loaded[0] or "stored",
+            "by_context": {str(one): memory.need(checkpoint, one, *loaded).total for one in table},
+        },
+        "recipes": None if checkpoint.quantization else _recipes(checkpoint, need.total - need.weights),
+    }
+
+
+def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config
+    text, vision = config.text, config.vision
+    full = text.layer_types.count("full_attention")
+    return {
+        "layers": len(text.layer_types),
+        "sliding_layers": len(text.layer_types) - full,
+        "full_layers": full,
+        "sliding_window": text.sliding_window,
+        "hidden_size": text.hidden_size,
+        "attention_heads": text.num_attention_heads,
+        "sliding_kv_heads": list(text.head("sliding_attention")),
+        "full_kv_heads": list(text.head("full_attention")),
+        "experts": text.num_experts,
+        "experts_per_token": text.top_k_experts,
+        "vocabulary": text.vocab_size,
+        "canvas": config.canvas_length,
+        "context": text.max_position_embeddings,
+        "vision": vision and {"layers": vision.num_hidden_layers, "hidden_size": vision.hidden_size},
+    }
+
+
+def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
+    """Weights in all, in the vision tower, and those that one token of text meets."""
+    text, sizes = checkpoint.config.text, {name: prod(shape) for name, shape in checkpoint.shapes.items()}
+    vision = sum(size for name, size in sizes.items() if ".vision_tower." in name or ".embed_vision." in name)
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    idle = experts * (text.num_experts - text.top_k_experts) // text.num_experts
+    total = sum(sizes.values())
+    return {"total": total, "vision": vision, "active_per_token": total - vision - idle}
+
+
+def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The common setting, and how many modules have one of their own."""
+    if not checkpoint.quantization:
+        return None
+    common = {key: value for key, value in checkpoint.quantization.items() if not isinstance(value, (dict, bool))}
+    return {**common, "overrides": sum(isinstance(one, dict) for one in checkpoint.quantization.values())}
+
+
+def _recipes(checkpoint: Checkpoint, rest: int) -> dict[str, dict[str, Any]]:
+    """What each recipe's weights would take on disk, and with the prefix and workspace of `rest` bytes in memory."""
+    sizes = {name: recipe.nbytes(checkpoint.shapes) for name, recipe in RECIPES.items()}
+    available = device.available()
+    return {
+        name: {"weights": size, "total": size + rest, "fits": size + rest <= available} for name, size in sizes.items()
+    }
+
+
+def lines(about: dict[str, Any]) -> list[str]:
+    """`describe`'s result for people."""
+    arch, params, held = about["architecture"], about["parameters"], about["memory"]
+    sampler, machine, vision = about["sampler"], about["machine"], arch["vision"]
+    kv = [f"{heads} x {dim}" for heads, dim in (arch["sliding_kv_heads"], arch["full_kv_heads"])]
+    kind = "" if held["loaded_as"] == "stored" else f" in {held['loaded_as']}"
+    quantization = about["quantization"]
+    stored = "none"
+    if quantization:
+        stored = ", ".join(f"{key} {value}" for key, value in quantization.items() if key != "overrides")
+        stored += f"; {count(quantization['overrides'], 'module')} with its own" if quantization["overrides"] else ""
+    pairs = [
+        ("model", about["model"]),
+        (
+            "layers",
+            f"{arch['layers']}: {arch['sliding_layers']} sliding (window {arch['sliding_window']}), "
+            f"{arch['full_layers']} full",
+        ),
+        ("hidden size", f"{arch['hidden_size']}, vocabulary {arch['vocabulary']}"),
+        ("attention", f"{arch['attention_heads']} heads; keys and values {kv[0]} sliding, {kv[1]} full"),
+        ("experts", f"{arch['experts']}, {arch['experts_per_token']} a token"),
+        ("vision", f"{vision['layers']} layers, hidden size {vision['hidden_size']}" if vision else "none"),
+        ("canvas", count(arch["canvas"], "token")),
+        ("context", count(arch["context"], "token")),
+        ("parameters", f"{_many(params['total'])}, {_many(params['active_per_token'])} active a token of text"),
+        ("on disk", f"{human(about['bytes_on_disk'])}, {about['bits_per_weight']:.2f} bits a weight"),
+        ("quantization", stored),
+        ("sampler", _settings(sampler, "max_denoising_steps", "entropy_bound", "t_min", "t_max")),
+        ("", _settings(sampler, "stability_threshold", "confidence_threshold", "max_tokens")),
+        ("machine", f"{machine['device']}, {human(machine['available'])} to use"),
+        (
+            "memory",
+            f"{human(held['total'])} at {held['context']} tokens of context "
+            f"(weights {human(held['weights'])}{kind}, prefix {human(held['prefix'])}, "
+            f"workspace {human(held['workspace'])})",
+        ),
+        ("", _verdict(held["total"], machine["available"])),
+    ]
+    found = [f"{name:14}{value}" for name, value in pairs]
+    found += ["", f"{'context':>14}{'memory':>12}"]
+    for context, total in held["by_context"].items():
+        found.append(f"{context:>14}{human(total):>12}  {_fits(total, machine['available'])}")
+    if about["recipes"]:
+        found += ["", f"{'recipe':>14}{'weights':>12}{'memory':>12}  (mlx-dgemma convert --recipe NAME)"]
+        for name, one in about["recipes"].items():
+            fits = _fits(one["total"], machine["available"])
+            found.append(f"{name:>14}{human(one['weights']):>12}{human(one['total']):>12}  {fits}")
+    return [line.rstrip() for line in found]
+
+
+def _settings(sampler: dict[str, Any], *names: str) -> str:
+    return ", ".join(f"{name.replace('_', '-')} {sampler[name]}" for name in names)
+
+
+def _fits(total: int, available: int) -> str:
+    return "fits" if total <= available else "does not fit"
+
+
+def _verdict(total: int, available: int) -> str:
+    if total <= available:
+        return f"fits, {human(available - total)} to spare"
+    return f"does not fit: {human(total - available)} are missing"
+
+
+def _many(number: int) -> str:
+    """25.2 B, 6.7 M or a plain number."""
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)

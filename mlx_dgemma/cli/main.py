@@ -1,0 +1,358 @@
+"""`mlx-dgemma`: commands of a few lines each over the engine.
+
+Text goes to stdout and nothing else does. Exit codes: 0 done, 1 a failure, 2 wrong usage, 130
+interrupted. What is heavy to import is imported inside the commands, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import DgemmaError, OptionError, PromptError
+from ..prompt.messages import messages_of
+from .common import (
+    DEMO_NOTICE,
+    adapter_option,
+    answer_options,
+    decode,
+    files_option,
+    given,
+    listen,
+    load_engine,
+    media_options,
+    model_options,
+    number,
+    read_prompt,
+    tell,
+    utf8,
+)
+from .terminal import Terminal
+
+CHAT_HELP = """\
+/image FILE    show a picture along with the next line
+/video FILE    show a video along with the next line
+/system TEXT   set the system message; without TEXT there is none
+/reset         forget the conversation
+/help          show this
+/exit          leave, as Ctrl-D does
+A line that ends in \\ goes on in the next one; Ctrl-C stops an answer."""
+
+
+class Commands(click.Group):
+    """Prints a user's mistake as one sentence, exits with 130 on Ctrl-C, imports some commands on demand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they are met."""
+        return "generate chat infill edit choose serve tune evaluate fuse info convert".split()
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A command by its name."""
+        if cmd_name == "convert":
+            from ..convert.cli import command
+
+            return command
+        if cmd_name in ("infill", "edit"):
+            from . import text
+
+            return getattr(text, cmd_name)
+        if cmd_name == "choose":
+            from .choose import choose
+
+            return choose
+        if cmd_name == "serve":
+            from .serve import serve
+
+            return serve
+        if cmd_name == "tune":
+            from .tune import tune
+
+            return tune
+        if cmd_name == "evaluate":
+            from .evaluate import evaluate
+
+            return evaluate
+        if cmd_name == "fuse":
+            from .fuse import fuse
+
+            return fuse
+        return super().get_command(ctx, cmd_name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except DgemmaError as error:
+            raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click leaves quietly: the reader wants no more
+                raise
+            raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            terminal = Terminal()
+            terminal.interrupted()
+            terminal.hint("Interrupted.")
+            ctx.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mlx-dgemma")
+def main() -> None:
+    """DiffusionGemma on MLX: text by block diffusion.
+
+    Without a model named, a bundled demo of 6.7 M parameters answers.
+
+    \b
+    mlx-dgemma generate "Write JSON for: Anna is 31 years old and lives in Oslo."
+    cat log.txt | mlx-dgemma generate "What failed?"
+    mlx-dgemma chat --model FOLDER
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller: the next file opened would take its place
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8")  # whatever the locale says
+
+
+@main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
+@click.argument("prompt", required=False)
+@files_option
+@media_options
+@click.option("--tools", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False), help="Tools on offer.")
+@click.option("--schema", metavar="FILE.json|JSON", help="The answer is valid for this JSON Schema, always.")
+@click.option("--regex", metavar="PATTERN", help="The answer matches this regular expression as a whole, always.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
+@model_options
+@adapter_option
+@answer_options
+@click.pass_context
+def generate(
+    ctx: click.Context,
+    prompt: str | None,
+    files: tuple[str, ...],
+    images: tuple[str, ...],
+    video: str | None,
+    tools: str | None,
+    schema: str | None,
+    regex: str | None,
+    as_json: bool,
+    verbose: bool,
+    model: str | None,
+    dtype: str | None,
+    ignore_memory: bool,
+    adapter: str | None,
+    system: str | None,
+    **options: Any,
+) -> None:
+    """Answer one prompt.
+
+    The prompt is an argument, files, or stdin. Files or stdin come first, then a blank line and the
+    argument. stdin is read when it is no terminal and no file is named, or by --image - as a picture.
+
+    Tool calls are printed one a line: {"name": ..., "arguments": {...}}. --tools takes a JSON list of
+    function declarations in OpenAI's form. --json prints {text, thinking, tool_calls, finish_reason,
+    stats}. Ctrl-C keeps the blocks that are done: with --json the finish_reason is then "interrupted"
+    and stats is null.
+
+    \b
+    mlx-dgemma generate "Write JSON for: Anna is 31 years old and lives in Oslo."
+    cat log.txt | mlx-dgemma generate "What failed?"
+    mlx-dgemma generate --image photo.jpg "What is this?"
+    mlx-dgemma generate -f chapter.txt -f notes.txt "Summarise." --seed 7 --json
+    """
+    options = given(options)
+    if [*files, *images].count("-") > 1:
+        raise click.UsageError("- is given twice, but stdin can be read once.")
+    sources = [sys.stdin.buffer.read() if one == "-" else one for one in images]
+    asked = read_prompt(prompt, files, piped="-" not in images and not sys.stdin.isatty())
+    messages = messages_of(asked, utf8(system, "--system"), sources, video)
+    declarations = _read_tools(tools) if tools else None
+    constraint = given({"schema": _read_schema(schema) if schema else None, "regex": utf8(regex, "--regex")})
+    terminal = Terminal()
+    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+    stream = partial(engine.stream, messages, tools=declarations, **constraint, **options)
+    heard = listen(engine, stream, terminal, silent=as_json)
+    if verbose and heard.result:
+        tell(engine, heard.result, options, terminal)
+    if as_json:
+        terminal.say(json.dumps(heard.as_dict(), ensure_ascii=False) + "\n")
+    if heard.result is None:
+        ctx.exit(130)
+
+
+@main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
+@media_options
+@model_options
+@adapter_option
+@answer_options
+@click.pass_context
+def chat(
+    ctx: click.Context,
+    images: tuple[str, ...],
+    video: str | None,
+    verbose: bool,
+    model: str | None,
+    dtype: str | None,
+    ignore_memory: bool,
+    adapter: str | None,
+    system: str | None,
+    **options: Any,
+) -> None:
+    """Talk, turn by turn: each encodes only what is new.
+
+    Pictures and a video named here go with the first turn. Commands are /image FILE, /video FILE, /system TEXT,
+    /reset, /help and /exit. A line that ends in \\ goes on in the next one. Ctrl-C stops an answer and keeps
+    what is finished. Without a terminal each line of stdin is a turn.
+
+    \b
+    mlx-dgemma chat --model FOLDER --system "Answer in one sentence."
+    mlx-dgemma chat --model FOLDER --seed 1 < questions.txt
+    """
+    if "-" in images:
+        raise click.UsageError("- is stdin, which holds the conversation; name the picture's file.")
+    terminal, interactive = Terminal(), sys.stdin.isatty()
+    system, options = utf8(system, "--system"), given(options)
+    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+    if interactive:
+        terminal.hint("/help lists the commands, Ctrl-D leaves.")
+        if model is None:
+            terminal.hint("The demo learned single questions: /reset before the next one.")
+    session = engine.session()
+    messages: list[dict[str, Any]] = []
+    shown = list(images)
+    while (line := _read_turn(terminal)) is not None:
+        command, _, rest = line.strip().partition(" ")
+        if not command or command == "/help":
+            terminal.hint(CHAT_HELP if command else "")
+        elif command == "/exit":
+            break
+        elif command == "/reset":
+            messages, shown, video = [], [], None
+        elif command == "/image":
+            shown.append(rest.strip())
+        elif command == "/video":
+            video = rest.strip() or None
+        elif command == "/system":
+            system = rest.strip() or None
+        elif command[0] == "/" and command[1:].isalpha():
+            terminal.warn(f"There is no command {command}; /help lists them.")
+        else:
+            messages += messages_of(line, images=shown, video=video)
+            shown, video = [], None
+            try:
+                stream = partial(engine.stream, messages, system=system, session=session, **options)
+                heard = listen(engine, stream, terminal)
+            except PromptError as error:
+                if not interactive:
+                    raise
+                messages.pop()
+                terminal.warn(f"Error: {error} /reset starts anew.")
+                continue
+            if heard.result or heard.text:  # thinking is not part of the history
+                messages.append({"role": "assistant", "content": heard.text})
+            else:
+                messages.pop()
+            if heard.result is None and not interactive:
+                ctx.exit(130)
+            if verbose and heard.result:
+                tell(engine, heard.result, options, terminal)
+
+
+@main.command()
+@click.argument("model", required=False, envvar="MLX_DGEMMA_MODEL")
+@number("--context", 1, "Tokens of prompt and answer to plan memory for.", "4096")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
+def info(model: str | None, context: int | None, as_json: bool) -> None:
+    """Show a checkpoint's architecture, sizes and sampler, and whether it fits this machine.
+
+    MODEL is a folder or a downloaded Hub id [default: $MLX_DGEMMA_MODEL, else the bundled demo]. No
+    weight is loaded.
+
+    \b
+    mlx-dgemma info
+    mlx-dgemma info google/diffusiongemma-26B-A4B-it --context 32768
+    """
+    from .info import describe, lines, open_local
+
+    terminal = Terminal()
+    if model is None:
+        terminal.warn(DEMO_NOTICE)
+    about = describe(open_local(model), context)
+    terminal.say((json.dumps(about, ensure_ascii=False) if as_json else "\n".join(lines(about))) + "\n")
+
+
+def _read_turn(terminal: Terminal) -> str | None:
+    """The next line, joined with those that it goes on in; None when the user leaves."""
+    lines: list[str] = []
+    try:
+        while True:
+            line = _read_line(terminal, "… " if lines else "> ")
+            if not line.endswith("\\"):
+                return "\n".join([*lines, line])
+            lines.append(line[:-1])
+    except (EOFError, KeyboardInterrupt):
+        terminal.hint("\n" if sys.stdin.isatty() else "")
+        return None
+
+
+def _read_line(terminal: Terminal, prompt: str) -> str:
+    if not sys.stdin.isatty():
+        if not (data := sys.stdin.buffer.readline()):
+            raise EOFError
+        return decode(data, "stdin").removeprefix("\ufeff").rstrip("\r\n")
+    with suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history for input)
+    if sys.stdout.isatty():
+        return utf8(input(prompt), "The line") or ""
+    terminal.hint(prompt)
+    return utf8(input(), "The line") or ""
+
+
+def _read_schema(given: str) -> dict:
+    """A JSON Schema from a file, or from the command line where it begins with a brace.
+
+    Raises:
+        OptionError: no JSON object.
+    """
+    inline = given.lstrip().startswith("{")
+    name = "--schema" if inline else given
+    try:
+        schema = json.loads(
+            (utf8(given, name) or "") if inline else decode(Path(given).read_bytes(), given).removeprefix("\ufeff")
+        )
+    except ValueError as error:
+        raise OptionError(f"{name} is not JSON ({error}); give a JSON Schema.") from None
+    if not isinstance(schema, dict):
+        raise OptionError(f"{name} holds {type(schema).__name__}; give a JSON Schema, which is an object.")
+    return schema
+
+
+def _read_tools(path: str) -> list[dict]:
+    """Function declarations from a JSON file.
+
+    Raises:
+        OptionError: no JSON, or something else than a list of declarations.
+    """
+    try:
+        tools = json.loads(decode(Path(path).read_bytes(), path).removeprefix("\ufeff"))
+    except ValueError as error:
+        raise OptionError(f"{path} is not JSON ({error}); give a list of function declarations.") from None
+    if not isinstance(tools, list):
+        raise OptionError(f"{path} holds {type(tools).__name__}; give a list of function declarations.")
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
+            raise OptionError(
+                f"{path} has no function declaration at position {i}; each should be "
+                '{"type": "function", "function": {"name": ..., "parameters": {...}}}.'
+            )
+    return tools

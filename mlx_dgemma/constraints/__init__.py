@@ -1,0 +1,1 @@
+"""Regular languages: patterns, JSON Schemas, automata over tokens, and the best text of a canvas."""

@@ -1,0 +1,108 @@
+"""The checkpoint's sampler as pure functions of arrays: temperature, acceptance, noise, stop rule.
+
+B is the batch, C the canvas length, V the vocabulary. Formulas: the entropy-bound sampler of
+arXiv 2505.24857 as Transformers' diffusion_gemma computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+
+def temperature(remaining: int, steps: int, t_min: float, t_max: float) -> float:
+    """Temperature with `remaining` of `steps` denoising steps to go: t_max at first, near t_min at last."""
+    return t_min + (t_max - t_min) * (remaining / steps)
+
+
+def accept(uncertainty: mx.array, bound: float) -> mx.array:
+    """Positions to keep: the most certain ones, while the entropies before each sum to `bound` at most.
+
+    Args:
+        uncertainty: [B, C] entropies in nats.
+        bound: the sum bounds the mutual information of what is accepted together.
+
+    Returns:
+        [B, C] bool; the most certain position of each row is always accepted.
+    """
+    order = mx.argsort(uncertainty, axis=-1)
+    ascending = mx.take_along_axis(uncertainty, order, axis=-1)
+    within = mx.cumsum(ascending, axis=-1) - ascending <= bound
+    return mx.put_along_axis(mx.zeros(uncertainty.shape, mx.bool_), order, within, axis=-1)
+
+
+def accept_confident(confidence: mx.array, kept: mx.array, threshold: float) -> mx.array:
+    """Positions to keep for good: the confident ones, the most confident of the others if there is none, and the kept.
+
+    The confidence-aware acceptance of Fast-dLLM (arXiv 2505.22618).
+
+    Args:
+        confidence: [B, C] probability of the most probable token.
+        kept: [B, C] bool, positions that were kept before.
+        threshold: probability from which on a position is confident.
+
+    Returns:
+        [B, C] bool.
+    """
+    confidence = mx.where(kept, -1, confidence)
+    most = confidence.max(axis=-1, keepdims=True)
+    return kept | (confidence >= mx.minimum(most, threshold))
+
+
+def text(best: mx.array, end_tokens: mx.array, room: mx.array) -> mx.array:
+    """Positions that an answer is made of: up to and including the first end token, and within its room.
+
+    Args:
+        best: [B, C] argmax of a step.
+        end_tokens: [N] token ids.
+        room: [B] tokens that may still be taken.
+
+    Returns:
+        [B, C] bool.
+    """
+    ends = (best[..., None] == end_tokens).any(axis=-1).astype(mx.int32)
+    before = mx.cumsum(ends, axis=-1) - ends
+    return (before == 0) & (mx.arange(best.shape[-1]) < room[:, None])
+
+
+def settled(
+    best: mx.array,
+    earlier: Sequence[mx.array],
+    uncertainty: mx.array,
+    stability: int,
+    confidence: float,
+    where: mx.array | None = None,
+) -> mx.array:
+    """The reference's stop rule: argmax unchanged over the last `stability` steps, and certain on average.
+
+    Args:
+        best: [B, C] argmax of this step.
+        earlier: the argmaxes of the steps before, oldest first.
+        uncertainty: [B, C] entropies in nats.
+        stability: how many earlier argmaxes must equal this one.
+        confidence: bound of the mean entropy in nats (exclusive).
+        where: [B, C] bool, positions that count; what lies behind an answer passes for certain. None: all.
+
+    Returns:
+        [B] bool.
+    """
+    if where is not None:
+        uncertainty = mx.where(where, uncertainty, 0)
+    confident = uncertainty.mean(axis=-1) < confidence
+    return confident & unchanged(best, earlier, stability, where)
+
+
+def unchanged(best: mx.array, earlier: Sequence[mx.array], steps: int, where: mx.array | None = None) -> mx.array:
+    """[B] bool: the argmax equals that of the last `steps` steps at every position that counts (None: all)."""
+    if len(earlier) < steps:
+        return mx.zeros(best.shape[:1], mx.bool_)
+    same = mx.ones(best.shape, mx.bool_)
+    for other in list(earlier)[len(earlier) - steps :]:
+        same = same & (best == other)
+    return (same if where is None else same | ~where).all(axis=-1)
+
+
+def certain(uncertainty: mx.array, threshold: float, where: mx.array) -> mx.array:
+    """[B] bool: no position that counts has an entropy of `threshold` nats or more."""
+    return ((uncertainty < threshold) | ~where).all(axis=-1)

@@ -1,0 +1,1 @@
+"""The model: configuration, layers, attention, experts, vision, the KV cache and the head."""

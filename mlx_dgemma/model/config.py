@@ -1,0 +1,348 @@
+"""What a checkpoint's JSON files say, as frozen dataclasses.
+
+Reading is strict: a key that is not known may stand for another computation, so it is an error
+with its name. Keys known to change nothing here are listed, and a null is no statement at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+
+# Bookkeeping, training and serving hints: none of them reaches a logit.
+_INERT = frozenset(
+    """_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
+    default_output_length dtype eos_token_id generation_config global_head_dim id2label
+    initializer_range is_encoder_decoder label2id max_position_embeddings output_attentions
+    output_hidden_states pad_token_id problem_type quantization quantization_config return_dict
+    skip_vision torch_dtype transformers_version use_cache video_token_id vision_soft_tokens_per_image
+    vision_soft_tokens_per_video_frame audio_token_id boa_token_id eoa_token_id eoa_token_index
+    audio_soft_tokens_per_image audio_ms_per_token ignore_index""".split()
+)
+# Keys of Gemma 4's family with the one value that this architecture computes.
+_FIXED: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_k_eq_v": True,
+    "enable_moe_block": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "tie_word_embeddings": True,
+    "use_double_wide_mlp": False,
+}
+# JSON's types for a field, by the type of its default.
+_KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    bool: ("true or false", (bool,)),
+}
+
+
+def _understood(file: str) -> Callable:
+    """Whatever trips over a value of an unexpected type is the file's fault, not a traceback."""
+
+    def wrap(function: Callable) -> Callable:
+        @wraps(function)
+        def call(*args):
+            try:
+                return function(*args)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{file} cannot be understood ({error}); download it again.") from None
+
+        return call
+
+    return wrap
+
+
+def _read(cls: type, raw: Any, where: str, **derived: Any):
+    """A dataclass from JSON: every field given or defaulted, every other key inert or refused."""
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{where} is not a JSON object but {type(raw).__name__}; download the checkpoint again.")
+    known = {f.name: f for f in fields(cls)}
+    values = dict(derived)
+    for key, value in raw.items():
+        if key in derived or value is None:
+            continue
+        if key in _FIXED and key not in known:
+            if value != _FIXED[key]:
+                raise CheckpointError(
+                    f"{where} has {key} = {value!r}, but this model is only computed with {_FIXED[key]!r}."
+                )
+        elif key in known:
+            noun, kinds = _KINDS.get(type(known[key].default), ("", ()))
+            if noun and type(value) not in kinds:
+                raise CheckpointError(f"{where} has {key} = {value!r}, which should be {noun}.")
+            values[key] = tuple(value) if isinstance(value, list) else value
+        elif key not in _INERT:
+            raise CheckpointError(
+                f"{where} has the unknown key {key!r} = {value!r}, which may change the computation; "
+                "remove it if you know that it does not."
+            )
+    return cls(**values)
+
+
+def _rope(raw: Any, where: str, default: dict, *other_types: str) -> dict:
+    """rope_parameters, of the default's type or one that means the same, and without what is not computed."""
+    rope = {key: value for key, value in (raw or default).items() if value is not None}
+    kind, share, factor = rope.get("rope_type"), rope.get("partial_rotary_factor", 1), rope.get("factor", 1)
+    if unknown := sorted(set(rope) - {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}):
+        raise CheckpointError(f"{where} has the unknown key {unknown[0]!r} = {rope[unknown[0]]!r} in rope_parameters.")
+    if kind not in (default["rope_type"], *other_types):
+        raise CheckpointError(f"{where} has rope_type = {kind!r}, but only {default['rope_type']!r} is computed there.")
+    if factor != 1 or (share != 1 and "partial_rotary_factor" not in default):
+        raise CheckpointError(f"{where} has rope_parameters = {rope}, whose factors are not computed.")
+    rope["rope_theta"] = float(rope.get("rope_theta", default["rope_theta"]))
+    return rope
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text stack, shared by encoder and decoder (sizes in elements, window in positions)."""
+
+    vocab_size: int = 262144
+    hidden_size: int = 2816
+    intermediate_size: int = 2112
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 16
+    # sliding layers
+    num_key_value_heads: int = 8
+    head_dim: int = 256
+    sliding_window: int = 1024
+    # full layers
+    num_global_key_value_heads: int = 2
+    global_head_dim: int = 512
+    layer_types: tuple[str, ...] = ()
+    num_experts: int = 128
+    top_k_experts: int = 8
+    moe_intermediate_size: int = 704
+    rms_norm_eps: float = 1e-6
+    final_logit_softcapping: float = 30.0
+    max_position_embeddings: int = 262144
+    use_bidirectional_attention: str | None = None
+    sliding_rope: dict | None = None
+    full_rope: dict | None = None
+    model_type: str = "diffusion_gemma_text"
+
+    def head(self, layer_type: str) -> tuple[int, int]:
+        """(KV heads, head dimension) of a layer of this type."""
+        if layer_type == "full_attention":
+            return self.num_global_key_value_heads, self.global_head_dim
+        return self.num_key_value_heads, self.head_dim
+
+
+def _text_config(raw: dict) -> TextConfig:
+    where = "config.json (text_config)"
+    count = raw.get("num_hidden_layers", TextConfig.num_hidden_layers)
+    pattern = ("full_attention" if i % 6 == 5 or i == count - 1 else "sliding_attention" for i in range(count))
+    types = tuple(raw.get("layer_types") or pattern)
+    if len(types) != count or not set(types) <= {"sliding_attention", "full_attention"}:
+        raise CheckpointError(
+            f"{where} has layer_types for {len(types)} layers ({', '.join(sorted(set(types)))}) "
+            f"and num_hidden_layers = {count}; they should agree and name sliding_attention or full_attention."
+        )
+    rope = raw.get("rope_parameters") or {}
+    if unknown := sorted(set(rope) - {"sliding_attention", "full_attention"}):
+        raise CheckpointError(f"{where} has the unknown key {unknown[0]!r} in rope_parameters.")
+    derived: dict[str, Any] = {
+        "layer_types": types,
+        "rope_parameters": None,
+        "per_layer_config": None,
+        "sliding_rope": _rope(rope.get("sliding_attention"), where, {"rope_type": "default", "rope_theta": 1e4}),
+        "full_rope": _rope(
+            rope.get("full_attention"),
+            where,
+            {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+        ),
+    }
+    derived.update(_full_layer_sizes(raw, types, where))
+    names = {f.name for f in fields(TextConfig)}
+    rest = {k: v for k, v in raw.items() if k not in derived}
+    config = _read(TextConfig, rest, where, **{k: v for k, v in derived.items() if k in names})
+    if config.use_bidirectional_attention not in (None, "vision"):
+        raise CheckpointError(
+            f"{where} has use_bidirectional_attention = {config.use_bidirectional_attention!r}, "
+            "but only 'vision' or null is computed."
+        )
+    return config
+
+
+def _full_layer_sizes(raw: dict, types: tuple[str, ...], where: str) -> dict[str, int]:
+    """The full layers' head sizes, written as two `global` keys or as `per_layer_config`."""
+    sizes = {
+        "global_head_dim": raw.get("global_head_dim") or TextConfig.global_head_dim,
+        "num_global_key_value_heads": raw.get("num_global_key_value_heads")
+        or raw.get("num_key_value_heads")
+        or TextConfig.num_key_value_heads,
+    }
+    per_layer = raw.get("per_layer_config")
+    if not per_layer:
+        return sizes
+    full = {i for i, kind in enumerate(types) if kind == "full_attention"}
+    if {int(i) for i in per_layer} != full or len({json.dumps(v, sort_keys=True) for v in per_layer.values()}) != 1:
+        raise CheckpointError(
+            f"{where} has a per_layer_config that does not give all full layers {sorted(full)} one size."
+        )
+    one = dict(next(iter(per_layer.values())))
+    sizes["global_head_dim"] = one.pop("head_dim", sizes["global_head_dim"])
+    sizes["num_global_key_value_heads"] = one.pop("num_key_value_heads", sizes["num_global_key_value_heads"])
+    if one:
+        raise CheckpointError(f"{where} has the unknown key {sorted(one)[0]!r} in per_layer_config.")
+    return sizes
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The Gemma 4 vision tower (sizes in elements, patch and pooling in pixels and patches)."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 12
+    num_key_value_heads: int = 12
+    head_dim: int = 64
+    patch_size: int = 16
+    pooling_kernel_size: int = 3
+    position_embedding_size: int = 10240
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 100.0
+    standardize: bool = False
+    use_clipped_linears: bool = False
+    model_type: str = "gemma4_vision"
+
+
+def _vision_config(raw: dict) -> VisionConfig:
+    where = "config.json (vision_config)"
+    rope = _rope(raw.get("rope_parameters"), where, {"rope_type": "axial", "rope_theta": 100.0}, "default")
+    rest = {k: v for k, v in raw.items() if k not in ("rope_parameters", "layer_types", "use_bidirectional_attention")}
+    return _read(VisionConfig, rest, where, rope_theta=rope["rope_theta"])
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole DiffusionGemma; `canvas_length` in tokens."""
+
+    text: TextConfig
+    vision: VisionConfig | None = None
+    canvas_length: int = 256
+    image_token_id: int = 258880
+    boi_token_id: int = 255999
+    eoi_token_id: int = 258882
+    eos_token_ids: tuple[int, ...] = (1,)
+    model_type: str = "diffusion_gemma"
+
+    @classmethod
+    @_understood("config.json")
+    def from_dict(cls, raw: dict) -> ModelConfig:
+        """Read config.json's content.
+
+        Raises:
+            CheckpointError: another `model_type`, an unknown key, or sizes that contradict each other.
+        """
+        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        if kind != "diffusion_gemma":
+            hint = " (the autoregressive Gemma 4: mlx-lm runs it)" if str(kind).startswith("gemma4") else ""
+            raise CheckpointError(
+                f"This checkpoint's model_type is {kind!r}{hint}; mlx-dgemma runs 'diffusion_gemma' only."
+            )
+        if raw.get("audio_config") not in (None, {}):
+            raise CheckpointError("config.json has an audio_config, but audio is not a modality of DiffusionGemma.")
+        text = _text_config(raw.get("text_config") or {})
+        vision = _vision_config(raw["vision_config"]) if raw.get("vision_config") else None
+        eos = raw.get("eos_token_id", (raw.get("text_config") or {}).get("eos_token_id"))
+        drop = ("text_config", "vision_config", "audio_config")
+        rest = {k: v for k, v in raw.items() if k not in drop}
+        return _read(cls, rest, "config.json", text=text, vision=vision, eos_token_ids=_ids(eos) or (1,))
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """generation_config.json: the checkpoint's own sampler. Its end tokens win over config.json's."""
+
+    max_new_tokens: int = 256
+    max_denoising_steps: int = 48
+    entropy_bound: float = 0.1  # nats
+    t_min: float = 0.4
+    t_max: float = 0.8
+    stability_threshold: int = 1  # earlier steps whose argmax must be the same
+    confidence_threshold: float = 0.005  # nats, mean over the canvas
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    @_understood("generation_config.json")
+    def from_dict(cls, raw: dict, eos_token_ids: tuple[int, ...]) -> GenerationConfig:
+        """Read generation_config.json's content; `eos_token_ids` stand in where it names none.
+
+        Raises:
+            CheckpointError: an unknown key or another sampler than the entropy bound's.
+        """
+        raw = dict(raw)
+        sampler = dict(raw.pop("sampler_config", None) or {})
+        name = sampler.pop("_cls_name", "EntropyBoundSamplerConfig")
+        if name != "EntropyBoundSamplerConfig" or set(sampler) - {"entropy_bound"}:
+            raise CheckpointError(
+                f"generation_config.json asks for the sampler {name} with {sorted(sampler)}, "
+                "but only EntropyBoundSamplerConfig with entropy_bound is known."
+            )
+        raw.update(sampler)
+        # Transformers' own bookkeeping: how it caches and compiles, not what it computes.
+        for key in (
+            "_commit_hash",
+            "_from_model_config",
+            "cache_config",
+            "cache_implementation",
+            "disable_compile",
+            "return_dict_in_generate",
+        ):
+            raw.pop(key, None)
+        ends = _ids(raw.pop("eos_token_id", None)) or eos_token_ids
+        return _read(cls, raw, "generation_config.json", eos_token_ids=ends)
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """processor_config.json: the budget of soft tokens that a picture or a video frame takes."""
+
+    image_tokens: int = 280
+    video_tokens: int = 70
+    video_frames: int = 32
+
+    @classmethod
+    @_understood("processor_config.json")
+    def from_dict(cls, raw: dict) -> ProcessorConfig:
+        """Read processor_config.json's content; what is missing takes Gemma 4's defaults."""
+        image, video = raw.get("image_processor") or {}, raw.get("video_processor") or {}
+        return cls(
+            image.get("max_soft_tokens", cls.image_tokens),
+            video.get("max_soft_tokens", cls.video_tokens),
+            video.get("num_frames", cls.video_frames),
+        )
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(type(one) is int for one in ids):
+        raise CheckpointError(f"eos_token_id is {value!r}; it should be token ids.")
+    return ids
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON, or does not hold an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; point at a folder that holds a whole checkpoint.") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object; download it again.")
+    return content

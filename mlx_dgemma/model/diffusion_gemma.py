@@ -1,0 +1,253 @@
+"""DiffusionGemma: one stack of weights in two modes.
+
+- `encode` runs it causally and extends a `Prefix` (the checkpoint's encoder);
+- `denoise` runs it over a canvas in both directions, reading the prefix (the decoder).
+
+The modes differ in attention, in each layer's scalar and in self-conditioning, nothing else.
+Formulas follow Transformers' diffusion_gemma; module names are the checkpoint's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import PromptError
+from .attention import Keys, View
+from .config import ModelConfig
+from .device import fused
+from .kv_cache import Prefix
+from .layers import Layer, SelfConditioning
+from .vision import Projector, VisionTower
+
+LOOK_PATCHES = 10240  # patches that the vision tower encodes at once
+
+
+@fused
+def _softcap(x: mx.array, cap: mx.array) -> mx.array:
+    return cap * mx.tanh(x.astype(mx.float32) / cap)
+
+
+class Decoder(nn.Module):
+    """All shared weights; releases store them under the decoder."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        text = config.text
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = [Layer(text, kind) for kind in text.layer_types]
+        self.norm = nn.RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(text)
+
+
+class EncoderScalar(nn.Module):
+    """What an encoder layer has of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_scalar = mx.ones((1,))
+
+
+class EncoderText(nn.Module):
+    """The encoder's text half: one scalar per layer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.layers = [EncoderScalar() for _ in config.text.layer_types]
+
+
+class Encoder(nn.Module):
+    """What only the encoder has: its scalars and, where the checkpoint sees, tower and projector."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.language_model = EncoderText(config)
+        if config.vision is not None:
+            self.vision_tower = VisionTower(config.vision)
+            self.embed_vision = Projector(config.vision, config.text.hidden_size)
+
+
+class Backbone(nn.Module):
+    """The checkpoint's `model` key."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.decoder = Decoder(config)
+        self.encoder = Encoder(config)
+
+
+class DiffusionGemma(nn.Module):
+    """The model. It knows nothing of sampling: see `generate` for the block loop."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self._apply: Callable[..., mx.array] = Layer.__call__  # what takes (layer, h, scalar, view)
+        self._encoder_layers: tuple[Layer, ...] | None = None  # where an adapter changes the modes differently
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of activations: the embedding's, or its scales' where it is quantized."""
+        table = self.model.decoder.embed_tokens
+        return table.scales.dtype if _is_float_scale(table) else self.model.decoder.norm.weight.dtype
+
+    def new_prefix(self, batch_size: int = 1, capacity: int = 0) -> Prefix:
+        """An empty prefix of `batch_size` rows; `capacity` positions are allocated at once."""
+        return Prefix(self.config.text, batch_size, capacity)
+
+    def encode(
+        self,
+        tokens: mx.array,
+        prefix: Prefix,
+        images: tuple[mx.array, mx.array] | None = None,
+        mask: mx.array | np.ndarray | None = None,
+        features: mx.array | None = None,
+    ) -> mx.array:
+        """Encode tokens causally in one pass and append them to the prefix.
+
+        Args:
+            tokens: [B, L] int32.
+            prefix: of B rows; extended in place.
+            images: patches [N, P, 3 * patch_size**2] and positions [N, P, 2] (padded with -1) of the
+                pictures whose placeholders stand in `tokens`, in their order.
+            mask: [B, L], false where the left padding is.
+            features: [tokens, H] from `look`, instead of `images`.
+
+        Returns:
+            Hidden states [B, L, H] after the final norm. They are lazy: who needs only the prefix
+            pays for no more.
+
+        Raises:
+            PromptError: the placeholders and the pictures' soft tokens differ in number.
+            OptionError: a mask that is not left padding.
+        """
+        if mask is not None:
+            prefix.pad(mask)
+        h = self._embed(tokens)
+        spans = None
+        if images is not None:
+            features = self.look(images)
+        if features is not None:
+            h, spans = self._place(tokens, h, features)
+        masks = prefix.encode_masks(tokens.shape[1], spans)
+        scalars = [one.layer_scalar for one in self.model.encoder.language_model.layers]
+        h = self._run(h, [prefix], [masks], scalars, canvas=False)
+        prefix.offset += tokens.shape[1]
+        return h
+
+    def look(self, images: tuple[mx.array, mx.array]) -> mx.array:
+        """Soft tokens of pictures, encoded in groups so that memory does not grow with their number.
+
+        Args:
+            images: patches [N, P, 3 * patch_size**2] in 0..1 and positions [N, P, 2], padded with -1.
+
+        Returns:
+            [tokens, H], the pictures one after another, padding left out.
+
+        Raises:
+            PromptError: the checkpoint has no vision tower.
+        """
+        encoder = self.model.encoder
+        if "vision_tower" not in encoder:
+            raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
+        patches, positions = (mx.array(a) for a in images)
+        group, found = max(1, LOOK_PATCHES // patches.shape[1]), []
+        for start in range(0, patches.shape[0], group):
+            part = slice(start, start + group)
+            found.append(encoder.embed_vision(encoder.vision_tower(patches[part], positions[part])))
+            mx.eval(found[-1])
+        return mx.concatenate(found)
+
+    def denoise(
+        self, canvas: mx.array, prefix: Prefix | Sequence[Prefix], conditioning: mx.array | None = None
+    ) -> mx.array:
+        """Run the stack over a canvas in both directions; the prefix is read, never extended.
+
+        Args:
+            canvas: [B, C] int32, at the positions that follow the prefix.
+            prefix: of B rows, or B prefixes of one row each, without padding.
+            conditioning: [B, C, H] from `condition`, or None in a canvas's first step.
+
+        Returns:
+            Hidden states [B, C, H] after the final norm.
+        """
+        decoder = self.model.decoder
+        h = decoder.self_conditioning(self._embed(canvas), conditioning)
+        scalars = [layer.layer_scalar for layer in decoder.layers]
+        prefixes = [prefix] if isinstance(prefix, Prefix) else prefix
+        masks = [one.denoise_masks(canvas.shape[1]) for one in prefixes]
+        return self._run(h, prefixes, masks, scalars, canvas=True)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """[B, C, H] -> [B, C, V] float32, softcapped, before temperature (the tied embedding is the head)."""
+        cap = mx.array(self.config.text.final_logit_softcapping, mx.float32)
+        return _softcap(self.model.decoder.embed_tokens.as_linear(hidden), cap)
+
+    def condition(self, processed_logits: mx.array) -> mx.array:
+        """The expected embedding under a step's processed logits, for the next step.
+
+        Args:
+            processed_logits: [B, C, V] float32, after temperature.
+
+        Returns:
+            [B, C, H]: softmax(logits rounded to the model's dtype) @ embedding * sqrt(H).
+        """
+        table, dtype = self.model.decoder.embed_tokens, self.dtype
+        p = mx.softmax(processed_logits.astype(dtype), axis=-1, precise=True)
+        if isinstance(table, nn.QuantizedEmbedding):
+            expected = mx.quantized_matmul(
+                p,
+                table.weight,
+                table.scales,
+                table.get("biases"),
+                transpose=False,
+                group_size=table.group_size,
+                bits=table.bits,
+                mode=table.mode,
+            )
+        else:
+            expected = p @ table.weight
+        return expected * self.embed_scale()
+
+    def embed_scale(self) -> mx.array:
+        """What embeddings are multiplied by, rounded as the reference rounds it."""
+        return mx.array(self.config.text.hidden_size**0.5, self.dtype)
+
+    def _embed(self, tokens: mx.array) -> mx.array:
+        return self.model.decoder.embed_tokens(tokens).astype(self.dtype) * self.embed_scale()
+
+    def _run(
+        self, h: mx.array, prefixes: Sequence[Prefix], masks: list[dict], scalars: list[mx.array], canvas: bool
+    ) -> mx.array:
+        rope_offset = prefixes[0].rope_offset()
+        if len(prefixes) > 1:
+            rope_offset = mx.array([prefix.offset for prefix in prefixes])
+        layers = self.model.decoder.layers if canvas or self._encoder_layers is None else self._encoder_layers
+        for i, (layer, scalar) in enumerate(zip(layers, scalars)):
+            kind = layer._layer_type
+            keys = [Keys(one.layers[i], one.offset, mask[kind], canvas) for one, mask in zip(prefixes, masks)]
+            h = self._apply(layer, h, scalar, View(keys, rope_offset))
+        return self.model.decoder.norm(h)
+
+    def _place(self, tokens: mx.array, h: mx.array, features: mx.array) -> tuple[mx.array, np.ndarray | None]:
+        """Put soft tokens on their placeholders; returns them and the spans that see themselves whole."""
+        held = np.asarray(tokens) == self.config.image_token_id
+        if held.sum() != features.shape[0]:
+            raise PromptError(
+                f"The prompt has {held.sum()} image placeholders, but its pictures have "
+                f"{features.shape[0]} soft tokens; they must agree."
+            )
+        rows = mx.array(np.flatnonzero(held))
+        flat = h.reshape(-1, h.shape[-1])
+        flat[rows] = features.astype(h.dtype)
+        starts = held & ~np.pad(held, ((0, 0), (1, 0)))[:, :-1]
+        spans = np.where(held, np.cumsum(starts, axis=1), 0).astype(np.int32)
+        return flat.reshape(h.shape), spans if self.config.text.use_bidirectional_attention == "vision" else None
+
+
+def _is_float_scale(table: nn.Module) -> bool:
+    return isinstance(table, nn.QuantizedEmbedding) and table.scales.dtype != mx.uint8

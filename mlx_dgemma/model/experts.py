@@ -1,0 +1,145 @@
+"""The parts of the text stack. Attribute names are the checkpoint's keys."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchLinear
+
+from .config import TextConfig
+from .device import fused
+from .functions import geglu, rms_norm
+
+MATMUL_ROWS = 512  # up to here CUDA gathers rows faster as a product with a one-hot matrix
+SORT_FROM = 64  # rows * top_k from which sorting by expert pays: MLX's grouped kernels need it
+
+
+class Router(nn.Module):
+    """Chooses the experts of each position."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.scale = mx.ones((config.hidden_size,))
+        self.per_expert_scale = mx.ones((config.num_experts,))
+        self._eps = config.rms_norm_eps
+        self._root = config.hidden_size**-0.5
+        self._top_k = config.top_k_experts
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x [N, H] -> expert indices and weights, both [N, top_k].
+
+        Softmax over the chosen logits equals softmax over all of them, renormalised to the chosen.
+        """
+        scores = self.proj(rms_norm(x, self._eps) * self.scale * self._root)
+        indices = mx.stop_gradient(mx.argpartition(scores, kth=-self._top_k, axis=-1)[..., -self._top_k :])
+        weights = mx.softmax(mx.take_along_axis(scores, indices, axis=-1), axis=-1, precise=True)
+        return indices, weights * self.per_expert_scale[indices]
+
+
+class Experts(nn.Module):
+    """The mixture of experts; gate and up lie in one tensor, gate rows first, and take one gather."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        size = config.moe_intermediate_size
+        self.gate_up_proj = SwitchLinear(config.hidden_size, 2 * size, config.num_experts, bias=False)
+        self.down_proj = SwitchLinear(size, config.hidden_size, config.num_experts, bias=False)
+
+    def __call__(self, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
+        """x [N, H], indices and weights [N, K] -> [N, H]."""
+        rows, top_k = indices.shape
+        flat = indices.flatten()
+        if flat.size < SORT_FROM:
+            y = self._feed(x[:, None, None], indices)
+        elif pads_runs():
+            return self._in_runs(x, flat, weights.flatten())
+        else:
+            order = mx.argsort(flat)
+            # The unit axis comes before the gather: MLX's sorted kernels misread rows that get it after.
+            y = self._feed(x[:, None][order // top_k], flat[order], sorted_indices=True)[mx.argsort(order)]
+        y = y.reshape(rows, top_k, -1)
+        return (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
+
+    def _in_runs(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
+        """x [N, H], experts and weights [N * K] in the rows' order -> [N, H], by `runs`."""
+        rows, size = x.shape
+        # CUDA compiles a gather_qmm for every length, a minute each: packed weights get a single one.
+        longest = 64 if isinstance(_base(self.gate_up_proj), SwitchLinear) else 16
+        slots, owners, length = runs(chosen, self.gate_up_proj.num_experts, longest)
+        source, share = fill(slots, weights, owners.size * length, rows)
+        if rows <= MATMUL_ROWS:
+            take, mix = one_hot(source, share, rows, x)
+            return mix.T @ self._feed((take @ x).reshape(owners.size, length, size), owners).reshape(-1, size)
+        y = self._feed(x[mx.minimum(source, rows - 1)].reshape(owners.size, length, size), owners)
+        y = y.reshape(-1, size)[slots].reshape(rows, -1, size)
+        return (y * weights.reshape(rows, -1, 1)).sum(axis=-2).astype(x.dtype)
+
+    def _feed(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """x [..., rows, H] through the expert of each leading index."""
+        dtype = x.dtype
+        if isinstance(base := _base(self.gate_up_proj), SwitchLinear):
+            x = x.astype(base.weight.dtype)  # float32 on the CPU, whatever the rest is
+        gate, up = mx.split(self.gate_up_proj(x, indices, sorted_indices=sorted_indices), 2, axis=-1)
+        return self.down_proj(geglu(gate, up), indices, sorted_indices=sorted_indices).astype(dtype)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """The map itself, where an adapter stands around it."""
+    return module.get("linear", module)
+
+
+def pads_runs() -> bool:
+    """Whether experts are computed in padded runs.
+
+    CUDA's gather kernels read an expert once for every row, so there its rows are padded to runs that
+    read it once each. Metal's sorted kernels tile runs themselves, and on the CPU nothing is gained.
+    """
+    return mx.default_device() == mx.gpu and not mx.metal.is_available()
+
+
+def runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.array, int]:
+    """Lay rows out in runs of equal length, each of one expert.
+
+    Args:
+        chosen: [N] expert of each row.
+        experts: how many there are.
+        longest: bound of a run's length, a power of two.
+
+    Returns:
+        [N] slot of each row, [runs] expert of each run, and the length of a run: a power of two near the
+        mean number of rows an expert, 16 at least, so that padding stays below one run an expert.
+    """
+    count = chosen.size
+    length = min(max(16, 1 << (max(count // experts, 1).bit_length() - 1)), longest)
+    slots, owners = _lay_out(chosen.astype(mx.int32), experts, length)
+    return slots, owners, length
+
+
+@partial(fused, shapeless=False)
+def _lay_out(chosen: mx.array, experts: int, length: int) -> tuple[mx.array, mx.array]:
+    numbers = mx.arange(experts, dtype=mx.int32)
+    rank = mx.cumsum((chosen[:, None] == numbers).astype(mx.int32), axis=0)
+    needed = (rank[-1] + (length - 1)) // length
+    ends = mx.cumsum(needed)
+    slots = ((ends - needed) * length)[chosen] + mx.take_along_axis(rank, chosen[:, None], axis=1)[:, 0] - 1
+    total = chosen.size // length + min(experts, chosen.size)
+    owners = (mx.arange(total, dtype=mx.int32)[:, None] >= ends).astype(mx.int32).sum(axis=1)
+    return slots, mx.minimum(owners, experts - 1).astype(mx.uint32)
+
+
+def fill(slots: mx.array, weights: mx.array, total: int, rows: int) -> tuple[mx.array, mx.array]:
+    """[total] row that each slot holds, `rows` where it is padding, and its weight, 0 there."""
+    source, share = mx.full((total,), rows, mx.int32), mx.zeros((total,), weights.dtype)
+    source[slots] = mx.arange(slots.size, dtype=mx.int32) // (slots.size // rows)
+    share[slots] = weights
+    return source, share
+
+
+@partial(fused, shapeless=False)
+def one_hot(source: mx.array, share: mx.array, rows: int, like: mx.array) -> tuple[mx.array, mx.array]:
+    """[slots, rows] matrices in the dtype of `like` that gather rows into slots and, transposed, mix slots to rows."""
+    taken = source[:, None] == mx.arange(rows, dtype=mx.int32)
+    return taken.astype(like.dtype), mx.where(taken, share[:, None], 0).astype(like.dtype)

@@ -1,0 +1,24 @@
+"""The parts of the text stack. Attribute names are the checkpoint's keys."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .device import fused, on_cpu
+
+
+@fused
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """tanh-approximated GELU of `gate`, times `up`."""
+    if on_cpu():  # (1 + tanh(u)) / 2 as sigmoid(2 u): powers, tanh and its gradient are slow there
+        u = math.sqrt(2 / math.pi) * gate * (1 + 0.044715 * gate * gate)
+        return gate * mx.sigmoid(2 * u) * up
+    return nn.gelu_approx(gate) * up
+
+
+def rms_norm(x: mx.array, eps: float) -> mx.array:
+    """RMS norm without a weight, computed in float32."""
+    return mx.fast.rms_norm(x, None, eps)

@@ -1,0 +1,276 @@
+"""The unified-memory KV cache of the prefix: everything encoded so far.
+
+Full layers keep every position, sliding layers a ring of the `window - 1` positions that the next
+token can still see. Attention does not care about the order of its keys (their positions were
+rotated in), so the ring is never put back into order. A canvas writes its keys and values into the
+slots behind the prefix, where the next canvas overwrites them: the prefix itself is neither copied
+nor changed by a denoising step.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import OptionError
+from .config import TextConfig
+from .masks import Mask
+
+STEP = 256  # slots; buffers grow by multiples of this
+
+
+class LayerKV:
+    """Keys and values of one layer, [B, heads, slots, D]; `ring` slots are kept, or all (None)."""
+
+    def __init__(self, ring: int | None, capacity: int = 0):
+        self.ring = ring
+        self.capacity = capacity
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.stages: list[mx.array] = []  # of the attention to these keys, where it comes in chunks
+
+    def used(self, offset: int) -> int:
+        """Slots that hold the prefix when `offset` positions were encoded."""
+        return offset if self.ring is None else min(offset, self.ring)
+
+    def extend(self, keys: mx.array, values: mx.array, offset: int) -> tuple[mx.array, mx.array]:
+        """Append [B, heads, L, D] at `offset`; returns what these L positions may attend to."""
+        length = keys.shape[2]
+        used = self.used(offset)
+        if self.ring is None or offset + length <= self.ring:
+            return self._write(keys, values, used)
+        seen = keys, values
+        if used and self.keys is not None and self.values is not None:
+            seen = (
+                mx.concatenate([self.keys[:, :, :used], keys], axis=2),
+                mx.concatenate([self.values[:, :, :used], values], axis=2),
+            )
+        kept = min(length, self.ring)
+        start = (offset + length - kept) % self.ring
+        head = min(kept, self.ring - start)  # up to the end of the ring, then from its beginning
+        tail = length - kept + head
+        self._write(keys[:, :, length - kept : tail], values[:, :, length - kept : tail], start)
+        if head < kept:
+            self._write(keys[:, :, tail:], values[:, :, tail:], 0)
+        return seen
+
+    def with_canvas(self, keys: mx.array, values: mx.array, offset: int) -> tuple[mx.array, mx.array]:
+        """Prefix and canvas together; the canvas lies in slots that belong to no position."""
+        return self._write(keys, values, self.used(offset))
+
+    def _write(self, keys: mx.array, values: mx.array, at: int) -> tuple[mx.array, mx.array]:
+        end = at + keys.shape[2]
+        self._reserve(end, keys, values)
+        assert self.keys is not None and self.values is not None
+        self.keys[:, :, at:end] = keys
+        self.values[:, :, at:end] = values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _reserve(self, slots: int, keys: mx.array, values: mx.array) -> None:
+        have = 0 if self.keys is None else self.keys.shape[2]
+        if slots <= have:
+            return
+        total = -(-max(slots, self.capacity) // STEP) * STEP
+
+        def grown(old: mx.array | None, like: mx.array) -> mx.array:
+            new = mx.zeros((*like.shape[:2], total - have, like.shape[3]), like.dtype)
+            return new if old is None else mx.concatenate([old, new], axis=2)
+
+        self.keys, self.values = grown(self.keys, keys), grown(self.values, values)
+
+
+class Prefix:
+    """What was encoded: one `LayerKV` per layer and how far they reach.
+
+    Args:
+        config: the text stack's sizes.
+        batch_size: rows.
+        capacity: positions that the full layers allocate at once; more grow them in steps.
+
+    Attributes:
+        offset: positions encoded, left padding included.
+        padding: left padding of each row, [B] int32, or None where no row has any.
+    """
+
+    def __init__(self, config: TextConfig, batch_size: int = 1, capacity: int = 0):
+        self.window = config.sliding_window
+        self.batch_size = batch_size
+        self.offset = 0
+        self.padding: mx.array | None = None
+        self.layers = [
+            LayerKV(None, capacity) if kind == "full_attention" else LayerKV(max(self.window - 1, 1))
+            for kind in config.layer_types
+        ]
+        self._ring = max(self.window - 1, 1)
+        self._mark: tuple[int, list[tuple[Any, Any]]] | None = None
+
+    @property
+    def state(self) -> list[mx.array]:
+        """Every array held, to be evaluated between chunks."""
+        return [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]
+
+    @property
+    def stages(self) -> list[mx.array | None]:
+        """The layers' keys and attention chunks, which are computed one after the other: for `memory.Queue`."""
+        return [stage for layer in self.layers for stage in (_handle(layer.keys), *layer.stages)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of unified memory held, preallocated slots included."""
+        marked = [a for pair in self._mark[1] for a in pair if a is not None] if self._mark else []
+        return sum(a.nbytes for a in [*self.state, *marked])
+
+    def rope_offset(self) -> int | mx.array:
+        """Position of the next token: an int, or [B] where rows are padded differently."""
+        return self.offset if self.padding is None else self.offset - self.padding
+
+    def pad(self, mask: Any) -> None:
+        """Take note of the left padding in a mask [B, L] of the tokens to be encoded next.
+
+        Raises:
+            OptionError: a padded position stands behind a real one, or the shape is another.
+        """
+        real = np.asarray(mask).astype(bool)
+        if real.ndim != 2 or real.shape[0] != self.batch_size:
+            raise OptionError(f"mask has the shape {real.shape}; it should be [batch_size = {self.batch_size}, L].")
+        count = (~real).sum(axis=1)
+        if not count.any():
+            return
+        before = np.zeros(self.batch_size, np.int32) if self.padding is None else np.asarray(self.padding)
+        if (np.diff(real.astype(np.int8), axis=1) < 0).any() or ((before < self.offset) & (count > 0)).any():
+            raise OptionError("mask pads positions behind real ones; only padding on the left is possible.")
+        self.padding = mx.array((before + count).astype(np.int32))
+
+    def _ring_positions(self) -> np.ndarray:
+        """The position that each used ring slot holds."""
+        last, used = self.offset - 1, min(self.offset, self._ring)
+        return last - (last - np.arange(used)) % self._ring
+
+    def _key_positions(self, length: int, sliding: bool) -> np.ndarray:
+        held = self._ring_positions() if sliding else np.arange(self.offset)
+        return np.concatenate([held, np.arange(self.offset, self.offset + length)])
+
+    def encode_masks(self, length: int, spans: np.ndarray | None = None) -> dict[str, Mask]:
+        """Causal masks for `length` new positions, by layer type.
+
+        Args:
+            length: L, the new positions.
+            spans: [B, L] ids of image spans, 0 for text; a span attends to itself both ways.
+        """
+        queries = np.arange(self.offset, self.offset + length)
+        return {
+            "full_attention": Mask(self._key_positions(length, False), queries, None, self._padding(), spans),
+            "sliding_attention": Mask(self._key_positions(length, True), queries, self.window, self._padding(), spans),
+        }
+
+    def denoise_masks(self, length: int) -> dict[str, Mask]:
+        """Masks for a canvas of `length` positions, which see all but padding, by layer type."""
+        return {
+            kind: Mask(self._key_positions(length, kind == "sliding_attention"), padding=self._padding())
+            for kind in ("full_attention", "sliding_attention")
+        }
+
+    def handles(self) -> list[tuple[mx.array | None, mx.array | None]]:
+        """What the layers hold now, for `restore`; while it is kept, the next write copies the buffers."""
+        return [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers]
+
+    def restore(self, handles: list[tuple[mx.array | None, mx.array | None]]) -> None:
+        """Forget what was written since `handles` was taken, as if it had never been asked for."""
+        for layer, (keys, values) in zip(self.layers, handles):
+            layer.keys, layer.values, layer.stages = keys, values, []
+
+    def _padding(self) -> np.ndarray:
+        return np.zeros(1, np.int32) if self.padding is None else np.asarray(self.padding)
+
+    def mark(self) -> None:
+        """Remember this state, so that `rewind` can come back here after the rings have moved on."""
+        rings = [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers if layer.ring]
+        self._mark = (self.offset, rings)
+
+    def reach(self, offset: int) -> int:
+        """How many positions `rewind` would keep."""
+        if offset >= self.offset or self.offset <= self._ring:
+            return min(offset, self.offset)
+        marked = self._mark[0] if self._mark else 0
+        if marked <= self._ring:  # the rings held every position
+            return min(offset, marked)
+        return marked if marked <= offset else 0
+
+    def rewind(self, offset: int) -> int:
+        """Forget positions from `offset` on, or from the nearest earlier state that is still held.
+
+        Returns:
+            How many positions are held now, at most `offset`.
+        """
+        kept = self.reach(offset)
+        if kept < self.offset and self.offset > self._ring and self._mark:
+            for layer, (keys, values) in zip((one for one in self.layers if one.ring), self._mark[1]):
+                layer.keys, layer.values = _handle(keys), _handle(values)
+        self.offset = kept
+        if self._mark and self._mark[0] > kept:
+            self._mark = None
+        return kept
+
+    def fork(self) -> Prefix:
+        """The same prefix, which can go on by itself; buffers are copied when one of the two writes."""
+        other = copy(self)
+        other.layers = []
+        for layer, (keys, values) in zip(self.layers, self.handles()):
+            other.layers.append(LayerKV(layer.ring, layer.capacity))
+            other.layers[-1].keys, other.layers[-1].values = keys, values
+        return other
+
+    def trim(self) -> None:
+        """Let go of slots that hold nothing, and of a mark that is where the prefix ends."""
+        if self._mark and self._mark[0] == self.offset:
+            self._mark = None
+        for layer in self.layers:
+            used = layer.used(self.offset)
+            if layer.keys is not None and layer.values is not None and layer.keys.shape[2] > used:
+                layer.keys, layer.values = (mx.contiguous(a[:, :, :used]) for a in (layer.keys, layer.values))
+                mx.eval(layer.keys, layer.values)  # one layer's copy at a time
+
+    def saved(self) -> tuple[dict[str, mx.array], int, int]:
+        """(arrays by name, offset, marked offset or 0), for `take`."""
+        arrays: dict[str, mx.array] = {}
+        rings = iter(self._mark[1] if self._mark else [])
+        for i, layer in enumerate(self.layers):
+            pairs = {"": (layer.keys, layer.values)}
+            if self._mark and layer.ring:
+                pairs["mark."] = next(rings)
+            for name, pair in pairs.items():
+                for kind, array in zip(("keys", "values"), pair):
+                    if array is not None:
+                        arrays[f"{name}{i}.{kind}"] = array
+        return arrays, self.offset, self._mark[0] if self._mark else 0
+
+    def take(self, arrays: dict[str, mx.array], offset: int, mark: int) -> None:
+        """Hold what `saved` told of a prefix of the same model.
+
+        Raises:
+            KeyError: an array is missing.
+        """
+        self.offset = offset
+        for i, layer in enumerate(self.layers):
+            layer.keys, layer.values = arrays[f"{i}.keys"], arrays[f"{i}.values"]
+        rings = [i for i, layer in enumerate(self.layers) if layer.ring]
+        self._mark = (mark, [(arrays[f"mark.{i}.keys"], arrays[f"mark.{i}.values"]) for i in rings]) if mark else None
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all rows of the batch but these."""
+        index = mx.array(rows)
+        for layer in self.layers:
+            if layer.keys is not None and layer.values is not None:
+                layer.keys, layer.values = layer.keys[index], layer.values[index]
+        if self.padding is not None:
+            self.padding = self.padding[index]
+        self.batch_size = len(rows)
+        self._mark = None
+
+
+def _handle(array: mx.array | None) -> mx.array | None:
+    """The same array as another object: assigning to a slice changes the object that it is assigned to."""
+    return None if array is None else mx.array(array)

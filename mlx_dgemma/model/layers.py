@@ -1,0 +1,76 @@
+"""The parts of the text stack. Attribute names are the checkpoint's keys."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .attention import Attention, View
+from .config import TextConfig
+from .experts import Experts, Router
+from .functions import geglu, rms_norm
+
+
+class MLP(nn.Module):
+    """The dense branch: a GeGLU."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[..., H] -> [..., H]."""
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    """Attention, then a dense branch and a mixture of experts side by side, all sandwich-normed."""
+
+    def __init__(self, config: TextConfig, layer_type: str):
+        super().__init__()
+        self._layer_type = layer_type
+        self.self_attn = Attention(config, layer_type)
+        self.mlp = MLP(config)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.layer_scalar = mx.ones((1,))
+        for name in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "pre_feedforward_layernorm_2",
+            "post_feedforward_layernorm",
+            "post_feedforward_layernorm_1",
+            "post_feedforward_layernorm_2",
+        ):
+            setattr(self, name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+
+    def __call__(self, x: mx.array, scalar: mx.array, see: View) -> mx.array:
+        """x [B, L, H] -> [B, L, H]; `scalar` and `see` are the mode's own."""
+        h = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), see))
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
+        flat = h.reshape(-1, h.shape[-1])
+        sparse = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat)).reshape(h.shape)
+        sparse = self.post_feedforward_layernorm_2(sparse)
+        return (h + self.post_feedforward_layernorm(dense + sparse)) * scalar
+
+
+class SelfConditioning(nn.Module):
+    """Mixes the previous step's expected embedding into the canvas (decoder only)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.pre_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self._eps = config.rms_norm_eps
+
+    def __call__(self, embedded: mx.array, conditioning: mx.array | None) -> mx.array:
+        """Both [B, C, H]; None, as in a canvas's first step, is a conditioning of zeros."""
+        if conditioning is not None:  # a bias-free GeGLU of zeros is zero
+            n = self.pre_norm(conditioning)
+            embedded = embedded + self.down_proj(geglu(self.gate_proj(n), self.up_proj(n)))
+        return rms_norm(embedded, self._eps)

@@ -1,0 +1,42 @@
+"""Pictures to patches: whatever holds a picture is read, scaled to a budget of soft tokens and cut up.
+
+Pixels are those of Transformers' Pillow-based image processor, bit for bit: bicubic, rounded to bytes, divided by 255.
+It differs in three points: orientation is applied, transparency is laid on white, and 16-bit values are scaled.
+Colour profiles are ignored, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Pictures cut into patches, as the vision tower takes them.
+
+    Attributes:
+        patches: [N, P, 3 * patch**2] float32 in 0..1, row by row, channels last in a patch; zeros where padded.
+        positions: [N, P, 2] int32 (x, y) of each patch, -1 where padded.
+        tokens: soft tokens of each picture.
+    """
+
+    patches: np.ndarray
+    positions: np.ndarray
+    tokens: tuple[int, ...]
+
+
+def join(parts: Sequence[Patches]) -> Patches:
+    """All pictures of several Patches (pictures and frames, say), padded to the longest."""
+    longest = max((part.patches.shape[1] for part in parts), default=0)
+
+    def padded(array: np.ndarray, value: int) -> np.ndarray:
+        return np.pad(array, ((0, 0), (0, longest - array.shape[1]), (0, 0)), constant_values=value)
+
+    return Patches(
+        np.concatenate([padded(part.patches, 0) for part in parts]),
+        np.concatenate([padded(part.positions, -1) for part in parts]),
+        tuple(tokens for part in parts for tokens in part.tokens),
+    )

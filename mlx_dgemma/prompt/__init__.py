@@ -1,0 +1,1 @@
+"""Prompts in, answers out: messages, the chat template, pictures, video, and the reader of answers."""

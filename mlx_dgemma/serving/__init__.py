@@ -1,0 +1,1 @@
+"""Requests together: the scheduler and the cache of prefixes."""

@@ -1,0 +1,1 @@
+"""What is asked beyond answering: constrained text, infill, templates, edits and choices."""

@@ -1,0 +1,106 @@
+"""Infill, templates and edits: what an engine does beyond answering. Each becomes a `Job`."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..constraints.patterns import literal, translate
+from ..decoding.request import Job
+from ..errors import OptionError
+from ..prompt.messages import messages_of, whole
+from .constrained import _effective, constrained
+
+if TYPE_CHECKING:
+    from ..decoding.events import Result
+    from ..engine import Engine
+
+
+FILL_TEMPLATE = "Write this text with something that fits in the place of every {name}:\n\n"
+Holes = Mapping[str, int | str | Sequence[str]]
+
+
+def fill(
+    engine: Engine,
+    template: str,
+    holes: Holes,
+    *,
+    prompt: Any = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Job:
+    """The job of `Engine.fill`."""
+    if not isinstance(template, str) or not isinstance(holes, Mapping):
+        raise OptionError(f"template is a text and holes a mapping of their names; these are {template!r}, {holes!r}.")
+    whole("template", template)
+    parts, names = _parse(template)
+    if unknown := [name for name in holes if name not in names]:
+        raise OptionError(f"The template has no hole {unknown[0]!r}; it has {', '.join(names) or 'none'}.")
+    if missing := [name for name in names if name not in holes]:
+        raise OptionError(f"holes has nothing for {missing[0]!r}, which stands in the template; give its texts.")
+    patterns = {name: hole_pattern(name, holes[name]) for name in names}
+    plain = "".join(f"(?:{translate(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts))
+    effective = _effective(engine, "fill", options)
+    row = engine._row(messages_of(FILL_TEMPLATE + template if prompt is None else prompt), seed, effective)
+    control = constrained(engine, row, effective, engine.language(plain, "The template"), "The template")
+    return Job(row, effective, control, lambda result: _with_holes(result, parts, patterns))
+
+
+def hole_pattern(name: str, hole: int | str | Sequence[str]) -> str:
+    """The pattern of a hole's texts, in `re`'s syntax.
+
+    Args:
+        hole: at most so many characters of one line, a regular expression, or the texts to choose from.
+
+    Raises:
+        OptionError: neither of these.
+    """
+    if isinstance(hole, int) and not isinstance(hole, bool) and hole > 0:
+        return rf"[^\n]{{1,{hole}}}"
+    if isinstance(hole, str):
+        return hole
+    if isinstance(hole, Sequence) and hole and all(isinstance(one, str) and one for one in hole):
+        return "|".join(map(re.escape, hole))
+    raise OptionError(
+        f"The hole {name!r} is {hole!r}; give a number of characters, a list of texts, or a regular expression."
+    )
+
+
+def _parse(template: str) -> tuple[list[str], list[str]]:
+    """(text, name, text, name, ..., text) and the names, as str.format reads a template."""
+    try:
+        found = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise OptionError(f"The template {template!r} is broken ({error}); write {{{{ and }}}} for braces.") from None
+    parts, names = [""], []
+    for text, name, spec, conversion in found:
+        parts[-1] += text
+        if name is None:
+            continue
+        if not name or spec or conversion or name in names:
+            what = "stands twice" if name in names else "should be a name alone, such as {city}"
+            raise OptionError(f"The hole {{{name}}} of the template {what}; change the template.")
+        names.append(name)
+        parts += [name, ""]
+    return parts, names
+
+
+def _with_holes(result: Result, parts: list[str], patterns: dict[str, str]) -> Result:
+    compiled = {name: re.compile(pattern) for name, pattern in patterns.items()}
+
+    def split(text: str, i: int) -> dict[str, str] | None:
+        """The holes of a text that the parts from `i` on make, the first ones as long as possible."""
+        if not text.startswith(parts[i]):
+            return None
+        text = text[len(parts[i]) :]
+        if i + 1 == len(parts):
+            return None if text else {}
+        for end in range(len(text), -1, -1):
+            if compiled[parts[i + 1]].fullmatch(text[:end]) and (rest := split(text[end:], i + 2)) is not None:
+                return {parts[i + 1]: text[:end], **rest}
+        return None
+
+    return replace(result, holes=split(result.text, 0) or {})
