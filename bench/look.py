@@ -27,7 +27,7 @@ def look(model, patches: mx.array, positions: mx.array) -> tuple[float, int]:
     MLX.reset()
     before = MLX.active()
     started = time.perf_counter()
-    mx.eval(model.look((patches, positions)))
+    mx.eval(model.encode_images((patches, positions)))
     return time.perf_counter() - started, MLX.peak() - before
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     for count in args.count:
         patches = mx.random.uniform(shape=(count, side * side, 768), key=mx.random.key(0))
         positions = mx.array(np.repeat(position[None], count, axis=0))
-        mx.eval(patches, positions, model.look((patches[:1], positions[:1])))  # warm-up
+        mx.eval(patches, positions, model.encode_images((patches[:1], positions[:1])))  # warm-up
         runs = [look(model, patches, positions) for _ in range(args.runs)]
         results.append(
             {

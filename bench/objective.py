@@ -53,7 +53,7 @@ def batch_of(name: str, model) -> tuple[Batch, dict[str, np.ndarray]]:
         row[:pad] = False
     clean = random.integers(200, 2000, (len(tokens), canvas)).astype(np.int32)
     supervised = np.arange(canvas) < np.array([[canvas], [20], [3]])[: len(tokens)]
-    features = [model.look(tuple(map(mx.array, seen.values())))] if seen else []
+    features = [model.encode_images(tuple(map(mx.array, seen.values())))] if seen else []
     return Batch(tokens, real, clean, supervised, features), seen
 
 

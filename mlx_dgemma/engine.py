@@ -316,7 +316,7 @@ class Engine:
 
     def _extend(self, row: Row, tokens: Sequence[int], beside: int) -> None:
         """Let an answer begin with tokens; `beside` more are to have room on canvases."""
-        row.tokens, row.held = [*row.tokens, *tokens], [*row.held, *tokens]
+        row.tokens, row.cache_key = [*row.tokens, *tokens], [*row.cache_key, *tokens]
         self._check_room(len(row.tokens) + max(beside - self.config.canvas_length, 0))
 
     @cached_property
@@ -411,18 +411,18 @@ class Engine:
 
         for part in parts:
             if part["type"] == "image":
-                shown.append((image, span(self.see(part["image"], options.image_tokens))))
+                shown.append((image, span(self.load_image(part["image"], options.image_tokens))))
                 continue
             budget = self.checkpoint.processor.video_tokens
             frames = sample_frames(part["video"], options.fps, options.max_frames)
             spans = []
             for frame in frames:
                 times.append(frame.seconds)
-                spans.append(f"{stamp(frame.seconds)} {span(self.see(frame.image, budget))}")
+                spans.append(f"{stamp(frame.seconds)} {span(self.load_image(frame.image, budget))}")
             shown.append((VIDEO, " ".join(spans)))
         return pictures, shown, times
 
-    def see(self, source: Any, budget: int) -> Picture:
+    def load_image(self, source: Any, budget: int) -> Picture:
         """A picture that is ready to stand in a message's part, where its decoding would be in the way.
 
         Args:
@@ -452,7 +452,7 @@ class Engine:
     def _encode(self, job: Job, branch: int = 0) -> Iterator[None]:
         """Encode what a job's session does not hold of its prompt, a chunk at a time."""
         row, session = job.row, job.session
-        row.reused = session.reuse(row.held)
+        row.reused = session.reuse(row.cache_key)
         features, taken = self._look(row, session.features), 0
         for name in list(session.features)[:-KEPT_PICTURES]:
             del session.features[name]
@@ -462,26 +462,26 @@ class Engine:
             held = [features[taken : taken + count]] if features is not None and count else []
             taken += count
             for _ in encoding(self.model, session.prefix, new, job.options.prefill_chunk, features=held):
-                session.held = row.held[: session.prefix.offset]
+                session.cache_key = row.cache_key[: session.prefix.offset]
                 yield
             if end is not None:
                 job.branch = session.fork()
-        session.prefix.mark()
+        session.prefix.set_rewind_point()
         row.encoded = time.perf_counter()
 
     def _look(self, row: Row, known: dict[str, mx.array]) -> mx.array | None:
         """Soft tokens [tokens, H] of the row's pictures that the prefix does not hold; `known` is filled."""
-        before = sum(isinstance(one, str) for one in row.held[: row.reused])
+        before = sum(isinstance(one, str) for one in row.cache_key[: row.reused])
         ends = np.cumsum([picture.tokens for picture in row.pictures])
         new = [picture for picture, end in zip(row.pictures, ends) if end > before]
         fresh = {picture.digest: picture for picture in new if picture.digest not in known}
         if fresh:
             joined = join([picture.patches for picture in fresh.values()])
-            features = self.model.look((mx.array(joined.patches), mx.array(joined.positions)))
+            features = self.model.encode_images((mx.array(joined.patches), mx.array(joined.positions)))
             cuts = np.cumsum([picture.tokens for picture in fresh.values()])[:-1]
             for name, part in zip(fresh, mx.split(features, cuts.tolist())):
                 known[name] = part
-        row.looked = len(fresh)
+        row.images_encoded = len(fresh)
         return mx.concatenate([known[picture.digest] for picture in new]) if new else None
 
     def _draft_text(self, tokens: mx.array, options: GenerationOptions) -> str:
@@ -510,7 +510,7 @@ class Engine:
             peak_memory_bytes=mx.get_peak_memory(),
             seed=row.seed,
             images=len(row.pictures),
-            images_encoded=row.looked,
+            images_encoded=row.images_encoded,
             frame_seconds=tuple(row.times),
         )
         return Result(

@@ -99,11 +99,11 @@ def test_a_mask_of_ranges_is_the_mask_of_all_keys(batch, heads, kv_heads, length
             assert (part is None) == expected.all() or name.startswith(("causal, spans", "sliding, spans")), name
             if part is not None:
                 assert np.array_equal(np.broadcast_to(np.array(part)[:, 0], expected.shape), expected), name
-        if isinstance(mask.whole, str):
-            assert mask.whole == "causal"
+        if isinstance(mask.all_keys, str):
+            assert mask.all_keys == "causal"
             assert np.array_equal(seen[0], np.tri(length, count, count - length, dtype=bool)), name
         else:
-            assert (mask.whole is None) == (mask.part(0, whole) is None), name
+            assert (mask.all_keys is None) == (mask.part(0, whole) is None), name
 
 
 @pytest.mark.parametrize("keys", [1, 2, 3, 7, 100])

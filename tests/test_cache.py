@@ -28,7 +28,7 @@ ONCE = {"max_tokens": 64, "max_denoising_steps": 1}
 def run(engine, cache, job):
     """Generate a job as a scheduler does; returns its result."""
     loop, result = Loop(engine.model), None
-    engine.start(loop, job, *cache.find(job.row.held))
+    engine.start(loop, job, *cache.find(job.row.cache_key))
     while loop.jobs:
         for _, event in engine.advance(loop):
             assert not isinstance(event, Exception), event
@@ -116,7 +116,7 @@ def test_the_same_picture_is_reused_and_another_of_its_size_is_not(engine):
         parts = [text, {"type": "image", "image": strip(color)}, *rest]
         said = zip(("user", "assistant", "user"), (parts, *words))
         prompt = [{"role": role, "content": content} for role, content in said]
-        before = [type(one) for one in engine.prepare(prompt).row.held].index(str)
+        before = [type(one) for one in engine.prepare(prompt).row.cache_key].index(str)
         return before, same(engine, cache, prompt, **ONCE).stats
 
     before, first = turn(RED)
@@ -134,7 +134,7 @@ def test_a_copy_is_never_kept_within_a_picture(engine):
     cache = PrefixCache(engine, PLENTY)
     picture = ["red/70"] * 35
     session = engine.session()
-    session.held = [2] * 100 + picture + [3]
+    session.cache_key = [2] * 100 + picture + [3]
     cache._kept["a"] = session
     assert cache.find([2] * 100 + picture[:20] + ["another"] * 15) == (None, 100)
     assert cache.find([2] * 100 + ["another"] * 35) == (None, 100)
@@ -193,8 +193,8 @@ def test_where_prompts_part_a_copy_is_kept_for_the_third(tiny, cache):
     assert len(cache) == 3
     assert ask(tiny, cache, shared + ends[2])[0] == 100
     session, branch = cache.find(shared + ends[3])
-    assert (len(session.held), branch) == (100, 0)
-    assert session.held == shared
+    assert (len(session.cache_key), branch) == (100, 0)
+    assert session.cache_key == shared
 
 
 def test_copies_are_kept_beyond_what_is_reused(tiny, cache):
@@ -202,7 +202,7 @@ def test_copies_are_kept_beyond_what_is_reused(tiny, cache):
     ask(tiny, cache, tokens[:80])
     ask(tiny, cache, [*tokens[:180], 1])
     session, branch = cache.find([*tokens[:170], 2, 3])
-    assert (len(session.held), branch) == (80, 170)
+    assert (len(session.cache_key), branch) == (80, 170)
     assert ask(tiny, cache, [*tokens[:170], 2, 3])[0] == 80
     assert ask(tiny, cache, [*tokens[:175], 4])[0] == 170
     assert ask(tiny, cache, [*tokens[:170], 2, 3, 4])[0] == 172
@@ -352,7 +352,10 @@ def ignored(tiny, folder):
         warnings.simplefilter("always")
         cache = PrefixCache(tiny, PLENTY, folder)
     assert len(cache) == len(list(folder.iterdir())) == 1
-    assert [len(cache.find(some(n, 80))[0].held) if n else cache.find(some(n, 80))[0] for n in range(2)] == [None, 88]
+    assert [len(cache.find(some(n, 80))[0].cache_key) if n else cache.find(some(n, 80))[0] for n in range(2)] == [
+        None,
+        88,
+    ]
     return [str(one.message) for one in caught]
 
 
@@ -424,8 +427,8 @@ def test_files_of_another_adapter_are_not_taken(tiny, tmp_path):
     ("name", "value", "why"),
     [
         ("key", "another", None),
-        ("held", "[1, 2]", "its tokens and its keys differ in number"),
-        ("held", "5", "object of type 'int' has no len()"),
+        ("cache_key", "[1, 2]", "its tokens and its keys differ in number"),
+        ("cache_key", "5", "object of type 'int' has no len()"),
         ("offset", "many", "invalid literal for int() with base 10: 'many'"),
         ("mark", None, "'mark'"),
     ],

@@ -137,7 +137,7 @@ def told_by(steps, row=0):
     told = []
     for step in steps:
         if step.steps[row] > len(told):
-            told.append((step.best[row].tolist(), step.accepted[row].tolist(), np.array(step.entropy[row])))
+            told.append((step.argmax[row].tolist(), step.accepted[row].tolist(), np.array(step.entropy[row])))
     return told
 
 
@@ -171,7 +171,7 @@ def test_a_canvas_with_a_layout_equals_a_plain_loop(model, mode, name):
     layout = LAYOUTS[name]
     steps = denoised(model, 1, MODES[mode], layout)
     same(told_by(steps), plain_canvas(model, PROMPT, 1, MODES[mode], layout))
-    assert steps[-1].best.shape == layout.tokens.shape
+    assert steps[-1].argmax.shape == layout.tokens.shape
 
 
 def test_some_canvases_with_pins_settle_and_some_do_not(model):
@@ -196,7 +196,7 @@ def test_pinned_positions_keep_their_token_in_every_step_and_canvas(model, mode,
     at, expected = np.array(layout.pinned), np.array(layout.tokens)
     assert len(seen) >= len(steps)
     for step in steps:
-        assert (np.array(step.best)[at] == expected[at]).all()
+        assert (np.array(step.argmax)[at] == expected[at]).all()
         assert np.array(step.accepted)[at].all()
         assert (np.array(step.entropy)[at] == 0).all()
     one_hot = np.array(model.model.decoder.embed_tokens(layout.tokens)) * 4  # the root of 16
@@ -222,7 +222,7 @@ def test_a_canvas_of_pins_alone_is_done_at_once(model):
     layout = layout_of([7, 8, 9, 10, 11, 12, 13, 14], range(8))
     for options in MODES.values():
         (step,) = denoised(model, 0, options, layout)
-        assert step.best.tolist() == layout.tokens.tolist()
+        assert step.argmax.tolist() == layout.tokens.tolist()
         assert step.done == [True]
 
 
@@ -236,7 +236,7 @@ def test_rows_with_other_pins_equal_rows_alone(model, mode):
     for row, name in enumerate(names):
         alone = denoised(model, row, MODES[mode], LAYOUTS[name], prompt=prompts[row])
         same(told_by(together, row), told_by(alone))
-        assert together[-1].best[row].tolist() == alone[-1].best[0].tolist()
+        assert together[-1].argmax[row].tolist() == alone[-1].argmax[0].tolist()
     assert len({together[-1].steps[row] for row in range(6)}) > 1
 
 
@@ -267,8 +267,8 @@ def test_pinned_canvases_over_two_blocks(model):
             key, block_key = mx.random.split(key, 2)
             prompt = prefix_of(model, said)
             *_, last = denoise_block(model, prompt, OPTIONS, block_key[None], None, layout)
-            expected.append((tuple(last.best[0].tolist()), last.steps[0]))
-            said += last.best[0].tolist()
+            expected.append((tuple(last.argmax[0].tolist()), last.steps[0]))
+            said += last.argmax[0].tolist()
         assert blocks == expected
         assert reader.taken == [tokens for tokens, _ in blocks]
         assert [len(tokens) for tokens, _ in blocks] == [LAYOUTS[first].tokens.shape[1], 8, 8]
@@ -403,20 +403,20 @@ def test_a_pinned_reading_is_certain_there_and_the_same_elsewhere(kind, whole):
         reading = head.read(model, reading.hidden, 0.7, keys_of(3, 4), True)
     tokens = random_tokens(1, 2, 4, vocab=1000)
     where = mx.array([[True, False, True, False], [False, False, True, True]])
-    pinned = reading.pin(tokens, where)
+    pinned = reading.fix(tokens, where)
     at, plain = np.array(where), reading.condition(model, 8)
-    for name, value in (("best", tokens), ("drawn", tokens), ("confidence", 1), ("entropy", 0)):
+    for name, value in (("argmax", tokens), ("drawn", tokens), ("confidence", 1), ("entropy", 0)):
         got, before = np.array(getattr(pinned, name)), np.array(getattr(reading, name))
         assert (got == np.where(at, np.array(value), before)).all(), name
         assert got.dtype == before.dtype, name
-    assert not np.array(pinned.diffuse)[at].any()
-    assert (np.array(pinned.diffuse)[~at] == np.array(reading.diffuse)[~at]).all()
+    assert not np.array(pinned.needs_full_vocab)[at].any()
+    assert (np.array(pinned.needs_full_vocab)[~at] == np.array(reading.needs_full_vocab)[~at]).all()
     one_hot = np.array(model.model.decoder.embed_tokens(tokens).astype(mx.float32)) * 8
     for dense in (0, 5, 8) if whole else (8,):
         got = np.array(pinned.condition(model, dense))
         assert np.abs(got - one_hot)[at].max() < 1e-4
         assert np.abs(got - np.array(plain))[~at].max() < 1e-3
-    assert gap(reading.pin(tokens, mx.zeros((2, 4), mx.bool_)).condition(model, 8), plain) == 0
+    assert gap(reading.fix(tokens, mx.zeros((2, 4), mx.bool_)).condition(model, 8), plain) == 0
 
 
 # Drafts and sizes.

@@ -116,8 +116,8 @@ def test_a_reading_equals_whole_logits_whatever_the_chunks(kind, size, whole):
     low = np.logaddexp.reduce(f64(logits.astype(model.dtype)), axis=-1)
     for nbytes in sizes_of_chunks(vocab, tall, 8):
         reading = head.read(model, hidden, T, keys, whole, nbytes)
-        assert reading.best.dtype == reading.drawn.dtype == mx.int32
-        assert reading.best.tolist() == mx.argmax(logits, axis=-1).tolist()
+        assert reading.argmax.dtype == reading.drawn.dtype == mx.int32
+        assert reading.argmax.tolist() == mx.argmax(logits, axis=-1).tolist()
         assert np.abs(np.array(reading.entropy) - entropy).max() < 1e-5
         accepted = sampler.accept(reading.entropy, 0.5)
         assert accepted.tolist() == sampler.accept(rng.entropy(logits), 0.5).tolist()
@@ -162,7 +162,7 @@ def test_likely_tokens_are_the_best_of_the_best_tiles(kind, size, monkeypatch):
     for tail in left_out.flatten():
         for bound in (tail - 3e-6, tail + 3e-6):
             monkeypatch.setattr(head, "TAIL", bound)
-            assert np.array(reading.diffuse).tolist() == (left_out > bound).tolist()
+            assert np.array(reading.needs_full_vocab).tolist() == (left_out > bound).tolist()
 
 
 def test_samples_follow_the_softmax(monkeypatch):
@@ -199,7 +199,7 @@ def test_rows_of_a_batch_equal_rows_alone(kind, monkeypatch):
     together = head.read(model, hidden, T, keys_of(4, 5, 6), True, nbytes=0)
     for row, seed in enumerate((4, 5, 6)):
         alone = head.read(model, hidden[row : row + 1], T, keys_of(seed), True, nbytes=0)
-        assert together.best[row].tolist() == alone.best[0].tolist()
+        assert together.argmax[row].tolist() == alone.argmax[0].tolist()
         assert together.drawn[row].tolist() == alone.drawn[0].tolist()
         assert gap(together.entropy[row], alone.entropy[0]) < 1e-5
         assert gap(together.condition(model, 0)[row], alone.condition(model, 0)[0]) < (
@@ -234,7 +234,7 @@ def test_conditioning_of_diffuse_positions_is_dense_and_of_others_within_the_tai
     bound = head.TAIL * 8 * np.linalg.norm(rows_of(model), axis=-1).max()
     for nbytes in sizes_of_chunks(vocab, tall, 8):
         reading = head.read(model, hidden, T, keys_of(3, 4), way == "whole", nbytes)
-        diffuse = np.array(reading.diffuse)
+        diffuse = np.array(reading.needs_full_vocab)
         assert 0 < diffuse.sum() < 8
         room = {"second pass": int(diffuse.sum()), "larger second pass": int(diffuse.sum()) + 1, "all": 8}.get(way, 0)
         got = reading.condition(model, room, nbytes)
@@ -264,7 +264,7 @@ def test_what_the_tail_leaves_out_is_within_its_bound(monkeypatch):
     off = np.array(reading.condition(model, 0) - model.condition(whole_logits(model, hidden)), np.float64)
     norms = np.linalg.norm(off, axis=-1)
     largest = 8 * np.linalg.norm(rows_of(model), axis=-1).max()
-    sparse = ~np.array(reading.diffuse)
+    sparse = ~np.array(reading.needs_full_vocab)
     assert left_out[sparse].max() > 0.02
     assert (norms[sparse] <= left_out[sparse] * largest + 1e-4).all()
     assert norms[sparse].max() <= 0.2 * largest
@@ -276,14 +276,14 @@ def test_conditioning_of_a_certain_position_does_not_ask_for_the_others(kind):
     model = model_of(kind, 1000)
     hidden = states(model)
     reading, summed = (head.read(model, hidden, T, keys_of(3, 4), whole) for whole in (False, True))
-    sure = ~np.array(reading.diffuse)
+    sure = ~np.array(reading.needs_full_vocab)
     at = mx.array(np.flatnonzero(sure))
     plain = reading.condition(model, 0).reshape(8, -1)[at]
     for other in (reading.condition(model, 5), reading.condition(model, 8), summed.condition(model, 0)):
         assert gap(other.reshape(8, -1)[at], plain) == 0
     # And where nobody is diffuse, nobody is asked for: a batch of the certain positions alone.
     alone = head.read(model, hidden.reshape(1, 8, -1)[:, at], T, keys_of(3))
-    assert not alone.diffuse.any().item()
+    assert not alone.needs_full_vocab.any().item()
     assert gap(alone.condition(model, 0)[0], plain) <= near(model, plain)
     assert gap(alone.condition(model, len(at)), alone.condition(model, 0)) == 0
 
@@ -304,11 +304,11 @@ def test_conditioning_follows_logits_rounded_to_bfloat16(monkeypatch, likely):
 
     for whole in (False, True):
         reading = head.read(model, hidden, T, keys_of(3, 4), whole)
-        assert bool(reading.diffuse.all().item()) == (likely == 1)
+        assert bool(reading.needs_full_vocab.all().item()) == (likely == 1)
         of = np.take_along_axis(rounded, np.array(reading.likely), axis=-1)
         assert np.allclose(np.array(reading.probability), np.exp(of), rtol=1e-4, atol=0)
         assert near_the_rounded(reading.condition(model, 8), 8)
-        assert not whole or near_the_rounded(reading.whole, 1)
+        assert not whole or near_the_rounded(reading.expected_embedding, 1)
         assert np.abs(np.array(reading.confidence) - np.exp(plain).max(-1)).max() < 1e-5  # of the logits as they are
 
 
@@ -318,16 +318,16 @@ def test_a_whole_reading_is_the_plain_functions(kind):
     hidden, keys = states(model), keys_of(3, 4)
     logits = whole_logits(model, hidden)
     reading = head.read_whole(model, hidden, T, keys)
-    assert reading.best.dtype == mx.int32
-    assert reading.best.tolist() == mx.argmax(logits, axis=-1).tolist()
+    assert reading.argmax.dtype == mx.int32
+    assert reading.argmax.tolist() == mx.argmax(logits, axis=-1).tolist()
     assert gap(reading.entropy, rng.entropy(logits)) == 0
     for row in range(2):
         noise = mx.random.gumbel((4, 1000), key=keys[row])
         assert reading.drawn[row].tolist() == mx.argmax(logits[row] + noise, axis=-1).tolist()
     assert gap(reading.condition(model, 0), model.condition(logits)) == 0
-    assert reading.diffuse.shape == (2, 4)
-    assert not reading.diffuse.any().item()
-    assert list(reading.stages) == reading.held == []
+    assert reading.needs_full_vocab.shape == (2, 4)
+    assert not reading.needs_full_vocab.any().item()
+    assert list(reading.stages) == reading.carried == []
 
 
 # Memory.
@@ -349,7 +349,7 @@ def test_no_array_of_positions_by_vocabulary_is_made(monkeypatch, whole):
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         reading, queue = head.read(model, hidden, T, keys, whole, nbytes), device.Queue()
-        queue.add(*reading.stages, reading.held)
+        queue.add(*reading.stages, reading.carried)
         queue.finish()
         mx.eval(reading.condition(model, positions, nbytes))
         return mx.get_peak_memory() - before

@@ -112,9 +112,9 @@ def test_every_step_of_a_generation_is_reproduced(model):
 def test_pictures_looked_at_in_groups_and_rows_are_the_same(demo, monkeypatch):
     """One picture at a time and 100 patches' queries at a time; every picture keeps its own positions."""
     held, model = reference("two_images"), engine_of(demo).model
-    monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.LOOK_PATCHES", 1)
+    monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.PATCHES_AT_ONCE", 1)
     monkeypatch.setattr("mlx_dgemma.model.vision.ROWS", 100)
-    assert gap(model.look((held["pixel_values"], held["image_position_ids"])), held["features"]) < BOUND
+    assert gap(model.encode_images((held["pixel_values"], held["image_position_ids"])), held["features"]) < BOUND
 
 
 def test_clipped_linears_clip_what_goes_in_and_comes_out():

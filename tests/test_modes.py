@@ -241,7 +241,7 @@ def test_every_way_of_conditioning_is_taken_and_none_changes_the_result(models, 
     condition = head.Reading.condition
 
     def spied(self, model, dense, *rest):
-        taken.add("whole" if self.whole is not None else "second pass" if dense else "likely tokens")
+        taken.add("whole" if self.expected_embedding is not None else "second pass" if dense else "likely tokens")
         return condition(self, model, dense, *rest)
 
     monkeypatch.setattr(head.Reading, "condition", spied)

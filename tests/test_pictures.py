@@ -58,7 +58,7 @@ def layout(engine, prompt, images=(), video=None, **options):
     """The user's turn as text and pictures in order, a picture as (digest and budget, soft tokens)."""
     row = row_of(engine, prompt, images, video, **options)
     found = []
-    for is_text, run in itertools.groupby(row.held, lambda one: isinstance(one, int)):
+    for is_text, run in itertools.groupby(row.cache_key, lambda one: isinstance(one, int)):
         held = list(run)
         found.append(engine.tokenizer.decode(held) if is_text else (held[0], len(held)))
         assert is_text or len(set(held)) == 1
@@ -259,7 +259,7 @@ def test_an_unknown_budget_is_refused(engine):
 
 
 def test_a_broken_picture_is_told_before_anything_is_computed(engine, monkeypatch):
-    for name in ("look", "encode", "denoise"):
+    for name in ("encode_images", "encode", "denoise"):
         monkeypatch.setattr(DiffusionGemma, name, lambda *_, **__: pytest.fail("the model ran"))
     whole = encoded(square(RED))
     broken = whole[: len(whole) // 2]

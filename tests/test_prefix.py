@@ -206,7 +206,7 @@ def test_rewinding_to_a_mark_restores_the_rings(model, marked):
     tokens, block, other, canvas = (random_tokens(i, 1, n) for i, n in enumerate((marked, 9, 6, 4)))
     prefix = model.new_prefix()
     model.encode(tokens, prefix)
-    prefix.mark()
+    prefix.set_rewind_point()
     for _ in range(2):  # the mark can be used again
         model.denoise(canvas, prefix)
         model.encode(block, prefix)
@@ -225,7 +225,7 @@ def test_rewinding_before_the_mark_or_without_one_holds_nothing(model, length):
         prefix = model.new_prefix()
         model.encode(tokens, prefix)
         if mark:
-            prefix.mark()
+            prefix.set_rewind_point()
         assert prefix.rewind(length - 1) == 0 == prefix.offset
         model.encode(tokens, prefix)
         assert gap(model.denoise(canvas, prefix), held(model, tokens, canvas)) < 1e-5
@@ -236,7 +236,7 @@ def test_a_mark_that_was_passed_on_the_way_back_is_gone(model):
     tokens, other, canvas = random_tokens(0, 1, 3), random_tokens(1, 1, 9), random_tokens(2, 1, 4)
     prefix = model.new_prefix()
     model.encode(tokens, prefix)
-    prefix.mark()
+    prefix.set_rewind_point()
     assert prefix.rewind(1) == 1
     model.encode(other, prefix)
     assert prefix.rewind(5) == 0
@@ -257,7 +257,7 @@ def test_keep_drops_the_other_rows(model):
     prefix = model.new_prefix(3)
     model.encode(tokens, prefix, mask=mask)
     expected = model.denoise(canvas, prefix)
-    prefix.keep([2, 0])
+    prefix.select_rows([2, 0])
     kept = mx.array([2, 0])
     assert prefix.batch_size == 2
     assert prefix.padding.tolist() == [5, 2]
@@ -270,8 +270,8 @@ def test_keep_drops_the_other_rows(model):
 def test_keep_forgets_the_mark(model):
     prefix = model.new_prefix(2)
     model.encode(random_tokens(0, 2, 8), prefix)
-    prefix.mark()
-    prefix.keep([1])
+    prefix.set_rewind_point()
+    prefix.select_rows([1])
     model.encode(random_tokens(1, 1, 3), prefix)
     assert prefix.rewind(9) == 0
 
@@ -384,7 +384,7 @@ def prefix_of(model, tokens, mark=None):
     for start, end in pairwise(sorted({0, mark or 0, tokens.shape[1]})):
         model.encode(tokens[:, start:end], prefix)
         if end == mark:
-            prefix.mark()
+            prefix.set_rewind_point()
     return prefix
 
 
@@ -406,7 +406,7 @@ def test_reach_is_what_rewind_keeps(model, length):
         prefix = prefix_of(model, tokens, mark)
         for offset in range(length + 2):
             other = prefix.fork()
-            reached = prefix.reach(offset)
+            reached = prefix.rewindable_length(offset)
             assert (other.rewind(offset), other.offset) == (reached, reached), (mark, offset)
             assert reached <= offset
             if reached:
@@ -423,45 +423,45 @@ def test_what_one_fork_does_the_other_does_not_see(model, length):
     other = prefix.fork()
     for one, beside in ((prefix, other), (other, prefix)):
         mx.eval(model.denoise(random_tokens(5, 1, 4), one), model.encode(random_tokens(6, 1, 9), one))
-        one.mark()
+        one.set_rewind_point()
         if one is prefix:
             assert gap(seen(model, beside), before) == 0
-            assert (beside.offset, beside.reach(2), beside.reach(length)) == (length, 2, length)
+            assert (beside.offset, beside.rewindable_length(2), beside.rewindable_length(length)) == (length, 2, length)
     assert gap(seen(model, prefix), seen(model, other)) == 0
     assert other.rewind(length) == 0
-    assert (prefix.offset, prefix.reach(length + 9)) == (length + 9, length + 9)
+    assert (prefix.offset, prefix.rewindable_length(length + 9)) == (length + 9, length + 9)
 
 
 @pytest.mark.parametrize(("length", "mark"), [(3, None), (3, 2), (3, 3), (9, None), (9, 3), (9, 6), (9, 9)])
 def test_what_is_saved_can_be_taken(model, length, mark):
     prefix, other = prefix_of(model, random_tokens(0, 1, length), mark), model.new_prefix()
-    arrays, offset, marked = prefix.saved()
+    arrays, offset, marked = prefix.to_arrays()
     assert (offset, marked) == (length, mark or 0)
-    other.take(arrays, offset, marked)
+    other.load_arrays(arrays, offset, marked)
     assert gap(seen(model, other), seen(model, prefix)) == 0
-    assert [other.reach(n) for n in range(11)] == [prefix.reach(n) for n in range(11)]
+    assert [other.rewindable_length(n) for n in range(11)] == [prefix.rewindable_length(n) for n in range(11)]
     back = marked or length
     assert other.rewind(back) == prefix.rewind(back) == back
     assert gap(seen(model, other), seen(model, prefix)) == 0
 
 
 def test_taking_names_what_is_missing(model):
-    arrays, offset, mark = prefix_of(model, random_tokens(0, 1, 9), 5).saved()
+    arrays, offset, mark = prefix_of(model, random_tokens(0, 1, 9), 5).to_arrays()
     for name in ("0.keys", "1.values", "mark.2.keys"):
         with pytest.raises(KeyError, match=f"^'{name}'$"):
-            model.new_prefix().take({key: array for key, array in arrays.items() if key != name}, offset, mark)
+            model.new_prefix().load_arrays({key: array for key, array in arrays.items() if key != name}, offset, mark)
 
 
 @pytest.mark.parametrize(("length", "mark"), [(3, None), (3, 3), (9, None), (9, 3), (9, 9)])
 def test_trimming_frees_what_holds_nothing_and_changes_nothing(model, length, mark):
     prefix = prefix_of(model, random_tokens(0, 1, length), mark)
     mx.eval(model.denoise(random_tokens(4, 1, 4), prefix))
-    before, reached = seen(model, prefix), [prefix.reach(n) for n in range(11)]
+    before, reached = seen(model, prefix), [prefix.rewindable_length(n) for n in range(11)]
     prefix.trim()
     slots = 2 * 4 * (2 * 2 * 8 * min(length, 4) + 16 * length)  # bytes of keys and values
     marked = 2 * 4 * 2 * 2 * 8 * 256 * (mark is not None and mark < length)
     assert prefix.nbytes == slots + marked
     assert gap(seen(model, prefix), before) == 0
-    assert [prefix.reach(n) for n in range(11)] == reached
+    assert [prefix.rewindable_length(n) for n in range(11)] == reached
     mx.eval(model.denoise(random_tokens(4, 1, 4), prefix))  # it grows again
     assert gap(seen(model, prefix), before) == 0

@@ -158,7 +158,7 @@ def test_many_kinds_of_requests_at_once_give_what_each_gives_alone(demo, demo_sc
         "cached_tokens": 0,
         **{name: sum(getattr(one, name) for one in stats) for name in COUNTERS[3:] if name != "cached_tokens"},
     }
-    assert load.cache_entries == sum(len(one.ticket.job.session.held) >= 64 for one in listeners) > 0
+    assert load.cache_entries == sum(len(one.ticket.job.session.cache_key) >= 64 for one in listeners) > 0
     assert load.cache_bytes == demo_scheduler._cache.nbytes > 0
 
 

@@ -45,7 +45,7 @@ def test_losses_and_gradients_equal_transformers(model, name):
         seen = {key: np.array(one) for key, one in mx.load(str(DATA / "image.safetensors")).items()}
         tokens = seen["input_ids"].astype(np.int32)
         pixels = mx.array(seen["pixel_values"].astype(np.float32) / 255)
-        features = [model.look((pixels, mx.array(seen["image_position_ids"])))]
+        features = [model.encode_images((pixels, mx.array(seen["image_position_ids"])))]
     else:
         tokens = held["tokens"]
     real = np.ones(tokens.shape, bool)

@@ -226,7 +226,7 @@ def test_pictures_are_placeholders_and_sources(engine, write, tmp_path):
     (example,) = read(engine, write({"messages": [first, assistant("Red."), second, assistant("Red.")]}), turns="all")
     sources = [str(tmp_path / "pictures" / "red.png"), url]
     assert [one.images for one in example.targets] == [sources[:1], sources]
-    seen = [engine.see(one, engine.options.image_tokens).tokens for one in sources]
+    seen = [engine.load_image(one, engine.options.image_tokens).tokens for one in sources]
     placeholder = engine.config.image_token_id
     assert [one.prompt.count(placeholder) for one in example.targets] == [seen[0], sum(seen)]
     assert example.chat[0]["content"][0] == image(sources[0])

@@ -54,7 +54,7 @@ def looked(name):
     budget, files = REFERENCES[name]
     paths = [DATA / f"{file}.png" for file in files]
     joined = patchify([open_image(path) for path in paths], budget)
-    return paths, engine_of(DEMO).model.look((joined.patches, joined.positions))
+    return paths, engine_of(DEMO).model.encode_images((joined.patches, joined.positions))
 
 
 @pytest.mark.parametrize("name", ["image", "two_images"])
@@ -94,7 +94,7 @@ def test_hidden_states_of_a_wide_picture_equal_transformers(engine):
 def test_half_precision_towers_are_near_the_reference(dtype, bound):
     held = reference("image")
     model = mlx_dgemma.load(DEMO, dtype=dtype).model
-    features = model.look((held["pixel_values"], held["image_position_ids"]))
+    features = model.encode_images((held["pixel_values"], held["image_position_ids"]))
     assert features.dtype == getattr(mx, dtype)
     assert 0 < gap(features.astype(mx.float32), held["features"]) < bound
 
@@ -207,18 +207,20 @@ def test_a_padded_batch_equals_each_picture_alone(small):
     alone = []
     for patches, positions in zip(held["patches"], held["positions"]):
         real = int((positions[:, 0] >= 0).sum().item())
-        alone.append(model.look((patches[None, :real], positions[None, :real])))
-    together = model.look((held["patches"], held["positions"]))
+        alone.append(model.encode_images((patches[None, :real], positions[None, :real])))
+    together = model.encode_images((held["patches"], held["positions"]))
     assert len({len(one) for one in alone}) > 1
     assert gap(together, mx.concatenate(alone)) < 1e-5
     junk = mx.where((held["positions"] < 0)[..., :1], 0.9, held["patches"])
-    assert gap(model.look((junk, held["positions"])), together) < 1e-5  # what lies in the padding does not matter
+    assert (
+        gap(model.encode_images((junk, held["positions"])), together) < 1e-5
+    )  # what lies in the padding does not matter
 
 
 def test_groups_and_chunks_of_queries_change_nothing(small, monkeypatch):
     model, held = small
     many = tuple(mx.concatenate([held[name], held[name][:2]]) for name in ("patches", "positions"))
-    whole, sizes, real = model.look(many), [], VisionTower.__call__
+    whole, sizes, real = model.encode_images(many), [], VisionTower.__call__
 
     def spied(self, patches, positions):
         sizes.append(len(patches))
@@ -226,11 +228,11 @@ def test_groups_and_chunks_of_queries_change_nothing(small, monkeypatch):
 
     monkeypatch.setattr(VisionTower, "__call__", spied)
     for limit, groups in ((1, [1] * 5), (2 * many[0].shape[1], [2, 2, 1]), (10**6, [5])):
-        monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.LOOK_PATCHES", limit)
+        monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.PATCHES_AT_ONCE", limit)
         for rows in (1, 7, 10**6):
             monkeypatch.setattr("mlx_dgemma.model.vision.ROWS", rows)
             sizes.clear()
-            assert gap(model.look(many), whole) < 1e-5
+            assert gap(model.encode_images(many), whole) < 1e-5
             assert sizes == groups
 
 
@@ -238,7 +240,7 @@ def peak(model, patches):
     """Bytes that looking takes beside what is held already."""
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(model.look(patches))
+    mx.eval(model.encode_images(patches))
     return mx.get_peak_memory() - before
 
 
@@ -246,9 +248,9 @@ def test_memory_does_not_grow_with_the_number_of_pictures(engine, monkeypatch):
     one = patchify([strip(RED)], 70)
     few, many = (tuple(mx.repeat(mx.array(a), n, axis=0) for a in (one.patches, one.positions)) for n in (2, 10))
     mx.eval(few, many)
-    monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.LOOK_PATCHES", 2 * one.patches.shape[1])
+    monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.PATCHES_AT_ONCE", 2 * one.patches.shape[1])
     assert peak(engine.model, many) < 1.2 * peak(engine.model, few)
-    monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.LOOK_PATCHES", 10**6)
+    monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.PATCHES_AT_ONCE", 10**6)
     assert peak(engine.model, many) > 3 * peak(engine.model, few)  # what is measured is real
 
 

@@ -33,7 +33,7 @@ class _Forward(NamedTuple):
     """A step that is under way: arrays [B, C], nothing of it known to the host yet."""
 
     reading: head.Reading | head.WholeReading
-    best: mx.array
+    argmax: mx.array
     accepted: mx.array
     canvas: mx.array  # of the next step
     done: mx.array  # [B] bool
@@ -41,7 +41,7 @@ class _Forward(NamedTuple):
     @property
     def known(self) -> mx.array:
         """[B + 1] int32, what the host must learn: `done`, and how many positions are diffuse."""
-        return mx.concatenate([self.done.astype(mx.int32), self.reading.diffuse.sum(keepdims=True).flatten()])
+        return mx.concatenate([self.done.astype(mx.int32), self.reading.needs_full_vocab.sum(keepdims=True).flatten()])
 
     def map(self, function: Callable[..., mx.array], *others: _Forward) -> _Forward:
         """The same with every array changed, together with the arrays of others."""
@@ -110,20 +110,20 @@ class Canvases:
             self._queue = device.Queue()
             current = self._build(self._last, self.steps, self._diffuse)
             self._queue.add(*self._stages())
-        self._remember(current.best)
+        self._remember(current.argmax)
         steps = [n + (not over) for n, over in zip(self.steps, self.finished)]
         following, guess = None, self._diffuse
         handles = [prefix.handles() for prefix in self.prefixes]
         if ahead and not any(self.finished) and max(steps) < self.options.max_denoising_steps:
             following = self._build(current, steps, guess)
         reading = current.reading
-        shown = current.best, current.accepted, reading.entropy, reading.confidence
+        shown = current.argmax, current.accepted, reading.entropy, reading.confidence
         known = current.known
-        self._queue.add(*reading.stages, [known, *shown, *reading.held])
+        self._queue.add(*reading.stages, [known, *shown, *reading.carried])
         self._queue.finish()
         self._know(current, known, steps)
         over = any(self.finished)
-        fits = reading.whole is not None or _rounded(guess) == _rounded(self._diffuse)
+        fits = getattr(reading, "expected_embedding", True) is not None or _rounded(guess) == _rounded(self._diffuse)
         if following is not None and (over or not fits):
             # what was built is of no use, and must not be computed for its side effects
             for prefix in self.prefixes:
@@ -196,7 +196,7 @@ class Canvases:
         if options.exact:
             return head.read_whole(model, hidden, t, keys)
         reading = head.read(model, hidden, t, keys, whole=2 * diffuse > positions)
-        return reading if self._layout is None else reading.pin(self._layout.tokens, self._layout.pinned)
+        return reading if self._layout is None else reading.fix(self._layout.tokens, self._layout.pinned)
 
     def _settle(
         self,
@@ -211,11 +211,11 @@ class Canvases:
             chosen: [B, C], the best text that a guide allows.
         """
         options, uncertainty, unlike = self.options, reading.entropy, None
-        best = reading.best if last is None else mx.where(last.done[:, None], last.best, reading.best)
+        best = reading.argmax if last is None else mx.where(last.done[:, None], last.argmax, reading.argmax)
         drawn = reading.drawn
         if chosen is not None:
-            chosen = chosen if last is None else mx.where(last.done[:, None], last.best, chosen)
-            unlike = chosen != reading.best
+            chosen = chosen if last is None else mx.where(last.done[:, None], last.argmax, chosen)
+            unlike = chosen != reading.argmax
             best, drawn = chosen, mx.where(unlike, chosen, drawn)
         if isinstance(reading, head.Reading) and options.fast:
             kept = self._pinned(best.shape) if last is None else last.accepted
@@ -231,7 +231,7 @@ class Canvases:
             accepted = sampler.accept(uncertainty, options.entropy_bound)
         if unlike is not None and isinstance(reading, head.Reading):
             uncertainty = mx.where(unlike, mx.maximum(uncertainty, UNLIKE), uncertainty)
-            reading = reading.pin(best, unlike & accepted)
+            reading = reading.fix(best, unlike & accepted)
         done = self._settled(best, uncertainty)
         if last is not None:
             done = done | last.done
@@ -244,13 +244,13 @@ class Canvases:
         reading = self._read(self._last, self.steps, self._diffuse)
         assert isinstance(reading, head.Reading)
         log_p = {"top": mx.log(reading.confidence), "likely": reading.likely, "log_p": mx.log(reading.probability)}
-        seen = {"best": reading.best, **log_p}
+        seen = {"best": reading.argmax, **log_p}
         asked = [
             reading.map(lambda a, row=row: a[row : row + 1]).log_p(self.model, guide.tokens)
             for row, (guide, _) in enumerate(self._guides)
         ]
         self._queue = device.Queue()
-        self._queue.add(*self._stages(), *reading.stages, [*reading.held, seen, asked])
+        self._queue.add(*self._stages(), *reading.stages, [*reading.carried, seen, asked])
         self._queue.finish()
         read = {name: np.asarray(array) for name, array in seen.items()}
         chosen = np.asarray(read["best"]).copy()
@@ -259,9 +259,9 @@ class Canvases:
                 found = {name: array[row] for name, array in read.items()}
                 chosen[row] = guide.choose(number, {**found, "asked": np.asarray(asked[row])[0]})
         current = self._settle(self._last, self.steps, reading, mx.array(chosen))
-        self._remember(current.best)
+        self._remember(current.argmax)
         self._know(current, current.known, steps)
-        return Step(current.best, current.accepted, reading.entropy, reading.confidence, list(self.finished), steps)
+        return Step(current.argmax, current.accepted, reading.entropy, reading.confidence, list(self.finished), steps)
 
     def _know(self, current: _Forward, known: mx.array, steps: list[int]) -> None:
         *done, self._diffuse = np.asarray(known).tolist()

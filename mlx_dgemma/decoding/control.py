@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 class Step:
     """One denoising step of a batch: arrays [B, C], `done` and `steps` per row."""
 
-    best: mx.array  # int32, argmax; a row that has settled keeps its own
+    argmax: mx.array  # int32, argmax; a row that has settled keeps its own
     accepted: mx.array  # bool
     entropy: mx.array  # float32, nats
-    confidence: mx.array  # float32, probability of `best` in the processed logits
+    confidence: mx.array  # float32, probability of `argmax` in the processed logits
     done: list[bool]
     steps: list[int]
 

@@ -99,7 +99,7 @@ class Loop:
         jobs, over = list(group.jobs), []
         for i, job in enumerate(jobs):
             if job.drafts:
-                yield job, Draft(job.row.blocks, step.steps[i], step.best[i], step.accepted[i], step.entropy[i])
+                yield job, Draft(job.row.blocks, step.steps[i], step.argmax[i], step.accepted[i], step.entropy[i])
             if step.done[i] or step.steps[i] == job.options.max_denoising_steps:
                 over.append(i)
         if over:
@@ -112,7 +112,7 @@ class Loop:
 
     def _end_block(self, job: Job, step: Step, i: int) -> Iterator[tuple[Job, Block | None]]:
         """Take a canvas that has settled, and go on with the next one or end."""
-        row, tokens = job.row, np.asarray(step.best[i]).tolist()
+        row, tokens = job.row, np.asarray(step.argmax[i]).tolist()
         block, row.blocks = row.blocks, row.blocks + 1
         row.steps += step.steps[i]
         row.positions += step.steps[i] * len(tokens)
@@ -124,9 +124,9 @@ class Loop:
             return
         if job.control:
             job.control.commit(tokens)
-        self.model.encode(step.best[i : i + 1], job.session.prefix)
+        self.model.encode(step.argmax[i : i + 1], job.session.prefix)
         evaluate(job.session.prefix)
-        job.session.held += tokens
+        job.session.cache_key += tokens
         mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
         yield from self._begin(job)
 

@@ -37,13 +37,13 @@ class Row:
     """One prompt on its way through the loop."""
 
     tokens: list[int]
-    held: list[int | str]  # as `Session.held`
+    cache_key: list[int | str]  # as `Session.cache_key`
     pictures: list[Picture]
     times: list[float]  # of video frames, seconds
     seed: int
     answer: Answer | Filling
     reused: int = 0
-    looked: int = 0  # pictures that were encoded
+    images_encoded: int = 0  # pictures that were encoded
     blocks: int = 0
     steps: int = 0
     positions: int = 0  # denoised, summed over steps

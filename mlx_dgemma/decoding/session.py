@@ -23,24 +23,24 @@ class Session:
 
     def __init__(self, prefix: Prefix):
         self.prefix = prefix
-        self.held: list[int | str] = []
+        self.cache_key: list[int | str] = []
         self.features: dict[str, mx.array] = {}
 
     def shared(self, wanted: list[int | str]) -> int:
         """Tokens at the beginning that a prompt has in common with what is held."""
-        pairs = enumerate(zip(self.held, wanted))
-        return next((i for i, (mine, new) in pairs if mine != new), min(len(self.held), len(wanted)))
+        pairs = enumerate(zip(self.cache_key, wanted))
+        return next((i for i, (mine, new) in pairs if mine != new), min(len(self.cache_key), len(wanted)))
 
     def reuse(self, wanted: list[int | str]) -> int:
         """Go back to what the prefix shares with a prompt; returns how many tokens that are."""
         count = self.prefix.rewind(self.shared(wanted))
-        del self.held[count:]
+        del self.cache_key[count:]
         return count
 
     def fork(self) -> Session:
         """The same conversation, which can go on by itself; arrays are copied when one of them writes."""
         other = Session(self.prefix.fork())
-        other.held, other.features = list(self.held), dict(self.features)
+        other.cache_key, other.features = list(self.cache_key), dict(self.features)
         return other
 
     @property

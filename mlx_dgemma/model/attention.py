@@ -40,7 +40,7 @@ def attend(
     kv_heads, count = keys.shape[1:3]
     rows = batch * heads * length
     if rows * count * queries.dtype.size <= SCORES:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask.whole)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask.all_keys)
     size = min(max(SCORES // (2 * rows * mx.float32.size) // CHUNK * CHUNK, CHUNK), LONGEST)
     queries = queries.reshape(batch, kv_heads, -1, dim)  # a KV head's queries in one matrix: no key is repeated
     # Finite, unlike the scores of hidden keys: a chunk that is all hidden then adds zeros instead of NaN.

@@ -23,7 +23,7 @@ from .kv_cache import Prefix
 from .layers import Layer, SelfConditioning
 from .vision import Projector, VisionTower
 
-LOOK_PATCHES = 10240  # patches that the vision tower encodes at once
+PATCHES_AT_ONCE = 10240  # patches that the vision tower encodes at once
 
 
 @fused
@@ -130,7 +130,7 @@ class DiffusionGemma(nn.Module):
         h = self._embed(tokens)
         spans = None
         if images is not None:
-            features = self.look(images)
+            features = self.encode_images(images)
         if features is not None:
             h, spans = self._place(tokens, h, features)
         masks = prefix.encode_masks(tokens.shape[1], spans)
@@ -139,7 +139,7 @@ class DiffusionGemma(nn.Module):
         prefix.offset += tokens.shape[1]
         return h
 
-    def look(self, images: tuple[mx.array, mx.array]) -> mx.array:
+    def encode_images(self, images: tuple[mx.array, mx.array]) -> mx.array:
         """Soft tokens of pictures, encoded in groups so that memory does not grow with their number.
 
         Args:
@@ -155,7 +155,7 @@ class DiffusionGemma(nn.Module):
         if "vision_tower" not in encoder:
             raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
         patches, positions = (mx.array(a) for a in images)
-        group, found = max(1, LOOK_PATCHES // patches.shape[1]), []
+        group, found = max(1, PATCHES_AT_ONCE // patches.shape[1]), []
         for start in range(0, patches.shape[0], group):
             part = slice(start, start + group)
             found.append(encoder.embed_vision(encoder.vision_tower(patches[part], positions[part])))

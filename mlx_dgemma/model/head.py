@@ -34,7 +34,7 @@ NOWHERE = -1e9  # logit of what pads the last tiles: finite, since 0 * -inf is n
 class Reading(NamedTuple):
     """A step's processed logits (softcapped, over temperature), read chunk by chunk. Positions are [B, C]."""
 
-    best: mx.array  # int32, the most probable token
+    argmax: mx.array  # int32, the most probable token
     confidence: mx.array  # float32, its probability
     entropy: mx.array  # float32, nats
     drawn: mx.array  # int32, a sample
@@ -44,23 +44,23 @@ class Reading(NamedTuple):
     hidden: mx.array  # [B, C, H], what was read
     t: mx.array  # float32, the temperature: of all, or [B, 1, 1]
     stages: tuple[mx.array, ...]  # evaluated one after the other they take the memory of one chunk
-    whole: mx.array | None = None  # [B, C, H] float32, the expected embedding under the whole vocabulary
+    expected_embedding: mx.array | None = None  # [B, C, H] float32, the expected embedding under the whole vocabulary
 
     @property
-    def held(self) -> list[mx.array]:
+    def carried(self) -> list[mx.array]:
         """What the next step is made of, to be evaluated with this one."""
         return [one for one in self if isinstance(one, mx.array)]
 
     @property
-    def diffuse(self) -> mx.array:
+    def needs_full_vocab(self) -> mx.array:
         """[B, C] bool, where the likely tokens leave out more than `TAIL`."""
         return 1 - self.probability.sum(axis=-1) > TAIL
 
-    def pin(self, tokens: mx.array, where: mx.array) -> Reading:
+    def fix(self, tokens: mx.array, where: mx.array) -> Reading:
         """The same, but certain of these tokens [B, C] at some positions [B, C]."""
         first = mx.arange(self.likely.shape[-1]) == 0
         return self._replace(
-            best=mx.where(where, tokens, self.best),
+            argmax=mx.where(where, tokens, self.argmax),
             confidence=mx.where(where, 1.0, self.confidence),
             entropy=mx.where(where, 0.0, self.entropy),
             drawn=mx.where(where, tokens, self.drawn),
@@ -70,7 +70,7 @@ class Reading(NamedTuple):
 
     def map(self, function: Callable[..., mx.array], *others: Reading) -> Reading:
         """The same with every array changed, together with the arrays of others."""
-        changed: dict[str, Any] = {"whole": None, "stages": () if others else self.stages}
+        changed: dict[str, Any] = {"expected_embedding": None, "stages": () if others else self.stages}
         for name in self._fields:
             arrays = [getattr(one, name) for one in (self, *others)]
             if name != "stages" and all(array is not None for array in arrays):
@@ -101,11 +101,11 @@ class Reading(NamedTuple):
         table, dtype = model.model.decoder.embed_tokens, model.dtype
         weights = self.probability.astype(dtype)[..., None, :]
         expected = (weights @ table(self.likely).astype(dtype))[..., 0, :]
-        if self.whole is not None:
-            expected = mx.where(self.diffuse[..., None], self.whole.astype(dtype), expected)
+        if self.expected_embedding is not None:
+            expected = mx.where(self.needs_full_vocab[..., None], self.expected_embedding.astype(dtype), expected)
         elif dense:
             flat = expected.reshape(-1, expected.shape[-1])
-            diffuse = self.diffuse.flatten()
+            diffuse = self.needs_full_vocab.flatten()
             index = mx.argsort(mx.where(diffuse, 0, 1))[:dense]  # Metal sorts integers, but no bools
             states, log_mass = self.hidden.reshape(flat.shape)[index], self.log_mass.flatten()[index, None]
             t = mx.broadcast_to(self.t, (*self.log_mass.shape, 1)).reshape(-1, 1)[index]
@@ -122,8 +122,8 @@ class Reading(NamedTuple):
 class WholeReading(NamedTuple):
     """The same from whole logits, [B, C, V] float32, in the reference's own way."""
 
-    whole: mx.array  # the logits
-    best: mx.array
+    logits: mx.array
+    argmax: mx.array
     confidence: mx.array
     entropy: mx.array
     drawn: mx.array
@@ -135,18 +135,18 @@ class WholeReading(NamedTuple):
         return WholeReading(*arrays)  # type: ignore[arg-type]
 
     @property
-    def held(self) -> list[mx.array]:
+    def carried(self) -> list[mx.array]:
         """Nothing: what the next step takes stays lazy, and after the last one nobody pays for it."""
         return []
 
     @property
-    def diffuse(self) -> mx.array:
+    def needs_full_vocab(self) -> mx.array:
         """[B, C] bool; no position needs a second pass."""
-        return mx.zeros(self.best.shape, mx.bool_)
+        return mx.zeros(self.argmax.shape, mx.bool_)
 
     def condition(self, model: DiffusionGemma, dense: int) -> mx.array:
         """[B, C, H], from all of the vocabulary at every position."""
-        return model.condition(self.whole)
+        return model.condition(self.logits)
 
 
 def read_whole(model: DiffusionGemma, hidden: mx.array, t: mx.array | float, keys: mx.array) -> WholeReading:
@@ -298,7 +298,9 @@ def read(
     drawn = (begin + drawn.astype(mx.int32) * STRIDE)[..., 0]
     tiles = _Tiles(*(mx.concatenate(list(parts), axis=-1) for parts in zip(*kept)))
     reading = Reading(drawn=drawn, hidden=hidden, t=temperature, stages=tuple(stages), **_reduce(tiles, dtype))
-    return reading._replace(whole=total * mx.exp(level - reading.log_mass[..., None])) if whole else reading
+    if not whole:
+        return reading
+    return reading._replace(expected_embedding=total * mx.exp(level - reading.log_mass[..., None]))
 
 
 def _summarise(tiled: mx.array, first: mx.array, dtype: mx.Dtype) -> tuple[_Tiles, mx.array]:
@@ -332,7 +334,7 @@ def _reduce(tiles: _Tiles, dtype: mx.Dtype) -> dict[str, mx.array]:
     count = min(LIKELY, low.shape[-1])
     likely = mx.argpartition(tiles.top, kth=-count, axis=-1)[..., -count:]
     return {
-        "best": mx.take_along_axis(tiles.where, best, axis=-1)[..., 0],
+        "argmax": mx.take_along_axis(tiles.where, best, axis=-1)[..., 0],
         "confidence": 1 / mass,
         "entropy": mx.log(mass) - depth / mass,
         "likely": mx.take_along_axis(tiles.where, likely, axis=-1),

@@ -25,8 +25,8 @@ STEP = 256  # slots; buffers grow by multiples of this
 class LayerKV:
     """Keys and values of one layer, [B, heads, slots, D]; `ring` slots are kept, or all (None)."""
 
-    def __init__(self, ring: int | None, capacity: int = 0):
-        self.ring = ring
+    def __init__(self, window_slots: int | None, capacity: int = 0):
+        self.window_slots = window_slots
         self.capacity = capacity
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
@@ -34,13 +34,13 @@ class LayerKV:
 
     def used(self, offset: int) -> int:
         """Slots that hold the prefix when `offset` positions were encoded."""
-        return offset if self.ring is None else min(offset, self.ring)
+        return offset if self.window_slots is None else min(offset, self.window_slots)
 
     def extend(self, keys: mx.array, values: mx.array, offset: int) -> tuple[mx.array, mx.array]:
         """Append [B, heads, L, D] at `offset`; returns what these L positions may attend to."""
         length = keys.shape[2]
         used = self.used(offset)
-        if self.ring is None or offset + length <= self.ring:
+        if self.window_slots is None or offset + length <= self.window_slots:
             return self._write(keys, values, used)
         seen = keys, values
         if used and self.keys is not None and self.values is not None:
@@ -48,9 +48,9 @@ class LayerKV:
                 mx.concatenate([self.keys[:, :, :used], keys], axis=2),
                 mx.concatenate([self.values[:, :, :used], values], axis=2),
             )
-        kept = min(length, self.ring)
-        start = (offset + length - kept) % self.ring
-        head = min(kept, self.ring - start)  # up to the end of the ring, then from its beginning
+        kept = min(length, self.window_slots)
+        start = (offset + length - kept) % self.window_slots
+        head = min(kept, self.window_slots - start)  # up to the end of the ring, then from its beginning
         tail = length - kept + head
         self._write(keys[:, :, length - kept : tail], values[:, :, length - kept : tail], start)
         if head < kept:
@@ -104,8 +104,8 @@ class Prefix:
             LayerKV(None, capacity) if kind == "full_attention" else LayerKV(max(self.window - 1, 1))
             for kind in config.layer_types
         ]
-        self._ring = max(self.window - 1, 1)
-        self._mark: tuple[int, list[tuple[Any, Any]]] | None = None
+        self._window_slots = max(self.window - 1, 1)
+        self._rewind_point: tuple[int, list[tuple[Any, Any]]] | None = None
 
     @property
     def state(self) -> list[mx.array]:
@@ -120,7 +120,7 @@ class Prefix:
     @property
     def nbytes(self) -> int:
         """Bytes of unified memory held, preallocated slots included."""
-        marked = [a for pair in self._mark[1] for a in pair if a is not None] if self._mark else []
+        marked = [a for pair in self._rewind_point[1] for a in pair if a is not None] if self._rewind_point else []
         return sum(a.nbytes for a in [*self.state, *marked])
 
     def rope_offset(self) -> int | mx.array:
@@ -144,13 +144,13 @@ class Prefix:
             raise OptionError("mask pads positions behind real ones; only padding on the left is possible.")
         self.padding = mx.array((before + count).astype(np.int32))
 
-    def _ring_positions(self) -> np.ndarray:
+    def _window_positions(self) -> np.ndarray:
         """The position that each used ring slot holds."""
-        last, used = self.offset - 1, min(self.offset, self._ring)
-        return last - (last - np.arange(used)) % self._ring
+        last, used = self.offset - 1, min(self.offset, self._window_slots)
+        return last - (last - np.arange(used)) % self._window_slots
 
     def _key_positions(self, length: int, sliding: bool) -> np.ndarray:
-        held = self._ring_positions() if sliding else np.arange(self.offset)
+        held = self._window_positions() if sliding else np.arange(self.offset)
         return np.concatenate([held, np.arange(self.offset, self.offset + length)])
 
     def encode_masks(self, length: int, spans: np.ndarray | None = None) -> dict[str, Mask]:
@@ -185,17 +185,17 @@ class Prefix:
     def _padding(self) -> np.ndarray:
         return np.zeros(1, np.int32) if self.padding is None else np.asarray(self.padding)
 
-    def mark(self) -> None:
+    def set_rewind_point(self) -> None:
         """Remember this state, so that `rewind` can come back here after the rings have moved on."""
-        rings = [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers if layer.ring]
-        self._mark = (self.offset, rings)
+        rings = [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers if layer.window_slots]
+        self._rewind_point = (self.offset, rings)
 
-    def reach(self, offset: int) -> int:
+    def rewindable_length(self, offset: int) -> int:
         """How many positions `rewind` would keep."""
-        if offset >= self.offset or self.offset <= self._ring:
+        if offset >= self.offset or self.offset <= self._window_slots:
             return min(offset, self.offset)
-        marked = self._mark[0] if self._mark else 0
-        if marked <= self._ring:  # the rings held every position
+        marked = self._rewind_point[0] if self._rewind_point else 0
+        if marked <= self._window_slots:  # the rings held every position
             return min(offset, marked)
         return marked if marked <= offset else 0
 
@@ -205,13 +205,13 @@ class Prefix:
         Returns:
             How many positions are held now, at most `offset`.
         """
-        kept = self.reach(offset)
-        if kept < self.offset and self.offset > self._ring and self._mark:
-            for layer, (keys, values) in zip((one for one in self.layers if one.ring), self._mark[1]):
+        kept = self.rewindable_length(offset)
+        if kept < self.offset and self.offset > self._window_slots and self._rewind_point:
+            for layer, (keys, values) in zip((one for one in self.layers if one.window_slots), self._rewind_point[1]):
                 layer.keys, layer.values = _handle(keys), _handle(values)
         self.offset = kept
-        if self._mark and self._mark[0] > kept:
-            self._mark = None
+        if self._rewind_point and self._rewind_point[0] > kept:
+            self._rewind_point = None
         return kept
 
     def fork(self) -> Prefix:
@@ -219,35 +219,35 @@ class Prefix:
         other = copy(self)
         other.layers = []
         for layer, (keys, values) in zip(self.layers, self.handles()):
-            other.layers.append(LayerKV(layer.ring, layer.capacity))
+            other.layers.append(LayerKV(layer.window_slots, layer.capacity))
             other.layers[-1].keys, other.layers[-1].values = keys, values
         return other
 
     def trim(self) -> None:
         """Let go of slots that hold nothing, and of a mark that is where the prefix ends."""
-        if self._mark and self._mark[0] == self.offset:
-            self._mark = None
+        if self._rewind_point and self._rewind_point[0] == self.offset:
+            self._rewind_point = None
         for layer in self.layers:
             used = layer.used(self.offset)
             if layer.keys is not None and layer.values is not None and layer.keys.shape[2] > used:
                 layer.keys, layer.values = (mx.contiguous(a[:, :, :used]) for a in (layer.keys, layer.values))
                 mx.eval(layer.keys, layer.values)  # one layer's copy at a time
 
-    def saved(self) -> tuple[dict[str, mx.array], int, int]:
+    def to_arrays(self) -> tuple[dict[str, mx.array], int, int]:
         """(arrays by name, offset, marked offset or 0), for `take`."""
         arrays: dict[str, mx.array] = {}
-        rings = iter(self._mark[1] if self._mark else [])
+        rings = iter(self._rewind_point[1] if self._rewind_point else [])
         for i, layer in enumerate(self.layers):
             pairs = {"": (layer.keys, layer.values)}
-            if self._mark and layer.ring:
+            if self._rewind_point and layer.window_slots:
                 pairs["mark."] = next(rings)
             for name, pair in pairs.items():
                 for kind, array in zip(("keys", "values"), pair):
                     if array is not None:
                         arrays[f"{name}{i}.{kind}"] = array
-        return arrays, self.offset, self._mark[0] if self._mark else 0
+        return arrays, self.offset, self._rewind_point[0] if self._rewind_point else 0
 
-    def take(self, arrays: dict[str, mx.array], offset: int, mark: int) -> None:
+    def load_arrays(self, arrays: dict[str, mx.array], offset: int, mark: int) -> None:
         """Hold what `saved` told of a prefix of the same model.
 
         Raises:
@@ -256,10 +256,11 @@ class Prefix:
         self.offset = offset
         for i, layer in enumerate(self.layers):
             layer.keys, layer.values = arrays[f"{i}.keys"], arrays[f"{i}.values"]
-        rings = [i for i, layer in enumerate(self.layers) if layer.ring]
-        self._mark = (mark, [(arrays[f"mark.{i}.keys"], arrays[f"mark.{i}.values"]) for i in rings]) if mark else None
+        rings = [i for i, layer in enumerate(self.layers) if layer.window_slots]
+        marked = [(arrays[f"mark.{i}.keys"], arrays[f"mark.{i}.values"]) for i in rings] if mark else []
+        self._rewind_point = (mark, marked) if mark else None
 
-    def keep(self, rows: list[int]) -> None:
+    def select_rows(self, rows: list[int]) -> None:
         """Drop all rows of the batch but these."""
         index = mx.array(rows)
         for layer in self.layers:
@@ -268,7 +269,7 @@ class Prefix:
         if self.padding is not None:
             self.padding = self.padding[index]
         self.batch_size = len(rows)
-        self._mark = None
+        self._rewind_point = None
 
 
 def _handle(array: mx.array | None) -> mx.array | None:

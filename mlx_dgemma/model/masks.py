@@ -28,7 +28,7 @@ class Mask:
     spans: np.ndarray | None = None  # [B, L] ids of image spans over the last L keys, 0 for text
 
     @cached_property
-    def whole(self) -> Any:
+    def all_keys(self) -> Any:
         """The mask of all keys as fused attention takes it: "causal", None or bool [B or 1, 1, L or 1, N]."""
         plain = self.spans is None and not self.padding.any() and not self._passes_window(self.keys)
         if plain and self.queries is not None and len(self.queries) > 1:

@@ -148,7 +148,7 @@ async def _look(asked: Chat, engine: Engine, looking: CapacityLimiter) -> None:
     budget = asked.arguments.get("image_tokens", engine.options.image_tokens)
     with blamed():
         for part in parts_of(asked.messages, "image"):
-            part["image"] = await to_thread.run_sync(engine.see, part["image"], budget, limiter=looking)
+            part["image"] = await to_thread.run_sync(engine.load_image, part["image"], budget, limiter=looking)
 
 
 def _thinking(fields: Fields, given: bool | None) -> bool:

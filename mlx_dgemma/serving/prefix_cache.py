@@ -71,7 +71,7 @@ class PrefixCache:
         """A session to go on with for a prompt, and where a copy of it should be kept on the way.
 
         Args:
-            wanted: the prompt, as `Session.held`.
+            wanted: the prompt, as `Session.cache_key`.
 
         Returns:
             A session of its own, or None where none would save anything; and a position of the prompt, or 0.
@@ -79,7 +79,7 @@ class PrefixCache:
         best, reach, longest = "", 0, 0
         for name, session in self._kept.items():
             shared = session.shared(wanted)
-            reached = session.prefix.reach(shared)
+            reached = session.prefix.rewindable_length(shared)
             longest = max(longest, shared)
             if reached >= max(reach, WORTH):
                 best, reach = name, reached
@@ -93,16 +93,20 @@ class PrefixCache:
 
     def put(self, session: Session) -> None:
         """Keep a session that nobody goes on with; what it makes useless goes."""
-        if len(session.held) < WORTH or self._budget == 0:
+        if len(session.cache_key) < WORTH or self._budget == 0:
             return
-        if session.prefix.rewind(len(session.held)) < len(session.held):
+        if session.prefix.rewind(len(session.cache_key)) < len(session.cache_key):
             return  # it was interrupted
         session.prefix.trim()
         if session.nbytes > self._budget:
             return  # it would drive out all others for nothing
-        name = hashlib.sha256(json.dumps(session.held).encode()).hexdigest()[:32]
+        name = hashlib.sha256(json.dumps(session.cache_key).encode()).hexdigest()[:32]
         for other, old in list(self._kept.items()):
-            if session.shared(old.held) == len(old.held) == session.prefix.reach(len(old.held)):
+            if (
+                session.shared(old.cache_key)
+                == len(old.cache_key)
+                == session.prefix.rewindable_length(len(old.cache_key))
+            ):
                 self._drop(other, keep_file=other == name)
         self._kept[name] = session
         if self._folder is not None and name not in self._unsaved and not self._file(name).exists():
@@ -134,9 +138,9 @@ class PrefixCache:
         return self._folder / f"{name}.safetensors"
 
     def _write(self, path: Path, session: Session) -> None:
-        arrays, offset, mark = session.prefix.saved()
+        arrays, offset, mark = session.prefix.to_arrays()
         arrays.update({f"features.{name}": array for name, array in session.features.items()})
-        about = {"key": self._key, "offset": str(offset), "mark": str(mark), "held": json.dumps(session.held)}
+        about = {"key": self._key, "offset": str(offset), "mark": str(mark), "cache_key": json.dumps(session.cache_key)}
         part = path.with_suffix(".part.safetensors")  # MLX wants the ending
         mx.save_safetensors(str(part), arrays, about)
         part.replace(path)
@@ -167,12 +171,12 @@ class PrefixCache:
             if about["key"] != self._key:
                 return None
             session = Session(self._engine.model.new_prefix())
-            session.held = json.loads(about["held"])
+            session.cache_key = json.loads(about["cache_key"])
             features = {n.removeprefix("features."): a for n, a in arrays.items() if n.startswith("features.")}
             session.features = features
             rest = {name: array for name, array in arrays.items() if not name.startswith("features.")}
-            session.prefix.take(rest, int(about["offset"]), int(about["mark"]))
-            if len(session.held) != session.prefix.offset:
+            session.prefix.load_arrays(rest, int(about["offset"]), int(about["mark"]))
+            if len(session.cache_key) != session.prefix.offset:
                 raise ValueError("its tokens and its keys differ in number")
             return session
         except Exception as error:  # garbage can be wrong in every way

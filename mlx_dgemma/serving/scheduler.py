@@ -201,7 +201,7 @@ class Scheduler:
                 ticket = self._waiting.popleft()
                 assert ticket.job is not None
                 self._running[ticket.job] = ticket
-            session, branch = self._cache.find(ticket.job.row.held)
+            session, branch = self._cache.find(ticket.job.row.cache_key)
             self.engine.start(self._loop, ticket.job, session, branch)
 
     def _understand(self, ticket: Ticket) -> None:

@@ -75,7 +75,7 @@ def denoised(
     for start in range(0, len(canvases), ROWS):
         group = canvases[start : start + ROWS]
         if prefix.batch_size != len(group):
-            prefix.keep([0] * len(group))
+            prefix.select_rows([0] * len(group))
         hidden = model.denoise(mx.array(group.astype(np.int32)), prefix)
         queue = device.Queue()
         queue.add(*prefix.stages, hidden)

@@ -126,7 +126,7 @@ class Hole(Control):
             group = self._lengths[start : start + TOGETHER]
             tried = Hole(self._language, self._before, self._behind, group, self._canvas)
             if prefix.batch_size != len(group):
-                prefix.keep([0] * len(group))
+                prefix.select_rows([0] * len(group))
             keys, layout = mx.stack([key] * len(group)), tried.layout()
             for _ in denoise_block(model, prefix, once, keys, None, layout, tried.guide(0)):
                 positions += layout.tokens.size
@@ -135,7 +135,7 @@ class Hole(Control):
             if best > CERTAIN and best - max(others, default=-np.inf) > APART:
                 break
         if scores:
-            prefix.keep([0])
+            prefix.select_rows([0])
             self._lengths = [max(scores, key=scores.__getitem__)]
         begin, canvases = 0, 1
         while begin + (size := self._size(begin)) < len(self._before) + self._lengths[0]:

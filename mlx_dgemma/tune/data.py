@@ -47,7 +47,7 @@ class Target:
         prompt: token ids as inference would encode the conversation up to this turn, the generation prompt and a
             placeholder for each soft token of a picture included.
         answer: token ids that the model should emit: thinking, tool calls and text, and the token that ends them.
-        images: sources of the prompt's pictures in their order, paths or `data:` URLs, as `Engine.see` takes them.
+        images: sources of the prompt's pictures in their order, paths or `data:` URLs; see `Engine.load_image`.
     """
 
     prompt: list[int]
@@ -336,7 +336,9 @@ def _seen(engine: Engine, chat: list[Message]) -> list[Message]:
     """The same chat with every picture decoded, which is done once however many turns are encoded."""
 
     def seen(part: Message) -> Message:
-        return {**part, "image": engine.see(part["image"], engine.options.image_tokens)} if "image" in part else part
+        if "image" not in part:
+            return part
+        return {**part, "image": engine.load_image(part["image"], engine.options.image_tokens)}
 
     return [
         {**message, "content": [seen(part) for part in message["content"]]}

@@ -174,7 +174,7 @@ def loss(
         # on a copy: what the first pass writes must not stand in the second one's way
         taken = np.flatnonzero(noise.conditioned)
         held, index = prefix.fork(), mx.array(taken)
-        held.keep(taken.tolist())
+        held.select_rows(taken.tolist())
         hidden = mx.stop_gradient(model.denoise(noise.canvas[index], held))
         found = mx.stop_gradient(_expected(model, hidden))
         conditioning = mx.zeros((rows, *found.shape[1:]), found.dtype)
@@ -287,7 +287,7 @@ def recomputed(layer: Layer, x: mx.array, scalar: mx.array, see: View) -> mx.arr
 
     def run(weights: dict, x: mx.array, scalar: mx.array, *held: mx.array) -> tuple[mx.array, ...]:
         layer.update(weights)
-        kv = LayerKV(keys.kv.ring, keys.kv.capacity)
+        kv = LayerKV(keys.kv.window_slots, keys.kv.capacity)
         if held:
             kv.keys, kv.values = (mx.array(a) for a in held)
         out = layer(x, scalar, View([keys._replace(kv=kv)], see.rope_offset))
