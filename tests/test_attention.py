@@ -15,8 +15,8 @@ def chunked(monkeypatch):
     """Make every attention take so many keys at once."""
 
     def force(keys):
-        monkeypatch.setattr(attention, "SCORES", 1)
-        monkeypatch.setattr(attention, "CHUNK", keys)
+        monkeypatch.setattr(attention, "SCORE_BYTES", 1)
+        monkeypatch.setattr(attention, "KEY_CHUNK", keys)
 
     return force
 
@@ -94,7 +94,7 @@ def test_a_mask_of_ranges_is_the_mask_of_all_keys(batch, heads, kv_heads, length
         for start, end in {(0, whole), (0, 1), (whole - 1, whole), (whole // 3, whole - whole // 3), (0, whole // 2)}:
             if start == end:
                 continue
-            part = mask.part(start, end)
+            part = mask.of_keys(start, end)
             expected = seen[:, :, start:end]
             assert (part is None) == expected.all() or name.startswith(("causal, spans", "sliding, spans")), name
             if part is not None:
@@ -103,7 +103,7 @@ def test_a_mask_of_ranges_is_the_mask_of_all_keys(batch, heads, kv_heads, length
             assert mask.all_keys == "causal"
             assert np.array_equal(seen[0], np.tri(length, count, count - length, dtype=bool)), name
         else:
-            assert (mask.all_keys is None) == (mask.part(0, whole) is None), name
+            assert (mask.all_keys is None) == (mask.of_keys(0, whole) is None), name
 
 
 @pytest.mark.parametrize("keys", [1, 2, 3, 7, 100])
@@ -113,7 +113,7 @@ def test_attention_in_chunks_equals_a_plain_loop(chunked, batch, heads, kv_heads
         queries, k, v = draw(batch, heads, kv_heads, length, len(mask.keys))
         expected = plain(queries, k, v, table(mask, batch, length))
         with pytest.MonkeyPatch.context() as once:
-            once.setattr(attention, "SCORES", 2**40)
+            once.setattr(attention, "SCORE_BYTES", 2**40)
             assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
         chunked(keys)
         assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
@@ -138,20 +138,20 @@ def test_what_fits_is_computed_in_one_piece(monkeypatch):
     """Up to the budget to the byte; beyond it in chunks of a multiple of 256 keys, up to a longest one."""
     queries, keys, values = draw(2, 4, 2, 3, 5000)
     asked = []
-    monkeypatch.setattr(Mask, "part", lambda self, start, end: asked.append((start, end)))
-    monkeypatch.setattr(attention, "SCORES", 2 * 4 * 3 * 5000 * 4)
+    monkeypatch.setattr(Mask, "of_keys", lambda self, start, end: asked.append((start, end)))
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 4 * 3 * 5000 * 4)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(0, 5000)]
     asked.clear()
-    monkeypatch.setattr(attention, "SCORES", 2 * 4 * 3 * 5000 * 4 - 1)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 4 * 3 * 5000 * 4 - 1)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(0, 2304), (2304, 4608), (4608, 5000)]
     asked.clear()
-    monkeypatch.setattr(attention, "LONGEST", 2048)
+    monkeypatch.setattr(attention, "MAX_KEY_CHUNK", 2048)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(0, 2048), (2048, 4096), (4096, 5000)]
     asked.clear()
-    monkeypatch.setattr(attention, "SCORES", 1)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 1)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(i, min(i + 256, 5000)) for i in range(0, 5000, 256)]
 
@@ -175,8 +175,8 @@ def test_chunks_and_waiting_bound_the_peak(monkeypatch):
     """64 MiB of scores in chunks of 1 MiB, a few of which are in flight at once; without waiting all are."""
     arrays = draw(1, 4, 1, 64, 65536)
     assert peak(*arrays) >= 2**26
-    monkeypatch.setattr(attention, "SCORES", 2**20)
-    monkeypatch.setattr(device, "AHEAD", 2**20)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2**20)
+    monkeypatch.setattr(device, "SOFT_LIMIT", 2**20)
     assert peak(*arrays) < 6 * 2**20
 
 

@@ -16,9 +16,9 @@ from mlx_dgemma.checkpoint.memory import Need
 from mlx_dgemma.convert.recipes import RECIPES
 from mlx_dgemma.errors import MemoryLimitError
 from mlx_dgemma.model import device
-from mlx_dgemma.model.attention import SCORES
+from mlx_dgemma.model.attention import SCORE_BYTES
 from mlx_dgemma.model.config import GenerationConfig, ModelConfig, ProcessorConfig
-from mlx_dgemma.model.kv_cache import STEP
+from mlx_dgemma.model.kv_cache import BUFFER_STEP
 
 RELEASE = {"model_type": "diffusion_gemma", "text_config": {"num_global_key_value_heads": 2}}
 
@@ -28,7 +28,7 @@ def held(demo):
     return Checkpoint.open(demo)
 
 
-@pytest.mark.parametrize("context", [1, 5, STEP - 4, STEP - 3, 2 * STEP + 7])
+@pytest.mark.parametrize("context", [1, 5, BUFFER_STEP - 4, BUFFER_STEP - 3, 2 * BUFFER_STEP + 7])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_prefix_takes_what_is_foreseen(context, batch):
     """Encoded in one go, by pieces or with room made before: with a canvas, the bytes are those of the estimate."""
@@ -54,9 +54,13 @@ def test_the_demos_prefix_takes_what_is_foreseen(demo):
 
 def test_the_release_takes_20480_bytes_a_token_in_its_full_layers():
     release = ModelConfig.from_dict(RELEASE)
-    near, far = (memory.prefix_bytes(release, slots - release.canvas_length, 2) for slots in (5 * STEP, 800 * STEP))
-    assert far - near == 20_480 * 795 * STEP
-    assert near - 20_480 * 5 * STEP == 25 * 2 * 8 * 256 * 2 * 5 * STEP  # 1,023 positions and a canvas, in steps
+    near, far = (
+        memory.prefix_bytes(release, slots - release.canvas_length, 2) for slots in (5 * BUFFER_STEP, 800 * BUFFER_STEP)
+    )
+    assert far - near == 20_480 * 795 * BUFFER_STEP
+    assert (
+        near - 20_480 * 5 * BUFFER_STEP == 25 * 2 * 8 * 256 * 2 * 5 * BUFFER_STEP
+    )  # 1,023 positions and a canvas, in steps
 
 
 def test_weights_are_what_is_stored_or_what_they_become(held):
@@ -70,7 +74,7 @@ def test_the_workspace_is_the_larger_of_a_step_and_a_chunk(held):
     step = 8 * 4 * 64 * 2048
     assert memory.need(held, 64, "float32").workspace == step
     assert memory.need(held, 4096, "float32").workspace == 8 * 4 * 6 * 1024 * 4096
-    assert memory.need(held, 262_144, "float32").workspace == 8 * SCORES
+    assert memory.need(held, 262_144, "float32").workspace == 8 * SCORE_BYTES
 
 
 def test_a_need_adds_up(held):
@@ -85,20 +89,24 @@ def test_the_device_gives_something():
         assert device.available() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def sizes_of(checkpoint):
+    return {name: recipe.nbytes(checkpoint.shapes) for name, recipe in RECIPES.items()}
+
+
 def refusal(monkeypatch, held, need, have):
     monkeypatch.setattr(device, "available", lambda: have)
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     with pytest.raises(MemoryLimitError) as caught:
-        memory.check(held, need)
+        memory.check(held, need, lambda: sizes_of(held))
     return str(caught.value)
 
 
 def test_what_fits_is_let_through(monkeypatch, held):
     monkeypatch.setattr(device, "available", lambda: 60)
-    memory.check(held, Need(10, 20, 30))
+    memory.check(held, Need(10, 20, 30), lambda: sizes_of(held))
     monkeypatch.setattr(device, "available", lambda: 59)
     with pytest.raises(MemoryLimitError):
-        memory.check(held, Need(10, 20, 30))
+        memory.check(held, Need(10, 20, 30), lambda: sizes_of(held))
 
 
 def test_the_refusal_names_the_largest_recipe_that_fits(monkeypatch, tmp_path):
@@ -106,7 +114,7 @@ def test_the_refusal_names_the_largest_recipe_that_fits(monkeypatch, tmp_path):
     config = ModelConfig.from_dict(RELEASE)
     release = Checkpoint(tmp_path, config, GenerationConfig(), ProcessorConfig(), RELEASE, {})
     text = refusal(monkeypatch, release, Need(51_600_000_000, 300_000_000, 2_100_000_000), 32_000_000_000)
-    sizes = {name: recipe.nbytes(release.shapes) for name, recipe in RECIPES.items()}
+    sizes = sizes_of(release)
     best = max((name for name in sizes if sizes[name] + 2_400_000_000 <= 32_000_000_000), key=sizes.__getitem__)
     assert text == (
         f"{tmp_path.name} needs 54.0 GB (weights 51.6, prefix 0.3, workspace 2.1) and this machine gives 32.0 GB: "
@@ -116,7 +124,7 @@ def test_the_refusal_names_the_largest_recipe_that_fits(monkeypatch, tmp_path):
 
 
 def test_the_refusal_says_when_no_recipe_fits(monkeypatch, held):
-    sizes = {name: recipe.nbytes(held.shapes) for name, recipe in RECIPES.items()}
+    sizes = sizes_of(held)
     small = min(sizes, key=sizes.__getitem__)
     text = refusal(monkeypatch, held, Need(2_000_000_000, 0, 0), 1_000_000)
     assert text == (
@@ -132,7 +140,7 @@ def test_on_metal_the_refusal_tells_of_the_wired_limit(monkeypatch, held):
     with pytest.raises(
         MemoryLimitError, match=re.escape("`sudo sysctl iogpu.wired_limit_mb=N` raises what macOS gives;")
     ):
-        memory.check(held, Need(2, 0, 0))
+        memory.check(held, Need(2, 0, 0), lambda: sizes_of(held))
 
 
 def test_load_refuses_what_does_not_fit_unless_told_to_try(monkeypatch, demo):
@@ -200,7 +208,7 @@ def test_a_queue_waits_for_the_oldest_where_too_much_is_in_flight(monkeypatch):
     wait = mx.eval
     monkeypatch.setattr(mx, "eval", lambda stage: waited.append(stage[0].item()) or wait(stage))
     for ahead, expected in ((2**40, []), (5 * 2**20, [1, 2, 3, 4, 5, 6])):
-        monkeypatch.setattr(device, "AHEAD", ahead)
+        monkeypatch.setattr(device, "SOFT_LIMIT", ahead)
         mx.synchronize()
         waited.clear()
         queue, stages = device.Queue(), stages_of(8, 4)
@@ -216,7 +224,7 @@ def test_a_queue_waits_for_everything_beyond_its_limit(monkeypatch):
     waited = []
     monkeypatch.setattr(mx, "synchronize", lambda: waited.append(mx.get_active_memory()))
     for limit, expected in ((2**40, 0), (17 * 2**20, 3)):
-        monkeypatch.setattr(device, "LIMIT", limit)
+        monkeypatch.setattr(device, "HARD_LIMIT", limit)
         waited.clear()
         queue, stages = device.Queue(), stages_of(8, 4)
         queue.add(*stages)

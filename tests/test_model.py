@@ -11,7 +11,7 @@ from support import engine_of, gap, random_tokens, reference, small_model
 
 from mlx_dgemma.decoding import sampler
 from mlx_dgemma.errors import PromptError
-from mlx_dgemma.model import rng
+from mlx_dgemma.model import functions
 from mlx_dgemma.model.vision import ClippedLinear
 
 BOUND = 1e-4
@@ -95,7 +95,7 @@ def test_every_step_of_a_generation_is_reproduced(model):
         canvas = mx.array(held["canvas_in"][row : row + 1])
         t = sampler.temperature(int(held["cur_step"][row]), 48, 0.4, 0.8)
         processed = logits(model, canvas, prefix, conditioning) / t
-        best, entropy = mx.argmax(processed, axis=-1), rng.entropy(processed)
+        best, entropy = mx.argmax(processed, axis=-1), functions.entropy(processed)
         accepted = sampler.accept(entropy, 0.1)
         assert best.tolist() == held["argmax"][row : row + 1].tolist()
         assert gap(entropy[0], mx.array(held["entropy"][row])) < BOUND
@@ -113,7 +113,7 @@ def test_pictures_looked_at_in_groups_and_rows_are_the_same(demo, monkeypatch):
     """One picture at a time and 100 patches' queries at a time; every picture keeps its own positions."""
     held, model = reference("two_images"), engine_of(demo).model
     monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.PATCHES_AT_ONCE", 1)
-    monkeypatch.setattr("mlx_dgemma.model.vision.ROWS", 100)
+    monkeypatch.setattr("mlx_dgemma.model.vision.QUERY_CHUNK", 100)
     assert gap(model.encode_images((held["pixel_values"], held["image_position_ids"])), held["features"]) < BOUND
 
 

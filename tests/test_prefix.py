@@ -9,7 +9,7 @@ from naive import Naive
 from support import FULL, SLIDING, gap, random_tokens, small_model
 
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.model.kv_cache import STEP
+from mlx_dgemma.model.kv_cache import BUFFER_STEP
 
 BOUND = 2e-4
 
@@ -280,16 +280,18 @@ def test_buffers_grow_in_steps_and_capacity_spares_growth(model):
     def slots(prefix):
         return [layer.keys.shape[2] for layer in prefix.layers]
 
-    prefix, roomy = model.new_prefix(), model.new_prefix(capacity=STEP + 1)
+    prefix, roomy = model.new_prefix(), model.new_prefix(capacity=BUFFER_STEP + 1)
     for one in (prefix, roomy):
         model.encode(random_tokens(0, 1, 10), one)
-    assert slots(prefix) == [STEP, STEP, STEP]
-    assert slots(roomy) == [STEP, 2 * STEP, STEP]
-    assert prefix.nbytes == 4 * 2 * STEP * (2 * 8 + 1 * 16 + 2 * 8)
-    model.encode(random_tokens(1, 1, STEP), prefix)
-    assert slots(prefix) == [STEP, 2 * STEP, STEP]
+    assert slots(prefix) == [BUFFER_STEP, BUFFER_STEP, BUFFER_STEP]
+    assert slots(roomy) == [BUFFER_STEP, 2 * BUFFER_STEP, BUFFER_STEP]
+    assert prefix.nbytes == 4 * 2 * BUFFER_STEP * (2 * 8 + 1 * 16 + 2 * 8)
+    model.encode(random_tokens(1, 1, BUFFER_STEP), prefix)
+    assert slots(prefix) == [BUFFER_STEP, 2 * BUFFER_STEP, BUFFER_STEP]
     before = held(
-        model, mx.concatenate([random_tokens(0, 1, 10), random_tokens(1, 1, STEP)], axis=1), random_tokens(2, 1, 4)
+        model,
+        mx.concatenate([random_tokens(0, 1, 10), random_tokens(1, 1, BUFFER_STEP)], axis=1),
+        random_tokens(2, 1, 4),
     )
     assert gap(model.denoise(random_tokens(2, 1, 4), prefix), before) < 1e-5
 

@@ -230,7 +230,7 @@ def test_groups_and_chunks_of_queries_change_nothing(small, monkeypatch):
     for limit, groups in ((1, [1] * 5), (2 * many[0].shape[1], [2, 2, 1]), (10**6, [5])):
         monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.PATCHES_AT_ONCE", limit)
         for rows in (1, 7, 10**6):
-            monkeypatch.setattr("mlx_dgemma.model.vision.ROWS", rows)
+            monkeypatch.setattr("mlx_dgemma.model.vision.QUERY_CHUNK", rows)
             sizes.clear()
             assert gap(model.encode_images(many), whole) < 1e-5
             assert sizes == groups
@@ -259,5 +259,5 @@ def test_memory_does_not_grow_with_the_square_of_patches(engine, monkeypatch):
     pictures = mx.array(held.patches), mx.array(held.positions)
     mx.eval(pictures)
     whole = peak(engine.model, pictures)
-    monkeypatch.setattr("mlx_dgemma.model.vision.ROWS", 128)
+    monkeypatch.setattr("mlx_dgemma.model.vision.QUERY_CHUNK", 128)
     assert peak(engine.model, pictures) < 0.6 * whole

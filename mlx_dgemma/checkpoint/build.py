@@ -15,7 +15,7 @@ from ..model.config import ModelConfig
 from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
 from . import weights
-from .folder import Checkpoint, _shapes
+from .folder import Checkpoint, parameter_shapes
 from .headers import FLOATS, TensorInfo
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -43,7 +43,7 @@ def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = F
         _quantize(model, checkpoint.quantization, stored, checkpoint.config)
     elif stored:
         raise CheckpointError(f"The checkpoint holds {min(stored)}, but config.json has no quantization entry.")
-    shapes = _shapes(model)
+    shapes = parameter_shapes(model)
     plan = weights.plan(list(checkpoint.tensors), checkpoint.config, set(shapes))
     cast = DTYPES[dtype] if dtype else None
     model.load_weights(list(_arrays(checkpoint, plan, shapes, cast)), strict=True)

@@ -23,11 +23,11 @@ def find(name: str | os.PathLike | None = None) -> Path:
         CheckpointError: no such folder, no such Hub id, or no network to ask.
     """
     text = str(name or os.environ.get("MLX_DGEMMA_MODEL") or DEMO)
-    give = "give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it"
-    return fetch(text, ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"), _whole, give)
+    hint = "give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it"
+    return fetch(text, ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"), _is_complete, hint)
 
 
-def _whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     """Whether a snapshot is a checkpoint; a shard that is missing raises."""
     return (folder / "config.json").exists() and any(folder.glob("*.safetensors")) and bool(read_tensors(folder))
 
@@ -35,8 +35,8 @@ def _whole(folder: Path) -> bool:
 def fetch(
     name: str,
     patterns: Sequence[str],
-    whole: Callable[[Path], bool],
-    give: str,
+    is_complete: Callable[[Path], bool],
+    hint: str,
     kinds: tuple[str, str] = ("folder", "repository"),
     error: type[DgemmaError] = CheckpointError,
     **wanted: str,
@@ -46,8 +46,8 @@ def fetch(
     Args:
         name: path or id.
         patterns: names of the files to download.
-        whole: whether a snapshot holds all that is needed; what does not, or raises CheckpointError, is downloaded.
-        give: what to do about a path that does not exist, for the message.
+        is_complete: whether a snapshot holds all that is needed. If not, or on CheckpointError, it is downloaded.
+        hint: what to do about a path that does not exist, for the message.
         kinds: what it is on this machine and on the Hub, for messages.
         error: what is raised.
         wanted: further arguments of `snapshot_download`.
@@ -56,7 +56,7 @@ def fetch(
     if path.exists():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise error(f"{name} does not exist; {give}.")
+        raise error(f"{name} does not exist; {hint}.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -71,7 +71,7 @@ def fetch(
     try:
         try:
             found = Path(snapshot_download(name, local_files_only=True, **asked))
-            if whole(found):  # an interrupted download is completed below
+            if is_complete(found):  # an interrupted download is completed below
                 return found
         except (LocalEntryNotFoundError, CheckpointError):
             pass

@@ -61,7 +61,7 @@ class Checkpoint:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{parameter: shape} of the unquantized model."""
-        return _shapes(DiffusionGemma(self.config))
+        return parameter_shapes(DiffusionGemma(self.config))
 
     @property
     def parameters(self) -> int:
@@ -74,7 +74,8 @@ class Checkpoint:
         return self.nbytes * 8 / self.parameters
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape} of a model."""
     return {name: a.shape for name, a in dict(tree_flatten(model.parameters())).items()}
 
 

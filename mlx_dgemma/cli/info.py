@@ -50,7 +50,7 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
     context = memory.context(checkpoint) if context is None else context
     if not 1 <= context <= longest:
         raise OptionError(f"context is {context}; it should be from 1 to {longest}, this model's longest.")
-    loaded = memory.settle(checkpoint)
+    loaded = memory.resolve_dtype(checkpoint)
     need = memory.need(checkpoint, context, *loaded)
     available = device.available()
     sampler = asdict(checkpoint.generation)

@@ -32,7 +32,7 @@ CONFIDENT = 0.9  # probability at which fast mode keeps a position's best token 
 class _Forward(NamedTuple):
     """A step that is under way: arrays [B, C], nothing of it known to the host yet."""
 
-    reading: head.Reading | head.WholeReading
+    reading: head.Prediction | head.FullPrediction
     argmax: mx.array
     accepted: mx.array
     canvas: mx.array  # of the next step
@@ -180,13 +180,13 @@ class Canvases:
         """The step after `last`, in which `diffuse` positions need the whole vocabulary for their conditioning."""
         return self._settle(last, steps, self._read(last, steps, diffuse))
 
-    def _read(self, last: _Forward | None, steps: list[int], diffuse: int) -> head.Reading | head.WholeReading:
+    def _read(self, last: _Forward | None, steps: list[int], diffuse: int) -> head.Prediction | head.FullPrediction:
         """What the model makes of the canvases that `last` left."""
         model, options, positions = self.model, self.options, len(steps) * self.length
         canvas, conditioning = self._first(), None
         if last is not None:
             dense = min(_rounded(diffuse), positions)
-            canvas, conditioning = last.canvas, last.reading.condition(model, dense)
+            canvas, conditioning = last.canvas, last.reading.condition(model.head, dense)
             if 0 in steps:  # rows that have just joined
                 conditioning = mx.where(mx.array(steps)[:, None, None] == 0, 0, conditioning)
         hidden, total = model.denoise(canvas, self.prefixes, conditioning), options.max_denoising_steps
@@ -194,15 +194,15 @@ class Canvases:
         t = mx.array(now, mx.float32)[:, None, None]
         keys = self._keys([2 * step + 1 for step in steps])
         if options.exact:
-            return head.read_whole(model, hidden, t, keys)
-        reading = head.read(model, hidden, t, keys, whole=2 * diffuse > positions)
+            return model.head.predict_full(hidden, t, keys)
+        reading = model.head.predict(hidden, t, keys, expected_embedding=2 * diffuse > positions)
         return reading if self._layout is None else reading.fix(self._layout.tokens, self._layout.pinned)
 
     def _settle(
         self,
         last: _Forward | None,
         steps: list[int],
-        reading: head.Reading | head.WholeReading,
+        reading: head.Prediction | head.FullPrediction,
         chosen: mx.array | None = None,
     ) -> _Forward:
         """Take what was read: accept, draw, and see whether it is enough.
@@ -212,12 +212,12 @@ class Canvases:
         """
         options, uncertainty, unlike = self.options, reading.entropy, None
         best = reading.argmax if last is None else mx.where(last.done[:, None], last.argmax, reading.argmax)
-        drawn = reading.drawn
+        drawn = reading.sample
         if chosen is not None:
             chosen = chosen if last is None else mx.where(last.done[:, None], last.argmax, chosen)
             unlike = chosen != reading.argmax
             best, drawn = chosen, mx.where(unlike, chosen, drawn)
-        if isinstance(reading, head.Reading) and options.fast:
+        if isinstance(reading, head.Prediction) and options.fast:
             kept = self._pinned(best.shape) if last is None else last.accepted
             accepted = sampler.accept_confident(reading.confidence, kept, CONFIDENT)
             before = self._first() if last is None else last.canvas
@@ -229,7 +229,7 @@ class Canvases:
             accepted = sampler.accept(free, options.entropy_bound) | self._layout.pinned
         else:
             accepted = sampler.accept(uncertainty, options.entropy_bound)
-        if unlike is not None and isinstance(reading, head.Reading):
+        if unlike is not None and isinstance(reading, head.Prediction):
             uncertainty = mx.where(unlike, mx.maximum(uncertainty, UNLIKE), uncertainty)
             reading = reading.fix(best, unlike & accepted)
         done = self._settled(best, uncertainty)
@@ -242,11 +242,11 @@ class Canvases:
         """As `step`, where guides must see what was read before it can be settled."""
         steps = [n + (not over) for n, over in zip(self.steps, self.finished)]
         reading = self._read(self._last, self.steps, self._diffuse)
-        assert isinstance(reading, head.Reading)
-        log_p = {"top": mx.log(reading.confidence), "likely": reading.likely, "log_p": mx.log(reading.probability)}
+        assert isinstance(reading, head.Prediction)
+        log_p = {"top": mx.log(reading.confidence), "likely": reading.top_tokens, "log_p": mx.log(reading.top_probs)}
         seen = {"best": reading.argmax, **log_p}
         asked = [
-            reading.map(lambda a, row=row: a[row : row + 1]).log_p(self.model, guide.tokens)
+            reading.map(lambda a, row=row: a[row : row + 1]).log_probs(self.model.head, guide.tokens)
             for row, (guide, _) in enumerate(self._guides)
         ]
         self._queue = device.Queue()
@@ -293,10 +293,10 @@ class Canvases:
             done = done | sampler.unchanged(best, self._earlier, options.patience, text)
         return done
 
-    def _blank(self, like: head.Reading | head.WholeReading) -> _Forward:
+    def _blank(self, like: head.Prediction | head.FullPrediction) -> _Forward:
         """What stands in for the step before a row's first; nothing of it is used but the canvas."""
         canvas = self._first()
-        reading, over = head.blank(like, len(self.steps)), mx.zeros((len(self.steps),), mx.bool_)
+        reading, over = head.placeholder_rows(like, len(self.steps)), mx.zeros((len(self.steps),), mx.bool_)
         return _Forward(reading, canvas, self._pinned(canvas.shape), canvas, over)
 
     def _first(self) -> mx.array:

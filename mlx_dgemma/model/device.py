@@ -28,8 +28,8 @@ def fused(function: Callable, shapeless: bool = True) -> Callable:
     return call
 
 
-AHEAD = 2**28  # bytes in flight beyond which nothing is started
-LIMIT = 3 * AHEAD  # bytes in flight beyond which the device may run dry
+SOFT_LIMIT = 2**28  # bytes in flight; above it a queue waits for its oldest stage before it starts another
+HARD_LIMIT = 3 * SOFT_LIMIT  # bytes in flight; above it a queue waits for everything
 
 
 def available() -> int:
@@ -57,9 +57,9 @@ class Queue:
     def add(self, *stages: Any) -> None:
         """Start stages, arrays or trees of them, in the order in which they are computed."""
         for stage in stages:
-            while len(self._waiting) > 1 and mx.get_active_memory() > self._base + AHEAD:
+            while len(self._waiting) > 1 and mx.get_active_memory() > self._base + SOFT_LIMIT:
                 mx.eval(self._waiting.popleft())
-            if mx.get_active_memory() > self._base + LIMIT:
+            if mx.get_active_memory() > self._base + HARD_LIMIT:
                 mx.synchronize()
             mx.async_eval(stage)
             self._waiting.append(stage)

@@ -1,4 +1,4 @@
-"""The parts of the text stack. Attribute names are the checkpoint's keys."""
+"""The mixture of experts of a layer and its router. Names of submodules are the checkpoint's keys."""
 
 from __future__ import annotations
 
@@ -53,45 +53,45 @@ class Experts(nn.Module):
         rows, top_k = indices.shape
         flat = indices.flatten()
         if flat.size < SORT_FROM:
-            y = self._feed(x[:, None, None], indices)
-        elif pads_runs():
-            return self._in_runs(x, flat, weights.flatten())
+            y = self._mlp(x[:, None, None], indices)
+        elif uses_padded_runs():
+            return self._in_padded_runs(x, flat, weights.flatten())
         else:
             order = mx.argsort(flat)
             # The unit axis comes before the gather: MLX's sorted kernels misread rows that get it after.
-            y = self._feed(x[:, None][order // top_k], flat[order], sorted_indices=True)[mx.argsort(order)]
+            y = self._mlp(x[:, None][order // top_k], flat[order], sorted_indices=True)[mx.argsort(order)]
         y = y.reshape(rows, top_k, -1)
         return (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
 
-    def _in_runs(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
-        """x [N, H], experts and weights [N * K] in the rows' order -> [N, H], by `runs`."""
+    def _in_padded_runs(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
+        """x [N, H], experts and weights [N * K] in the rows' order -> [N, H], by `lay_out_runs`."""
         rows, size = x.shape
         # CUDA compiles a gather_qmm for every length, a minute each: packed weights get a single one.
-        longest = 64 if isinstance(_base(self.gate_up_proj), SwitchLinear) else 16
-        slots, owners, length = runs(chosen, self.gate_up_proj.num_experts, longest)
-        source, share = fill(slots, weights, owners.size * length, rows)
+        longest = 64 if isinstance(_without_adapter(self.gate_up_proj), SwitchLinear) else 16
+        slots, owners, length = lay_out_runs(chosen, self.gate_up_proj.num_experts, longest)
+        source, share = slot_contents(slots, weights, owners.size * length, rows)
         if rows <= MATMUL_ROWS:
-            take, mix = one_hot(source, share, rows, x)
-            return mix.T @ self._feed((take @ x).reshape(owners.size, length, size), owners).reshape(-1, size)
-        y = self._feed(x[mx.minimum(source, rows - 1)].reshape(owners.size, length, size), owners)
+            take, mix = gather_matrices(source, share, rows, x)
+            return mix.T @ self._mlp((take @ x).reshape(owners.size, length, size), owners).reshape(-1, size)
+        y = self._mlp(x[mx.minimum(source, rows - 1)].reshape(owners.size, length, size), owners)
         y = y.reshape(-1, size)[slots].reshape(rows, -1, size)
         return (y * weights.reshape(rows, -1, 1)).sum(axis=-2).astype(x.dtype)
 
-    def _feed(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+    def _mlp(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """x [..., rows, H] through the expert of each leading index."""
         dtype = x.dtype
-        if isinstance(base := _base(self.gate_up_proj), SwitchLinear):
+        if isinstance(base := _without_adapter(self.gate_up_proj), SwitchLinear):
             x = x.astype(base.weight.dtype)  # float32 on the CPU, whatever the rest is
         gate, up = mx.split(self.gate_up_proj(x, indices, sorted_indices=sorted_indices), 2, axis=-1)
         return self.down_proj(geglu(gate, up), indices, sorted_indices=sorted_indices).astype(dtype)
 
 
-def _base(module: nn.Module) -> nn.Module:
+def _without_adapter(module: nn.Module) -> nn.Module:
     """The map itself, where an adapter stands around it."""
     return module.get("linear", module)
 
 
-def pads_runs() -> bool:
+def uses_padded_runs() -> bool:
     """Whether experts are computed in padded runs.
 
     CUDA's gather kernels read an expert once for every row, so there its rows are padded to runs that
@@ -100,7 +100,7 @@ def pads_runs() -> bool:
     return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
-def runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.array, int]:
+def lay_out_runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.array, int]:
     """Lay rows out in runs of equal length, each of one expert.
 
     Args:
@@ -114,12 +114,12 @@ def runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.arr
     """
     count = chosen.size
     length = min(max(16, 1 << (max(count // experts, 1).bit_length() - 1)), longest)
-    slots, owners = _lay_out(chosen.astype(mx.int32), experts, length)
+    slots, owners = _assign_slots(chosen.astype(mx.int32), experts, length)
     return slots, owners, length
 
 
 @partial(fused, shapeless=False)
-def _lay_out(chosen: mx.array, experts: int, length: int) -> tuple[mx.array, mx.array]:
+def _assign_slots(chosen: mx.array, experts: int, length: int) -> tuple[mx.array, mx.array]:
     numbers = mx.arange(experts, dtype=mx.int32)
     rank = mx.cumsum((chosen[:, None] == numbers).astype(mx.int32), axis=0)
     needed = (rank[-1] + (length - 1)) // length
@@ -130,7 +130,7 @@ def _lay_out(chosen: mx.array, experts: int, length: int) -> tuple[mx.array, mx.
     return slots, mx.minimum(owners, experts - 1).astype(mx.uint32)
 
 
-def fill(slots: mx.array, weights: mx.array, total: int, rows: int) -> tuple[mx.array, mx.array]:
+def slot_contents(slots: mx.array, weights: mx.array, total: int, rows: int) -> tuple[mx.array, mx.array]:
     """[total] row that each slot holds, `rows` where it is padding, and its weight, 0 there."""
     source, share = mx.full((total,), rows, mx.int32), mx.zeros((total,), weights.dtype)
     source[slots] = mx.arange(slots.size, dtype=mx.int32) // (slots.size // rows)
@@ -139,7 +139,7 @@ def fill(slots: mx.array, weights: mx.array, total: int, rows: int) -> tuple[mx.
 
 
 @partial(fused, shapeless=False)
-def one_hot(source: mx.array, share: mx.array, rows: int, like: mx.array) -> tuple[mx.array, mx.array]:
+def gather_matrices(source: mx.array, share: mx.array, rows: int, like: mx.array) -> tuple[mx.array, mx.array]:
     """[slots, rows] matrices in the dtype of `like` that gather rows into slots and, transposed, mix slots to rows."""
     taken = source[:, None] == mx.arange(rows, dtype=mx.int32)
     return taken.astype(like.dtype), mx.where(taken, share[:, None], 0).astype(like.dtype)

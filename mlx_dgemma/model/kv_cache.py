@@ -19,7 +19,7 @@ from ..errors import OptionError
 from .config import TextConfig
 from .masks import Mask
 
-STEP = 256  # slots; buffers grow by multiples of this
+BUFFER_STEP = 256  # slots; buffers grow by multiples of this
 
 
 class LayerKV:
@@ -73,7 +73,7 @@ class LayerKV:
         have = 0 if self.keys is None else self.keys.shape[2]
         if slots <= have:
             return
-        total = -(-max(slots, self.capacity) // STEP) * STEP
+        total = -(-max(slots, self.capacity) // BUFFER_STEP) * BUFFER_STEP
 
         def grown(old: mx.array | None, like: mx.array) -> mx.array:
             new = mx.zeros((*like.shape[:2], total - have, like.shape[3]), like.dtype)

@@ -33,9 +33,9 @@ class Mask:
         plain = self.spans is None and not self.padding.any() and not self._passes_window(self.keys)
         if plain and self.queries is not None and len(self.queries) > 1:
             return "causal"
-        return self.part(0, len(self.keys))
+        return self.of_keys(0, len(self.keys))
 
-    def part(self, start: int, end: int) -> mx.array | None:
+    def of_keys(self, start: int, end: int) -> mx.array | None:
         """bool [B or 1, 1, L or 1, end - start], or None where nothing of these keys is hidden."""
         keys = self.keys[start:end]
         padded = keys.min() < self.padding.max()

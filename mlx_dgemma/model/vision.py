@@ -9,7 +9,7 @@ import numpy as np
 from .config import VisionConfig
 from .functions import geglu, rms_norm
 
-ROWS = 2560  # queries attended at once: bounds the scores where attention is not fused
+QUERY_CHUNK = 2560  # queries that attend at once; bounds the scores where attention is not fused
 
 
 class ClippedLinear(nn.Module):
@@ -55,9 +55,9 @@ class VisionAttention(nn.Module):
         q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
         rows = []
-        for i in range(0, length, ROWS):
-            rows.append(mx.fast.scaled_dot_product_attention(q[:, :, i : i + ROWS], k, v, scale=1.0, mask=mask))
-            if length > ROWS:
+        for i in range(0, length, QUERY_CHUNK):
+            rows.append(mx.fast.scaled_dot_product_attention(q[:, :, i : i + QUERY_CHUNK], k, v, scale=1.0, mask=mask))
+            if length > QUERY_CHUNK:
                 mx.eval(rows[-1])  # else the scores of all rows would be held at once
         out = mx.concatenate(rows, axis=2)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
@@ -123,7 +123,7 @@ class PatchEmbedder(nn.Module):
         return x + (table[0][at[..., 0]] + table[1][at[..., 1]]) * real
 
 
-class Encoder(nn.Module):
+class VisionEncoder(nn.Module):
     """The tower's layers, under the checkpoint's `encoder` key."""
 
     def __init__(self, config: VisionConfig):
@@ -138,7 +138,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self._config = config
         self.patch_embedder = PatchEmbedder(config)
-        self.encoder = Encoder(config)
+        self.encoder = VisionEncoder(config)
         if config.standardize:
             self.std_bias = mx.zeros((config.hidden_size,))
             self.std_scale = mx.ones((config.hidden_size,))
