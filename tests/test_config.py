@@ -51,8 +51,8 @@ def test_the_demos_sizes(raw):
     assert (config.canvas_length, config.image_token_id, config.boi_token_id, config.eoi_token_id) == (64, 18, 17, 19)
     assert config.eos_token_ids == (1, 16)
     assert text.layer_types == ("sliding_attention",) * 5 + ("full_attention",)
-    assert text.head("sliding_attention") == (2, 32)
-    assert text.head("full_attention") == (1, 64)
+    assert text.kv_shape("sliding_attention") == (2, 32)
+    assert text.kv_shape("full_attention") == (1, 64)
     assert (text.sliding_window, text.num_experts, text.top_k_experts, text.vocab_size) == (96, 8, 2, 2048)
     assert text.full_rope == {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
     assert text.sliding_rope == {"rope_type": "default", "rope_theta": 1e4}
@@ -62,7 +62,7 @@ def test_the_demos_sizes(raw):
 def test_an_empty_text_config_is_the_release(raw):
     text = ModelConfig.from_dict({"model_type": "diffusion_gemma"}).text
     assert [i for i, kind in enumerate(text.layer_types) if kind == "full_attention"] == [5, 11, 17, 23, 29]
-    assert text.head("sliding_attention") == (8, 256)
+    assert text.kv_shape("sliding_attention") == (8, 256)
     assert text.full_rope["rope_theta"] == 1e6
     assert text.full_rope["partial_rotary_factor"] == 0.25
     assert text.sliding_rope["rope_theta"] == 1e4
@@ -76,12 +76,12 @@ def test_both_ways_to_write_the_full_layers_sizes_are_equal(raw):
 
 def test_per_layer_config_wins_over_the_global_keys_and_may_leave_some_to_them(raw):
     both = changed(raw, "text_config", per_layer_config={"5": {"head_dim": 128}})
-    assert ModelConfig.from_dict(both).text.head("full_attention") == (1, 128)
+    assert ModelConfig.from_dict(both).text.kv_shape("full_attention") == (1, 128)
 
 
 def test_without_any_global_key_full_layers_have_the_sliding_layers_heads(raw):
     other = changed(raw, "text_config", num_global_key_value_heads=None, global_head_dim=16)
-    assert ModelConfig.from_dict(other).text.head("full_attention") == (2, 16)
+    assert ModelConfig.from_dict(other).text.kv_shape("full_attention") == (2, 16)
 
 
 @pytest.mark.parametrize(

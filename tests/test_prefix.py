@@ -87,7 +87,8 @@ def test_a_canvas_may_come_before_any_prefix(model):
     canvas = random_tokens(1, 1, 4)
     naive = Naive(model)
     empty = [
-        (np.zeros((0, *naive.config.head(k))), np.zeros((0, *naive.config.head(k)))) for k in naive.config.layer_types
+        (np.zeros((0, *naive.config.kv_shape(k))), np.zeros((0, *naive.config.kv_shape(k))))
+        for k in naive.config.layer_types
     ]
     assert far(model.denoise(canvas, model.new_prefix())[0], naive.denoise(canvas[0].tolist(), empty)) < BOUND
 

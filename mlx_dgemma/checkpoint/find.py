@@ -1,4 +1,4 @@
-"""Find a checkpoint (a folder or a Hub id), read and check it, build the model."""
+"""Find a folder by path or Hub id; snapshots on this machine are looked for before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ DEMO = Path(__file__).parent.parent / "demo"
 
 
 def find(name: str | os.PathLike | None = None) -> Path:
-    """The folder of a checkpoint: a path, else a Hub id, looked for on this machine first.
+    """The folder of a checkpoint.
 
     Args:
-        name: None takes $MLX_DGEMMA_MODEL, else the bundled demo.
+        name: a path or a Hub id; None takes $MLX_DGEMMA_MODEL, else the bundled demo.
 
     Raises:
         CheckpointError: no such folder, no such Hub id, or no network to ask.
@@ -28,7 +28,7 @@ def find(name: str | os.PathLike | None = None) -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a snapshot is a checkpoint; a shard that is missing raises."""
+    """Whether a snapshot is a complete checkpoint; raises CheckpointError if a shard is missing."""
     return (folder / "config.json").exists() and any(folder.glob("*.safetensors")) and bool(read_tensors(folder))
 
 
@@ -41,15 +41,15 @@ def fetch(
     error: type[DgemmaError] = CheckpointError,
     **wanted: str,
 ) -> Path:
-    """A path of this machine, else a Hub id's snapshot, looked for on this machine first.
+    """An existing path, or the snapshot of a Hub id, which is downloaded if it is not complete on this machine.
 
     Args:
         name: path or id.
         patterns: names of the files to download.
         is_complete: whether a snapshot holds all that is needed. If not, or on CheckpointError, it is downloaded.
-        hint: what to do about a path that does not exist, for the message.
-        kinds: what it is on this machine and on the Hub, for messages.
-        error: what is raised.
+        hint: what to do if the path does not exist; part of the message.
+        kinds: what is looked for on this machine and on the Hub, for messages.
+        error: the exception that is raised.
         wanted: further arguments of `snapshot_download`.
     """
     path = Path(name).expanduser()

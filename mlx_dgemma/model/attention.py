@@ -95,7 +95,7 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig, layer_type: str):
         super().__init__()
         self._heads = config.num_attention_heads
-        self._kv_heads, self._dim = config.head(layer_type)
+        self._kv_heads, self._dim = config.kv_shape(layer_type)
         self._eps = config.rms_norm_eps
         full = layer_type == "full_attention"
         width = self._heads * self._dim

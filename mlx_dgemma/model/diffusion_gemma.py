@@ -1,10 +1,10 @@
-"""DiffusionGemma: one stack of weights in two modes.
+"""DiffusionGemma: one stack of layers that runs as encoder and as decoder.
 
-- `encode` runs it causally and extends a `Prefix` (the checkpoint's encoder);
-- `denoise` runs it over a canvas in both directions, reading the prefix (the decoder).
+- `encode` (the encoder) runs the stack causally over tokens and appends them to a `Prefix`.
+- `denoise` (the decoder) runs it in both directions over a canvas; it reads the prefix and does not change it.
 
-The modes differ in attention, in each layer's scalar and in self-conditioning, nothing else.
-Formulas follow Transformers' diffusion_gemma; module names are the checkpoint's keys.
+The two modes differ in attention, in the layers' scalars and in self-conditioning; all other weights are shared.
+Formulas follow Transformers' diffusion_gemma. Names of submodules are the checkpoint's keys.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATCHES_AT_ONCE = 10240  # patches that the vision tower encodes at once
 
 
 class Decoder(nn.Module):
-    """All shared weights; releases store them under the decoder."""
+    """The shared weights. Releases store them under the decoder's key."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
 
 
 class EncoderScalar(nn.Module):
-    """What an encoder layer has of its own."""
+    """The scalar of an encoder layer, the only weight that it does not share with the decoder."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ class EncoderScalar(nn.Module):
 
 
 class EncoderText(nn.Module):
-    """The encoder's text half: one scalar per layer."""
+    """The text part of the encoder: one scalar per layer."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -55,7 +55,7 @@ class EncoderText(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What only the encoder has: its scalars and, where the checkpoint sees, tower and projector."""
+    """The encoder's own weights: its scalars and, in checkpoints with vision, the tower and the projector."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The checkpoint's `model` key."""
+    """All weights, under the checkpoint's `model` key."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -75,18 +75,18 @@ class Backbone(nn.Module):
 
 
 class DiffusionGemma(nn.Module):
-    """The model. It knows nothing of sampling: see `generate` for the block loop."""
+    """The model. Sampling and the loop over blocks are in `decoding`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
         self._apply: Callable[..., mx.array] = Layer.__call__  # called with (layer, h, scalar, context)
-        self._encoder_layers: tuple[Layer, ...] | None = None  # where an adapter changes the modes differently
+        self._encoder_layers: tuple[Layer, ...] | None = None  # set where an adapter changes the two modes differently
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The dtype of activations: the embedding's, or its scales' where it is quantized."""
+        """The dtype of activations: that of the final norm, or of a quantized embedding's scales if they are floats."""
         table = self.model.decoder.embed_tokens
         return table.scales.dtype if _is_float_scale(table) else self.model.decoder.norm.weight.dtype
 
@@ -108,17 +108,17 @@ class DiffusionGemma(nn.Module):
             tokens: [B, L] int32.
             prefix: of B rows; extended in place.
             images: patches [N, P, 3 * patch_size**2] and positions [N, P, 2] (padded with -1) of the
-                pictures whose placeholders stand in `tokens`, in their order.
-            mask: [B, L], false where the left padding is.
-            features: [tokens, H] from `encode_images`, instead of `images`.
+                pictures whose placeholders are in `tokens`, in the same order.
+            mask: [B, L], false on left padding.
+            features: [N, H] from `encode_images`, instead of `images`.
 
         Returns:
-            Hidden states [B, L, H] after the final norm. They are lazy: who needs only the prefix
-            pays for no more.
+            Hidden states [B, L, H] after the final norm. They are lazy: evaluating the prefix does not compute the
+            rest of the last layer.
 
         Raises:
-            PromptError: the placeholders and the pictures' soft tokens differ in number.
-            OptionError: a mask that is not left padding.
+            PromptError: the number of placeholders is not that of the pictures' soft tokens.
+            OptionError: the mask is not left padding.
         """
         if mask is not None:
             prefix.pad(mask)
@@ -135,13 +135,13 @@ class DiffusionGemma(nn.Module):
         return h
 
     def encode_images(self, images: tuple[mx.array, mx.array]) -> mx.array:
-        """Soft tokens of pictures, encoded in groups so that memory does not grow with their number.
+        """Soft tokens of pictures. They are encoded in groups, so that memory does not grow with their number.
 
         Args:
             images: patches [N, P, 3 * patch_size**2] in 0..1 and positions [N, P, 2], padded with -1.
 
         Returns:
-            [tokens, H], the pictures one after another, padding left out.
+            [N, H], the soft tokens of one picture after another, without padding.
 
         Raises:
             PromptError: the checkpoint has no vision tower.
@@ -160,12 +160,12 @@ class DiffusionGemma(nn.Module):
     def denoise(
         self, canvas: mx.array, prefix: Prefix | Sequence[Prefix], conditioning: mx.array | None = None
     ) -> mx.array:
-        """Run the stack over a canvas in both directions; the prefix is read, never extended.
+        """Run the stack over a canvas in both directions. The prefix is read and not extended.
 
         Args:
-            canvas: [B, C] int32, at the positions that follow the prefix.
+            canvas: [B, C] int32, at the positions after the prefix.
             prefix: of B rows, or B prefixes of one row each, without padding.
-            conditioning: [B, C, H] from `condition`, or None in a canvas's first step.
+            conditioning: [B, C, H] from `condition`, or None in the first step of a canvas.
 
         Returns:
             Hidden states [B, C, H] after the final norm.

@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then a dense branch and a mixture of experts side by side, all sandwich-normed."""
+    """Attention, then a dense branch and a mixture of experts in parallel; norms before and after each."""
 
     def __init__(self, config: TextConfig, layer_type: str):
         super().__init__()
@@ -58,7 +58,7 @@ class Layer(nn.Module):
 
 
 class SelfConditioning(nn.Module):
-    """Mixes the previous step's expected embedding into the canvas (decoder only)."""
+    """Adds the expected embedding of the previous step to the canvas (decoder only)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -70,7 +70,7 @@ class SelfConditioning(nn.Module):
 
     def __call__(self, embedded: mx.array, conditioning: mx.array | None) -> mx.array:
         """Both [B, C, H] -> [B, C, H]; None, as in a canvas's first step, means zeros."""
-        if conditioning is not None:  # a bias-free GeGLU of zeros is zero
+        if conditioning is not None:  # without one nothing is added: a GeGLU without bias maps zeros to zeros
             n = self.pre_norm(conditioning)
             embedded = embedded + self.down_proj(geglu(self.gate_proj(n), self.up_proj(n)))
         return rms_norm(embedded, self._eps)
