@@ -1,5 +1,7 @@
 """Attention in chunks of keys against attention in one piece, and masks made by ranges against whole ones."""
 
+import traceback
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -207,3 +209,31 @@ def test_a_model_in_chunks_gives_the_same_logits(chunked, kinds, keys):
     expected = logits()
     chunked(keys)
     assert gap(logits(), expected) < 1e-4
+
+
+@pytest.mark.parametrize("budget", [2**40, 1])
+def test_attention_is_computed_in_the_fifth_frame_from_denoise(monkeypatch, budget):
+    """In one piece and in chunks, for a batch and for rows with prefixes of their own."""
+    model, seen = small_model(4), set()
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def watched(*arguments, **named):
+            frames = [frame.name for frame in traceback.extract_stack()[:-1]]
+            if "denoise" in frames:
+                seen.add((name, *frames[frames.index("denoise") :]))
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(module, name, watched)
+
+    monkeypatch.setattr(attention, "SCORE_BYTES", budget)
+    watch(mx.fast, "scaled_dot_product_attention")
+    watch(attention, "_exp_above")
+    prefixes = [model.new_prefix(), model.new_prefix()]
+    for prefix in prefixes:
+        model.encode(random_tokens(0, 1, 7), prefix)
+    model.denoise(random_tokens(1, 1, 4), prefixes[0])
+    model.denoise(random_tokens(1, 2, 4), prefixes)
+    product = "_exp_above" if budget == 1 else "scaled_dot_product_attention"
+    assert seen == {(product, "denoise", "_run", "__call__", "__call__", "attend")}

@@ -1,7 +1,6 @@
 """What a checkpoint is said to need, against what is really held."""
 
 import json
-import os
 import re
 
 import mlx.core as mx
@@ -81,12 +80,6 @@ def test_a_need_adds_up(held):
     one = memory.need(held, 512, "float32")
     assert one.prefix == memory.prefix_bytes(held.config, 512, 4)
     assert one.total == one.weights + one.prefix + one.workspace
-
-
-def test_the_device_gives_something():
-    assert device.available() > 2**28
-    if mx.default_device() == mx.cpu:
-        assert device.available() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def sizes_of(checkpoint):
@@ -170,64 +163,3 @@ def test_small_checkpoints_ask_for_their_own_context(monkeypatch, tmp_path):
     with pytest.raises(mlx_dgemma.CheckpointError, match="tokenizer"):
         mlx_dgemma.load(tmp_path)
     assert asked == [64]
-
-
-# Evaluation in bounded memory.
-
-
-def stages_of(count, mib):
-    """Stages that hold `mib` MiB each, one made after the other; none is computed yet."""
-    made = [mx.arange(mib * 2**18, dtype=mx.float32)]
-    for _ in range(count):
-        made.append(made[-1] + 1)
-    return made[1:]
-
-
-def test_a_queue_computes_all_of_it_in_order(monkeypatch):
-    started, waited = [], []
-    start, wait = mx.async_eval, mx.eval
-    monkeypatch.setattr(mx, "async_eval", lambda stage: started.append(stage) or start(stage))
-    monkeypatch.setattr(mx, "eval", lambda stage: waited.append(stage) or wait(stage))
-    stages, more = stages_of(5, 1), [mx.array(3) + 1, [mx.array(4) + 1, None]]
-    queue = device.Queue()
-    queue.add(*stages, None, more)
-    queue.add()
-    assert waited == []  # nothing is in flight that would be too much
-    queue.finish()
-    assert [id(one) for one in started] == [id(one) for one in waited] == [id(one) for one in (*stages, None, more)]
-    assert [stage[0].item() for stage in stages] == [1, 2, 3, 4, 5]
-    assert (more[0].item(), more[1][0].item()) == (4, 5)
-    waited.clear()
-    queue.finish()
-    assert waited == []
-
-
-def test_a_queue_waits_for_the_oldest_where_too_much_is_in_flight(monkeypatch):
-    """Stages of 4 MiB with room for 5: two are under way when the oldest is waited for, and the last never is."""
-    waited = []
-    wait = mx.eval
-    monkeypatch.setattr(mx, "eval", lambda stage: waited.append(stage[0].item()) or wait(stage))
-    for ahead, expected in ((2**40, []), (5 * 2**20, [1, 2, 3, 4, 5, 6])):
-        monkeypatch.setattr(device, "SOFT_LIMIT", ahead)
-        mx.synchronize()
-        waited.clear()
-        queue, stages = device.Queue(), stages_of(8, 4)
-        queue.add(*stages)
-        assert waited == expected
-        queue.finish()
-        assert waited == list(range(1, 9))
-        del stages
-
-
-def test_a_queue_waits_for_everything_beyond_its_limit(monkeypatch):
-    """Stages of 4 MiB, none of which is given back: from the limit on every one is waited for."""
-    waited = []
-    monkeypatch.setattr(mx, "synchronize", lambda: waited.append(mx.get_active_memory()))
-    for limit, expected in ((2**40, 0), (17 * 2**20, 3)):
-        monkeypatch.setattr(device, "HARD_LIMIT", limit)
-        waited.clear()
-        queue, stages = device.Queue(), stages_of(8, 4)
-        queue.add(*stages)
-        queue.finish()
-        assert len(waited) == expected
-        del stages
