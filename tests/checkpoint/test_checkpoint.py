@@ -46,7 +46,7 @@ def test_our_layout_loads(tmp_path, tensors, shards):
 
 
 def test_the_releases_layout_loads(tmp_path, tensors):
-    """Experts are bare tensors; tied copies, RoPE tables and the encoder's twins are ignored."""
+    """Experts are bare tensors; copies of tied and shared weights and RoPE tables are ignored."""
     release = {name.replace("experts.gate_up_proj.weight", "experts.gate_up_proj"): a for name, a in tensors.items()}
     release = {name.replace("experts.down_proj.weight", "experts.down_proj"): a for name, a in release.items()}
     assert release.keys() != tensors.keys()
@@ -60,7 +60,7 @@ def test_the_releases_layout_loads(tmp_path, tensors):
     assert same(opened(write_checkpoint(tmp_path / "a", release, shards=2)), tensors)
 
 
-def test_gate_and_up_may_lie_apart(tmp_path, tensors):
+def test_gate_and_up_may_be_stored_apart(tmp_path, tensors):
     apart = dict(tensors)
     for i in range(3):
         fused = apart.pop(f"model.decoder.layers.{i}.experts.gate_up_proj.weight")
@@ -116,7 +116,7 @@ def pack(tensors, name, bits, mode="affine", group=32):
 
 @pytest.fixture
 def quantized(tmp_path):
-    """Experts at 4 bit, one dense matrix and the embedding at 8 by an override, and the plain twin of it all."""
+    """A checkpoint with experts at 4 bit, and one dense matrix and the embedding at 8 bit by an override."""
     tensors = dict(tree_flatten(small_model(**WIDE).parameters()))
     dense = "model.decoder.layers.0.mlp.up_proj"
     wide, narrow = [f"{dense}.weight", "model.decoder.embed_tokens.weight"], [n for n in tensors if ".experts." in n]
@@ -129,15 +129,15 @@ def quantized(tmp_path):
     return write_checkpoint(tmp_path / "q", tensors, config)
 
 
-def test_quantized_weights_compute_as_their_dequantized_twin(quantized):
-    held = Checkpoint.open(quantized)
-    assert 4 < held.bits_per_weight < 32
-    packed, plain = build(held), build(held, "float32", dequantize=True)
+def test_a_quantized_model_computes_like_the_dequantized_one(quantized):
+    checkpoint = Checkpoint.open(quantized)
+    assert 4 < checkpoint.bits_per_weight < 32
+    packed, plain = build(checkpoint), build(checkpoint, "float32", dequantize=True)
     layer = packed.model.decoder.layers[0]
     assert (layer.mlp.up_proj.bits, layer.experts.down_proj.bits, packed.model.decoder.embed_tokens.bits) == (8, 4, 8)
     assert not hasattr(layer.mlp.down_proj, "bits")
     names = {name for name, _ in tree_flatten(plain.parameters())}
-    assert names == set(held.shapes)
+    assert names == set(checkpoint.shapes)
     tokens, canvas = random_tokens(0, 1, 7), random_tokens(1, 1, 4)
     out = []
     for model in (packed, plain):
@@ -184,7 +184,7 @@ def test_a_quantization_that_mlx_cannot_compute(quantized):
     assert text.endswith(").")
 
 
-# Broken checkpoints.
+# Tensors that do not fit.
 
 
 def test_a_missing_tensor_is_named(tmp_path, tensors):
@@ -257,6 +257,3 @@ def test_packed_weights_in_a_plain_checkpoint(tmp_path, tensors):
     assert message(opened, write_checkpoint(tmp_path / "a", tensors)) == (
         "model.decoder.norm.weight has the dtype U32; it should be one of F32, BF16, F16."
     )
-
-
-# Finding one.

@@ -41,7 +41,7 @@ def test_a_path_that_does_not_exist(name, monkeypatch):
 
 
 class Hub:
-    """Stands in for huggingface_hub: what it holds here, and what a request gives."""
+    """Replaces huggingface_hub: `local` is the cached snapshot, `remote` the result of a request."""
 
     def __init__(self, monkeypatch, local=None, remote=None):
         self.local, self.remote, self.asked = local, remote, []
@@ -63,7 +63,7 @@ def absent():
 
 
 def refused(kind):
-    """An error of the Hub's, whatever its constructor asks for."""
+    """An error of the Hub, made without its constructor."""
     return kind.__new__(kind)
 
 

@@ -22,14 +22,14 @@ def tensors():
     return dict(tree_flatten(small_model().parameters()))
 
 
-def test_what_a_checkpoint_says_of_itself(tmp_path, tensors):
-    held = Checkpoint.open(write_checkpoint(tmp_path / "a", tensors))
+def test_sizes_and_shapes_of_a_checkpoint(tmp_path, tensors):
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "a", tensors))
     count = sum(a.size for a in tensors.values())
-    assert held.parameters == count
-    assert held.nbytes == 4 * count
-    assert held.bits_per_weight == 32
-    assert held.shapes == {name: a.shape for name, a in tensors.items()}
-    assert held.quantization is None
+    assert checkpoint.parameters == count
+    assert checkpoint.nbytes == 4 * count
+    assert checkpoint.bits_per_weight == 32
+    assert checkpoint.shapes == {name: a.shape for name, a in tensors.items()}
+    assert checkpoint.quantization is None
 
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path, tensors):

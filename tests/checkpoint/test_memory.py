@@ -1,4 +1,4 @@
-"""What a checkpoint is said to need, against what is really held."""
+"""Estimates of memory against the bytes that are allocated, and the refusal of what does not fit."""
 
 import json
 import re
@@ -29,10 +29,10 @@ def held(demo):
 
 @pytest.mark.parametrize("context", [1, 5, BUFFER_STEP - 4, BUFFER_STEP - 3, 2 * BUFFER_STEP + 7])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_prefix_takes_what_is_foreseen(context, batch):
-    """Encoded in one go, by pieces or with room made before: with a canvas, the bytes are those of the estimate."""
+def test_the_prefix_takes_the_estimated_bytes(context, batch):
+    """The bytes of a prefix with a canvas equal the estimate, whether its buffers grew or were allocated at once."""
     model = small_model()
-    foreseen = memory.prefix_bytes(model.config, context, 4, batch)
+    estimate = memory.prefix_bytes(model.config, context, 4, batch)
     tokens = random_tokens(0, batch, context)
     for capacity in (0, context + model.config.canvas_length):
         prefix = model.new_prefix(batch, capacity)
@@ -40,10 +40,10 @@ def test_the_prefix_takes_what_is_foreseen(context, batch):
         if context > 1:
             model.encode(tokens[:, context // 2 + 1 :], prefix)
         mx.eval(model.denoise(random_tokens(1, batch, 4), prefix))
-        assert prefix.nbytes == foreseen
+        assert prefix.nbytes == estimate
 
 
-def test_the_demos_prefix_takes_what_is_foreseen(demo):
+def test_the_demos_prefix_takes_the_estimated_bytes(demo):
     engine = engine_of(demo)
     prefix = engine.model.new_prefix()
     engine.model.encode(random_tokens(0, 1, 200, vocab=2048), prefix)
@@ -59,10 +59,10 @@ def test_the_release_takes_20480_bytes_a_token_in_its_full_layers():
     assert far - near == 20_480 * 795 * BUFFER_STEP
     assert (
         near - 20_480 * 5 * BUFFER_STEP == 25 * 2 * 8 * 256 * 2 * 5 * BUFFER_STEP
-    )  # 1,023 positions and a canvas, in steps
+    )  # 1,023 positions and a canvas, rounded up
 
 
-def test_weights_are_what_is_stored_or_what_they_become(held):
+def test_weights_take_their_stored_bytes_or_those_of_the_new_dtype(held):
     assert memory.need(held, 64).weights == held.nbytes
     assert memory.need(held, 64, "bfloat16").weights == 2 * held.parameters
     assert memory.need(held, 64, "float32").weights == 4 * held.parameters
@@ -94,7 +94,7 @@ def refusal(monkeypatch, held, need, have):
     return str(caught.value)
 
 
-def test_what_fits_is_let_through(monkeypatch, held):
+def test_what_fits_is_not_refused(monkeypatch, held):
     monkeypatch.setattr(device, "available", lambda: 60)
     memory.check(held, Need(10, 20, 30), lambda: sizes_of(held))
     monkeypatch.setattr(device, "available", lambda: 59)
@@ -103,7 +103,7 @@ def test_what_fits_is_let_through(monkeypatch, held):
 
 
 def test_the_refusal_names_the_largest_recipe_that_fits(monkeypatch, tmp_path):
-    """At the release's size, whose 51.6 GB do not fit into 32 GB."""
+    """At the size of the release: 51.6 GB do not fit into 32 GB."""
     config = ModelConfig.from_dict(RELEASE)
     release = Checkpoint(tmp_path, config, GenerationConfig(), ProcessorConfig(), RELEASE, {})
     text = refusal(monkeypatch, release, Need(51_600_000_000, 300_000_000, 2_100_000_000), 32_000_000_000)
@@ -127,7 +127,7 @@ def test_the_refusal_says_when_no_recipe_fits(monkeypatch, held):
     )
 
 
-def test_on_metal_the_refusal_tells_of_the_wired_limit(monkeypatch, held):
+def test_on_metal_the_refusal_mentions_the_wired_limit(monkeypatch, held):
     monkeypatch.setattr(device, "available", lambda: 1)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Attention in chunks of keys against attention in one piece, and masks made by ranges against whole ones."""
+"""Attention in chunks of keys against attention in one piece; masks of ranges of keys against masks of all keys."""
 
 import traceback
 
@@ -14,7 +14,7 @@ from mlx_dgemma.model.masks import Mask
 
 @pytest.fixture
 def chunked(monkeypatch):
-    """Make every attention take so many keys at once."""
+    """A function that makes attention take at most so many keys at once."""
 
     def force(keys):
         monkeypatch.setattr(attention, "SCORE_BYTES", 1)
@@ -24,18 +24,18 @@ def chunked(monkeypatch):
 
 
 def masks(batch, length, count, seed):
-    """What a prefix may ask for: `length` queries behind `count - length` positions, in full and sliding layers."""
-    random, held = np.random.default_rng(seed), count - length
-    at, queries = np.arange(count), np.arange(held, count)
+    """Masks of all kinds for `length` queries after `count - length` earlier positions, in full and sliding layers."""
+    random, earlier = np.random.default_rng(seed), count - length
+    at, queries = np.arange(count), np.arange(earlier, count)
     spans = np.repeat(random.integers(0, 3, (batch, length)), 2, axis=1)[:, :length].astype(np.int32)
     padding = random.integers(0, count, batch).astype(np.int32)
     padding[0] = 0
-    ring = np.concatenate([np.roll(at[:held], 2), queries])
+    ring = np.concatenate([np.roll(at[:earlier], 2), queries])
     window = max(2, count // 3)
-    near = at[at > held - window]
+    near = at[at > earlier - window]
     return {
         "canvas": Mask(at),
-        "padded canvas": Mask(ring, padding=np.minimum(padding, held)),
+        "padded canvas": Mask(ring, padding=np.minimum(padding, earlier)),
         "causal": Mask(at, queries),
         "causal, padded": Mask(at, queries, padding=padding),
         "causal, spans": Mask(at, queries, spans=spans),
@@ -48,7 +48,7 @@ def masks(batch, length, count, seed):
 
 
 def visible(mask, batch, length, row, i, j):
-    """The rule of a mask for query i and key j, in words."""
+    """Whether query i may attend to key j, by the definition of the mask."""
     key = mask.keys[j]
     padding = mask.padding[row % len(mask.padding)]
     if mask.queries is None:
@@ -123,7 +123,7 @@ def test_attention_in_chunks_equals_a_plain_loop(chunked, batch, heads, kv_heads
 
 @pytest.mark.parametrize("spread", [1.0, 40.0])
 def test_chunks_keep_the_dtype_and_its_precision(chunked, spread):
-    """Scores of hundreds: without a running maximum their exponentials are infinite."""
+    """Scores of several hundred, whose exponentials are infinite without a running maximum."""
     queries, keys, values = draw(1, 4, 2, 6, 90, dtype=mx.bfloat16)
     queries = queries * spread
     mask = Mask(np.arange(90), np.arange(84, 90))
@@ -136,8 +136,8 @@ def test_chunks_keep_the_dtype_and_its_precision(chunked, spread):
     assert errors[1] < max(1.5 * errors[0], 0.02)
 
 
-def test_what_fits_is_computed_in_one_piece(monkeypatch):
-    """Up to the budget to the byte; beyond it in chunks of a multiple of 256 keys, up to a longest one."""
+def test_scores_within_the_budget_are_computed_in_one_piece(monkeypatch):
+    """One byte less than the scores need, and keys come in chunks: a multiple of 256, at most `MAX_KEY_CHUNK`."""
     queries, keys, values = draw(2, 4, 2, 3, 5000)
     asked = []
     monkeypatch.setattr(Mask, "of_keys", lambda self, start, end: asked.append((start, end)))
@@ -174,7 +174,7 @@ def peak(queries, keys, values):
 
 
 def test_chunks_and_waiting_bound_the_peak(monkeypatch):
-    """64 MiB of scores in chunks of 1 MiB, a few of which are in flight at once; without waiting all are."""
+    """64 MiB of scores in chunks of 1 MiB: a few chunks are in memory at once."""
     arrays = draw(1, 4, 1, 64, 65536)
     assert peak(*arrays) >= 2**26
     monkeypatch.setattr(attention, "SCORE_BYTES", 2**20)
@@ -185,7 +185,7 @@ def test_chunks_and_waiting_bound_the_peak(monkeypatch):
 @pytest.mark.parametrize("keys", [1, 3, 4, 64])
 @pytest.mark.parametrize("kinds", [(SLIDING, FULL, SLIDING), (FULL, FULL)])
 def test_a_model_in_chunks_gives_the_same_logits(chunked, kinds, keys):
-    """Chunked prefill, padded rows, rings that ran over, an image span, a commit and a conditioned canvas."""
+    """With chunked prefill, padded rows, rings that wrapped, an image span, a commit and a conditioned canvas."""
     model = small_model(4, layers=kinds)
     tokens, more, canvas = random_tokens(0, 3, 21), random_tokens(1, 3, 6), random_tokens(2, 3, 4)
     padded = np.arange(21)[None] >= np.array([[0], [13], [20]])

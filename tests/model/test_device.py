@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_dgemma.model import device
 
 
-def test_the_device_gives_something():
+def test_the_device_has_memory():
     assert device.available() > 2**28
     if mx.default_device() == mx.cpu:
         assert device.available() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -17,14 +17,14 @@ def test_the_device_gives_something():
 
 
 def stages_of(count, mib):
-    """Stages that hold `mib` MiB each, one made after the other; none is computed yet."""
+    """Lazy stages of `mib` MiB each; each one is computed from the one before."""
     made = [mx.arange(mib * 2**18, dtype=mx.float32)]
     for _ in range(count):
         made.append(made[-1] + 1)
     return made[1:]
 
 
-def test_a_queue_computes_all_of_it_in_order(monkeypatch):
+def test_a_queue_computes_all_stages_in_order(monkeypatch):
     started, waited = [], []
     start, wait = mx.async_eval, mx.eval
     monkeypatch.setattr(mx, "async_eval", lambda stage: started.append(stage) or start(stage))
@@ -33,7 +33,7 @@ def test_a_queue_computes_all_of_it_in_order(monkeypatch):
     queue = device.Queue()
     queue.add(*stages, None, more)
     queue.add()
-    assert waited == []  # nothing is in flight that would be too much
+    assert waited == []  # little is in flight
     queue.finish()
     assert [id(one) for one in started] == [id(one) for one in waited] == [id(one) for one in (*stages, None, more)]
     assert [stage[0].item() for stage in stages] == [1, 2, 3, 4, 5]
@@ -43,8 +43,8 @@ def test_a_queue_computes_all_of_it_in_order(monkeypatch):
     assert waited == []
 
 
-def test_a_queue_waits_for_the_oldest_where_too_much_is_in_flight(monkeypatch):
-    """Stages of 4 MiB with room for 5: two are under way when the oldest is waited for, and the last never is."""
+def test_above_the_soft_limit_a_queue_waits_for_the_oldest_stage(monkeypatch):
+    """Stages of 4 MiB and a soft limit of 5 MiB: the queue waits for the oldest of two, never for the newest."""
     waited = []
     wait = mx.eval
     monkeypatch.setattr(mx, "eval", lambda stage: waited.append(stage[0].item()) or wait(stage))
@@ -60,8 +60,8 @@ def test_a_queue_waits_for_the_oldest_where_too_much_is_in_flight(monkeypatch):
         del stages
 
 
-def test_a_queue_waits_for_everything_beyond_its_limit(monkeypatch):
-    """Stages of 4 MiB, none of which is given back: from the limit on every one is waited for."""
+def test_above_the_hard_limit_a_queue_waits_for_everything(monkeypatch):
+    """Stages of 4 MiB that stay in memory: above the hard limit the queue waits at every stage."""
     waited = []
     monkeypatch.setattr(mx, "synchronize", lambda: waited.append(mx.get_active_memory()))
     for limit, expected in ((2**40, 0), (17 * 2**20, 3)):

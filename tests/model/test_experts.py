@@ -1,4 +1,4 @@
-"""The mixture of experts: every way of computing it gives the same."""
+"""The mixture of experts: all ways of computing it give the same result."""
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +14,7 @@ def layer(demo):
 
 
 def naive(experts, x, indices, weights):
-    """Row by row and expert by expert, in NumPy's float64."""
+    """The experts in float64, row by row and expert by expert."""
     gate_up, down = (np.asarray(m.weight, np.float64) for m in (experts.gate_up_proj, experts.down_proj))
     out = np.zeros(x.shape)
     for row, (chosen, share) in enumerate(zip(np.asarray(indices), np.asarray(weights))):
@@ -54,7 +54,7 @@ def test_runs_of_a_single_expert():
 
 
 def laid_out(rows, top_k, experts, seed):
-    """Unsorted rows in runs: chosen experts, weights, slots, owners, a run's length, and what the slots hold."""
+    """Random rows in runs: (chosen experts, weights, slots, owners, length of a run, slots' rows, slots' weights)."""
     chosen = mx.random.randint(0, experts, (rows * top_k,), key=mx.random.key(seed))
     weights = mx.random.uniform(0.1, 1, (rows * top_k,), key=mx.random.key(seed + 1))
     slots, owners, length = module.lay_out_runs(chosen, experts, 64)
@@ -66,7 +66,7 @@ LAYOUTS = [(1, 1, 4), (1, 2, 8), (7, 2, 4), (64, 8, 128), (300, 2, 8), (40, 3, 1
 
 
 @pytest.mark.parametrize("rows, top_k, experts", LAYOUTS)
-def test_fill_says_which_row_each_slot_holds_and_its_weight(rows, top_k, experts):
+def test_slot_contents_are_the_row_and_the_weight_of_each_slot(rows, top_k, experts):
     _, weights, slots, owners, length, source, share = laid_out(rows, top_k, experts, rows)
     weights, slots, source, share = (np.asarray(one) for one in (weights, slots, source, share))
     expected, weight = np.full(owners.size * length, rows), np.zeros(owners.size * length, np.float32)
@@ -92,8 +92,8 @@ def test_runs_of_an_expert_follow_each_other_and_keep_the_rows_order(rows, top_k
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("rows, top_k, experts", LAYOUTS)
-def test_one_hot_products_gather_rows_and_mix_them_by_weight(rows, top_k, experts, dtype):
-    """To slots and back without experts between them, a row comes out times the sum of its weights."""
+def test_gather_matrices_gather_rows_and_mix_them_by_weight(rows, top_k, experts, dtype):
+    """Gathered into slots and mixed back without experts, a row is multiplied by the sum of its weights."""
     _, weights, _, owners, length, source, share = laid_out(rows, top_k, experts, rows)
     x = mx.random.normal((rows, 8), key=mx.random.key(9)).astype(dtype)
     take, mix = module.gather_matrices(source, share, rows, x)

@@ -1,4 +1,4 @@
-"""The prefix against the naive model: chunks, rings, padding, rewinding; window 5, canvas 4."""
+"""Encoding and denoising with a prefix against the naive model: chunks, rings, padding; window 5, canvas 4."""
 
 from itertools import pairwise
 
@@ -94,7 +94,7 @@ def test_a_canvas_may_come_before_any_prefix(model):
 
 @pytest.mark.parametrize("cut", [2, 4, 9])
 def test_image_spans_see_themselves_in_both_directions(model, naive, cut):
-    """The span starts at `cut`, so that it begins a chunk and meets a ring of any fill."""
+    """The span starts at `cut`, so that it begins a chunk and the ring is filled differently."""
     tokens = random_tokens(3, 1, 17)
     spans = np.zeros(17, np.int32)
     spans[cut : cut + 6], spans[cut + 7 : cut + 8] = 1, 2
@@ -110,7 +110,7 @@ def test_image_spans_see_themselves_in_both_directions(model, naive, cut):
 
 
 def test_denoising_leaves_the_prefix_as_it_was(model):
-    """Canvases of several lengths, and everything computed after is the same to the last bit."""
+    """Denoise canvases of several lengths; everything that is computed afterwards is the same bit for bit."""
     tokens, canvas, more = random_tokens(0, 1, 14), random_tokens(1, 1, 4), random_tokens(2, 1, 7)
 
     def run(disturb):

@@ -15,44 +15,44 @@ def model():
     return small_model(1)
 
 
-def held(model, tokens, canvas):
-    """What a fresh prefix of these tokens gives."""
+def after_encoding(model, tokens, canvas):
+    """Hidden states of a canvas after a fresh prefix of these tokens."""
     prefix = model.new_prefix()
     model.encode(tokens, prefix)
     return model.denoise(canvas, prefix)
 
 
 @pytest.mark.parametrize(("length", "back"), [(4, 2), (4, 4), (3, 1), (4, 0)])
-def test_rewinding_within_the_ring_needs_no_mark(model, length, back):
+def test_rewinding_within_the_ring_needs_no_rewind_point(model, length, back):
     tokens, other, canvas = random_tokens(0, 1, length), random_tokens(1, 1, 7), random_tokens(2, 1, 4)
     prefix = model.new_prefix()
     model.encode(tokens, prefix)
     model.denoise(canvas, prefix)
     assert prefix.rewind(back) == back == prefix.offset
     model.encode(other, prefix)
-    expected = held(model, mx.concatenate([tokens[:, :back], other], axis=1), canvas)
+    expected = after_encoding(model, mx.concatenate([tokens[:, :back], other], axis=1), canvas)
     assert gap(model.denoise(canvas, prefix), expected) < 1e-5
 
 
 @pytest.mark.parametrize("marked", [3, 4, 8])
-def test_rewinding_to_a_mark_restores_the_rings(model, marked):
+def test_rewinding_to_a_rewind_point_restores_the_rings(model, marked):
     tokens, block, other, canvas = (random_tokens(i, 1, n) for i, n in enumerate((marked, 9, 6, 4)))
     prefix = model.new_prefix()
     model.encode(tokens, prefix)
     prefix.set_rewind_point()
-    for _ in range(2):  # the mark can be used again
+    for _ in range(2):  # the rewind point can be used again
         model.denoise(canvas, prefix)
         model.encode(block, prefix)
         model.denoise(canvas, prefix)
         assert prefix.rewind(marked + 2) == marked == prefix.offset
         model.encode(other, prefix)
-        expected = held(model, mx.concatenate([tokens, other], axis=1), canvas)
+        expected = after_encoding(model, mx.concatenate([tokens, other], axis=1), canvas)
         assert gap(model.denoise(canvas, prefix), expected) < 1e-5
         assert prefix.rewind(marked) == marked
 
 
-@pytest.mark.parametrize("length", [5, 9])  # 5 is the first that the ring of 4 cannot hold
-def test_rewinding_before_the_mark_or_without_one_holds_nothing(model, length):
+@pytest.mark.parametrize("length", [5, 9])  # the ring holds 4
+def test_rewinding_before_the_rewind_point_or_without_one_leaves_nothing(model, length):
     tokens, canvas = random_tokens(0, 1, length), random_tokens(2, 1, 4)
     for mark in (False, True):
         prefix = model.new_prefix()
@@ -61,11 +61,11 @@ def test_rewinding_before_the_mark_or_without_one_holds_nothing(model, length):
             prefix.set_rewind_point()
         assert prefix.rewind(length - 1) == 0 == prefix.offset
         model.encode(tokens, prefix)
-        assert gap(model.denoise(canvas, prefix), held(model, tokens, canvas)) < 1e-5
+        assert gap(model.denoise(canvas, prefix), after_encoding(model, tokens, canvas)) < 1e-5
 
 
-def test_a_mark_that_was_passed_on_the_way_back_is_gone(model):
-    """After going back before the mark, its rings hold what was forgotten and must not come back."""
+def test_rewinding_to_before_the_rewind_point_drops_it(model):
+    """After a rewind to before the rewind point, its rings hold dropped positions and must not be restored."""
     tokens, other, canvas = random_tokens(0, 1, 3), random_tokens(1, 1, 9), random_tokens(2, 1, 4)
     prefix = model.new_prefix()
     model.encode(tokens, prefix)
@@ -74,17 +74,17 @@ def test_a_mark_that_was_passed_on_the_way_back_is_gone(model):
     model.encode(other, prefix)
     assert prefix.rewind(5) == 0
     model.encode(other, prefix)
-    assert gap(model.denoise(canvas, prefix), held(model, other, canvas)) < 1e-5
+    assert gap(model.denoise(canvas, prefix), after_encoding(model, other, canvas)) < 1e-5
 
 
-def test_rewinding_to_the_present_changes_nothing(model):
+def test_rewinding_to_the_end_changes_nothing(model):
     prefix = model.new_prefix()
     model.encode(random_tokens(0, 1, 9), prefix)
     assert prefix.rewind(9) == 9
     assert prefix.rewind(100) == 9 == prefix.offset
 
 
-def test_keep_drops_the_other_rows(model):
+def test_select_rows_drops_the_other_rows(model):
     tokens, canvas, more = random_tokens(0, 3, 8), random_tokens(1, 3, 4), random_tokens(2, 3, 5)
     mask = np.arange(8)[None] >= np.array([[2], [0], [5]])
     prefix = model.new_prefix(3)
@@ -96,11 +96,11 @@ def test_keep_drops_the_other_rows(model):
     assert prefix.padding.tolist() == [5, 2]
     assert gap(model.denoise(canvas[kept], prefix), expected[kept]) < 1e-5
     model.encode(more[kept], prefix)
-    alone = held(model, mx.concatenate([tokens[2:, 5:], more[2:]], axis=1), canvas[2:])
+    alone = after_encoding(model, mx.concatenate([tokens[2:, 5:], more[2:]], axis=1), canvas[2:])
     assert gap(model.denoise(canvas[kept], prefix)[:1], alone) < 1e-5
 
 
-def test_keep_forgets_the_mark(model):
+def test_select_rows_drops_the_rewind_point(model):
     prefix = model.new_prefix(2)
     model.encode(random_tokens(0, 2, 8), prefix)
     prefix.set_rewind_point()
@@ -109,7 +109,7 @@ def test_keep_forgets_the_mark(model):
     assert prefix.rewind(9) == 0
 
 
-def test_buffers_grow_in_steps_and_capacity_spares_growth(model):
+def test_buffers_grow_in_steps_unless_capacity_is_given(model):
     def slots(prefix):
         return [layer.keys.shape[2] for layer in prefix.layers]
 
@@ -121,7 +121,7 @@ def test_buffers_grow_in_steps_and_capacity_spares_growth(model):
     assert prefix.nbytes == 4 * 2 * BUFFER_STEP * (2 * 8 + 1 * 16 + 2 * 8)
     model.encode(random_tokens(1, 1, BUFFER_STEP), prefix)
     assert slots(prefix) == [BUFFER_STEP, 2 * BUFFER_STEP, BUFFER_STEP]
-    before = held(
+    before = after_encoding(
         model,
         mx.concatenate([random_tokens(0, 1, 10), random_tokens(1, 1, BUFFER_STEP)], axis=1),
         random_tokens(2, 1, 4),
@@ -136,8 +136,8 @@ def test_an_empty_prefix_holds_no_memory(model):
 
 
 @pytest.mark.parametrize("length", [3, 9])
-def test_what_was_written_since_handles_were_taken_is_forgotten_by_restore(model, length):
-    """A canvas, in rings that have turned and that have not: all arrays are again what they were, to the last bit."""
+def test_restore_undoes_what_was_written_since_handles(model, length):
+    """In rings that have wrapped and that have not, all arrays are the same bit for bit as before the canvas."""
     prefix = model.new_prefix()
     model.encode(random_tokens(0, 1, length), prefix)
     mx.eval(model.denoise(random_tokens(1, 1, 4), prefix))
@@ -151,8 +151,8 @@ def test_what_was_written_since_handles_were_taken_is_forgotten_by_restore(model
     assert gap(model.denoise(random_tokens(2, 1, 4), prefix), hidden) == 0
 
 
-def test_what_was_restored_is_never_computed(model):
-    """A canvas that depends on 64 MiB is built and forgotten: neither the next canvas nor a commit asks for them."""
+def test_what_was_undone_is_never_computed(model):
+    """A lazy canvas that would take 64 MiB is undone: neither the next canvas nor a commit computes it."""
     peaks = []
     for forget in (True, False):
         prefix = model.new_prefix()
@@ -182,7 +182,7 @@ def test_restoring_an_empty_prefix_empties_it(model):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_write_copies_the_buffers_while_handles_are_kept_and_not_after(model, kept):
-    """Right either way: the canvas behind the prefix is the one of a prefix that nobody held."""
+    """Either way the canvas is the same as without handles."""
     prefix, fresh = (model.new_prefix(capacity=40_000) for _ in range(2))
     for one in (prefix, fresh):
         model.encode(random_tokens(0, 1, 7), one)
@@ -206,15 +206,15 @@ def test_stages_are_the_layers_keys_as_they_are_now(model):
     model.encode(random_tokens(0, 1, 7), prefix)
     stages = prefix.stages
     held_now = [np.array(prefix.layers[i].keys) for i in range(3)]
-    mx.eval(model.denoise(random_tokens(1, 1, 4), prefix))  # writes; what was handed out stays
+    mx.eval(model.denoise(random_tokens(1, 1, 4), prefix))  # writes; the arrays that were returned stay
     assert [np.array(one).tolist() for one in stages] == [one.tolist() for one in held_now]
 
 
-# Going back, on, and away.
+# Rewinding, forking, saving and trimming.
 
 
 def prefix_of(model, tokens, mark=None):
-    """An encoded prefix, marked on the way."""
+    """An encoded prefix with a rewind point at `mark`."""
     prefix = model.new_prefix()
     for start, end in pairwise(sorted({0, mark or 0, tokens.shape[1]})):
         model.encode(tokens[:, start:end], prefix)
@@ -224,7 +224,7 @@ def prefix_of(model, tokens, mark=None):
 
 
 def seen(model, prefix):
-    """What a canvas and a commit make of a prefix, which is left as it is."""
+    """Hidden states of a canvas and of a commit after a prefix, which is not changed."""
     prefix = prefix.fork()
     canvas = model.denoise(random_tokens(1, 1, 4), prefix)
     return mx.concatenate(
@@ -233,7 +233,7 @@ def seen(model, prefix):
 
 
 @pytest.mark.parametrize("length", [3, 5, 8])  # the ring holds 4
-def test_reach_is_what_rewind_keeps(model, length):
+def test_rewindable_length_is_what_rewind_keeps(model, length):
     tokens = random_tokens(0, 1, length)
     fresh = {n: seen(model, prefix_of(model, tokens[:, :n])) for n in range(1, length + 1)}
     kept = set()
@@ -247,12 +247,12 @@ def test_reach_is_what_rewind_keeps(model, length):
             if reached:
                 assert gap(seen(model, other), fresh[reached]) < 1e-5, (mark, offset)
             kept.add(reached)
-        assert prefix.offset == length  # asking changes nothing
+        assert prefix.offset == length  # the call changes nothing
     assert kept == set(range(length + 1))
 
 
 @pytest.mark.parametrize("length", [3, 9])
-def test_what_one_fork_does_the_other_does_not_see(model, length):
+def test_forks_are_independent(model, length):
     prefix = prefix_of(model, random_tokens(0, 1, length), 2)
     before = seen(model, prefix)
     other = prefix.fork()
@@ -268,7 +268,7 @@ def test_what_one_fork_does_the_other_does_not_see(model, length):
 
 
 @pytest.mark.parametrize(("length", "mark"), [(3, None), (3, 2), (3, 3), (9, None), (9, 3), (9, 6), (9, 9)])
-def test_what_is_saved_can_be_taken(model, length, mark):
+def test_arrays_that_were_saved_can_be_loaded(model, length, mark):
     prefix, other = prefix_of(model, random_tokens(0, 1, length), mark), model.new_prefix()
     arrays, offset, marked = prefix.to_arrays()
     assert (offset, marked) == (length, mark or 0)
@@ -280,7 +280,7 @@ def test_what_is_saved_can_be_taken(model, length, mark):
     assert gap(seen(model, other), seen(model, prefix)) == 0
 
 
-def test_taking_names_what_is_missing(model):
+def test_loading_names_the_missing_array(model):
     arrays, offset, mark = prefix_of(model, random_tokens(0, 1, 9), 5).to_arrays()
     for name in ("0.keys", "1.values", "mark.2.keys"):
         with pytest.raises(KeyError, match=f"^'{name}'$"):
@@ -288,7 +288,7 @@ def test_taking_names_what_is_missing(model):
 
 
 @pytest.mark.parametrize(("length", "mark"), [(3, None), (3, 3), (9, None), (9, 3), (9, 9)])
-def test_trimming_frees_what_holds_nothing_and_changes_nothing(model, length, mark):
+def test_trimming_frees_unused_slots_and_changes_nothing(model, length, mark):
     prefix = prefix_of(model, random_tokens(0, 1, length), mark)
     mx.eval(model.denoise(random_tokens(4, 1, 4), prefix))
     before, reached = seen(model, prefix), [prefix.rewindable_length(n) for n in range(11)]

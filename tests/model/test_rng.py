@@ -25,7 +25,7 @@ def test_entropy_equals_float64():
     assert np.abs(got - expected).max() < 1e-5
 
 
-def test_entropy_of_certainty_and_of_ignorance():
+def test_entropy_of_one_token_and_of_a_uniform_distribution():
     certain = mx.where(mx.arange(2048) == 3, 75.0, -75.0)
     values = functions.entropy(mx.stack([certain, mx.full((2048,), 7.0)])[None])[0].tolist()
     assert values == pytest.approx([0.0, math.log(2048)], abs=5e-4)
@@ -62,7 +62,7 @@ def test_noise_is_uniform_over_the_vocabulary_and_depends_on_its_rows_key_alone(
     assert drawn.shape == (2, 20000)
     for row in drawn:
         counts = np.bincount(row, minlength=8)
-        assert len(counts) == 8  # neither the vocabulary's size nor more
+        assert len(counts) == 8  # tokens 0 to 7
         assert ((counts - 2500) ** 2 / 2500).sum() < 24.4  # 7 degrees of freedom, one key in a thousand
     assert drawn[1].tolist() == rng.noise(20000, 8, keys_of(2))[0].tolist()
     assert drawn[0].tolist() != drawn[1].tolist()
