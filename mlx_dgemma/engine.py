@@ -17,12 +17,14 @@ from .checkpoint import memory
 from .checkpoint.build import build
 from .checkpoint.find import find
 from .checkpoint.folder import Checkpoint
+from .checkpoint.tokenizer import load_tokenizer
+from .convert.recipes import RECIPES
 from .decoding.events import Event, Finished, Result
 from .decoding.loop import Loop
 from .decoding.options import GenerationOptions
 from .decoding.request import Request
 from .decoding.session import Session
-from .errors import CheckpointError, OptionError, PromptError
+from .errors import OptionError, PromptError
 from .model import device
 from .model.config import ModelConfig
 from .model.device import on_cpu
@@ -279,7 +281,7 @@ def load(
     started = time.perf_counter()
     checkpoint = Checkpoint.open(find(path))
     notes = []
-    dtype, dequantize = memory.settle(checkpoint, dtype, dequantize)
+    dtype, dequantize = memory.resolve_dtype(checkpoint, dtype, dequantize)
     if on_cpu():
         how = f"{'dequantized to' if dequantize else 'computed in'} {dtype}"
         how += ", the fastest there" if dtype == "float32" else ""
@@ -290,8 +292,9 @@ def load(
     read = None if folder is None else peft.read(folder, checkpoint.shapes)
     if not ignore_memory:
         needed = memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize)
-        memory.check(checkpoint, replace(needed, weights=needed.weights + (read.nbytes if read else 0)))
-    tokenizer = _load_tokenizer(checkpoint)
+        needed = replace(needed, weights=needed.weights + (read.nbytes if read else 0))
+        memory.check(checkpoint, needed, lambda: {n: one.nbytes(checkpoint.shapes) for n, one in RECIPES.items()})
+    tokenizer = load_tokenizer(checkpoint)
     model = build(checkpoint, dtype, dequantize)
     if read is not None:
         deltas.apply(model, read)
@@ -299,21 +302,3 @@ def load(
         notes.append(f"The adapter {folder} changes {len(read.changes)} modules, {modes}.")
     options = GenerationOptions.of(checkpoint.generation, checkpoint.processor)
     return Engine(checkpoint, model, tokenizer, options, tuple(notes), time.perf_counter() - started, folder)
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
-    if not (checkpoint.path / "tokenizer.json").exists():
-        raise CheckpointError(f"{checkpoint.path} has no tokenizer.json; download the whole checkpoint.")
-    from mlx_lm.tokenizer_utils import load as load_tokenizer
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = load_tokenizer(checkpoint.path, eos_token_ids=list(checkpoint.generation.eos_token_ids))
-        # Transformers' GemmaTokenizer has a pre-tokenizer of its own; the checkpoint was trained with its file's.
-        stored = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
-        tokenizer.backend_tokenizer.pre_tokenizer = stored.pre_tokenizer
-        return tokenizer
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(
-            f"The tokenizer in {checkpoint.path} cannot be read ({error}); download it again."
-        ) from None

@@ -1,5 +1,6 @@
 """What several test files share: the demo loaded once, reference files, and a random model of three layers."""
 
+import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from PIL import Image, ImageDraw
 
 import mlx_dgemma
+from mlx_dgemma.checkpoint.headers import INDEX
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
@@ -72,6 +74,22 @@ def small_model(seed: int = 0, scale: float = 0.5, **changes) -> DiffusionGemma:
     model.update(tree_unflatten(weights))
     mx.eval(model.parameters())
     return model
+
+
+def write_checkpoint(path: Path, tensors: dict[str, mx.array], config: dict | None = None, shards: int = 1) -> Path:
+    """A checkpoint folder that holds these tensors, in so many shards."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config or small_config()))
+    if shards == 1:
+        mx.save_safetensors(str(path / "model.safetensors"), tensors)
+        return path
+    names, index = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        mx.save_safetensors(str(path / file), {name: tensors[name] for name in names[i::shards]})
+        index.update(dict.fromkeys(names[i::shards], file))
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return path
 
 
 def random_tokens(seed: int, *shape: int, vocab: int = 40) -> mx.array:

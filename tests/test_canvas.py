@@ -381,7 +381,7 @@ def reading_of(kind):
         how = {"8bit": {"bits": 8, "group_size": 64}, "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}[kind]
         nn.quantize(model, class_predicate=lambda _, module: isinstance(module, nn.Embedding), **how)
     hidden = mx.random.normal((2, 4, 64), key=mx.random.key(1)) * mx.array([0.05, 0.3, 1, 2])[:, None]
-    return model, head.read(model, hidden, 0.7, keys_of(3, 4)), model.logits(hidden) / 0.7
+    return model, model.head.predict(hidden, 0.7, keys_of(3, 4)), model.logits(hidden) / 0.7
 
 
 @pytest.mark.parametrize("kind", ["float32", "8bit", "mxfp4"])
@@ -389,9 +389,9 @@ def test_log_probabilities_are_those_of_whole_logits(kind):
     model, reading, logits = reading_of(kind)
     log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     tokens = mx.array([0, 999, 5, 5, 640, 17])
-    assert gap(reading.log_p(model, tokens), log_p[..., tokens]) < (1e-5 if kind == "float32" else 1e-3)
-    assert reading.log_p(model, tokens[:1]).shape == (2, 4, 1)
-    every = reading.log_p(model, mx.arange(1000))
+    assert gap(reading.log_probs(model.head, tokens), log_p[..., tokens]) < (1e-5 if kind == "float32" else 1e-3)
+    assert reading.log_probs(model.head, tokens[:1]).shape == (2, 4, 1)
+    every = reading.log_probs(model.head, mx.arange(1000))
     assert np.allclose(np.exp(np.array(every, np.float64)).sum(-1), 1, atol=1e-3)
 
 
@@ -400,12 +400,12 @@ def test_log_probabilities_are_those_of_whole_logits(kind):
 def test_a_pinned_reading_is_certain_there_and_the_same_elsewhere(kind, whole):
     model, reading, _ = reading_of(kind)
     if whole:
-        reading = head.read(model, reading.hidden, 0.7, keys_of(3, 4), True)
+        reading = model.head.predict(reading.hidden, 0.7, keys_of(3, 4), True)
     tokens = random_tokens(1, 2, 4, vocab=1000)
     where = mx.array([[True, False, True, False], [False, False, True, True]])
     pinned = reading.fix(tokens, where)
-    at, plain = np.array(where), reading.condition(model, 8)
-    for name, value in (("argmax", tokens), ("drawn", tokens), ("confidence", 1), ("entropy", 0)):
+    at, plain = np.array(where), reading.condition(model.head, 8)
+    for name, value in (("argmax", tokens), ("sample", tokens), ("confidence", 1), ("entropy", 0)):
         got, before = np.array(getattr(pinned, name)), np.array(getattr(reading, name))
         assert (got == np.where(at, np.array(value), before)).all(), name
         assert got.dtype == before.dtype, name
@@ -413,10 +413,10 @@ def test_a_pinned_reading_is_certain_there_and_the_same_elsewhere(kind, whole):
     assert (np.array(pinned.needs_full_vocab)[~at] == np.array(reading.needs_full_vocab)[~at]).all()
     one_hot = np.array(model.model.decoder.embed_tokens(tokens).astype(mx.float32)) * 8
     for dense in (0, 5, 8) if whole else (8,):
-        got = np.array(pinned.condition(model, dense))
+        got = np.array(pinned.condition(model.head, dense))
         assert np.abs(got - one_hot)[at].max() < 1e-4
         assert np.abs(got - np.array(plain))[~at].max() < 1e-3
-    assert gap(reading.fix(tokens, mx.zeros((2, 4), mx.bool_)).condition(model, 8), plain) == 0
+    assert gap(reading.fix(tokens, mx.zeros((2, 4), mx.bool_)).condition(model.head, 8), plain) == 0
 
 
 # Drafts and sizes.

@@ -199,7 +199,7 @@ def computed(model, options, call, monkeypatch):
 )
 def test_a_step_that_was_built_and_is_not_needed_is_not_computed(models, mode, vocab, monkeypatch):
     monkeypatch.setattr(module, "DENSE", 1)  # other numbers of diffuse positions are other graphs
-    monkeypatch.setattr(head, "LIKELY", 4)
+    monkeypatch.setattr(head, "TOP_TOKENS", 4)
     wide = {"stability_threshold": 0, "confidence_threshold": 1.5, "max_denoising_steps": 6}
     options, restored = options_of(mode, vocab, **({} if mode == "cold" else wide)), []
     restore = Prefix.restore
@@ -239,15 +239,15 @@ def test_the_prefix_ends_with_the_canvas_that_was_shown_last(models, mode, monke
 
 def test_every_way_of_conditioning_is_taken_and_none_changes_the_result(models, monkeypatch):
     """Few tokens that count as likely; positions are diffuse by turns, more and fewer than was foreseen."""
-    condition = head.Reading.condition
+    condition = head.Prediction.condition
 
     def spied(self, model, dense, *rest):
         taken.add("whole" if self.expected_embedding is not None else "second pass" if dense else "likely tokens")
         return condition(self, model, dense, *rest)
 
-    monkeypatch.setattr(head.Reading, "condition", spied)
+    monkeypatch.setattr(head.Prediction, "condition", spied)
     for likely, ways in ((16, {"whole", "second pass", "likely tokens"}), (3, {"whole", "second pass"})):
-        monkeypatch.setattr(head, "LIKELY", likely)
+        monkeypatch.setattr(head, "TOP_TOKENS", likely)
         found, taken = [], set()
         for tail, dense in ((1e-4, 1), (1e-4, 64), (1e-4, 3), (-1, 64)):
             monkeypatch.setattr(head, "TAIL", tail)

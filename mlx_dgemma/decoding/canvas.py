@@ -25,7 +25,7 @@ UNLIMITED = 2**30  # room of a text that nothing bounds
 class Forward(NamedTuple):
     """What one denoising step comes to, as a graph that may not be computed yet; arrays [B, C] or [B]."""
 
-    reading: head.Reading | head.WholeReading
+    prediction: head.Prediction | head.FullPrediction
     argmax: mx.array  # int32; a row that has settled keeps its own
     accepted: mx.array  # bool
     canvas: mx.array  # int32, input of the next step
@@ -34,7 +34,7 @@ class Forward(NamedTuple):
     @property
     def host_state(self) -> mx.array:
         """[B + 1] int32, what the host reads back: `done`, and how many positions need the whole vocabulary."""
-        needed = self.reading.needs_full_vocab.sum(keepdims=True).flatten()
+        needed = self.prediction.needs_full_vocab.sum(keepdims=True).flatten()
         return mx.concatenate([self.done.astype(mx.int32), needed])
 
 
@@ -158,8 +158,10 @@ class CanvasBatch:
         rows = rows._replace(earlier=(none,) * missing + rows.earlier)
         if rows.last is None and other.rows.last is not None:
             canvas, over = self.first_canvas(), mx.zeros((len(self.steps),), mx.bool_)
-            reading = head.blank(other.rows.last.reading, len(self.steps))
-            rows = rows._replace(last=Forward(reading, canvas, self.fixed(), canvas, over))  # only the canvas is read
+            prediction = head.placeholder_rows(other.rows.last.prediction, len(self.steps))
+            rows = rows._replace(
+                last=Forward(prediction, canvas, self.fixed(), canvas, over)
+            )  # only the canvas is read
         self.rows = rows
 
     def _count_dense(self) -> None:
@@ -175,13 +177,13 @@ def rounded(dense: int) -> int:
 
 
 def _map(function: Callable[..., mx.array], *trees: Any) -> Any:
-    """`function` of the corresponding arrays of named tuples, tuples and readings of one shape; None stays None."""
+    """`function` of the corresponding arrays of named tuples, tuples and predictions of one shape; None stays None."""
     first = trees[0]
     if any(tree is None for tree in trees):
         return None
     if isinstance(first, mx.array):
         return function(*trees)
-    if isinstance(first, (head.Reading, head.WholeReading)):
+    if isinstance(first, (head.Prediction, head.FullPrediction)):
         return first.map(function, *trees[1:])
     parts = [_map(function, *children) for children in zip(*trees)]
     return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)

@@ -57,13 +57,13 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
     buffers = [prefix.handles() for prefix in batch.prefixes]
     if ahead and not any(batch.finished) and max(steps) < batch.options.max_denoising_steps:
         following = build(batch, current, steps, guess)
-    host_state, reading = current.host_state, current.reading
-    shown = [current.argmax, current.accepted, reading.entropy, reading.confidence]
-    batch.queue.add(*reading.stages, [host_state, *shown, *reading.carried])
+    host_state, prediction = current.host_state, current.prediction
+    shown = [current.argmax, current.accepted, prediction.entropy, prediction.confidence]
+    batch.queue.add(*prediction.stages, [host_state, *shown, *prediction.carried])
     batch.queue.finish()
     batch.advance_to(current, host_state, steps)
     over = any(batch.finished)
-    if following is not None and (over or not _fits(reading, guess, batch.dense)):
+    if following is not None and (over or not _fits(prediction, guess, batch.dense)):
         # What was built is of no use, and must not be computed for its side effects.
         for prefix in batch.prefixes:
             prefix.restore(buffers.pop(0))
@@ -73,7 +73,7 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
     if following is not None:
         batch.queue.add(*batch.stages())
     batch.ahead = following
-    return _step(batch, current, reading)
+    return _step(batch, current, prediction)
 
 
 def denoise_block(
@@ -98,13 +98,13 @@ def denoise_block(
             return
 
 
-def _fits(reading: head.Reading | head.WholeReading, guess: int, dense: int) -> bool:
+def _fits(prediction: head.Prediction | head.FullPrediction, guess: int, dense: int) -> bool:
     """Whether the next step was built for as many dense positions as there are."""
-    if isinstance(reading, head.Reading) and reading.expected_embedding is None:
+    if isinstance(prediction, head.Prediction) and prediction.expected_embedding is None:
         return rounded(guess) == rounded(dense)
     return True  # one pass over the vocabulary serves all positions
 
 
-def _step(batch: CanvasBatch, forward: Forward, reading: head.Reading | head.WholeReading) -> Step:
-    shown = forward.argmax, forward.accepted, reading.entropy, reading.confidence
+def _step(batch: CanvasBatch, forward: Forward, prediction: head.Prediction | head.FullPrediction) -> Step:
+    shown = forward.argmax, forward.accepted, prediction.entropy, prediction.confidence
     return Step(*shown, list(batch.finished), list(batch.steps))

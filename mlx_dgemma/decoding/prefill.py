@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..model import device
-from ..model.attention import SCORES
+from ..model.attention import SCORE_BYTES
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.kv_cache import Prefix
 
@@ -64,11 +64,11 @@ def fitting_chunk(model: DiffusionGemma, batch_size: int, length: int) -> int:
     """Prompt tokens to encode at once: 512, or 1,024 of a prompt beyond 4,096.
 
     Longer passes read the weights less often but hold more: at the release's shape 2,048 tokens take 2 GiB. Fewer,
-    256 at least, where a sliding layer's scores would exceed `SCORES`.
+    256 at least, where a sliding layer's scores would exceed `SCORE_BYTES`.
     """
     config, size = model.config.text, 512 if length <= 4096 else 1024
     per_score = batch_size * config.num_attention_heads * model.dtype.size  # bytes, of a query over a key
-    while size > 256 and per_score * size * (config.sliding_window - 1 + size) > SCORES:
+    while size > 256 and per_score * size * (config.sliding_window - 1 + size) > SCORE_BYTES:
         size //= 2
     return size
 

@@ -16,6 +16,7 @@ from ..model import device, head
 from . import sampler
 from .canvas import CanvasBatch, Forward, rounded
 
+Prediction = head.Prediction | head.FullPrediction
 GUIDED_UNCERTAINTY = 1.0  # nats, at least, of a position whose text is not the model's own: it has not settled
 CONFIDENT = 0.9  # probability at which fast mode keeps a position's best token for good
 
@@ -38,34 +39,36 @@ def plain_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], d
         dense: positions of the batch that need the whole vocabulary for their conditioning.
     """
     canvas, conditioning = inputs(batch, last, steps, dense)
-    reading = read(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, dense)
-    return _finish(batch, last, steps, reading, _unless_done(last, reading.argmax), _by_entropy(batch, reading))
+    prediction = predict(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, dense)
+    return _finish(
+        batch, last, steps, prediction, _unless_done(last, prediction.argmax), _by_entropy(batch, prediction)
+    )
 
 
 def fast_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], dense: int) -> Forward:
     """As `plain_step`, but the best token of a position stays once it is confident."""
     canvas, conditioning = inputs(batch, last, steps, dense)
-    reading = read(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, dense)
-    argmax = _unless_done(last, reading.argmax)
-    return _finish(batch, last, steps, reading, argmax, _by_confidence(batch, last, reading, argmax))
+    prediction = predict(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, dense)
+    argmax = _unless_done(last, prediction.argmax)
+    return _finish(batch, last, steps, prediction, argmax, _by_confidence(batch, last, prediction, argmax))
 
 
-def guided_step(batch: CanvasBatch) -> tuple[Forward, head.Reading]:
+def guided_step(batch: CanvasBatch) -> tuple[Forward, head.Prediction]:
     """The batch's next step, whose text guides choose, and what the model itself made of its canvases.
 
     The host reads what the guides need before the step is finished.
     """
     last, steps = batch.rows.last, batch.steps
     canvas, conditioning = inputs(batch, last, steps, batch.dense)
-    reading = read(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, batch.dense)
-    assert isinstance(reading, head.Reading)
-    chosen = _unless_done(last, _chosen(batch, reading))
-    changed = chosen != reading.argmax
-    choice = _by_confidence(batch, last, reading, chosen) if batch.options.fast else _by_entropy(batch, reading)
+    prediction = predict(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, batch.dense)
+    assert isinstance(prediction, head.Prediction)
+    chosen = _unless_done(last, _chosen(batch, prediction))
+    changed = chosen != prediction.argmax
+    choice = _by_confidence(batch, last, prediction, chosen) if batch.options.fast else _by_entropy(batch, prediction)
     uncertain = mx.where(changed, mx.maximum(choice.uncertainty, GUIDED_UNCERTAINTY), choice.uncertainty)
     choice = Choice(choice.accepted, mx.where(changed, chosen, choice.tokens), uncertain)
-    fixed = reading.fix(chosen, changed & choice.accepted)
-    return _finish(batch, last, steps, fixed, chosen, choice), reading
+    fixed = prediction.fix(chosen, changed & choice.accepted)
+    return _finish(batch, last, steps, fixed, chosen, choice), prediction
 
 
 def inputs(
@@ -75,39 +78,37 @@ def inputs(
     if last is None:
         return batch.first_canvas(), None
     count = min(rounded(dense), len(steps) * batch.length)
-    conditioning = last.reading.condition(batch.model, count)
+    conditioning = last.prediction.condition(batch.model.head, count)
     if 0 in steps:  # rows that have just joined
         conditioning = mx.where(mx.array(list(steps))[:, None, None] == 0, 0, conditioning)
     return last.canvas, conditioning
 
 
-def read(batch: CanvasBatch, hidden: mx.array, steps: Sequence[int], dense: int) -> head.Reading | head.WholeReading:
-    """What the head makes of the hidden states [B, C, H] of a step."""
+def predict(batch: CanvasBatch, hidden: mx.array, steps: Sequence[int], dense: int) -> Prediction:
+    """What the head makes of the hidden states [B, C, H] of a step, fixed positions certain."""
     options, total, layout = batch.options, batch.options.max_denoising_steps, batch.rows.layout
     now = [sampler.temperature(total - step, total, options.t_min, options.t_max) for step in steps]
     t, keys = mx.array(now, mx.float32)[:, None, None], batch.keys([2 * step + 1 for step in steps])
     if options.exact:
-        return head.read_whole(batch.model, hidden, t, keys)
-    reading = head.read(batch.model, hidden, t, keys, whole=2 * dense > len(steps) * batch.length)
-    return reading if layout is None else reading.fix(layout.tokens, layout.fixed)
+        return batch.model.head.predict_full(hidden, t, keys)
+    prediction = batch.model.head.predict(hidden, t, keys, expected_embedding=2 * dense > len(steps) * batch.length)
+    return prediction if layout is None else prediction.fix(layout.tokens, layout.fixed)
 
 
-def _by_entropy(batch: CanvasBatch, reading: head.Reading | head.WholeReading) -> Choice:
+def _by_entropy(batch: CanvasBatch, prediction: Prediction) -> Choice:
     layout, bound = batch.rows.layout, batch.options.entropy_bound
     if layout is None:
-        accepted = sampler.accept(reading.entropy, bound)
+        accepted = sampler.accept(prediction.entropy, bound)
     else:
-        accepted = sampler.accept(mx.where(layout.fixed, mx.inf, reading.entropy), bound) | layout.fixed
-    return Choice(accepted, reading.drawn, reading.entropy)
+        accepted = sampler.accept(mx.where(layout.fixed, mx.inf, prediction.entropy), bound) | layout.fixed
+    return Choice(accepted, prediction.sample, prediction.entropy)
 
 
-def _by_confidence(
-    batch: CanvasBatch, last: Forward | None, reading: head.Reading | head.WholeReading, argmax: mx.array
-) -> Choice:
+def _by_confidence(batch: CanvasBatch, last: Forward | None, prediction: Prediction, argmax: mx.array) -> Choice:
     kept = batch.fixed() if last is None else last.accepted
     before = batch.first_canvas() if last is None else last.canvas
-    accepted = sampler.accept_confident(reading.confidence, kept, CONFIDENT)
-    return Choice(accepted, mx.where(kept, before, argmax), mx.where(accepted, 0, reading.entropy))
+    accepted = sampler.accept_confident(prediction.confidence, kept, CONFIDENT)
+    return Choice(accepted, mx.where(kept, before, argmax), mx.where(accepted, 0, prediction.entropy))
 
 
 def _unless_done(last: Forward | None, argmax: mx.array) -> mx.array:
@@ -119,7 +120,7 @@ def _finish(
     batch: CanvasBatch,
     last: Forward | None,
     steps: Sequence[int],
-    reading: head.Reading | head.WholeReading,
+    prediction: Prediction,
     argmax: mx.array,
     choice: Choice,
 ) -> Forward:
@@ -128,7 +129,7 @@ def _finish(
     if last is not None:
         done = done | last.done
     canvas = mx.where(choice.accepted, choice.tokens, batch.noise([2 * step + 2 for step in steps]))
-    return Forward(reading, argmax, choice.accepted, canvas, done)
+    return Forward(prediction, argmax, choice.accepted, canvas, done)
 
 
 def _settled(batch: CanvasBatch, argmax: mx.array, uncertainty: mx.array) -> mx.array:
@@ -147,20 +148,20 @@ def _settled(batch: CanvasBatch, argmax: mx.array, uncertainty: mx.array) -> mx.
     return done
 
 
-def _chosen(batch: CanvasBatch, reading: head.Reading) -> mx.array:
+def _chosen(batch: CanvasBatch, prediction: head.Prediction) -> mx.array:
     """[B, C] int32, the texts that the guides choose; a row that has settled keeps the model's argmax."""
     seen = {
-        "argmax": reading.argmax,
-        "top": mx.log(reading.confidence),
-        "likely": reading.likely,
-        "log_p": mx.log(reading.probability),
+        "argmax": prediction.argmax,
+        "top": mx.log(prediction.confidence),
+        "likely": prediction.top_tokens,
+        "log_p": mx.log(prediction.top_probs),
     }
     asked = [
-        reading.map(lambda a, row=row: a[row : row + 1]).log_p(batch.model, guide.tokens)
+        prediction.map(lambda a, row=row: a[row : row + 1]).log_probs(batch.model.head, guide.tokens)
         for row, (guide, _) in enumerate(batch.guides)
     ]
     batch.queue = device.Queue()
-    batch.queue.add(*batch.stages(), *reading.stages, [*reading.carried, seen, asked])
+    batch.queue.add(*batch.stages(), *prediction.stages, [*prediction.carried, seen, asked])
     batch.queue.finish()
     on_host = {name: np.asarray(array) for name, array in seen.items()}
     chosen = on_host["argmax"].copy()

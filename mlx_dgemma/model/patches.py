@@ -21,7 +21,7 @@ def check_budget(budget: int) -> None:
 
 @dataclass(frozen=True)
 class Patches:
-    """Pictures cut into patches, as the vision tower takes them.
+    """N pictures cut into patches; P is the largest number of patches of a picture.
 
     Attributes:
         patches: [N, P, 3 * patch**2] float32 in 0..1, row by row, channels last in a patch; zeros where padded.
@@ -35,7 +35,7 @@ class Patches:
 
 
 def join(parts: Sequence[Patches]) -> Patches:
-    """All pictures of several Patches (pictures and frames, say), padded to the longest."""
+    """The pictures of several `Patches` in one, padded to the largest number of patches."""
     longest = max((part.patches.shape[1] for part in parts), default=0)
 
     def padded(array: np.ndarray, value: int) -> np.ndarray:

@@ -102,8 +102,8 @@ def read(
     level = np.full((*shape, 1), -np.inf)
     total = np.zeros((*shape, len(sets)))  # sums of exp(logit - level): of all tokens, and of each set
     picked = []
-    for start, end in head.chunks(model.config.text.vocab_size, shape[0] * shape[1], nbytes):
-        z = head.processed(model, hidden, one, start, end)
+    for start, end in head.vocab_chunks(model.config.text.vocab_size, shape[0] * shape[1], nbytes):
+        z = model.head.logits_slice(hidden, one, start, end)
         top = z.max(axis=-1, keepdims=True)
         mass = mx.exp(z - top)
         sums = [_blocks(mass if members is None else mass * members[start:end]) for members in sets]

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..model import rng
-from ..model.attention import View
+from ..model.attention import LayerContext
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.kv_cache import LayerKV
 from ..model.layers import Layer
@@ -280,20 +280,20 @@ def cross_entropy(
     return mx.concatenate(found) if found else mx.zeros((0,))
 
 
-def recomputed(layer: Layer, x: mx.array, scalar: mx.array, see: View) -> mx.array:
+def recomputed(layer: Layer, x: mx.array, scalar: mx.array, context: LayerContext) -> mx.array:
     """`Layer.__call__`, with everything inside it computed again for the gradient instead of kept."""
-    (keys,) = see.keys
-    held = [a for a in (keys.kv.keys, keys.kv.values) if a is not None]
+    (cache,) = context.caches
+    held = [a for a in (cache.keys, cache.values) if a is not None]
 
     def run(weights: dict, x: mx.array, scalar: mx.array, *held: mx.array) -> tuple[mx.array, ...]:
         layer.update(weights)
-        kv = LayerKV(keys.kv.window_slots, keys.kv.capacity)
+        kv = LayerKV(cache.window_slots, cache.capacity)
         if held:
             kv.keys, kv.values = (mx.array(a) for a in held)
-        out = layer(x, scalar, View([keys._replace(kv=kv)], see.rope_offset))
+        out = layer(x, scalar, context._replace(caches=[kv]))
         assert kv.keys is not None and kv.values is not None
         return out, kv.keys, kv.values
 
     again: Callable[..., tuple[mx.array, ...]] = mx.checkpoint(run)
-    out, keys.kv.keys, keys.kv.values = again(layer.trainable_parameters(), x, scalar, *held)
+    out, cache.keys, cache.values = again(layer.trainable_parameters(), x, scalar, *held)
     return out
