@@ -21,7 +21,7 @@ from .checkpoint.build import build
 from .checkpoint.find import find
 from .checkpoint.folder import Checkpoint
 from .constraints.language import Language
-from .constraints.tokens import Spelling
+from .constraints.tokens import TokenBytes
 from .decoding.events import Block, Draft, Finished, Result, Stats
 from .decoding.loop import Loop
 from .decoding.options import GenerationOptions
@@ -293,10 +293,10 @@ class Engine:
         raise AssertionError("a generation ends with Finished")
 
     @cached_property
-    def spelling(self) -> Spelling:
+    def spelling(self) -> TokenBytes:
         """What the tokens of this tokenizer spell."""
         added = [token for token, one in self.tokenizer.added_tokens_decoder.items() if one.special]
-        return Spelling(self.tokenizer, self.config.text.vocab_size, [*added, *self.options.end_tokens])
+        return TokenBytes(self.tokenizer, self.config.text.vocab_size, [*added, *self.options.end_tokens])
 
     @cached_property
     def turn_end(self) -> int:

@@ -90,7 +90,7 @@ def test_answers_match_their_regex(engine, pattern):
     result = engine.generate("What is the capital of France?", seed=1, regex=pattern, **ONCE)
     assert re.fullmatch(pattern, result.text)
     assert result.finish_reason == "stop"
-    assert engine.spelling.spell(result.tokens).decode() == result.text
+    assert engine.spelling.to_bytes(result.tokens).decode() == result.text
 
 
 def test_a_text_like_a_special_token_is_spelt_out(engine):
@@ -326,7 +326,7 @@ def test_prefix_and_suffix_stay_whatever_comes_between(engine):
         assert seams.head + engine.tokenizer.decode(seams.behind) == suffix
         least = int(engine.language(seams.pattern(), "The hole").distance[0])
         result = engine.infill(prefix, suffix, prompt="Hi", length=max(least, 1) + 1, seed=0, **ONCE)
-        spelt = engine.spelling.spell([*seams.before, *result.tokens, *seams.behind]).decode()
+        spelt = engine.spelling.to_bytes([*seams.before, *result.tokens, *seams.behind]).decode()
         assert spelt == prefix + result.text + suffix
 
 

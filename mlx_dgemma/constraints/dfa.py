@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import OptionError
-from .dfa_size import exceeds
-from .patterns import parser
+from .dfa_size import dfa_size_exceeds
+from .patterns import re_parser
 
-STATES = 20_000  # of an automaton, so that its table stays below 20 MB
+MAX_STATES = 20_000  # of an automaton, so that its table stays below 20 MB
 BEGIN, END = "\U0010fffe", "\U0010ffff"  # noncharacters, which no pattern matches
 
 
-def automaton(pattern: str) -> tuple[np.ndarray, np.ndarray]:
-    """The byte automaton of a pattern in the plain subset that `regular.translate` writes.
+def build_dfa(pattern: str) -> tuple[np.ndarray, np.ndarray]:
+    """The byte automaton of a pattern in the plain subset that `regular.python_regex_to_plain` writes.
 
     Returns:
         table [states + 1, 256] int32, where state 0 is the start and the last one is dead; accepting [states + 1] bool.
@@ -38,11 +38,11 @@ def automaton(pattern: str) -> tuple[np.ndarray, np.ndarray]:
             'schema, regex, infill and fill need the package outlines-core: pip install "mlx-dgemma[constrain]".'
         ) from None
     try:
-        if (size := weight(tree := _plain(pattern))) > STATES:
+        if (size := estimated_states(tree := parse_plain(pattern))) > MAX_STATES:
             raise _too_large(size)
-        if exceeds(tree, 2 * STATES):  # of fewer, the exact number is told below
+        if dfa_size_exceeds(tree, 2 * MAX_STATES):  # of fewer, the exact number is told below
             raise OptionError(
-                f"The constraint takes an automaton of far more than {STATES:,} states, or too long to make: "
+                f"The constraint takes an automaton of far more than {MAX_STATES:,} states, or too long to make: "
                 "ask for less that may be read in several ways, such as .* before a counted part."
             )
         # The library builds the automaton of a search for the leftmost alternative's match. Between marks that no text
@@ -63,7 +63,7 @@ def automaton(pattern: str) -> tuple[np.ndarray, np.ndarray]:
     accepted = [state for state in ways if walked(state, END) in final]
     useful = _reached([start], {state: set(row.values()) for state, row in ways.items()}) & _leading_to(accepted, ways)
     number = {state: i for i, state in enumerate([start, *sorted(useful - {start})])}
-    if len(number) > STATES:
+    if len(number) > MAX_STATES:
         raise _too_large(len(number))
     table = np.full((len(number) + 1, 256), len(number), np.int32)
     for state, at in number.items():
@@ -93,12 +93,12 @@ def _reached(starts: Iterable[Any], neighbours: dict[Any, set[int]]) -> set[Any]
     return found
 
 
-def _plain(pattern: str) -> Any:
+def parse_plain(pattern: str) -> Any:
     """A plain pattern as `re` parses it."""
-    return parser.parse(re.sub(r"\\x\{([0-9a-f]+)\}", lambda found: rf"\U{int(found[1], 16):08x}", pattern))
+    return re_parser.parse(re.sub(r"\\x\{([0-9a-f]+)\}", lambda found: rf"\U{int(found[1], 16):08x}", pattern))
 
 
-def weight(tree: Any) -> int:
+def estimated_states(tree: Any) -> int:
     """About how many states the automaton of a parsed plain pattern has: its characters, times their repeats."""
 
     def of(tree: Any) -> int:
@@ -107,7 +107,7 @@ def weight(tree: Any) -> int:
             name = str(op)
             if name == "MAX_REPEAT":
                 low, high, body = value
-                total += of(body) * (int(high) if high != parser.MAXREPEAT else max(int(low), 1))
+                total += of(body) * (int(high) if high != re_parser.MAXREPEAT else max(int(low), 1))
             elif name == "SUBPATTERN":
                 total += of(value[-1])
             elif name == "BRANCH":
@@ -121,6 +121,6 @@ def weight(tree: Any) -> int:
 
 def _too_large(states: int) -> OptionError:
     return OptionError(
-        f"The constraint takes an automaton of about {states:,} states, and {STATES:,} are the most: ask for smaller "
-        "bounds (maxLength, maxItems, {m,n})."
+        f"The constraint takes an automaton of about {states:,} states, and {MAX_STATES:,} are the most: ask for "
+        "smaller bounds (maxLength, maxItems, {m,n})."
     )

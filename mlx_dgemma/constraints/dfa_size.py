@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .patterns import parser
+from .patterns import re_parser
 
-WORK = 4_000_000  # places looked at; sets of many places take as long to build as they do to count
+MAX_WORK = 4_000_000  # places looked at; sets of many places take as long to build as they do to count
 
 
-def exceeds(tree: Any, most: int) -> bool:
+def dfa_size_exceeds(tree: Any, most: int) -> bool:
     """Whether the automaton of a plain pattern, as `re` parses it, has more states than `most`, or takes too long.
 
     Characters are counted as one step; those of several bytes take further states.
@@ -44,10 +44,10 @@ def exceeds(tree: Any, most: int) -> bool:
             return any(one[0] for one in branches), firsts, lasts
         if name != "MAX_REPEAT":
             follow.append(0)
-            classes.append(value if name == "IN" else [(parser.LITERAL, value)])
+            classes.append(value if name == "IN" else [(re_parser.LITERAL, value)])
             return False, 1 << len(follow) - 1, 1 << len(follow) - 1
         low, high, body = value
-        return repeated(list(body), int(low), None if high == parser.MAXREPEAT else int(high))
+        return repeated(list(body), int(low), None if high == re_parser.MAXREPEAT else int(high))
 
     def repeated(body: list[Any], low: int, high: int | None) -> tuple[bool, int, int]:
         empty, first, last = True, 0, 0
@@ -79,7 +79,7 @@ def exceeds(tree: Any, most: int) -> bool:
             if to not in seen:
                 seen.add(to)
                 todo.append(to)
-        if len(seen) > most or work > WORK:
+        if len(seen) > most or work > MAX_WORK:
             return True
     return False
 

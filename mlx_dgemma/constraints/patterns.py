@@ -18,14 +18,14 @@ from typing import Any, NoReturn
 from ..errors import OptionError
 
 _PACKAGE = sys.version_info >= (3, 11)
-parser: Any = importlib.import_module("re._parser" if _PACKAGE else "sre_parse")
+re_parser: Any = importlib.import_module("re._parser" if _PACKAGE else "sre_parse")
 _compiler: Any = importlib.import_module("re._compiler" if _PACKAGE else "sre_compile")
 
 Intervals = list[tuple[int, int]]  # code points, both ends included
 
-EVERYTHING = (0, 0x10FFFD)  # the two noncharacters above it mark where a text begins and ends
+ALL_CODE_POINTS = (0, 0x10FFFD)  # the two noncharacters above it mark where a text begins and ends
 SURROGATES = (0xD800, 0xDFFF)  # UTF-8 has none
-ESCAPED = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))  # what JSON strings escape: control characters, " and \
+JSON_ESCAPED = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))  # what JSON strings escape: control characters, " and \
 
 _ALPHANUMERIC = set(string.ascii_letters + string.digits)
 _SIGNS = set(" \"',:;_=@%/!<>-")  # without a meaning outside of classes
@@ -43,21 +43,21 @@ _STARTS = {"AT_BEGINNING": "^", "AT_BEGINNING_STRING": r"\A"}
 _ENDS = {"AT_END": "$", "AT_END_STRING": r"\Z"}
 
 
-def translate(pattern: str, safe: bool = False, search: bool = False) -> str:
+def python_regex_to_plain(pattern: str, json_safe: bool = False, search: bool = False) -> str:
     r"""The plain pattern of exactly the texts that Python's `re` matches, U+10FFFE and U+10FFFF left out.
 
     Args:
         pattern: with the syntax of `re`; ^, \A, $ and \Z only where a match starts or ends.
-        safe: only the texts without characters that JSON strings escape.
+        json_safe: only the texts without characters that JSON strings escape.
         search: the texts in which `re.search` finds a match, rather than those that `re.fullmatch` matches.
 
     Returns:
         a pattern for the whole text, which can stand in another as it is; it may match the empty text.
     """
     try:
-        tree = parser.parse(pattern)
-        plain = _Translator(pattern, safe).whole(tree, search)
-        if plain is None and safe and _Translator(pattern, False).whole(tree, search) is not None:
+        tree = re_parser.parse(pattern)
+        plain = _Translator(pattern, json_safe).whole(tree, search)
+        if plain is None and json_safe and _Translator(pattern, False).whole(tree, search) is not None:
             raise OptionError(
                 f"The pattern {pattern!r} needs characters that JSON strings escape "
                 '(", \\ or control characters); give one that does without them.'
@@ -78,7 +78,7 @@ def literal(text: str) -> str:
     return "".join(character if character in _SIGNS else _character(character) for character in text)
 
 
-def characters(intervals: Iterable[tuple[int, int]]) -> str:
+def character_class(intervals: Iterable[tuple[int, int]]) -> str:
     """The plain pattern of one character from any of the intervals."""
     ends = (chr(low) + chr(high) if low < high else chr(low) for low, high in intervals)
     return "[" + "".join("-".join(map(_character, pair)) for pair in ends) + "]"
@@ -88,7 +88,7 @@ def _character(character: str) -> str:
     return character if character in _ALPHANUMERIC else rf"\x{{{ord(character):x}}}"
 
 
-def without(intervals: Iterable[tuple[int, int]], *holes: tuple[int, int]) -> Intervals:
+def subtract(intervals: Iterable[tuple[int, int]], *holes: tuple[int, int]) -> Intervals:
     """The intervals less the holes."""
     left = list(intervals)
     for low, high in holes:
@@ -104,13 +104,13 @@ class _Translator:
     ends, or None in the middle of the whole pattern, where no anchor can hold.
     """
 
-    def __init__(self, pattern: str, safe: bool):
+    def __init__(self, pattern: str, json_safe: bool):
         self.pattern = pattern
-        self.holes = (SURROGATES, *ESCAPED) if safe else (SURROGATES,)
-        self.newline = "" if safe else r"\x{a}?"  # $ also holds before a newline that ends the text
+        self.holes = (SURROGATES, *JSON_ESCAPED) if json_safe else (SURROGATES,)
+        self.newline = "" if json_safe else r"\x{a}?"  # $ also holds before a newline that ends the text
 
     def whole(self, tree: Any, search: bool) -> str | None:
-        rest = characters(without([EVERYTHING], *self.holes)) + "*" if search else ""
+        rest = character_class(subtract([ALL_CODE_POINTS], *self.holes)) + "*" if search else ""
         return self.sequence(tree, tree.state.flags, rest, rest)
 
     def sequence(self, items: Any, flags: int, before: str | None, after: str | None) -> str | None:
@@ -151,10 +151,10 @@ class _Translator:
     def _one(self, op: str, value: Any, flags: int) -> str | None:
         """One character."""
         if op == "LITERAL" and not flags & re.IGNORECASE:
-            return literal(chr(value)) if without([(value, value)], *self.holes) else None
+            return literal(chr(value)) if subtract([(value, value)], *self.holes) else None
         held = _intervals(op, tuple(value) if isinstance(value, list) else value, flags)
-        held = without(held, *self.holes)
-        return characters(held) if held else None
+        held = subtract(held, *self.holes)
+        return character_class(held) if held else None
 
     def _anchor(self, item: tuple[str, Any], flags: int) -> str:
         """The name of the anchor that an item is, empty for other items."""
@@ -180,7 +180,7 @@ def _repeat(body: str | None, low: int, high: Any) -> str | None:
     """`body` from `low` to `high` times."""
     if body is None:
         return None if low else ""
-    upper = "" if high == parser.MAXREPEAT else str(int(high))
+    upper = "" if high == re_parser.MAXREPEAT else str(int(high))
     signs = {(0, ""): "*", (1, ""): "+", (0, "1"): "?"}
     return f"(?:{body})" + signs.get((low, upper), f"{{{low},{upper}}}")
 
@@ -194,15 +194,15 @@ def _combined(flags: int, add: int, drop: int) -> int:
 @lru_cache(maxsize=256)
 def _intervals(op: str, value: Any, flags: int) -> Intervals:
     """The code points that one item of a parsed pattern matches, as Python's matcher finds them."""
-    state = parser.State()
+    state = re_parser.State()
     state.str = ""
-    one = (getattr(parser, op), list(value) if isinstance(value, tuple) else value)
-    run = (parser.MAX_REPEAT, (1, parser.MAXREPEAT, parser.SubPattern(state, [one])))
-    compiled = _compiler.compile(parser.SubPattern(state, [run]), flags)
+    one = (getattr(re_parser, op), list(value) if isinstance(value, tuple) else value)
+    run = (re_parser.MAX_REPEAT, (1, re_parser.MAXREPEAT, re_parser.SubPattern(state, [one])))
+    compiled = _compiler.compile(re_parser.SubPattern(state, [run]), flags)
     return [(match.start(), match.end() - 1) for match in compiled.finditer(_all_characters())]
 
 
 @cache
 def _all_characters() -> str:
     """Every code point at its own position."""
-    return "".join(map(chr, range(EVERYTHING[1] + 1)))
+    return "".join(map(chr, range(ALL_CODE_POINTS[1] + 1)))

@@ -18,7 +18,15 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from ..errors import OptionError
-from .patterns import ESCAPED, EVERYTHING, SURROGATES, characters, literal, translate, without
+from .patterns import (
+    ALL_CODE_POINTS,
+    JSON_ESCAPED,
+    SURROGATES,
+    character_class,
+    literal,
+    python_regex_to_plain,
+    subtract,
+)
 
 _KEYWORDS = {
     "object": ("properties", "required", "additionalProperties"),
@@ -40,7 +48,9 @@ DIGITS = 15  # decimals of so many digits differ as floats if they differ as tex
 SPACE = r"(?: |\x{a} *)?"
 COMMA = "," + SPACE
 _ESCAPES = "(?:" + "|".join(map(literal, '"\\/bfnrt')) + ")"
-CHARACTER = f"(?:{characters(without([EVERYTHING], SURROGATES, *ESCAPED))}|{literal(chr(92))}{_ESCAPES})"
+CHARACTER = (
+    f"(?:{character_class(subtract([ALL_CODE_POINTS], SURROGATES, *JSON_ESCAPED))}|{literal(chr(92))}{_ESCAPES})"
+)
 STRING = f'"{CHARACTER}*"'
 INTEGER = f"(?:0|-?[1-9][0-9]{{0,{DIGITS - 1}}})"
 # json.dumps writes floats below 1e16 without an exponent; values stay below 1e115, so that none is read as infinity.
@@ -204,7 +214,7 @@ class _Schema:
             return f'"{_times(CHARACTER, low, high)}"'
         if not isinstance(schema["pattern"], str):
             _fail(place, f"has pattern {reprlib.repr(schema['pattern'])}; it should be a string")
-        return f'"{translate(schema["pattern"], safe=True, search=True)}"'
+        return f'"{python_regex_to_plain(schema["pattern"], json_safe=True, search=True)}"'
 
     def _integer(self, schema: dict, place: str) -> str:
         low, high = _bounds(schema, place)

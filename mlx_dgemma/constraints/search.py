@@ -18,15 +18,18 @@ from .language import Language
 
 @dataclass(frozen=True)
 class Marginals:
-    """Log-probabilities of a row's positions, and tokens: `likely` and `log_p` [C, K], `best` and `top` [C]."""
+    """What one row's canvas gives a guide.
+
+    C is the canvas's length, K the number of likely tokens of a position.
+    """
 
     likely: np.ndarray
-    log_p: np.ndarray
-    best: np.ndarray  # the most probable token
-    top: np.ndarray  # its log-probability
-    anchors: np.ndarray  # [C, S], of the language's anchors
-    ends: np.ndarray  # [C, E], of the end tokens
-    marks: np.ndarray  # [C, 2] or [C, 0], of the tokens that open and close thinking
+    likely_log_p: np.ndarray
+    argmax: np.ndarray  # the most probable token
+    argmax_log_p: np.ndarray  # its log-probability
+    always_scored_log_p: np.ndarray  # [C, S], of the language's anchors
+    end_log_p: np.ndarray  # [C, E], of the end tokens
+    thought_log_p: np.ndarray  # [C, 2] or [C, 0], of the tokens that open and close thinking
 
 
 FRESH, THINKING = -2, -1  # states before the language: nothing written yet, and in the middle of a thought
@@ -48,7 +51,7 @@ def best_text(
     Returns:
         [C] int32 tokens.
     """
-    length, count = len(seen.best), len(language.distance)
+    length, count = len(seen.argmax), len(language.distance)
     scores = np.full((length + 1, count), -np.inf)
     thought = np.full(length + 1, -np.inf)  # of still being in a thought
     closed = np.zeros(length + 1, bool)  # whether state 0 is reached best by closing a thought
@@ -56,28 +59,30 @@ def best_text(
         scores[0, max(state, 0)] = 0.0
     if state == THINKING:
         thought[0] = 0.0
-    within = np.where(np.isin(seen.likely, [*ends, *marks]), -np.inf, seen.log_p) if len(marks) else seen.log_p
-    likely = list(language._likely_ways(seen.likely, seen.log_p))
+    within = (
+        np.where(np.isin(seen.likely, [*ends, *marks]), -np.inf, seen.likely_log_p) if len(marks) else seen.likely_log_p
+    )
+    likely = list(language.likely_transitions(seen.likely, seen.likely_log_p))
     for i, (source, target, log_p, _) in enumerate(likely):
-        language.advance(scores[i], scores[i + 1], seen.anchors[i])
+        language.extend_scores(scores[i], scores[i + 1], seen.always_scored_log_p[i])
         np.maximum.at(scores[i + 1], target, scores[i][source] + log_p)
         if len(marks):
             thought[i + 1] = thought[i] + within[i].max()
             if i == 0 and state == FRESH:
-                thought[1] = seen.marks[0, 0]
-            if (over := thought[i] + seen.marks[i, 1]) > scores[i + 1, 0]:
+                thought[1] = seen.thought_log_p[0, 0]
+            if (over := thought[i] + seen.thought_log_p[i, 1]) > scores[i + 1, 0]:
                 scores[i + 1, 0], closed[i + 1] = over, True
     stop, at = _where_to_stop(language, seen, scores, thought[length], left)
-    tokens = seen.best.copy()
+    tokens = seen.argmax.copy()
     if stop < length:
-        tokens[stop] = ends[int(seen.ends[stop].argmax())]
+        tokens[stop] = ends[int(seen.end_log_p[stop].argmax())]
     for i in range(stop - 1, -1, -1):
         if at == THINKING:
             tokens[i] = marks[0] if i == 0 and state == FRESH else seen.likely[i, within[i].argmax()]
         elif at == 0 and closed[i + 1]:
             tokens[i], at = marks[1], THINKING
         else:
-            tokens[i], at = language.step_back(scores[i], seen.anchors[i], likely[i], at)
+            tokens[i], at = language.backtrack(scores[i], seen.always_scored_log_p[i], likely[i], at)
     return tokens
 
 
@@ -85,10 +90,10 @@ def _where_to_stop(
     language: Language, seen: Marginals, scores: np.ndarray, thought: float, left: int
 ) -> tuple[int, int]:
     """(position of the end token, or the canvas's length where the text goes on; the state before it)."""
-    length = len(seen.best)
-    rest = np.concatenate([np.cumsum(seen.top[::-1])[::-1], [0.0]])  # of all positions from here on
+    length = len(seen.argmax)
+    rest = np.concatenate([np.cumsum(seen.argmax_log_p[::-1])[::-1], [0.0]])  # of all positions from here on
     accepted = np.where(language.accepting, scores[:-1], -np.inf)
-    ended = accepted.max(axis=1) + seen.ends.max(axis=1) + rest[1:]
+    ended = accepted.max(axis=1) + seen.end_log_p.max(axis=1) + rest[1:]
     ended = np.where(np.arange(length) < left, ended, -np.inf)
     going = np.where(language.distance + 1 <= left - length, scores[length], -np.inf)
     if left - length <= language.distance[0] + 1:
@@ -116,14 +121,14 @@ def exact_text(
     """
     scores = np.full((stop - start + 1, len(language.distance)), -np.inf)
     scores[0, state] = 0.0
-    likely = list(language._likely_ways(seen.likely[start:stop], seen.log_p[start:stop]))
+    likely = list(language.likely_transitions(seen.likely[start:stop], seen.likely_log_p[start:stop]))
     for i, (source, target, log_p, _) in enumerate(likely):
-        language.advance(scores[i], scores[i + 1], seen.anchors[start + i])
+        language.extend_scores(scores[i], scores[i + 1], seen.always_scored_log_p[start + i])
         np.maximum.at(scores[i + 1], target, scores[i][source] + log_p)
     final = np.where(language.distance <= room, scores[-1], -np.inf)
     at = int(final.argmax())
-    tokens, score = seen.best[start:stop].copy(), float(final[at])
+    tokens, score = seen.argmax[start:stop].copy(), float(final[at])
     if np.isfinite(score):
         for i in range(stop - start - 1, -1, -1):
-            tokens[i], at = language.step_back(scores[i], seen.anchors[start + i], likely[i], at)
+            tokens[i], at = language.backtrack(scores[i], seen.always_scored_log_p[start + i], likely[i], at)
     return tokens, score

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-LONGEST = 64  # bytes of a token; longer ones are not taken in a constrained text
+MAX_TOKEN_BYTES = 64  # bytes of a token; longer ones are not taken in a constrained text
 
 
-class Spelling:
+class TokenBytes:
     """The bytes that a tokenizer's tokens stand for, in SentencePiece's notation; special ones stand for none."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, silent: Iterable[int] = ()):
         special = {*tokenizer.all_special_ids, *silent}
         pieces = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), vocab_size))))
-        self.bytes = np.zeros((vocab_size, LONGEST), np.uint8)
+        self.bytes = np.zeros((vocab_size, MAX_TOKEN_BYTES), np.uint8)
         self.length = np.zeros(vocab_size, np.int32)  # 0: not a text
         fallback = np.zeros(vocab_size, bool)
         for token, piece in enumerate(pieces):
@@ -34,7 +34,7 @@ class Spelling:
                 continue
             byte = marked or None
             spelt = bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
-            if len(spelt) <= LONGEST:
+            if len(spelt) <= MAX_TOKEN_BYTES:
                 self.bytes[token, : len(spelt)] = np.frombuffer(spelt, np.uint8)
                 self.length[token] = len(spelt)
                 fallback[token] = byte is not None
@@ -42,10 +42,10 @@ class Spelling:
         order = order[np.argsort(fallback[order], kind="stable")]
         self._by_first = [order[self.bytes[order, 0] == byte] for byte in range(256)]
 
-    def starting(self, byte: int) -> np.ndarray:
+    def starting_with(self, byte: int) -> np.ndarray:
         """Tokens whose text begins with a byte; a token of the bare byte comes last."""
         return self._by_first[byte]
 
-    def spell(self, tokens: Sequence[int]) -> bytes:
+    def to_bytes(self, tokens: Sequence[int]) -> bytes:
         """The bytes of a sequence of tokens."""
         return b"".join(self.bytes[t, : self.length[t]].tobytes() for t in tokens)

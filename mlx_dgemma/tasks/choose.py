@@ -3,10 +3,10 @@
 A canvas of noise is denoised once, at temperature 1, and what its positions say of the labels' tokens is multiplied:
 given the canvas, positions are independent. The prompt is encoded once, whatever is asked.
 
-- Without a template the model answers in its own words, so a label may stand anywhere: `spoken` reads all positions,
-  and the answer is where labels first are probable.
+- Without a template the model answers in its own words, so a label may stand anywhere: `free_text_scores`
+  reads all positions, and the answer is where labels first are probable.
 - With one, the canvas holds its text and noise in its slots. A label needs room for its own tokens, so there is
-  a canvas for every width, and `filled` weighs a label by the fixed text behind its slot too: where a
+  a canvas for every width, and `template_scores` weighs a label by the fixed text behind its slot too: where a
   slot is too wide or too narrow the model does not expect that text. Of several questions each varies its own slot
   alone, with the others as wide as most of their labels are.
 
@@ -30,7 +30,16 @@ import numpy as np
 from ..errors import OptionError
 from ..model import device, head, rng
 from ..prompt.messages import messages_of, whole
-from .labels import Labels, Question, Spelling, Vocabulary, layouts_of, questions_of, spellings_of, vocabulary
+from .labels import (
+    Labels,
+    LabelTokens,
+    Question,
+    TokenEdges,
+    free_text_labels,
+    questions_of,
+    template_canvases,
+    token_edges,
+)
 
 if TYPE_CHECKING:
     from ..engine import Engine, Prompt
@@ -38,10 +47,12 @@ if TYPE_CHECKING:
     from ..model.kv_cache import Prefix
 
 
-NEUTRAL = "N/A"  # asked instead of the prompt, to learn what the labels get without a question
-FIRST = 0.1  # share of the labels' largest probability from which on a position has the answer
-RARE = 0.05  # probability of all labels below which the model answers something else; bench/choose.py measures it
-ROWS = 8  # canvases denoised together, each with a copy of the prefix
+NEUTRAL_PROMPT = "N/A"  # asked instead of the prompt, to learn what the labels get without a question
+ANSWER_SHARE = 0.1  # share of the labels' largest probability from which on a position has the answer
+MIN_LABEL_MASS = (
+    0.05  # probability of all labels below which the model answers something else; bench/choose.py measures it
+)
+MAX_ROWS = 8  # canvases denoised together, each with a copy of the prefix
 OPTIONS = ("image_tokens", "fps", "max_frames", "prefill_chunk")  # of `GenerationOptions`, those that reading has
 
 
@@ -59,7 +70,7 @@ class Choice:
     seed: int
 
 
-class Reading(NamedTuple):
+class CanvasProbabilities(NamedTuple):
     """What canvases say, with positions behind the canvas that are impossible and belong to no word."""
 
     log_p: np.ndarray  # [B, C + longest, T + 1] of the tokens asked for; the last column is 0, for no token
@@ -67,25 +78,25 @@ class Reading(NamedTuple):
     column: dict[int, int]  # of each token
 
 
-def denoised(
+def denoise_and_read(
     model: DiffusionGemma, prefix: Prefix, canvases: np.ndarray, wanted: Sequence[int], marks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`read` canvases [B, C] after one step behind a prefix of one row, `ROWS` at a time."""
+    """`read` canvases [B, C] after one step behind a prefix of one row, `MAX_ROWS` at a time."""
     found = []
-    for start in range(0, len(canvases), ROWS):
-        group = canvases[start : start + ROWS]
+    for start in range(0, len(canvases), MAX_ROWS):
+        group = canvases[start : start + MAX_ROWS]
         if prefix.batch_size != len(group):
             prefix.select_rows([0] * len(group))
         hidden = model.denoise(mx.array(group.astype(np.int32)), prefix)
         queue = device.Queue()
         queue.add(*prefix.stages, hidden)
         queue.finish()
-        found.append(read(model, hidden, wanted, marks))
+        found.append(read_probabilities(model, hidden, wanted, marks))
     log_p, mass = zip(*found)
     return np.concatenate(log_p), np.concatenate(mass)
 
 
-def read(
+def read_probabilities(
     model: DiffusionGemma, hidden: mx.array, wanted: Sequence[int], marks: np.ndarray, nbytes: int = head.CHUNK_BYTES
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of some tokens and the probability of some sets, in one pass over the vocabulary.
@@ -124,16 +135,18 @@ def _blocks(x: mx.array) -> mx.array:
     return x.reshape(*x.shape[:2], -1, 16).sum(axis=-1)
 
 
-def reading_of(log_p: np.ndarray, marks: np.ndarray, wanted: Sequence[int], longest: int) -> Reading:
+def pad_canvases(log_p: np.ndarray, marks: np.ndarray, wanted: Sequence[int], longest: int) -> CanvasProbabilities:
     """What was read, with `longest` positions behind the canvas."""
     more = ((0, 0), (0, longest))
     padded = np.pad(log_p, (*more, (0, 1)), constant_values=-np.inf)
     padded[..., -1] = 0
     column = {token: i for i, token in enumerate(wanted)}
-    return Reading(padded, np.pad(marks, (*more, (0, 0))), column)
+    return CanvasProbabilities(padded, np.pad(marks, (*more, (0, 0))), column)
 
 
-def spoken(reading: Reading, spellings: Sequence[Spelling], labels: int, canvas: int) -> np.ndarray:
+def free_text_scores(
+    reading: CanvasProbabilities, spellings: Sequence[LabelTokens], labels: int, canvas: int
+) -> np.ndarray:
     """[C, N] log-probability that a label stands at each position of canvas 0, in full."""
     scores = np.full((canvas, labels), -np.inf)
     positions = np.arange(canvas)
@@ -146,7 +159,9 @@ def spoken(reading: Reading, spellings: Sequence[Spelling], labels: int, canvas:
     return scores
 
 
-def filled(reading: Reading, spellings: Sequence[Spelling], labels: int) -> tuple[np.ndarray, float]:
+def template_scores(
+    reading: CanvasProbabilities, spellings: Sequence[LabelTokens], labels: int
+) -> tuple[np.ndarray, float]:
     """[N] log-weights of labels in their slots, and that of all labels on the canvas that fits best."""
     scores = np.full(labels, -np.inf)
     masses: dict[int, float] = defaultdict(float)
@@ -161,7 +176,7 @@ def filled(reading: Reading, spellings: Sequence[Spelling], labels: int) -> tupl
     return scores, max(masses.values())
 
 
-def _said(reading: Reading, canvas: int, positions: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+def _said(reading: CanvasProbabilities, canvas: int, positions: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     """[P] log-probability of tokens from each position on; behind the canvas there are none."""
     log_p, total = reading.log_p[canvas], np.zeros(len(positions))
     for i, token in enumerate(tokens):
@@ -169,7 +184,7 @@ def _said(reading: Reading, canvas: int, positions: np.ndarray, tokens: Sequence
     return total
 
 
-def _ended(reading: Reading, canvas: int, ends: np.ndarray, one: Spelling) -> np.ndarray:
+def _ended(reading: CanvasProbabilities, canvas: int, ends: np.ndarray, one: LabelTokens) -> np.ndarray:
     """[P] log-probability that a label is over at each position: no further digit or letter, no longer label."""
     on = np.zeros(len(ends))
     if one.last is not None:
@@ -183,18 +198,18 @@ def _log(p: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(p, 1e-12))  # rounding may leave less than nothing
 
 
-def place(scores: np.ndarray) -> tuple[int, float]:
+def answer_position(scores: np.ndarray) -> tuple[int, float]:
     """Where [C, N] scores have the answer, and the largest probability that the labels have together anywhere.
 
-    The first position at which the labels together are at least `FIRST` as probable as anywhere: an answer may name
-    others later, as "51 is larger than 23" does.
+    The first position at which the labels together are at least `ANSWER_SHARE` as probable as anywhere: an answer
+    may name others later, as "51 is larger than 23" does.
     """
     mass = np.logaddexp.reduce(scores, axis=-1)
-    at = int(np.argmax(mass >= mass.max() + np.log(FIRST)))
+    at = int(np.argmax(mass >= mass.max() + np.log(ANSWER_SHARE)))
     return at, float(np.exp(mass.max()))
 
 
-def normalised(scores: np.ndarray) -> list[float]:
+def softmax(scores: np.ndarray) -> list[float]:
     """[N] log-weights as probabilities."""
     weights = np.exp(scores - scores.max())
     return (weights / weights.sum()).tolist()
@@ -205,11 +220,11 @@ class _Plan:
     """What to denoise and what to read there."""
 
     questions: list[Question]
-    spellings: list[list[Spelling]]  # of each question
+    spellings: list[list[LabelTokens]]  # of each question
     pinned: list[tuple[int | None, ...]]  # each canvas's first tokens
     free: bool  # without a template
     canvas: int
-    words: Vocabulary
+    edges: TokenEdges
 
     def canvases(self, noise: np.ndarray) -> np.ndarray:
         """[B, C]: the same noise, with what is pinned."""
@@ -225,18 +240,18 @@ class _Plan:
         said = [(*one.tokens, *(token for rest in one.longer for token in rest)) for one in spellings]
         tails = {token for one in spellings for _, token in one.tail}
         wanted = sorted(tails.union(*said))
-        log_p, marks = denoised(model, prefix, self.canvases(noise), wanted, self.words.marks)
-        reading = reading_of(log_p, marks, wanted, max(map(len, said)))
+        log_p, marks = denoise_and_read(model, prefix, self.canvases(noise), wanted, self.edges.flags)
+        reading = pad_canvases(log_p, marks, wanted, max(map(len, said)))
         if self.free:
-            return [(spoken(reading, self.spellings[0], len(self.questions[0].keys), self.canvas), None)]
-        return [filled(reading, group, len(one.keys)) for group, one in zip(self.spellings, self.questions)]
+            return [(free_text_scores(reading, self.spellings[0], len(self.questions[0].keys), self.canvas), None)]
+        return [template_scores(reading, group, len(one.keys)) for group, one in zip(self.spellings, self.questions)]
 
 
 def _plan(engine: Engine, questions: list[Question], answer: str | None) -> _Plan:
     if answer is None and len(questions) > 1:
         names = " ".join("{" + question.name + "}" for question in questions)
         raise OptionError(f"There are {len(questions)} questions and no answer template; give one such as {names!r}.")
-    words = vocabulary(engine.tokenizer, engine.config.text.vocab_size)
+    edges = token_edges(engine.tokenizer, engine.config.text.vocab_size)
 
     @cache
     def encode(text: str) -> tuple[int, ...]:
@@ -245,16 +260,16 @@ def _plan(engine: Engine, questions: list[Question], answer: str | None) -> _Pla
 
     texts = [("label", text) for question in questions for group in question.texts for text in group]
     for what, text in [*texts, *([("answer template", answer)] if isinstance(answer, str) else [])]:
-        if special := words.special.intersection(encode(text)):
+        if special := edges.special.intersection(encode(text)):
             token = engine.tokenizer.convert_ids_to_tokens(min(special))
             raise OptionError(f"The {what} {text!r} holds the special token {token}; leave it out.")
     length = engine.config.canvas_length
     pinned: list[tuple[int | None, ...]] = [()]
     if answer is None:
-        spellings = [spellings_of(questions[0], encode, words, length)]
+        spellings = [free_text_labels(questions[0], encode, edges, length)]
     else:
-        pinned, spellings = layouts_of(answer, questions, encode, words, length)
-    return _Plan(questions, spellings, pinned, answer is None, length, words)
+        pinned, spellings = template_canvases(answer, questions, encode, edges, length)
+    return _Plan(questions, spellings, pinned, answer is None, length, edges)
 
 
 def choose(
@@ -277,7 +292,10 @@ def choose(
     effective = engine.options.override(**options)
     plan = _plan(engine, questions_of(labels), answer)
     asked = messages_of(prompt, system, images, video)
-    neutral = [*(one for one in asked if one["role"] in ("system", "developer")), {"role": "user", "content": NEUTRAL}]
+    neutral = [
+        *(one for one in asked if one["role"] in ("system", "developer")),
+        {"role": "user", "content": NEUTRAL_PROMPT},
+    ]
     rows = [engine._row(one, seed, effective, False, None) for one in ([asked, neutral] if calibrate else [asked])]
     key = mx.random.key(rows[0].seed)[None]
     noise = np.asarray(rng.noise(plan.canvas, engine.config.text.vocab_size, key))[0]
@@ -289,15 +307,15 @@ def choose(
     for question, *said in zip(plan.questions, *read_of):
         scores, mass = [one for one, _ in said], said[0][1]
         if mass is None:
-            at, mass = place(scores[0])
+            at, mass = answer_position(scores[0])
             scores = [one[at] for one in scores]
         named[question.name] = mass
-        if mass < RARE:
+        if mass < MIN_LABEL_MASS:
             name = f" of {question.name}" if question.name else ""
             mend = "give other labels" if answer is not None else "give an answer template or other labels"
             warnings.warn(f"The model answers with none of the labels{name} ({mass:.1%}); {mend}.", stacklevel=3)
         weights = scores[0] - scores[1] if calibrate else scores[0]
-        found[question.name] = dict(zip(question.keys, normalised(weights)))
+        found[question.name] = dict(zip(question.keys, softmax(weights)))
     return Choice(
         found if isinstance(labels, dict) else found[""],
         named,

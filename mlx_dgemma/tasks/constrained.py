@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from ..constraints.language import Language, covers_lines
-from ..constraints.patterns import translate
+from ..constraints.language import Language, accepts_every_line
+from ..constraints.patterns import python_regex_to_plain
 from ..constraints.schema import to_regex
 from ..constraints.search import FRESH, THINKING, Marginals, best_text
 from ..decoding.control import Control
@@ -42,7 +42,7 @@ class Constrained(Control):
         def choose(row: int, seen: Marginals) -> np.ndarray:
             return best_text(self._language, seen, self._state, self._ends, left, self._marks)
 
-        return Guide(self._language.anchors, self._ends, self._marks, choose)
+        return Guide(self._language.always_scored_tokens, self._ends, self._marks, choose)
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Move on in the language."""
@@ -52,7 +52,7 @@ class Constrained(Control):
                 self._state = THINKING
                 return
             given, state = given[given.index(self._marks[1]) + 1 :], 0
-        self._state = self._language.after(given, max(state, 0))
+        self._state = self._language.state_after(given, max(state, 0))
 
 
 class Guide:
@@ -117,14 +117,14 @@ def constraint(
     elif regex is not None:
         if not isinstance(regex, str):
             raise OptionError(f"regex is {regex!r}; it should be a text.")
-        name, what, pattern = "regex", f"The regex {regex!r}", translate(regex)
+        name, what, pattern = "regex", f"The regex {regex!r}", python_regex_to_plain(regex)
     else:
         return None
     for other, given in (("exact", options.exact), ("stop", options.stop), ("tools", tools)):
         if given:
             raise OptionError(f"{name} is given and {other} is {given!r}; they cannot be together: leave one out.")
     language = engine.language(pattern, what)
-    if regex is not None and covers_lines(language):
+    if regex is not None and accepts_every_line(language):
         raise OptionError(f"{what} matches every line of text, so it asks for nothing; leave it out.")
     return constrained(engine, row, options, language, what, thinking)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..constraints.patterns import literal, translate
+from ..constraints.patterns import literal, python_regex_to_plain
 from ..decoding.request import Job
 from ..errors import OptionError
 from ..prompt.messages import messages_of, whole
@@ -42,7 +42,9 @@ def fill(
     if missing := [name for name in names if name not in holes]:
         raise OptionError(f"holes has nothing for {missing[0]!r}, which stands in the template; give its texts.")
     patterns = {name: hole_pattern(name, holes[name]) for name in names}
-    plain = "".join(f"(?:{translate(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts))
+    plain = "".join(
+        f"(?:{python_regex_to_plain(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts)
+    )
     effective = _effective(engine, "fill", options)
     row = engine._row(messages_of(FILL_TEMPLATE + template if prompt is None else prompt), seed, effective)
     control = constrained(engine, row, effective, engine.language(plain, "The template"), "The template")

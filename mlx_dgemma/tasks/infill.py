@@ -18,9 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..constraints.language import Language
-from ..constraints.patterns import EVERYTHING, SURROGATES, characters, literal, without
+from ..constraints.patterns import ALL_CODE_POINTS, SURROGATES, character_class, literal, subtract
 from ..constraints.search import Marginals, exact_text
-from ..constraints.tokens import Spelling
+from ..constraints.tokens import TokenBytes
 from ..decoding.canvas import denoise_block
 from ..decoding.control import PARTS, Control, Layout, fitting_size
 from ..decoding.request import Job
@@ -41,7 +41,7 @@ TOGETHER = 8  # lengths read in one pass
 CERTAIN, APART = -1.0, 5.0  # nats: a length is taken that is this likely and so far ahead of every other
 IN_VIEW = 16  # tokens behind the hole by which lengths are compared
 BROKEN = "\ufffd"  # what a tokenizer makes of a character that is cut
-ANY = characters(without([EVERYTHING], SURROGATES)) + "*"
+ANY = character_class(subtract([ALL_CODE_POINTS], SURROGATES)) + "*"
 
 
 @dataclass(frozen=True)
@@ -163,21 +163,21 @@ class Hole(Control):
         """The most probable text of the hole that fits."""
 
         def choose(row: int, seen: Marginals) -> np.ndarray:
-            tokens, size = seen.best.copy(), len(seen.best)
+            tokens, size = seen.argmax.copy(), len(seen.argmax)
             start, stop = self._window(row, size)
             room = self._lengths[row] - len(self.found) - (stop - start)  # in later canvases
             tokens[start:stop], score = exact_text(self._language, seen, start, stop, self._state, room)
             view = [self._asked.index(token) for token in self._behind[: min(IN_VIEW, size - stop)]]
-            self.score[row] = score + float(seen.ends[np.arange(stop, stop + len(view)), view].sum())
+            self.score[row] = score + float(seen.end_log_p[np.arange(stop, stop + len(view)), view].sum())
             return tokens
 
-        return Guide(self._language.anchors, self._asked, (), choose)
+        return Guide(self._language.always_scored_tokens, self._asked, (), choose)
 
     def take(self, tokens: Sequence[int]) -> None:
         """Take the hole's part of a finished canvas."""
         start, stop = self._window(0, len(tokens))
         self.found += tokens[start:stop]
-        self._state = self._language.after(tokens[start:stop], self._state)
+        self._state = self._language.state_after(tokens[start:stop], self._state)
         self._begin += len(tokens)
 
     def _size(self, begin: int) -> int:
@@ -199,7 +199,7 @@ class Filling:
 
     thinking = ""
 
-    def __init__(self, hole: Hole, spelling: Spelling, seams: Seams):
+    def __init__(self, hole: Hole, spelling: TokenBytes, seams: Seams):
         self._hole, self._spelling, self._seams = hole, spelling, seams
         self.tool_calls: list[dict] = []
         self.text, self.left = "", 2**30  # the canvas has no room but for the hole
@@ -219,7 +219,7 @@ class Filling:
                     f"length is {len(self._hole.found)}, but no likely text of so many tokens has the pieces of words "
                     "at the hole's ends; give more."
                 )
-            text = self._spelling.spell(self._hole.found).decode()
+            text = self._spelling.to_bytes(self._hole.found).decode()
             self.text = text[len(self._seams.tail) : len(text) - len(self._seams.head)]
             self.finish_reason = "stop"
         return self.finish_reason
@@ -275,7 +275,7 @@ def infill(
         )
     seams = Seams.of(engine.tokenizer, prefix, suffix)
     language = engine.language(seams.pattern(), "The hole")
-    least = max(language.shortest, 1)
+    least = max(language.shortest_length, 1)
     if length is not None and length < least:
         raise OptionError(
             f"length is {length}, but the pieces of words at the hole's ends take {least} tokens; give that many."

@@ -30,7 +30,7 @@ class Question(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Spelling:
+class LabelTokens:
     """A label's tokens as they may stand on a canvas, and where."""
 
     label: int
@@ -43,15 +43,15 @@ class Spelling:
     tail: tuple[tuple[int, int], ...] = ()  # (position, token) of the fixed text behind the slot
 
 
-class Vocabulary(NamedTuple):
+class TokenEdges(NamedTuple):
     """What reading needs of a tokenizer."""
 
-    marks: np.ndarray  # [V, 4] float32: begins with a digit, with a letter; ends with a digit, with a letter
+    flags: np.ndarray  # [V, 4] float32: begins with a digit, with a letter; ends with a digit, with a letter
     special: frozenset[int]
 
 
 @lru_cache(maxsize=4)
-def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
+def token_edges(tokenizer: Any, size: int) -> TokenEdges:
     """Which of `size` tokens are parts of words, and which no text."""
     special = set(tokenizer.all_special_ids)
     special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -61,7 +61,7 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
             for at, char in ((0, text[0]), (2, text[-1])):
                 if (kind := _kind(char)) is not None:
                     marks[token, at + kind] = 1
-    return Vocabulary(marks, frozenset(special))
+    return TokenEdges(marks, frozenset(special))
 
 
 def _kind(char: str) -> int | None:
@@ -108,7 +108,7 @@ def _question(name: str, labels: Any) -> Question:
     return Question(name, tuple(labels), tuple((text,) for text in texts))
 
 
-def spellings_of(question: Question, encode: Encode, words: Vocabulary, canvas: int) -> list[Spelling]:
+def free_text_labels(question: Question, encode: Encode, edges: TokenEdges, canvas: int) -> list[LabelTokens]:
     """A question's labels as they may stand in free text: as they are, and with a space before.
 
     Raises:
@@ -118,11 +118,11 @@ def spellings_of(question: Question, encode: Encode, words: Vocabulary, canvas: 
     for label, texts in enumerate(question.texts):
         for text in texts:
             last = _mark(text[-1], 0)
-            found.append(Spelling(label, encode(text), _mark(text[0], 2), last))
-            found.append(Spelling(label, encode(f" {text}"), None, last))
+            found.append(LabelTokens(label, encode(text), _mark(text[0], 2), last))
+            found.append(LabelTokens(label, encode(f" {text}"), None, last))
             if (count := len(found[-2].tokens)) > canvas:
                 raise OptionError(f"The label {text!r} has {count} tokens, more than a canvas of {canvas}; shorten it.")
-    return _linked(_distinct(found, question), words)
+    return _linked(_distinct(found, question), edges)
 
 
 def _mark(char: str, at: int) -> int | None:
@@ -130,13 +130,13 @@ def _mark(char: str, at: int) -> int | None:
     return None if kind is None else at + kind
 
 
-def _distinct(spellings: Sequence[Spelling], question: Question) -> dict[tuple[int, ...], Spelling]:
+def _distinct(spellings: Sequence[LabelTokens], question: Question) -> dict[tuple[int, ...], LabelTokens]:
     """Every spelling once, by its tokens.
 
     Raises:
         OptionError: two labels that are the same tokens.
     """
-    known: dict[tuple[int, ...], Spelling] = {}
+    known: dict[tuple[int, ...], LabelTokens] = {}
     for one in spellings:
         other = known.setdefault(one.tokens, one)
         if other.label != one.label:
@@ -145,12 +145,12 @@ def _distinct(spellings: Sequence[Spelling], question: Question) -> dict[tuple[i
     return known
 
 
-def _linked(known: dict[tuple[int, ...], Spelling], words: Vocabulary) -> list[Spelling]:
+def _linked(known: dict[tuple[int, ...], LabelTokens], edges: TokenEdges) -> list[LabelTokens]:
     """Tell spellings which longer ones begin with them; those that begin with a longer one are part of that."""
     for tokens in known:
         for end in range(len(tokens) - 1, 0, -1):
             if shorter := known.get(tokens[:end]):
-                if shorter.last is None or not words.marks[tokens[end], shorter.last]:  # else it counts as one word
+                if shorter.last is None or not edges.flags[tokens[end], shorter.last]:  # else it counts as one word
                     shorter.longer.append(tokens[end:])
                 break
     return list(known.values())
@@ -184,9 +184,9 @@ def _parsed(answer: str, questions: Sequence[Question]) -> list[tuple[str, int |
     return [*found, (text, None)]
 
 
-def layouts_of(
-    answer: str, questions: Sequence[Question], encode: Encode, words: Vocabulary, canvas: int
-) -> tuple[list[tuple[int | None, ...]], list[list[Spelling]]]:
+def template_canvases(
+    answer: str, questions: Sequence[Question], encode: Encode, edges: TokenEdges, canvas: int
+) -> tuple[list[tuple[int | None, ...]], list[list[LabelTokens]]]:
     """The canvases that a template needs, and every question's spellings on them.
 
     The whole answer is tokenised with a label in its place, so that a space before it may be its own.
@@ -202,7 +202,7 @@ def layouts_of(
     fixed = [text for text, _ in parts]
     usual = [_usual(question, encode) for question in questions]
     known: dict[tuple[int | None, ...], int] = {}
-    found: list[list[Spelling]] = []
+    found: list[list[LabelTokens]] = []
     for i, question in enumerate(questions):
         texts = [(label, text) for label, group in enumerate(question.texts) for text in group]
         filled = [[text if j == i else usual[j] for j in order] for _, text in texts]
@@ -228,9 +228,9 @@ def layouts_of(
             tail = tuple((at, token) for at, token in enumerate(pinned) if at >= end and token is not None)
             row = known.setdefault(tuple(pinned), len(known))
             last = None if behind else _mark(text[-1], 0)
-            spellings.append(Spelling(label, tokens[start:end], None, last, canvas=row, start=start, tail=tail))
+            spellings.append(LabelTokens(label, tokens[start:end], None, last, canvas=row, start=start, tail=tail))
         distinct = _distinct(spellings, question)
-        found.append(list(distinct.values()) if behind else _linked(distinct, words))
+        found.append(list(distinct.values()) if behind else _linked(distinct, edges))
     return list(known), found
 
 
