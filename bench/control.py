@@ -211,7 +211,7 @@ def overhead(_: None, count: int, full: bool = False) -> list[list]:
         rows[-1] += [held / 2**20 for held in tracemalloc.get_traced_memory()]
         tracemalloc.stop()
     language, draws = made[1], np.random.default_rng(0)
-    rows.append([f"table, {len(language.distance)} states", "", language._table.nbytes / 2**20, ""])
+    rows.append([f"table, {len(language.distance)} states", "", language.table.nbytes / 2**20, ""])
     ends = np.log(draws.dirichlet(np.ones(2), 256))[:, :1]
     anchors = np.log(draws.dirichlet(np.ones(len(language.always_scored_tokens) + 1000), 256))[:, :-1000]
     for what, probabilities in (("diffuse", [0.9 / 32] * 32), ("settled", [1 - 1e-5] + [1e-7] * 31)):

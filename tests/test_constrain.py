@@ -206,7 +206,7 @@ WALKED = ["a|ab", r'\{"name": "[^"\n]{1,3}", "age": \d+\}', "(?:é|日本)+ ?x",
 
 def plain_walk(language, spelling, tokens):
     """Every (token, state, state behind it), byte by byte."""
-    table, found = language._table, set()
+    table, found = language.table, set()
     for token in tokens:
         spelt = spelling.to_bytes([token])
         for source in range(len(table) - 1) if spelt else ():
@@ -218,18 +218,19 @@ def plain_walk(language, spelling, tokens):
     return found
 
 
-def as_set(tokens, ways):
-    return list(zip(np.asarray(tokens)[ways.at].tolist(), ways.source.tolist(), ways.target.tolist()))
+def as_triples(tokens, transitions):
+    columns = np.asarray(tokens)[transitions.index], transitions.source, transitions.target
+    return list(zip(*(column.tolist() for column in columns)))
 
 
 @pytest.mark.parametrize("pattern", WALKED)
 def test_walks_equal_a_walk_byte_by_byte(pattern, spelling):
     language, tokens = language_of(pattern, spelling), np.arange(len(spelling.length))
-    found = as_set(tokens, language.transitions_of(tokens))
+    found = as_triples(tokens, language.transitions_of(tokens))
     assert set(found) == plain_walk(language, spelling, tokens)
     assert len(set(found)) == len(found)
-    assert language.transitions_of(tokens[:0]).at.tolist() == []
-    assert language.transitions_of(np.array([1, 2])).at.tolist() == []  # special tokens
+    assert language.transitions_of(tokens[:0]).index.tolist() == []
+    assert language.transitions_of(np.array([1, 2])).index.tolist() == []  # special tokens
 
 
 @pytest.mark.parametrize("pattern", WALKED)
@@ -364,7 +365,7 @@ def state_of(pattern, before):
         return before
     language, state = language_of(pattern), 0
     for byte in before.replace("▁", " ").encode():
-        state = int(language._table[state, byte])
+        state = int(language.table[state, byte])
     return state
 
 
