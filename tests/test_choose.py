@@ -165,7 +165,7 @@ def test_a_range_has_numbers_as_keys(engine):
 @pytest.mark.usefixtures("quiet")
 def test_bool_sums_up_its_spellings(engine):
     found = engine.choose(LARGER, bool)
-    texts = [text for group in labels.TRUTH.values() for text in group]
+    texts = [text for group in labels.BOOL_TEXTS.values() for text in group]
     each = naive(engine, LARGER, texts)[0]
     assert list(found) == [True, False]
     close(found, [each[:4].sum(), each[4:].sum()])
@@ -240,10 +240,10 @@ def test_a_slot_is_what_whole_logits_give(engine, prompt, answer, labels):
 def test_a_space_before_a_slot_belongs_to_the_label(engine):
     encode = engine.tokenizer.encode
     question = labels.questions_of(["Paris", "Rome"])
-    plan = choose._plan(engine, question, "The capital of France is {}.")
+    plan = choose._plan(engine.tokenizer, engine.config, question, "The capital of France is {}.")
     wanted = [encode(" Paris", add_special_tokens=False), encode(" Rome", add_special_tokens=False)]
-    assert [list(one.tokens) for one in plan.spellings[0]] == wanted
-    assert [list(one) for one in plan.pinned] == [
+    assert [list(one.tokens) for one in plan.labels[0]] == wanted
+    assert [list(one) for one in plan.fixed] == [
         [*encode("The capital of France is", add_special_tokens=False), None, *encode(".", add_special_tokens=False)]
     ]
 
