@@ -15,7 +15,6 @@ from mlx_dgemma.checkpoint.headers import INDEX
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_dgemma.prompt.messages import messages_of
 
 DATA = Path(__file__).parent / "data"
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -115,6 +114,11 @@ def refusal(kind, call, *arguments, **options):
     return str(caught.value)
 
 
-def row_of(engine, prompt, images=(), video=None, **options):
-    """A prompt as it goes into the loop; nothing is computed."""
-    return engine._row(messages_of(prompt, None, images, video), 0, engine.options.override(**options), False, None)
+def prompt_of(engine, prompt, images=(), video=None, **options):
+    """A prompt as the model reads it; nothing is computed."""
+    return engine.prepare(prompt, images=images, video=video, seed=0, **options).prompt
+
+
+def feed(reader, tokens):
+    """Hand a reader tokens whose log-probabilities do not matter."""
+    return reader.feed(tokens, [0.0] * len(tokens))

@@ -6,12 +6,13 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
-from loop import OPTIONS, Reader, job_of, plain_loop, run
+from loop import OPTIONS, Reader, plain_loop, request_of, run
 from support import engine_of, random_tokens, refusal, small_model
 from test_generate import PROMPTS
 
 from mlx_dgemma.decoding import canvas as module
 from mlx_dgemma.decoding.events import Block, Draft
+from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.errors import OptionError
@@ -154,18 +155,18 @@ def test_watching_changes_nothing(models, mode):
     seen = {}
     for way in ("at once", "later", "never"):
         reader, events = Reader(3), []
-        job, encoding = job_of(models[40], PROMPT, reader, 1, options_of(mode, 40))
-        job.drafts = way != "never"
+        request, session = request_of(models[40], PROMPT, reader, 1, options_of(mode, 40))
+        request.drafts = way != "never"
         loop = Loop(models[40])
-        loop.add(job, encoding)
-        while loop.jobs:
+        loop.add(request, session)
+        while loop.requests:
             for _, event in loop.step():
                 if way == "at once" and isinstance(event, Draft):
                     assert event.tokens.tolist() and event.accepted.tolist() and event.entropy.tolist()
                 events.append(event)
         if way == "later":
             assert all(len(e.entropy.tolist()) == 4 for e in events if isinstance(e, Draft))
-        assert any(isinstance(event, Draft) for event in events) == job.drafts
+        assert any(isinstance(event, Draft) for event in events) == request.drafts
         seen[way] = reader.taken, blocks_of([events])
     assert seen["at once"] == seen["later"] == seen["never"]
 
@@ -225,7 +226,7 @@ def test_the_prefix_ends_with_the_canvas_that_was_shown_last(models, mode, monke
     for one in (prefix, fresh):
         model.encode(mx.array([PROMPT]), one)
     options = options_of(mode, 40, stability_threshold=0)
-    steps = list(module.denoise_block(model, prefix, options, mx.random.key(3)[None]))
+    steps = list(denoise_block(model, prefix, options, mx.random.key(3)[None]))
     assert len(calls) > len(steps)
     followed = calls[-1]
     canvas, conditioning = calls[-2]

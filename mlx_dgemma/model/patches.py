@@ -1,4 +1,4 @@
-"""`Patches`: pictures in the form that the vision tower takes."""
+"""`Patches`: pictures in the form that the vision tower takes, and the budgets of soft tokens of a picture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from ..errors import OptionError
+
+BUDGETS = (70, 140, 280, 560, 1120)
+"""Numbers of soft tokens that a picture may be given."""
+
+
+def check_budget(budget: int) -> None:
+    """Raise OptionError unless a picture can be given this many soft tokens."""
+    if isinstance(budget, bool) or budget not in BUDGETS:
+        raise OptionError(f"The image budget is {budget!r}; it should be one of {', '.join(map(str, BUDGETS))}.")
 
 
 @dataclass(frozen=True)

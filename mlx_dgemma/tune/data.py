@@ -47,7 +47,7 @@ class Target:
         prompt: token ids as inference would encode the conversation up to this turn, the generation prompt and a
             placeholder for each soft token of a picture included.
         answer: token ids that the model should emit: thinking, tool calls and text, and the token that ends them.
-        images: sources of the prompt's pictures in their order, paths or `data:` URLs; see `Engine.load_image`.
+        images: sources of the prompt's pictures in their order, paths or `data:` URLs; see `PromptBuilder.load_image`.
     """
 
     prompt: list[int]
@@ -338,7 +338,7 @@ def _seen(engine: Engine, chat: list[Message]) -> list[Message]:
     def seen(part: Message) -> Message:
         if "image" not in part:
             return part
-        return {**part, "image": engine.load_image(part["image"], engine.options.image_tokens)}
+        return {**part, "image": engine.builder.load_image(part["image"], engine.options.image_tokens)}
 
     return [
         {**message, "content": [seen(part) for part in message["content"]]}
@@ -364,7 +364,7 @@ def _turn(
     if thought and answer[0] != tokenizer.think_start_tokens[0]:  # the template shows a thought only before a call
         text = f"{tokenizer.think_start}\n{thought}\n{tokenizer.think_end}"
         answer = [*tokenizer.encode(text, add_special_tokens=False), *answer]
-    prompt = engine.tokens_of(chat[:i], thinking, tools)[0]
+    prompt = engine.builder.prompt_tokens(chat[:i], thinking, tools).tokens
     begun = _empty_thought(tokenizer, prompt)
     end = list(tokenizer.think_end_tokens or ())
     if begun and begun[-len(end) :] != end:  # the template opens the thought that the model goes on with
@@ -380,7 +380,7 @@ def _answer(engine: Engine, i: int, message: Message, thinking: bool, tools: lis
     ends, question = engine.options.end_tokens, {"role": "user", "content": "-"}
 
     def tokens(*messages: Message) -> list[int]:
-        return engine.tokens_of([question, *messages], thinking, tools)[0]
+        return engine.builder.prompt_tokens([question, *messages], thinking, tools).tokens
 
     prompt, whole = tokens(), tokens(message)
     start = len(prompt) - len(_empty_thought(engine.tokenizer, prompt))

@@ -14,9 +14,9 @@ from support import (
     SLIDING,
     engine_of,
     gap,
+    prompt_of,
     reference,
     refusal,
-    row_of,
     small_config,
     small_model,
     square,
@@ -67,10 +67,10 @@ def test_the_prompt_is_the_references(engine, name):
     paths, _ = encoded(name)
     expected = reference(name)["input_ids"][0].tolist()
     question, budget = "Describe the image.", REFERENCES[name][0]
-    assert row_of(engine, question, paths, image_tokens=budget).tokens == expected
+    assert prompt_of(engine, question, paths, image_tokens=budget).tokens == expected
     parts = [*({"type": "image", "image": path} for path in paths), {"type": "text", "text": question}]
     messages = [{"role": "user", "content": parts}]
-    assert row_of(engine, messages, image_tokens=budget).tokens == expected
+    assert prompt_of(engine, messages, image_tokens=budget).tokens == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64, 2048])
