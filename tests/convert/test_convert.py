@@ -28,7 +28,7 @@ from mlx_dgemma.errors import CheckpointError, DgemmaError, OptionError
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 COMBINATIONS = [(bits, size, "affine") for bits, size in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128))]
 COMBINATIONS += [(4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4")]
 

@@ -21,7 +21,7 @@ from mlx_dgemma.convert import cli as cli_module
 from mlx_dgemma.convert import conversion, convert, verify
 from mlx_dgemma.errors import CheckpointError, DgemmaError, OptionError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SHARDS = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
 RELEASE = "google/diffusiongemma-26B-A4B-it"
 RECIPES = "3bit, 4bit, 6bit, 8bit, mxfp4, mxfp8, nvfp4"
