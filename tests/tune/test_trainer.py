@@ -1,0 +1,253 @@
+"""Training steps, their state, gradient processes and the memory estimate."""
+
+from dataclasses import astuple, replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.optimizers import clip_grad_norm
+from mlx.utils import tree_flatten, tree_map
+from support import random_tokens, refusal, small_model
+from training import QUICK, batch_of, trainer, weights
+
+import mlx_dgemma
+from mlx_dgemma.adapters import deltas
+from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError, PromptError
+from mlx_dgemma.tune import trainer as trainer_module
+from mlx_dgemma.tune.objective import VARIANTS, Batch
+from mlx_dgemma.tune.run import need
+from mlx_dgemma.tune.trainer import Method, Trainer, flat
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kind": "dora"},
+        {"kind": "full", "rank": 16, "alpha": 32.0},
+        {"dropout": 0.2, "recompute": False},
+        {"accumulate": 2, "targets": ("experts", "router")},
+        {"optimizer": "muon", "final": 0.0},
+    ],
+    ids=["lora", "dora", "full", "dropout", "accumulated", "muon"],
+)
+def test_stopped_and_resumed_is_bit_for_bit_one_run(tmp_path, changes):
+    whole, first, second = (trainer(**changes) for _ in range(3))
+    count = whole.method.accumulate
+    drawn = [[batch_of(step * count + i) for i in range(count)] for step in range(6)]
+    losses = [whole.update(batches).total for batches in drawn]
+    for batches in drawn[:3]:
+        first.update(batches)
+    first.save(tmp_path, {"data": "a"})
+    second.resume(tmp_path, {"data": "a"})
+    assert second.step == 3
+    assert [second.update(batches).total for batches in drawn[3:]] == losses[3:]
+    mine, theirs = weights(second.model), weights(whole.model)
+    assert mine.keys() == theirs.keys()
+    assert all((mine[path] == theirs[path]).all() for path in mine)
+
+
+@pytest.mark.parametrize(
+    "kind, targets", [("lora", ("attention", "mlp")), ("lora", ("experts",)), ("full", ("attention",))]
+)
+def test_training_lowers_the_loss_and_changes_what_it_should(kind, targets):
+    own = {"rank": 16, "alpha": 32.0} if kind == "full" else {}
+    one = trainer(kind=kind, targets=targets, steps=40, learning_rate=0.02, **own)
+    before, batch = weights(one.model), batch_of(1, 4)
+    start = np.mean([one.measure(batch, i).total.item() for i in range(8)])
+    for _ in range(40):
+        one.update([batch])
+    assert np.mean([one.measure(batch, i).total.item() for i in range(8)]) < 0.8 * start
+    after = weights(one.model)
+    changed = {path for path in before if (before[path] != after[path]).any()}
+    trained = {path for path, _ in tree_flatten(one.model.trainable_parameters())}
+    assert changed == trained
+    if kind == "full":
+        assert not [path for path in trained if ".router." in path or "vision" in path]
+        assert "model.decoder.embed_tokens.weight" in trained
+    else:
+        assert trained == {path for path in before if path.endswith(("lora_a", "lora_b"))}
+
+
+def test_only_the_last_layers_are_trained():
+    one = trainer(layers=1, targets=("attention", "self-conditioning"))
+    paths = {path for path, _ in tree_flatten(one.model.trainable_parameters())}
+    assert {path.split(".lora")[0] for path in paths} == {
+        *(f"model.decoder.layers.2.self_attn.{name}_proj" for name in "qkvo"),
+        *deltas.SELF_CONDITIONING,
+    }
+
+
+def test_accumulated_gradients_are_the_mean():
+    one, two = trainer(), trainer(accumulate=2)
+    parts = [batch_of(0, 1), batch_of(1, 1)]
+    (_, first), (_, second) = (two._gradients(parts[i], i) for i in (0, 1))
+    mean, _ = clip_grad_norm(tree_map(lambda a, b: (a + b) / 2, first, second), 1.0)
+    one.optimizer.update(one.model, mean)
+    two.update(parts)
+    mine, theirs = weights(one.model), weights(two.model)
+    assert all(np.allclose(mine[path], theirs[path], atol=1e-6) for path in mine)
+
+
+def test_the_learning_rate_rises_and_falls_to_its_final_share():
+    one = trainer(steps=10, warmup=4, learning_rate=0.1)
+    rates = [one.update([batch_of(0)]).learning_rate for _ in range(10)]
+    assert rates[:4] == sorted(rates[:4]) and rates[4:] == sorted(rates[4:], reverse=True)
+    assert max(rates) == pytest.approx(0.1)
+    assert 0.01 < rates[-1] < 0.02
+    one = trainer(steps=10, warmup=4, learning_rate=0.1, final=0.0)
+    assert 0 < [one.update([batch_of(0)]).learning_rate for _ in range(10)][-1] < 0.01
+
+
+def test_muon_changes_matrices_along_all_directions_and_decays_them_as_adamw_does():
+    one, two = trainer(optimizer="muon", weight_decay=0.0), trainer(optimizer="muon", weight_decay=10.0)
+    before = weights(one.model)
+    rate = one.update([batch_of(0)]).learning_rate
+    two.update([batch_of(0)])
+    mine, theirs = weights(one.model), weights(two.model)
+    before = {path: was for path, was in before.items() if path.endswith(("lora_a", "lora_b"))}
+    for path, was in before.items():
+        change = mine[path] - was
+        if np.abs(change).max() > 0:  # a change of `a` waits for the first one of `b`
+            expected = rate * max(1, was.shape[0] / was.shape[1]) ** 0.5
+            found = np.linalg.svd(change, compute_uv=False)
+            assert found.max() / expected < 1.3 and found.min() / expected > 0.3
+        np.testing.assert_allclose(theirs[path], mine[path] - 10 * rate * was, atol=1e-6)
+    assert any(np.abs(mine[path] - was).max() > 0 for path, was in before.items())
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    one = trainer()
+    one.update([batch_of(0)])
+    assert refusal(DataError, one.resume, tmp_path, {}) == (
+        f"{tmp_path} holds no state.safetensors to resume from; start anew without --resume."
+    )
+    one.save(tmp_path, {"data": "a"})
+    file = tmp_path / "state.safetensors"
+    assert refusal(DataError, one.resume, tmp_path, {"data": "b"}) == (
+        f"{file} was trained with data 'a', and now it is 'b'; resume with the same, or start anew."
+    )
+    assert refusal(DataError, trainer(rank=3).resume, tmp_path, {"data": "a"}) == (
+        f"{file} was trained with rank 2, and now it is 3; resume with the same, or start anew."
+    )
+    file.write_bytes(file.read_bytes()[:100])
+    assert refusal(DataError, one.resume, tmp_path, {}) == f"{file} is broken; start anew without --resume."
+
+
+def test_methods_are_checked():
+    assert (
+        refusal(OptionError, lambda: Method(kind="qlora")) == "kind is 'qlora'; it should be one of lora, dora, full."
+    )
+    assert refusal(OptionError, Method, rank=0) == "rank is 0; it should be at least 1."
+    assert refusal(OptionError, Method, dropout=1.0) == "dropout is 1.0; it should be at least 0 and below 1."
+    assert refusal(OptionError, Method, dropout=0.1) == (
+        "dropout is 0.1, and layers computed again would draw another one; give --keep too."
+    )
+    for name, value in (("alpha", 0.0), ("learning_rate", float("nan")), ("learning_rate", float("inf"))):
+        assert refusal(OptionError, Method, **{name: value}) == f"{name} is {value}; it should be above 0."
+    assert (
+        refusal(OptionError, Method, seed=2**31) == "seed is 2147483648; it should be at least 0 and below 2147483648."
+    )
+    assert refusal(OptionError, Method, steps=3, warmup=3) == "warmup is 3; it should be below the 3 steps."
+    assert refusal(OptionError, Method, final=1.5) == "final is 1.5; it should be from 0 to 1."
+    assert refusal(OptionError, Method, optimizer="sgd") == "optimizer is 'sgd'; it should be one of adamw, muon."
+    assert refusal(OptionError, lambda: Method(optimizer="muon", kind="dora")) == (
+        "optimizer is muon, which takes matrices alone, and kind dora has others; take adamw."
+    )
+    assert refusal(OptionError, Method, optimizer="muon", targets=("mlp", "experts")) == (
+        "optimizer is muon, which takes matrices alone, and the target experts has others; take adamw."
+    )
+    assert refusal(OptionError, Method, targets=()) == "targets is empty; name at least one group."
+    assert refusal(OptionError, lambda: Method(kind="full", rank=4)) == (
+        "rank is 4, but kind is full, which knows none; leave it out."
+    )
+    assert refusal(OptionError, lambda: Method(kind="full", targets=("experts",))) == (
+        "kind is full, which trains every part; leave the target experts out."
+    )
+    one = trainer()
+    assert refusal(OptionError, lambda: Trainer(one.model, one.method, one.objective)) == (
+        "The model has an adapter already; load it without one."
+    )
+    half = small_model(0)
+    half.set_dtype(mx.bfloat16)
+    assert refusal(OptionError, lambda: Trainer(half, Method(kind="full"), one.objective)) == (
+        "kind is full, and 16-bit weights would lose small changes; give --dtype float32."
+    )
+
+
+def test_more_methods_are_checked():
+    assert refusal(OptionError, trainer, targets=("heads",)) == (
+        "There is no target 'heads'; take some of attention, mlp, experts, router, self-conditioning."
+    )
+    assert refusal(OptionError, trainer, layers=9) == "layers is 9; the model has 3."
+    full = {"kind": "full", "rank": 16, "alpha": 32.0}
+    assert refusal(OptionError, lambda: trainer(layers=9, **full)) == "layers is 9; the model has 3."
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_learnt():
+    one = trainer(learning_rate=0.02)
+    one.update([batch_of(0)])
+    before = weights(one.model)
+    one.objective = replace(one.objective, encoder_weight=float("nan"))
+    told = refusal(DataError, one.update, [batch_of(1)])
+    assert told == "The loss is nan and the gradients' norm nan at step 2; lower --learning-rate, which is 0.02."
+    after = weights(one.model)
+    assert all((before[path] == after[path]).all() for path in before)
+
+
+@pytest.mark.parametrize(
+    "rows, length, parts, recompute",
+    [(1, 40, 1, True), (1, 40, 1, False), (2, 100, 1, True), (2, 100, 1, False), (5, 40, 2, False)],
+)
+def test_the_estimate_bounds_the_peak(rows, length, parts, recompute):
+    """From above, and not by more than sixfold: it plans for a machine, it does not measure one."""
+    engine = mlx_dgemma.load(dtype="float32")
+    tokens = np.array(random_tokens(0, rows, length, vocab=2000)) + 20
+    canvas = np.array(random_tokens(1, rows, 64, vocab=2000))
+    batch = Batch(tokens, np.ones(tokens.shape, bool), canvas, np.ones(canvas.shape, bool))
+    method = Method(rank=4, steps=10, recompute=recompute)
+    one = Trainer(engine.model, method, VARIANTS["google"])
+    one._cores = 2
+    assert one.parts(rows, length) == parts
+    held = sum(a.nbytes for a in flat(engine.model.parameters()).values())
+    mx.synchronize()
+    mx.clear_cache()
+    base = mx.get_active_memory() - held
+    mx.reset_peak_memory()
+    for _ in range(2):
+        one.update([batch])
+    peak = one.peak_bytes - base
+    one.done()
+    needed = need(engine.checkpoint, method, rows, length + 64, one.trainable, held, parts).total
+    assert peak <= needed <= 6 * peak
+
+
+@pytest.mark.parametrize("name", ["google", "nemo"])
+def test_parts_of_a_batch_in_processes_of_their_own_add_up_to_it(monkeypatch, name):
+    whole, parted, again = (Trainer(small_model(0), Method(**QUICK), VARIANTS[name]) for _ in range(3))
+    monkeypatch.setattr(trainer_module, "POSITIONS", 1)
+    whole._cores, parted._cores, again._cores = 1, 2, 2
+    batch = batch_of(0, 3)
+    batch.real[0, :2] = batch.supervised[1, 2:] = False
+    told = [[one.update([batch]) for _ in range(2)] for one in (whole, parted, again)]
+    for one in (parted, again):
+        one.done()
+    mine, theirs, same = (weights(one.model) for one in (whole, parted, again))
+    assert astuple(told[0][1]) == pytest.approx(astuple(told[1][1]), rel=1e-5)
+    assert all(np.allclose(mine[path], theirs[path], atol=1e-5) for path in mine)
+    assert told[1] == told[2] and all(np.array_equal(theirs[path], same[path]) for path in theirs)
+
+
+def test_a_mistake_in_another_process_is_told_here(monkeypatch):
+    one = trainer()
+    monkeypatch.setattr(trainer_module, "POSITIONS", 1)
+    one._cores = 2
+    batch = replace(batch_of(0), features=[mx.zeros((1, 1)), None])
+    assert "image placeholders" in refusal(PromptError, one.update, [batch])
+    one._workers._processes[1].kill()
+    assert refusal(MemoryLimitError, one.update, [batch_of(0)]) == (
+        "A process that computed gradients has ended, as happens where memory runs out; "
+        "lower --batch-size, and go on with --resume."
+    )
+    one.update([batch_of(0)])  # others take their places
+    one.done()
