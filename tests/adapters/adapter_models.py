@@ -11,7 +11,7 @@ from support import gap, random_tokens, small_config, small_model
 
 from mlx_dgemma.adapters import deltas as adapters
 from mlx_dgemma.adapters import peft
-from mlx_dgemma.adapters.deltas import Adapter, Delta, targets
+from mlx_dgemma.adapters.deltas import Adapter, Delta, target_paths
 from mlx_dgemma.checkpoint import build as build_module
 
 BOUND = 1e-4
@@ -37,8 +37,8 @@ def deltas(model, groups=ALL, dora=False, seed=0, size=0.2, rank=2) -> dict[str,
         return mx.array((random.normal(size=shape) * (size / rank**0.5) ** 0.5).astype(np.float32))
 
     found = {}
-    for path in targets(model, groups):
-        weight = adapters.plain_weight(adapters._module(model, path)).astype(mx.float32)
+    for path in target_paths(model, groups):
+        weight = adapters.dequantized_weight(adapters._module(model, path)).astype(mx.float32)
         *experts, out, width = weight.shape
         a, b = draw(*experts, rank, width), draw(*experts, out, rank)
         length = mx.linalg.norm(weight, axis=-1) * mx.array(random.uniform(0.5, 1.5, out).astype(np.float32))

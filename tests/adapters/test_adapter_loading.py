@@ -125,7 +125,7 @@ def test_an_adapter_is_found_here_first_and_then_on_the_hub(adapter, demo, tmp_p
             f"{name} does not exist; give an adapter's folder or its Hub id."
         )
     assert refusal(CheckpointError, mlx_dgemma.load, demo, adapter=demo) == (
-        f"{demo} has no adapter_config.json; point at a folder that holds a PEFT adapter."
+        f"{demo} has no adapter_config.json; give a folder that contains a PEFT adapter."
     )
 
 

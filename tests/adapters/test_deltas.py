@@ -27,7 +27,7 @@ from support import refusal
 
 from mlx_dgemma.adapters import deltas as adapters
 from mlx_dgemma.adapters import peft
-from mlx_dgemma.adapters.deltas import Adapter, Delta, apply, start, taken, targets
+from mlx_dgemma.adapters.deltas import Adapter, Delta, add_adapter, apply, extract_adapter, target_paths
 from mlx_dgemma.errors import CheckpointError, OptionError
 
 # In a model.
@@ -65,8 +65,8 @@ def test_what_is_started_changes_nothing_and_what_is_trained_goes_through_a_file
     groups, dora = KINDS[kind]
     model, key = small(), mx.random.key(7)
     before, shapes = logits(model), shapes_of(model)
-    paths = targets(model, groups)
-    start(model, paths, 2, 1.5, 0.0, dora, key)
+    paths = target_paths(model, groups)
+    add_adapter(model, paths, 2, 1.5, 0.0, dora, key)
     assert equal(logits(model), before)
     for path in paths:
         module = adapters._module(model, path)
@@ -74,7 +74,7 @@ def test_what_is_started_changes_nothing_and_what_is_trained_goes_through_a_file
         module.lora_b = mx.random.normal(module.lora_b.shape, scale=0.3, key=own)
         if dora:
             module.m = module.m * 1.25
-    adapter = taken(model)
+    adapter = extract_adapter(model)
     assert adapter.shared
     assert list(adapter.changes) == [path for path in adapter.denoise if path in paths]
     assert len(adapter.denoise) == len(paths)
@@ -83,7 +83,7 @@ def test_what_is_started_changes_nothing_and_what_is_trained_goes_through_a_file
     for mode in ("encode", "denoise"):
         ours, theirs = getattr(adapter, mode), getattr(again, mode)
         assert ours.keys() == theirs.keys()
-        assert all(delta.same(theirs[path]) for path, delta in ours.items())
+        assert all(delta.equals(theirs[path]) for path, delta in ours.items())
     other = small()
     apply(other, again)
     assert equal(logits(other), logits(model))
@@ -92,11 +92,11 @@ def test_what_is_started_changes_nothing_and_what_is_trained_goes_through_a_file
 
 def test_targets_are_the_last_layers_modules():
     model = small()
-    assert targets(model, ("attention",), 2) == [
+    assert target_paths(model, ("attention",), 2) == [
         *(f"{LAYERS}1.self_attn.{name}_proj" for name in "qko"),  # a full layer takes V from K
         *(f"{LAYERS}2.self_attn.{name}_proj" for name in "qkvo"),
     ]
-    assert targets(model, ("router", "self-conditioning"), 1) == [
+    assert target_paths(model, ("router", "self-conditioning"), 1) == [
         f"{LAYERS}2.router.proj",
         *(f"model.decoder.self_conditioning.{name}_proj" for name in ("gate", "up", "down")),
     ]
@@ -122,7 +122,7 @@ def test_a_module_that_is_not_there(path):
     one = Delta(mx.zeros((1, 16)), mx.zeros((32, 1)), 1.0)
     for adapter in (Adapter({path: one}, {}), Adapter({}, {path: one})):
         assert refusal(CheckpointError, apply, small(), adapter) == (
-            f"The adapter changes {path}, which this model does not have; it is another one's."
+            f"The adapter changes {path}, which this model does not have; it belongs to another model."
         )
 
 
@@ -133,29 +133,29 @@ def test_a_module_that_is_not_there(path):
 def test_a_module_that_takes_no_change(path):
     adapter = Adapter({}, {path: Delta(mx.zeros((1, 16)), mx.zeros((40, 1)), 1.0)})
     assert refusal(CheckpointError, apply, small(), adapter) == (
-        f"The adapter changes {path}, which takes no such change."
+        f"The adapter changes {path}, which does not support this kind of change."
     )
 
 
 def test_targets_that_there_are_not():
     model = small()
-    assert refusal(OptionError, targets, model, ("mlp", "heads")) == (
-        "There is no target 'heads'; take some of attention, mlp, experts, router, self-conditioning."
+    assert refusal(OptionError, target_paths, model, ("mlp", "heads")) == (
+        "There is no target 'heads'; choose from attention, mlp, experts, router, self-conditioning."
     )
     for count in (0, 4, -1):
-        assert refusal(OptionError, targets, model, ("mlp",), count) == f"layers is {count}; the model has 3."
+        assert refusal(OptionError, target_paths, model, ("mlp",), count) == f"layers is {count}; the model has 3."
 
 
 def test_dora_that_cannot_be_computed():
     model, _ = packed("mxfp4")
-    told = f"The adapter is a DoRA, which {Q} in mxfp4 cannot take; use affine weights."
+    told = f"The adapter is a DoRA, which {Q} does not support in mxfp4; use affine weights."
     assert refusal(CheckpointError, apply, model, Adapter({}, {Q: deltas(model, DENSE, True)[Q]})) == told
-    assert refusal(CheckpointError, start, model, [Q], 2, 1.0, 0.0, True, mx.random.key(0)) == told
+    assert refusal(CheckpointError, add_adapter, model, [Q], 2, 1.0, 0.0, True, mx.random.key(0)) == told
     one = deltas(model)[EXPERTS]
     adapter = Adapter({}, {EXPERTS: replace(one, magnitude=mx.ones(64))})
     assert refusal(CheckpointError, apply, model, adapter) == (
-        f"The adapter changes {EXPERTS}, which takes no such change."
+        f"The adapter changes {EXPERTS}, which does not support this kind of change."
     )
-    assert refusal(OptionError, start, model, [EXPERTS], 2, 1.0, 0.0, True, mx.random.key(0)) == (
-        "DoRA is not defined for experts here; leave experts out of --targets, or take lora."
+    assert refusal(OptionError, add_adapter, model, [EXPERTS], 2, 1.0, 0.0, True, mx.random.key(0)) == (
+        "DoRA does not support experts; leave experts out of --targets, or use lora."
     )

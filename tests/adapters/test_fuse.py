@@ -33,7 +33,7 @@ from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.jobs import make_jobs, source_quantization
 from mlx_dgemma.errors import CheckpointError, OptionError
 
-APART = "This adapter changes encoder and decoder differently, and they share their weights; use it with --adapter."
+APART = "This adapter changes encoder and decoder differently, but they share their weights; use it with --adapter."
 
 
 @pytest.fixture(autouse=True)
@@ -60,14 +60,14 @@ def test_fused_weights_are_packed_as_they_were(mode, tmp_path):
     model, twin = packed(mode)
     adapter = modes_of(twin, ALL, False, "equal")
     report = fuse(written(adapter, tmp_path / "a"), tmp_path / "out", stored(model, tmp_path / "in"))
-    assert report.packed == report.modules
+    assert report.requantized == report.modules
     fused = build(Checkpoint.open(tmp_path / "out"))
     for path, module in model.named_modules():
         if "scales" not in module:
             continue
         expected = [module.weight, module.scales, module.get("biases")]
         if path in adapter.changes:
-            weight = adapter.changes[path].on(adapters.plain_weight(module))
+            weight = adapter.changes[path].apply_to(adapters.dequantized_weight(module))
             expected = [*mx.quantize(weight, 32, 4, mode), None][:3]
         found = adapters._module(fused, path)
         pairs = zip(expected, (found.weight, found.scales, found.get("biases")), strict=True)
@@ -128,7 +128,7 @@ def test_a_fused_checkpoint_computes_the_same(float32, adapter, tmp_path):
     assert list(before) == list(after)
     assert differing == {f"{path}.weight" for path in report.modules}
     assert all(before[name][:2] == after[name][:2] for name in before)
-    assert report.packed == ()
+    assert report.requantized == ()
     assert report.nbytes == sum(len(data) for *_, data in after.values())
     for file in ("config.json", "tokenizer.json", "chat_template.jinja", INDEX):
         assert (tmp_path / "out" / file).read_bytes() == (float32 / file).read_bytes()
@@ -168,8 +168,8 @@ def test_a_packed_checkpoint_is_fused_packed_or_not(demo, adapter, tmp_path):
     source = Checkpoint.open(tmp_path / "packed")
     report = fuse(adapter, tmp_path / "again", source.path)
     plain = fuse(adapter, tmp_path / "plain", source.path, dequantize=True)
-    assert report.packed == report.modules
-    assert plain.packed == ()
+    assert report.requantized == report.modules
+    assert plain.requantized == ()
     before, after = read_folder(source.path), read_folder(tmp_path / "again")
     assert {name: one[:2] for name, one in before.items()} == {name: one[:2] for name, one in after.items()}
     again, kept = Checkpoint.open(tmp_path / "again"), Checkpoint.open(tmp_path / "plain")

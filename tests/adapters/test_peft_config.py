@@ -50,8 +50,8 @@ def test_only_what_peft_would_change_is_read(tmp_path, shapes, changes, read):
         assert peft.read(folder, shapes).denoise.keys() == {Q}
     else:
         assert refusal(CheckpointError, peft.read, folder, shapes) == (
-            f"{folder}/adapter_model.safetensors holds {THEIRS}.decoder.layers.0.self_attn.q_proj.lora_A.weight, which "
-            "adapter_config.json does not target, so PEFT leaves it out; remove it or target it."
+            f"{folder}/adapter_model.safetensors contains {THEIRS}.decoder.layers.0.self_attn.q_proj.lora_A.weight, "
+            "which adapter_config.json does not target, so PEFT ignores it; remove it or target it."
         )
 
 
@@ -96,7 +96,7 @@ OTHERS = {
 def test_what_changes_the_computation_is_refused(tmp_path, shapes, key):
     folder = save(tmp_path, pair("decoder.layers.0.self_attn.q_proj"), **{key: OTHERS[key]})
     assert refusal(CheckpointError, peft.read, folder, shapes) == (
-        f"{folder}/adapter_config.json sets {key} to {json.dumps(OTHERS[key])}, which cannot be honoured; "
+        f"{folder}/adapter_config.json sets {key} to {json.dumps(OTHERS[key])}, which is not supported; "
         "train or export the adapter without it."
     )
 
@@ -105,7 +105,7 @@ def test_what_changes_the_computation_is_refused(tmp_path, shapes, key):
 def test_starts_that_change_the_base_are_refused(tmp_path, shapes, start):
     folder = save(tmp_path, pair("decoder.layers.0.self_attn.q_proj"), init_lora_weights=start)
     assert refusal(CheckpointError, peft.read, folder, shapes) == (
-        f'{folder}/adapter_config.json sets init_lora_weights to "{start}", which cannot be honoured; '
+        f'{folder}/adapter_config.json sets init_lora_weights to "{start}", which is not supported; '
         "train or export the adapter without it."
     )
 
@@ -113,8 +113,8 @@ def test_starts_that_change_the_base_are_refused(tmp_path, shapes, start):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"peft_type": "LOHA"}, "has the peft_type 'LOHA'; only LORA can be read."),
-        ({"peft_type": None}, "has the peft_type None; only LORA can be read."),
+        ({"peft_type": "LOHA"}, "has the peft_type 'LOHA'; only LORA is supported."),
+        ({"peft_type": None}, "has the peft_type None; only LORA is supported."),
         ({"r": 0}, "sets r to 0; it should be a whole number of at least 1."),
         ({"r": True}, "sets r to true; it should be a whole number of at least 1."),
         ({"lora_alpha": "16"}, 'sets lora_alpha to "16"; it should be a number.'),

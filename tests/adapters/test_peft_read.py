@@ -122,39 +122,39 @@ def test_a_single_stack_changes_both_modes(tmp_path, shapes):
 
 
 FIRST = f"{THEIRS}.decoder.layers.0.self_attn.q_proj"
-FOREIGN = "The adapter is for another model: "
+FOREIGN = "The adapter belongs to another model: "
 AGAIN = "load it with the model that it was trained on."
 
 
 @pytest.mark.parametrize(
     ("tensors", "changes", "told"),
     [
-        ({}, {}, "{file} holds no tensor; save the adapter again."),
+        ({}, {}, "{file} contains no tensors; save the adapter again."),
         (
             {f"{FIRST}.lora_embedding_A": (2, 192)},
             {},
-            f"{{file}} holds {FIRST}.lora_embedding_A, which is no part of a LoRA; save the adapter without it.",
+            f"{{file}} contains {FIRST}.lora_embedding_A, which is not part of a LoRA; save the adapter without it.",
         ),
         (
             {f"{FIRST}.{A}": (2, 192)},
             {},
-            f"The adapter changes model{FIRST[22:]}, but lacks its lora_B; save it again.",
+            f"The adapter changes model{FIRST[22:]}, but its lora_B is missing; save it again.",
         ),
         (
             {f"{FIRST}.{A}": (2, 192), f"{FIRST}.{B}": (192, 2)},
             {"use_dora": True},
-            f"The adapter changes model{FIRST[22:]}, but lacks its lora_magnitude_vector; save it again.",
+            f"The adapter changes model{FIRST[22:]}, but its lora_magnitude_vector is missing; save it again.",
         ),
         (
             {f"{FIRST}.{A}": (2, 192), f"{FIRST}.{B}": (192, 2), f"{FIRST}.lora_magnitude_vector": (192,)},
             {},
-            f"The adapter holds {FIRST}.lora_magnitude_vector, but adapter_config.json does not set use_dora; "
-            "correct either.",
+            f"The adapter contains {FIRST}.lora_magnitude_vector, but adapter_config.json does not set use_dora; "
+            "correct one of them.",
         ),
         (
             {f"{FIRST}.{A}": (2, 192), f"{FIRST}.lora_A.default.weight": (2, 192)},
             {},
-            f"{{file}} holds {FIRST}.lora_A.weight and {FIRST}.lora_A.default.weight, which are the same; "
+            f"{{file}} contains {FIRST}.lora_A.weight and {FIRST}.lora_A.default.weight, which mean the same; "
             "remove one of them.",
         ),
         (
@@ -176,27 +176,27 @@ AGAIN = "load it with the model that it was trained on."
             {f"{FIRST}.{A}": (4, 192), f"{FIRST}.{B}": (192, 4)},
             {},
             f"The adapter has another rank than adapter_config.json says: its {FIRST}.lora_A.weight has the shape "
-            "[4, 192], but should have [2, 192]; correct either.",
+            "[4, 192], but should have [2, 192]; correct one of them.",
         ),
         (
             {f"{THEIRS}.decoder.layers.6.mlp.down_proj.{A}": (2, 384)},
             {},
-            f"{FOREIGN}this one has no model.decoder.layers.6.mlp.down_proj to change; {AGAIN}",
+            f"{FOREIGN}this model has no model.decoder.layers.6.mlp.down_proj to change; {AGAIN}",
         ),
         (
             {f"{THEIRS}.decoder.embed_tokens.{A}": (2, 192)},
             {"target_modules": ["embed_tokens"]},
-            f"{FOREIGN}this one has no model.decoder.embed_tokens to change; {AGAIN}",
+            f"{FOREIGN}this model has no model.decoder.embed_tokens to change; {AGAIN}",
         ),
         (
             {f"{THEIRS}.decoder.norm.{A}": (2, 192)},
             {"target_modules": ["norm"]},
-            f"{FOREIGN}this one has no model.decoder.norm to change; {AGAIN}",
+            f"{FOREIGN}this model has no model.decoder.norm to change; {AGAIN}",
         ),
         (
             {f"{THEIRS}.language_model.layers.0.self_attn.q_proj.{A}": (2, 192)},
             {},
-            f"{FOREIGN}this one has no model.language_model.layers.0.self_attn.q_proj to change; {AGAIN}",
+            f"{FOREIGN}this model has no model.language_model.layers.0.self_attn.q_proj to change; {AGAIN}",
         ),
         (
             {
@@ -205,24 +205,24 @@ AGAIN = "load it with the model that it was trained on."
                 for one, shape in ((A, (2, 192)), (B, (192, 2)))
             },
             {},
-            f"{{file}} changes {Q} twice, as model.layers.0.self_attn.q_proj too; remove one of them.",
+            f"{{file}} changes {Q} twice, the second time as model.layers.0.self_attn.q_proj; remove one of them.",
         ),
         (
             {f"{THEIRS}.decoder.layers.2.experts.{A}": (16, 128)},
             {},
-            f"{{file}} holds {THEIRS}.decoder.layers.2.experts.lora_A.weight, which adapter_config.json does not "
-            "target, so PEFT leaves it out; remove it or target it.",
+            f"{{file}} contains {THEIRS}.decoder.layers.2.experts.lora_A.weight, which adapter_config.json does not "
+            "target, so PEFT ignores it; remove it or target it.",
         ),
         (
             {f"{THEIRS}.decoder.layers.2.experts.base_layer.{A}": (16, 192)},
             {"target_parameters": ["experts.gate_up_proj"]},
-            f"{{file}} holds {THEIRS}.decoder.layers.2.experts.base_layer.lora_A.weight, which adapter_config.json "
-            "does not target, so PEFT leaves it out; remove it or target it.",
+            f"{{file}} contains {THEIRS}.decoder.layers.2.experts.base_layer.lora_A.weight, which adapter_config.json "
+            "does not target, so PEFT ignores it; remove it or target it.",
         ),
         (
             {f"{THEIRS}.decoder.layers.2.experts.{A}": (16, 128)},
             {"target_parameters": ["experts.down_proj"], "use_dora": True},
-            f"The adapter changes {EXPERTS_DOWN} under use_dora, which is not defined for experts.",
+            f"The adapter changes {EXPERTS_DOWN} with use_dora, which is not supported for experts.",
         ),
         (  # what PEFT before 0.19.1 wrote: in and out the other way round
             {f"{THEIRS}.decoder.layers.2.experts.{A}": (16, 192), f"{THEIRS}.decoder.layers.2.experts.{B}": (128, 16)},
@@ -255,12 +255,12 @@ def test_missing_and_broken_files_are_refused(tmp_path, shapes):
     told = refusal(CheckpointError, peft.read, folder, shapes)
     assert re.fullmatch(rf"{weights} cannot be read \(.*Expecting 64 bytes.*\); download it again\.", told)
     write_safetensors(weights, {f"{FIRST}.{A}": ("F64", [1], bytes(8))})
-    told = f"{weights} holds {FIRST}.lora_A.weight as F64; it should be one of F32, BF16, F16."
+    told = f"{weights} contains {FIRST}.lora_A.weight as F64; it should be one of F32, BF16, F16."
     assert refusal(CheckpointError, peft.read, folder, shapes) == told
     config.write_text("[]")
     told = f"{config} does not hold a JSON object; download it again."
     assert refusal(CheckpointError, peft.read, folder, shapes) == told
     for file in (weights, config):
         file.unlink()
-        told = f"{folder} has no {file.name}; point at a folder that holds a PEFT adapter."
+        told = f"{folder} has no {file.name}; give a folder that contains a PEFT adapter."
         assert refusal(CheckpointError, peft.read, folder, shapes) == told

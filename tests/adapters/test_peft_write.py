@@ -138,13 +138,13 @@ def test_what_peft_has_no_place_for_is_not_written(tmp_path, shapes):
     assert told({}, {}) == "The adapter changes nothing, so there is nothing to write."
     assert told({Q: plain}, {Q: dora}) == (
         f"{Q} has a magnitude and model.encoder.language_model.layers.0.self_attn.q_proj has none; "
-        "PEFT has DoRA for all linear maps of an adapter, never for experts."
+        "PEFT applies DoRA to all linear layers of an adapter and never to experts."
     )
     assert told({Q: dora}, {GATE_UP: delta(shapes, GATE_UP, dora=True)}) == (
-        f"{GATE_UP} has a magnitude and is of experts; "
-        "PEFT has DoRA for all linear maps of an adapter, never for experts."
+        f"{GATE_UP} has a magnitude and belongs to experts; "
+        "PEFT applies DoRA to all linear layers of an adapter and never to experts."
     )
     for path, mode in ((GATE, "encode"), (SIGHT, "denoise"), ("model.decoder.embed_tokens", "denoise")):
         deltas = {path: delta(shapes, path)}
         told_so = told(*((deltas, {}) if mode == "encode" else ({}, deltas)))
-        assert told_so == f"PEFT's layout has no place for a change of {path} in the mode {mode}."
+        assert told_so == f"PEFT's layout cannot store a change of {path} in the mode {mode}."

@@ -58,7 +58,7 @@ def test_floats(hf_checkpoint, tmp_path):
         rf"{hf_checkpoint} -> {tmp_path}/out\n"
         r"  all weights        bfloat16\n"
         r"16\.00 bits per weight, 13\.4 MB, \d+\.\d s\.\n"
-        r"Nothing is quantized; -q quantizes\.\n",
+        r"Nothing was quantized; use -q to quantize\.\n",
         done.stdout,
     )
 
@@ -76,10 +76,10 @@ def test_quantizing_and_verifying(demo, tmp_path):
         r"  self-conditioning  8-bit affine, groups of 64\n"
         r"  the rest           bfloat16\n"
         r"  model\.decoder\.layers\.\*\.experts\.gate_up_proj: 4-bit affine, groups of 64, "
-        r"as the recipe's groups do not divide its input\n"
+        r"because the recipe's group size does not divide its input size\n"
         r"\d\.\d\d bits per weight, 5\.9 MB, \d+\.\d s\.\n"
-        r"Logits against the source's, over 64 positions: largest difference \d\.\d+, mean KL 0\.\d+ nats, "
-        r"same best token at \d+\.\d%\.\n",
+        r"Logits compared with the source's at 64 positions: largest difference \d\.\d+, mean KL 0\.\d+ nats, "
+        r"same top token at \d+\.\d%\.\n",
         done.stdout,
     ), done.stdout
 
@@ -88,10 +88,10 @@ def test_it_says_that_there_was_nothing_to_do(demo, tmp_path):
     run(demo, "--mlx-path", tmp_path / "first", "-q")
     done = run(tmp_path / "first", "--mlx-path", tmp_path / "second", "-q", "--verify")
     assert (
-        f"{tmp_path / 'first'} is already an MLX checkpoint at 7.04 bits per weight: weights are copied unchanged.\n"
-        in done.stdout
+        f"{tmp_path / 'first'} is already an MLX checkpoint with 7.04 bits per weight: the weights are copied "
+        "unchanged.\n" in done.stdout
     )
-    assert done.stdout.endswith("Logits against the source's, over 64 positions: equal bit for bit.\n")
+    assert done.stdout.endswith("Logits compared with the source's at 64 positions: equal bit for bit.\n")
 
 
 def test_the_flags_of_the_experts(demo, tmp_path):
@@ -130,7 +130,7 @@ def test_a_bar_on_a_terminal(demo, tmp_path):
         (["a", "--hf-path", "b"], 2, "Give one checkpoint: --hf-path or the argument SOURCE."),
         (["a", "--q-bits", "4"], 2, "--q-bits needs -q."),
         (["a", "--q-mode", "mxfp4"], 2, "--q-mode needs -q."),
-        (["a", "--recipe", "4bit", "--q-bits", "3"], 2, "--recipe and --q-bits exclude each other."),
+        (["a", "--recipe", "4bit", "--q-bits", "3"], 2, "--recipe and --q-bits cannot be combined."),
         (["a", "--recipe", "5bit"], 1, f"There is no recipe '5bit'; take one of {RECIPES}."),
         (["a", "-q", "--q-bits", "9"], 1, "q-bits is 9; with affine it should be 2, 3, 4, 5, 6 or 8."),
         (["./nowhere"], 1, f"./nowhere does not exist; give a folder or a Hub id such as {RELEASE}."),
@@ -148,16 +148,16 @@ def test_ctrl_c(hf_checkpoint, tmp_path, monkeypatch):
     def interrupt(ranges):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "read", interrupt)
+    monkeypatch.setattr(conversion, "read_ranges", interrupt)
     done = run(hf_checkpoint, "--mlx-path", tmp_path / "out")
     assert (done.exit_code, done.stdout) == (130, "")
-    assert done.stderr == "Interrupted; nothing was left behind.\n"
+    assert done.stderr == "Interrupted; no files were left behind.\n"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_polite_kill(hf_checkpoint, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(conversion, "read", lambda ranges: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(conversion, "read_ranges", lambda ranges: os.kill(os.getpid(), signal.SIGTERM))
     done = run(hf_checkpoint, "--mlx-path", tmp_path / "out")
     assert done.exit_code == 143
     assert list(tmp_path.iterdir()) == []

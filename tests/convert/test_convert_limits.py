@@ -85,7 +85,7 @@ def test_a_small_disk_is_noticed_before_anything_is_written(demo, tmp_path, monk
     [
         (28, "The disk under {} is full, and the result takes 5.9 MB; free some space or choose another --mlx-path."),
         (122, "The disk under {} is full, and the result takes 5.9 MB; free some space or choose another --mlx-path."),
-        (5, "{} cannot be used (Input/output error); mend that or choose another --mlx-path."),
+        (5, "{} cannot be used (Input/output error); fix that or choose another --mlx-path."),
     ],
 )
 def test_a_failing_disk_leaves_nothing(demo, tmp_path, monkeypatch, number, message):
@@ -107,12 +107,12 @@ def test_a_target_that_cannot_be_written(demo, tmp_path, monkeypatch):
     with pytest.raises(DgemmaError) as error:
         convert(demo, tmp_path / "file" / "out")
     assert str(error.value) == (
-        f"{tmp_path / 'file'} cannot be used (File exists); mend that or choose another --mlx-path."
+        f"{tmp_path / 'file'} cannot be used (File exists); fix that or choose another --mlx-path."
     )
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(DgemmaError) as error:
         convert(demo, tmp_path / "out")
-    assert str(error.value) == f"{tmp_path} cannot be used (Permission denied); mend that or choose another --mlx-path."
+    assert str(error.value) == f"{tmp_path} cannot be used (Permission denied); fix that or choose another --mlx-path."
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ BROKEN = {
     ),
     "wrong number of bytes": (
         lambda p: edit_tensors(p / SHARDS[2], **{NORM: ("BF16", [192], bytes(380))}),
-        NORM + " has 380 bytes, but its shape asks for another number.",
+        NORM + " has 380 bytes, but its shape and dtype need 384.",
     ),
     "no config": (
         lambda p: (p / "config.json").unlink(),
@@ -126,7 +126,7 @@ BROKEN = {
     ),
     "no tokenizer": (
         lambda p: (p / "tokenizer.json").unlink(),
-        "{p} holds no tokenizer.json; download it, for nothing can be answered without a tokenizer.",
+        "{p} has no tokenizer.json; download it, because the model cannot be used without it.",
     ),
 }
 
@@ -156,8 +156,8 @@ def test_scales_without_an_entry_or_with_a_wrong_one(demo, tmp_path):
     with pytest.raises(CheckpointError) as error:
         convert(tmp_path / "packed", tmp_path / "out")
     assert str(error.value) == (
-        f"config.json has a quantization of {first} that MLX cannot compute "
-        "(q-bits is 7; with affine it should be 2, 3, 4, 5, 6 or 8.)"
+        f"config.json gives {first} a quantization that MLX does not support: "
+        "q-bits is 7; with affine it should be 2, 3, 4, 5, 6 or 8."
     )
     whole["quantization"][first]["bits"] = 4
     config.write_text(json.dumps(whole))
@@ -179,7 +179,7 @@ def test_weights_that_are_not_finite_are_named(release, tmp_path, options, value
     edit_tensors(release / shard, **{name: (dtype, shape, bits.tobytes())})
     done = run(release, "--mlx-path", tmp_path / "out", "--verify", *options)
     assert done.exit_code == 0, done.output
-    assert done.stderr == f"Warning: {name}.weight holds NaN or infinity.\n"
+    assert done.stderr == f"Warning: {name}.weight contains NaN or infinity.\n"
     if not options:
         again = run(tmp_path / "out", "--mlx-path", tmp_path / "again", "--verify")
         assert again.stderr == done.stderr
@@ -189,7 +189,7 @@ def test_an_overflow_of_a_cast_is_named(release, tmp_path):
     large = np.full(192, 1e5, np.float32).view(np.uint32) >> 16
     edit_tensors(release / SHARDS[2], **{NORM: ("BF16", [192], large.astype(np.uint16).tobytes())})
     done = run(release, "--mlx-path", tmp_path / "out", "--verify", "--dtype", "float16")
-    assert done.stderr == f"Warning: {NORM} holds NaN or infinity.\n"
+    assert done.stderr == f"Warning: {NORM} contains NaN or infinity.\n"
 
 
 def test_a_difference_where_none_may_be_fails(hf_checkpoint, tmp_path, monkeypatch):
@@ -199,13 +199,13 @@ def test_a_difference_where_none_may_be_fails(hf_checkpoint, tmp_path, monkeypat
         held[NORM] = (dtype, shape, data[:-2] + b"\0\0")
         write_safetensors(folder / "model.safetensors", held, "mlx")
 
-    carry = conversion.carry
-    monkeypatch.setattr(conversion, "carry", lambda c, folder, *how: (carry(c, folder, *how), spoil(folder)))
+    copy = conversion.copy_metadata
+    monkeypatch.setattr(conversion, "copy_metadata", lambda c, folder, *how: (copy(c, folder, *how), spoil(folder)))
     done = run(hf_checkpoint, "--mlx-path", tmp_path / "out", "--verify")
     assert done.exit_code == 1
     assert re.fullmatch(
         r"Error: The result's logits differ from the source's by up to \d[\d.]*, although its weights should be the "
-        r"same; convert again, and if it stays so, check disk and memory\.\n",
+        r"same; convert again, and check the disk and the memory if it happens again\.\n",
         done.stderr,
     )
     assert list(tmp_path.iterdir()) == []

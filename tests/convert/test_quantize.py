@@ -225,5 +225,5 @@ def test_overrides_of_halves_become_the_whole_s(demo, tmp_path):
     build(Checkpoint.open(tmp_path / "out"))
     config["quantization"]["model.decoder.layers.3.experts.up_proj"] = {"group_size": 64, "bits": 3}
     (older / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"packs the two halves of model\.decoder\.layers\.3\.experts"):
+    with pytest.raises(CheckpointError, match=r"quantizes the two halves of model\.decoder\.layers\.3\.experts"):
         convert(older, tmp_path / "again")

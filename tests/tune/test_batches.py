@@ -8,15 +8,14 @@ import pytest
 from support import RED, square
 
 import mlx_dgemma
-from mlx_dgemma.tune.batches import Batches, canvases, order
+from mlx_dgemma.tune.batches import Batches, example_index, split_into_canvases
 from mlx_dgemma.tune.data import Example, Target, read
-from mlx_dgemma.tune.objective import VARIANTS, Noise, loss
-from mlx_dgemma.tune.objective import draw as noise_of
+from mlx_dgemma.tune.objective import VARIANTS, Noise, draw_noise, loss
 
 
 def test_an_answer_is_cut_into_canvases():
     target = Target([1, 2], [3, 4, 5, 6, 7], [])
-    assert [(one.prefix, one.tokens, one.own) for one in canvases(target, 4, 9)] == [
+    assert [(one.prefix, one.tokens, one.answer_length) for one in split_into_canvases(target, 4, 9)] == [
         ([1, 2], [3, 4, 5, 6], 4),
         ([1, 2, 3, 4, 5, 6], [7, 9, 9, 9], 1),
     ]
@@ -35,8 +34,8 @@ def test_batches_are_padded_on_the_left_and_drawn_by_number():
     batch = batches.batch([0, 3], [5, 6])
     longest = batch.tokens.shape[1]
     assert batch.tokens[0].tolist() == [0] * (longest - 1) + [1]
-    assert batch.real[0].tolist() == [False] * (longest - 1) + [True]
-    assert batch.real[1].all()
+    assert batch.mask[0].tolist() == [False] * (longest - 1) + [True]
+    assert batch.mask[1].all()
     assert batch.canvas[0].tolist() == [20, 20, 20, 9]
     assert batch.supervised[0].tolist() == [True, True, True, False]
     assert Batches(Sizes(), examples, 9, True, 3).batch([0], [5]).supervised.all()
@@ -47,7 +46,7 @@ def test_batches_are_padded_on_the_left_and_drawn_by_number():
 
 
 def test_every_epoch_takes_each_example_once():
-    epochs = [[order(7, 7 * epoch + i, 0) for i in range(7)] for epoch in range(3)]
+    epochs = [[example_index(7, 7 * epoch + i, 0) for i in range(7)] for epoch in range(3)]
     assert [sorted(one) for one in epochs] == [list(range(7))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
 
@@ -67,7 +66,7 @@ def test_pictures_and_padding_stay_with_their_sample(tmp_path):
     held = (both.tokens == engine.config.image_token_id).sum(axis=1)
     assert (both.features[0].shape[0], both.features[1]) == (held[0], None)
     assert held[0] > 0 and held[1] == 0
-    noise = noise_of(both, VARIANTS["google"], 2048, mx.random.key(0))
+    noise = draw_noise(both, VARIANTS["google"], 2048, mx.random.key(0))
     alone = []
     for i in range(2):
         own = Noise(noise.t[i : i + 1], noise.canvas[i : i + 1], noise.conditioned[i : i + 1])

@@ -188,7 +188,7 @@ def test_groups_are_by_a_field():
     assert list(evaluate(engine, examples, by="size").groups) == ["1", "large", "null"]
     assert evaluate(engine, examples[1:]).groups == {}
     assert refusal(DataError, evaluate, engine, examples, by="kind") == (
-        "No record has the field kind; name one that some have."
+        "No record has the field kind; give a field that some records have."
     )
 
 
@@ -251,17 +251,17 @@ def test_mistakes_are_told_before_anything_is_generated(tmp_path):
         ),
         (f"{file}:near", f"{file} has no function near; metric should name one of its functions."),
         (f"{file}:number", f"{file} has no function number; metric should name one of its functions."),
-        (f"{broken}:near", f"{broken} cannot be run (ZeroDivisionError: division by zero); mend it."),
+        (f"{broken}:near", f"{broken} cannot be run (ZeroDivisionError: division by zero); correct it."),
     ):
         assert refusal(OptionError, evaluate, engine, examples, metric) == told
     assert refusal(DataError, evaluate, engine, examples, "regex") == (
-        "test.jsonl, line 2: The answer is no regular expression (missing ), unterminated subpattern at position 0); "
-        "mend it."
+        "test.jsonl, line 2: The answer is not a regular expression (missing ), unterminated subpattern at position 0)"
+        "; correct it."
     )
     assert refusal(DataError, evaluate, engine, [replace(examples[0], chat=[])]) == (
-        "test.jsonl, line 1: This is a plain text, which asks nothing; give a prompt or messages."
+        "test.jsonl, line 1: This is a plain text without a question; give a prompt or messages."
     )
-    assert refusal(DataError, evaluate, engine, []) == "There are no examples to mark; give at least one."
+    assert refusal(DataError, evaluate, engine, []) == "There are no examples; give at least one."
     for size in (0, 1.5, True):
         assert refusal(OptionError, evaluate, engine, examples, batch_size=size) == (
             f"batch_size is {size!r}; it should be a whole number, at least 1."
@@ -336,7 +336,7 @@ def test_the_split_that_is_marked(write, tmp_path):
     done = run(tmp_path, "--split", "train")
     assert (done.exit_code, done.stderr) == (
         1,
-        f"Error: {tmp_path} has no train.jsonl; data are read as JSONL, one object a line.\n",
+        f"Error: {tmp_path} has no train.jsonl; data files are JSON Lines, one object per line.\n",
     )
     path = tmp_path / "test.jsonl"
     done = run(path, "--split", "test")

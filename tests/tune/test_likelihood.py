@@ -73,4 +73,4 @@ def test_a_cost_is_never_negative_and_zero_for_the_true_rates():
 
 
 def test_without_examples_there_is_no_bound():
-    assert refusal(DataError, bound, None, [], 0) == "There are no examples to bound; give at least one."
+    assert refusal(DataError, bound, None, [], 0) == "There are no examples; give at least one."

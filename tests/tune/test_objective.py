@@ -10,7 +10,7 @@ from support import DATA, engine_of, gap, random_tokens, small_model
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.model import rng
 from mlx_dgemma.tune import objective
-from mlx_dgemma.tune.objective import VARIANTS, Batch, Noise, cross_entropy, draw, loss, recomputed
+from mlx_dgemma.tune.objective import VARIANTS, Batch, Noise, checkpointed_layer, cross_entropy, draw_noise, loss
 
 WEIGHTS = (
     "model.decoder.layers.1.self_attn.k_proj.weight",
@@ -88,12 +88,12 @@ def test_draws_depend_on_the_key_alone():
     tokens = np.zeros((4, 3), np.int32)
     batch = Batch(tokens, tokens == 0, np.ones((4, 6), np.int32), np.ones((4, 6), bool))
     nemo = VARIANTS["nemo"]
-    one, same, other = (draw(batch, nemo, 40, mx.random.key(key)) for key in (5, 5, 6))
+    one, same, other = (draw_noise(batch, nemo, 40, mx.random.key(key)) for key in (5, 5, 6))
     assert gap(one.t, same.t) == 0
     assert (np.array(one.canvas) == np.array(same.canvas)).all()
     assert gap(one.t, other.t) > 0
-    many = Batch(*(np.repeat(a, 500, axis=0) for a in (batch.tokens, batch.real, batch.canvas, batch.supervised)))
-    noise = draw(many, nemo, 40, mx.random.key(1))
+    many = Batch(*(np.repeat(a, 500, axis=0) for a in (batch.tokens, batch.mask, batch.canvas, batch.supervised)))
+    noise = draw_noise(many, nemo, 40, mx.random.key(1))
     t = np.array(noise.t)
     assert t.min() >= nemo.noise_min and t.max() <= nemo.noise_max
     assert t.mean() == pytest.approx(0.5, abs=0.03)
@@ -103,7 +103,7 @@ def test_draws_depend_on_the_key_alone():
 @pytest.mark.parametrize("positions", [1, 3, 64])
 def test_cross_entropy_in_pieces_is_the_plain_one(monkeypatch, positions):
     model = small_model(0)
-    monkeypatch.setattr(objective, "LOGITS", 4 * 40 * positions)
+    monkeypatch.setattr(objective, "MAX_LOGITS_BYTES", 4 * 40 * positions)
     hidden, targets = mx.random.normal((10, 16), key=mx.random.key(0)), np.array(random_tokens(1, 10))
     seen, by = random_tokens(2, 10), mx.abs(mx.random.normal((10,), key=mx.random.key(1))) + 0.1
     seen = mx.where(mx.arange(10) < 3, mx.array(targets), seen)
@@ -127,13 +127,13 @@ def test_recomputing_layers_changes_no_gradient():
     tokens, canvas = np.array(random_tokens(0, 2, 9)), np.array(random_tokens(1, 2, 4))
     real = np.arange(9) >= np.array([[0], [6]])
     batch = Batch(tokens, real, canvas, np.ones((2, 4), bool))
-    noise = draw(batch, VARIANTS["google"], 40, mx.random.key(0))._replace(conditioned=np.array([True, False]))
+    noise = draw_noise(batch, VARIANTS["google"], 40, mx.random.key(0))._replace(conditioned=np.array([True, False]))
 
     def gradients():
         return nn.value_and_grad(model, lambda: tuple(loss(model, batch, noise, VARIANTS["google"])))()
 
     (before, _, _), kept = gradients()
-    model._apply = recomputed
+    model._apply = checkpointed_layer
     (after, _, _), again = gradients()
     assert before.item() == pytest.approx(after.item(), abs=1e-6)
     for (path, a), (_, b) in zip(tree_flatten(kept), tree_flatten(again)):

@@ -14,9 +14,10 @@ import mlx_dgemma
 from mlx_dgemma.adapters import deltas
 from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError, PromptError
 from mlx_dgemma.tune import trainer as trainer_module
+from mlx_dgemma.tune.config import TrainerConfig
+from mlx_dgemma.tune.memory import training_need
 from mlx_dgemma.tune.objective import VARIANTS, Batch
-from mlx_dgemma.tune.run import need
-from mlx_dgemma.tune.trainer import Method, Trainer, flat
+from mlx_dgemma.tune.trainer import Trainer, flatten
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ from mlx_dgemma.tune.trainer import Method, Trainer, flat
 )
 def test_stopped_and_resumed_is_bit_for_bit_one_run(tmp_path, changes):
     whole, first, second = (trainer(**changes) for _ in range(3))
-    count = whole.method.accumulate
+    count = whole.config.accumulate
     drawn = [[batch_of(step * count + i) for i in range(count)] for step in range(6)]
     losses = [whole.update(batches).total for batches in drawn]
     for batches in drawn[:3]:
@@ -54,10 +55,10 @@ def test_training_lowers_the_loss_and_changes_what_it_should(kind, targets):
     own = {"rank": 16, "alpha": 32.0} if kind == "full" else {}
     one = trainer(kind=kind, targets=targets, steps=40, learning_rate=0.02, **own)
     before, batch = weights(one.model), batch_of(1, 4)
-    start = np.mean([one.measure(batch, i).total.item() for i in range(8)])
+    start = np.mean([one.validation_loss(batch, i).total.item() for i in range(8)])
     for _ in range(40):
         one.update([batch])
-    assert np.mean([one.measure(batch, i).total.item() for i in range(8)]) < 0.8 * start
+    assert np.mean([one.validation_loss(batch, i).total.item() for i in range(8)]) < 0.8 * start
     after = weights(one.model)
     changed = {path for path in before if (before[path] != after[path]).any()}
     trained = {path for path, _ in tree_flatten(one.model.trainable_parameters())}
@@ -120,64 +121,68 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     one = trainer()
     one.update([batch_of(0)])
     assert refusal(DataError, one.resume, tmp_path, {}) == (
-        f"{tmp_path} holds no state.safetensors to resume from; start anew without --resume."
+        f"{tmp_path} has no state.safetensors to resume from; start a new run without --resume."
     )
     one.save(tmp_path, {"data": "a"})
     file = tmp_path / "state.safetensors"
     assert refusal(DataError, one.resume, tmp_path, {"data": "b"}) == (
-        f"{file} was trained with data 'a', and now it is 'b'; resume with the same, or start anew."
+        f"{file} was trained with data 'a', and now it is 'b'; resume with the same value, or start a new run."
     )
     assert refusal(DataError, trainer(rank=3).resume, tmp_path, {"data": "a"}) == (
-        f"{file} was trained with rank 2, and now it is 3; resume with the same, or start anew."
+        f"{file} was trained with rank 2, and now it is 3; resume with the same value, or start a new run."
     )
     file.write_bytes(file.read_bytes()[:100])
-    assert refusal(DataError, one.resume, tmp_path, {}) == f"{file} is broken; start anew without --resume."
+    assert refusal(DataError, one.resume, tmp_path, {}) == f"{file} is broken; start a new run without --resume."
 
 
 def test_methods_are_checked():
     assert (
-        refusal(OptionError, lambda: Method(kind="qlora")) == "kind is 'qlora'; it should be one of lora, dora, full."
+        refusal(OptionError, lambda: TrainerConfig(kind="qlora"))
+        == "kind is 'qlora'; it should be one of lora, dora, full."
     )
-    assert refusal(OptionError, Method, rank=0) == "rank is 0; it should be at least 1."
-    assert refusal(OptionError, Method, dropout=1.0) == "dropout is 1.0; it should be at least 0 and below 1."
-    assert refusal(OptionError, Method, dropout=0.1) == (
-        "dropout is 0.1, and layers computed again would draw another one; give --keep too."
+    assert refusal(OptionError, TrainerConfig, rank=0) == "rank is 0; it should be at least 1."
+    assert refusal(OptionError, TrainerConfig, dropout=1.0) == "dropout is 1.0; it should be at least 0 and below 1."
+    assert refusal(OptionError, TrainerConfig, dropout=0.1) == (
+        "dropout is 0.1, but recomputed layers would draw it again; add --keep."
     )
     for name, value in (("alpha", 0.0), ("learning_rate", float("nan")), ("learning_rate", float("inf"))):
-        assert refusal(OptionError, Method, **{name: value}) == f"{name} is {value}; it should be above 0."
+        assert refusal(OptionError, TrainerConfig, **{name: value}) == f"{name} is {value}; it should be above 0."
     assert (
-        refusal(OptionError, Method, seed=2**31) == "seed is 2147483648; it should be at least 0 and below 2147483648."
+        refusal(OptionError, TrainerConfig, seed=2**31)
+        == "seed is 2147483648; it should be at least 0 and below 2147483648."
     )
-    assert refusal(OptionError, Method, steps=3, warmup=3) == "warmup is 3; it should be below the 3 steps."
-    assert refusal(OptionError, Method, final=1.5) == "final is 1.5; it should be from 0 to 1."
-    assert refusal(OptionError, Method, optimizer="sgd") == "optimizer is 'sgd'; it should be one of adamw, muon."
-    assert refusal(OptionError, lambda: Method(optimizer="muon", kind="dora")) == (
-        "optimizer is muon, which takes matrices alone, and kind dora has others; take adamw."
+    assert refusal(OptionError, TrainerConfig, steps=3, warmup=3) == "warmup is 3; it should be below the 3 steps."
+    assert refusal(OptionError, TrainerConfig, final=1.5) == "final is 1.5; it should be from 0 to 1."
+    assert (
+        refusal(OptionError, TrainerConfig, optimizer="sgd") == "optimizer is 'sgd'; it should be one of adamw, muon."
     )
-    assert refusal(OptionError, Method, optimizer="muon", targets=("mlp", "experts")) == (
-        "optimizer is muon, which takes matrices alone, and the target experts has others; take adamw."
+    assert refusal(OptionError, lambda: TrainerConfig(optimizer="muon", kind="dora")) == (
+        "optimizer is muon, which only trains matrices, but kind dora has other arrays; use adamw."
     )
-    assert refusal(OptionError, Method, targets=()) == "targets is empty; name at least one group."
-    assert refusal(OptionError, lambda: Method(kind="full", rank=4)) == (
-        "rank is 4, but kind is full, which knows none; leave it out."
+    assert refusal(OptionError, TrainerConfig, optimizer="muon", targets=("mlp", "experts")) == (
+        "optimizer is muon, which only trains matrices, but the target experts has other arrays; use adamw."
     )
-    assert refusal(OptionError, lambda: Method(kind="full", targets=("experts",))) == (
-        "kind is full, which trains every part; leave the target experts out."
+    assert refusal(OptionError, TrainerConfig, targets=()) == "targets is empty; name at least one group."
+    assert refusal(OptionError, lambda: TrainerConfig(kind="full", rank=4)) == (
+        "rank is 4, but kind full has no rank; leave it out."
+    )
+    assert refusal(OptionError, lambda: TrainerConfig(kind="full", targets=("experts",))) == (
+        "kind is full, which trains all modules; leave the target experts out."
     )
     one = trainer()
-    assert refusal(OptionError, lambda: Trainer(one.model, one.method, one.objective)) == (
-        "The model has an adapter already; load it without one."
+    assert refusal(OptionError, lambda: Trainer(one.model, one.config, one.objective)) == (
+        "The model already has an adapter; load it without one."
     )
     half = small_model(0)
     half.set_dtype(mx.bfloat16)
-    assert refusal(OptionError, lambda: Trainer(half, Method(kind="full"), one.objective)) == (
-        "kind is full, and 16-bit weights would lose small changes; give --dtype float32."
+    assert refusal(OptionError, lambda: Trainer(half, TrainerConfig(kind="full"), one.objective)) == (
+        "kind is full, but small changes get lost in 16-bit weights; use --dtype float32."
     )
 
 
 def test_more_methods_are_checked():
     assert refusal(OptionError, trainer, targets=("heads",)) == (
-        "There is no target 'heads'; take some of attention, mlp, experts, router, self-conditioning."
+        "There is no target 'heads'; choose from attention, mlp, experts, router, self-conditioning."
     )
     assert refusal(OptionError, trainer, layers=9) == "layers is 9; the model has 3."
     full = {"kind": "full", "rank": 16, "alpha": 32.0}
@@ -190,7 +195,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_learnt():
     before = weights(one.model)
     one.objective = replace(one.objective, encoder_weight=float("nan"))
     told = refusal(DataError, one.update, [batch_of(1)])
-    assert told == "The loss is nan and the gradients' norm nan at step 2; lower --learning-rate, which is 0.02."
+    assert told == "The loss is nan and the norm of the gradients nan at step 2; lower --learning-rate, which is 0.02."
     after = weights(one.model)
     assert all((before[path] == after[path]).all() for path in before)
 
@@ -205,11 +210,11 @@ def test_the_estimate_bounds_the_peak(rows, length, parts, recompute):
     tokens = np.array(random_tokens(0, rows, length, vocab=2000)) + 20
     canvas = np.array(random_tokens(1, rows, 64, vocab=2000))
     batch = Batch(tokens, np.ones(tokens.shape, bool), canvas, np.ones(canvas.shape, bool))
-    method = Method(rank=4, steps=10, recompute=recompute)
+    method = TrainerConfig(rank=4, steps=10, recompute=recompute)
     one = Trainer(engine.model, method, VARIANTS["google"])
     one._cores = 2
-    assert one.parts(rows, length) == parts
-    held = sum(a.nbytes for a in flat(engine.model.parameters()).values())
+    assert one.process_count(rows, length) == parts
+    held = sum(a.nbytes for a in flatten(engine.model.parameters()).values())
     mx.synchronize()
     mx.clear_cache()
     base = mx.get_active_memory() - held
@@ -217,21 +222,21 @@ def test_the_estimate_bounds_the_peak(rows, length, parts, recompute):
     for _ in range(2):
         one.update([batch])
     peak = one.peak_bytes - base
-    one.done()
-    needed = need(engine.checkpoint, method, rows, length + 64, one.trainable, held, parts).total
+    one.close()
+    needed = training_need(engine.checkpoint, method, rows, length + 64, one.trainable, held, parts).total
     assert peak <= needed <= 6 * peak
 
 
 @pytest.mark.parametrize("name", ["google", "nemo"])
 def test_parts_of_a_batch_in_processes_of_their_own_add_up_to_it(monkeypatch, name):
-    whole, parted, again = (Trainer(small_model(0), Method(**QUICK), VARIANTS[name]) for _ in range(3))
-    monkeypatch.setattr(trainer_module, "POSITIONS", 1)
+    whole, parted, again = (Trainer(small_model(0), TrainerConfig(**QUICK), VARIANTS[name]) for _ in range(3))
+    monkeypatch.setattr(trainer_module, "MIN_POSITIONS", 1)
     whole._cores, parted._cores, again._cores = 1, 2, 2
     batch = batch_of(0, 3)
-    batch.real[0, :2] = batch.supervised[1, 2:] = False
+    batch.mask[0, :2] = batch.supervised[1, 2:] = False
     told = [[one.update([batch]) for _ in range(2)] for one in (whole, parted, again)]
     for one in (parted, again):
-        one.done()
+        one.close()
     mine, theirs, same = (weights(one.model) for one in (whole, parted, again))
     assert astuple(told[0][1]) == pytest.approx(astuple(told[1][1]), rel=1e-5)
     assert all(np.allclose(mine[path], theirs[path], atol=1e-5) for path in mine)
@@ -240,14 +245,13 @@ def test_parts_of_a_batch_in_processes_of_their_own_add_up_to_it(monkeypatch, na
 
 def test_a_mistake_in_another_process_is_told_here(monkeypatch):
     one = trainer()
-    monkeypatch.setattr(trainer_module, "POSITIONS", 1)
+    monkeypatch.setattr(trainer_module, "MIN_POSITIONS", 1)
     one._cores = 2
     batch = replace(batch_of(0), features=[mx.zeros((1, 1)), None])
     assert "image placeholders" in refusal(PromptError, one.update, [batch])
     one._workers._processes[1].kill()
     assert refusal(MemoryLimitError, one.update, [batch_of(0)]) == (
-        "A process that computed gradients has ended, as happens where memory runs out; "
-        "lower --batch-size, and go on with --resume."
+        "A gradient process died, probably because memory ran out; lower --batch-size and continue with --resume."
     )
     one.update([batch_of(0)])  # others take their places
-    one.done()
+    one.close()

@@ -220,17 +220,17 @@ def test_the_splits_of_a_folder(engine, write, tmp_path):
 
 def test_sources_that_are_none(engine, write, tmp_path):
     assert refusal(DataError, load, engine, tmp_path) == (
-        f"{tmp_path} has no train.jsonl; data are read as JSONL, one object a line."
+        f"{tmp_path} has no train.jsonl; data files are JSON Lines, one object per line."
     )
     assert refusal(DataError, find, tmp_path, ("test", "valid")) == (
-        f"{tmp_path} has no test.jsonl or valid.jsonl; data are read as JSONL, one object a line."
+        f"{tmp_path} has no test.jsonl or valid.jsonl; data files are JSON Lines, one object per line."
     )
     path = write("a,b", name="train.csv")
     assert refusal(DataError, load, engine, path) == (
-        f"{path} is no .jsonl file; data are read as JSONL, one object a line."
+        f"{path} is not a .jsonl file; data files are JSON Lines, one object per line."
     )
     for name in ("/nowhere/at/all", "./none", "~/none-at-all", "none", "a/b/c"):
-        told = f"{name} does not exist; give a folder with JSONL files, one such file, or a Hub id."
+        told = f"{name} does not exist; give a folder with .jsonl files, one such file, or a Hub id."
         assert refusal(DataError, load, engine, name) == told
     assert refusal(DataError, read, engine, tmp_path / "gone.jsonl") == (
         f"{tmp_path / 'gone.jsonl'} cannot be read: No such file or directory."
@@ -253,7 +253,7 @@ def test_a_hub_id_is_looked_for_on_this_machine_first(engine, write, tmp_path, m
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert refusal(DataError, load, engine, "some/data") == (
-        "some/data has no train.jsonl; data are read as JSONL, one object a line."
+        "some/data has no train.jsonl; data files are JSON Lines, one object per line."
     )
     write({"text": "a"})
     assert len(load(engine, "some/data")["train"]) == 1

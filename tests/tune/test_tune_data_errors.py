@@ -36,24 +36,24 @@ HI = user("Hi")
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('{"text": "a" "b"}', "train.jsonl, line 3, column 14: This is no JSON (Expecting ',' delimiter); mend it."),
+        ('{"text":"a" "b"}', "train.jsonl, line 3, column 13: This is not JSON (Expecting ',' delimiter); correct it."),
         (b'{"text": "\xff"}', "This is not UTF-8: byte 10 is 0xff; convert the file, for example with iconv."),
-        (r'{"text": "\ud800"}', "This holds half of a surrogate pair; write whole characters."),
+        (r'{"text": "\ud800"}', "This contains an unpaired surrogate; write whole characters."),
         ('["text"]', "This is of type list; it should be an object."),
         ({"question": "a"}, "This has none of messages and prompt/completion and text; it should have one of them."),
         ({"prompt": "a"}, "This has none of messages and prompt/completion and text; it should have one of them."),
         ({"text": "a", "messages": []}, "This has all of messages and text; it should have one of them."),
-        ({"text": 1}, "text is of type int; it should be a text."),
-        ({"text": " "}, "The text is empty; there is nothing to learn."),
-        ({"text": "a<turn|>"}, "The text holds <turn|>, which ends an answer; leave it out."),
+        ({"text": 1}, "text is of type int; it should be a string."),
+        ({"text": " "}, "The text is empty; there is nothing to train on."),
+        ({"text": "a<turn|>"}, "The text contains <turn|>, which ends an answer; remove it."),
         (
             {"text": "a", "thinking": True},
-            "This is a plain text, which takes no thinking, tools or images; write it as messages.",
+            "This is a plain text, which cannot have thinking, tools or images; write it as messages.",
         ),
-        ({"prompt": 1, "completion": "a"}, "prompt is of type int; it should be a text."),
-        ({"prompt": "a", "completion": ["b"]}, "completion is of type list; it should be a text."),
+        ({"prompt": 1, "completion": "a"}, "prompt is of type int; it should be a string."),
+        ({"prompt": "a", "completion": ["b"]}, "completion is of type list; it should be a string."),
         ({"prompt": " ", "completion": "b"}, "The prompt is empty; say what you want."),
-        ({"prompt": "a", "completion": " "}, "Message 1 is an empty answer; say something or call a tool."),
+        ({"prompt": "a", "completion": " "}, "Message 1 is an empty answer; give it text or a tool call."),
         ({"prompt": "a", "completion": "b", "thinking": 1}, "thinking is 1; it should be true or false."),
         (
             {"prompt": "a", "completion": "b", "thinking": True, "enable_thinking": False},
@@ -65,7 +65,7 @@ HI = user("Hi")
         ),
         (
             {"prompt": "a", "completion": "b", "tools": [{"name": "f"}]},
-            'Tool 0 is no function declaration; it should be {"type": "function", "function": {"name": ..., '
+            'Tool 0 is not a function declaration; it should be {"type": "function", "function": {"name": ..., '
             '"parameters": {...}}}.',
         ),
         (
@@ -103,16 +103,17 @@ def test_lines_that_are_refused(engine, write, line, told):
         ),
         (
             [HI, assistant("a", reasoning_content="Hm.")],
-            'Message 1 has thinking, which is not switched on; add "thinking": true or leave reasoning_content out.',
+            'Message 1 has reasoning_content, but thinking is not switched on; add "thinking": true or remove '
+            "reasoning_content.",
         ),
         (
             [assistant("a")],
-            "Message 0 has the role assistant and stands first; there it should be system, developer or user.",
+            "Message 0 has the role assistant and is the first one; its role should be system, developer or user.",
         ),
-        ([HI, HI, assistant("a")], "Message 1 has the role user and stands after user; there it should be assistant."),
+        ([HI, HI, assistant("a")], "Message 1 has the role user and follows user; its role should be assistant."),
         (
             [HI, assistant("a"), assistant("b")],
-            "Message 2 has the role assistant and stands after assistant; there it should be user.",
+            "Message 2 has the role assistant and follows assistant; its role should be user.",
         ),
         (
             [HI, {"role": "system", "content": "a"}],
@@ -120,43 +121,43 @@ def test_lines_that_are_refused(engine, write, line, told):
         ),
         (
             [{"role": "system", "content": "a"}, assistant("a")],
-            "Message 1 has the role assistant and stands after system; there it should be user.",
+            "Message 1 has the role assistant and follows system; its role should be user.",
         ),
         (
             [HI, {"role": "tool", "content": "a", "name": "f"}, assistant("b")],
-            "Message 1 has the role tool and stands after user; there it should be assistant.",
+            "Message 1 has the role tool and follows user; its role should be assistant.",
         ),
         (
             [HI, assistant("", tool_calls=[CALL]), HI, assistant("a")],
-            "Message 2 has the role user and stands after a tool call; there it should be tool.",
+            "Message 2 has the role user and follows a tool call; its role should be tool.",
         ),
         (
             [HI, assistant("", tool_calls=[CALL]), {"role": "tool", "content": "a"}, HI],
-            "Message 2 answers no tool call that was made; give the call's id as tool_call_id.",
+            "Message 2 does not belong to a tool call; give the call's id as tool_call_id.",
         ),
         (
             [HI, assistant("", tool_calls=[CALL]), {"role": "tool", "content": "a", "tool_call_id": "1"}, HI],
-            "Message 3 has the role user and stands after tool; there it should be tool or assistant.",
+            "Message 3 has the role user and follows tool; its role should be tool or assistant.",
         ),
-        ([HI], "The last message has the role user; it should be the assistant's, which is the answer."),
+        ([HI], "The last message has the role user; it should be assistant, to be the answer."),
         (
             [HI, assistant("a"), HI],
-            "The last message has the role user; it should be the assistant's, which is the answer.",
+            "The last message has the role user; it should be assistant, to be the answer.",
         ),
-        ([HI, assistant("")], "Message 1 is an empty answer; say something or call a tool."),
+        ([HI, assistant("")], "Message 1 is an empty answer; give it text or a tool call."),
         ([HI, assistant(None)], "Message 1 has the content None; it should be a text or a list of parts."),
-        ([HI, assistant("a<turn|>b")], "Message 1 holds <turn|>, which ends an answer; leave it out."),
+        ([HI, assistant("a<turn|>b")], "Message 1 contains <turn|>, which ends an answer; remove it."),
         (
             [HI, assistant("<|channel>thought\nHm.<channel|>b")],
-            "Message 1 holds <|channel>thought; give its thinking as reasoning_content.",
+            "Message 1 contains <|channel>thought; give its thinking as reasoning_content.",
         ),
         (
             [HI, assistant([{"type": "image", "image": "a.png"}])],
-            "Message 1 has a picture, but the assistant answers in text alone; take it out.",
+            "Message 1 has an image, but the assistant can only answer with text; remove it.",
         ),
         (
             [user([{"type": "video", "video": "a.mp4"}]), assistant("a")],
-            "Message 0 has a video, and videos are not read from data; give frames as images.",
+            "Message 0 has a video, but videos are not supported here; give its frames as images.",
         ),
         (
             [user([{"type": "audio", "audio": "a.wav"}]), assistant("a")],
@@ -186,14 +187,14 @@ def test_messages_that_are_refused(engine, write, messages, told):
 def test_files_without_samples(engine, write):
     for lines in ([], ["", " "]):
         assert refusal(DataError, read, engine, write(*lines)) == (
-            "train.jsonl holds no samples; write one JSON object a line."
+            "train.jsonl contains no samples; write one JSON object per line."
         )
 
 
 def test_deep_nesting_is_refused(engine, write):
     told = refusal(DataError, read, engine, write("[" * 100_000))
     assert told.startswith("train.jsonl, line 1: This cannot be read (")
-    assert told.endswith("); mend it.")
+    assert told.endswith("); correct it.")
 
 
 def test_templates_that_tell_no_answer(engine, write):
@@ -201,12 +202,12 @@ def test_templates_that_tell_no_answer(engine, write):
     for template, told in (
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}<turn|>{% endfor %}",
-            "Message 1 cannot be told from its prompt, which the chat template writes differently before an answer; "
-            "use another template.",
+            "Message 1 cannot be separated from its prompt, because the chat template writes the prompt differently "
+            "before an answer; use another template.",
         ),
         (
             "{% for m in messages %}{{ m.content }}\n{% endfor %}",
-            "Message 1 is not ended by the chat template with one of <eos>, <turn|>, <|tool_response>; "
+            "The chat template does not end message 1 with one of <eos>, <turn|>, <|tool_response>; "
             "use another template.",
         ),
         ("{{ raise_exception('No.') }}", "The chat template refuses these messages: No."),
@@ -218,7 +219,7 @@ def test_a_call_that_no_mark_ends(engine, write):
     template = "{% for m in messages if m.role != 'tool' %}{{ m.content or 'call' }}{% endfor %}"
     path = write({"messages": [HI, assistant("", tool_calls=[CALL])]})
     assert refusal(DataError, read, templated(engine, template), path) == (
-        "train.jsonl, line 1: Message 1 is not ended by the chat template with one of <eos>, <turn|>, "
+        "train.jsonl, line 1: The chat template does not end message 1 with one of <eos>, <turn|>, "
         "<|tool_response>; use another template."
     )
 
@@ -236,7 +237,7 @@ def test_long_samples_are_refused_or_left_out(engine, write):
     total = lengths[2] + 128
     assert len(read(engine, path, turns="all", max_length=total)) == 2
     told = (
-        f"This takes {total} tokens, {lengths[2]} of prompt and 128 of answer in whole canvases, "
+        f"This has {total} tokens, {lengths[2]} of the prompt and 128 of the answer in whole canvases, "
         f"but max_length is {total - 1}; shorten it or leave it out."
     )
     assert refusal(DataError, read, engine, path, max_length=total - 1) == f"train.jsonl, line 2: {told}"
@@ -245,7 +246,7 @@ def test_long_samples_are_refused_or_left_out(engine, write):
     assert [example.where for example in kept] == ["train.jsonl, line 1"]
     assert [str(one.message) for one in caught] == ["train.jsonl: 1 of 2 samples are too long and were left out."]
     assert refusal(DataError, read, engine, path, max_length=64, skip_long=True) == (
-        "train.jsonl holds 2 samples, and every one is too long; shorten them."
+        "All 2 samples of train.jsonl are too long; shorten them."
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -258,8 +259,8 @@ def test_the_context_is_a_limit_of_its_own(engine, write):
     assert len(engine.tokenizer.encode(" cat" * words, add_special_tokens=False)) == words
     assert len(read(engine, write({"text": " cat" * words}), max_length=2 * room)) == 1
     assert refusal(DataError, read, engine, write({"text": " cat" * (words + 1)}), max_length=2 * room) == (
-        f"train.jsonl, line 1: This takes {1 + room} tokens, 1 of prompt and {room} of answer in whole canvases, "
-        f"but the context has room for {room}; shorten it or leave it out."
+        f"train.jsonl, line 1: This has {1 + room} tokens, 1 of the prompt and {room} of the answer in whole canvases, "
+        f"but the context length is {room}; shorten it or leave it out."
     )
 
 

@@ -16,43 +16,41 @@ from mlx_dgemma.cli import tune as cli_tune
 from mlx_dgemma.cli.main import main
 from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError
 from mlx_dgemma.model.layers import Layer
-from mlx_dgemma.tune.curves import COLUMNS, Log, draw
-from mlx_dgemma.tune.objective import VARIANTS
-from mlx_dgemma.tune.objective import draw as noise_of
-from mlx_dgemma.tune.run import Plan
+from mlx_dgemma.tune.config import RunConfig, TrainerConfig
+from mlx_dgemma.tune.curves import COLUMNS, MetricsLog, draw_curves
+from mlx_dgemma.tune.objective import VARIANTS, draw_noise
 from mlx_dgemma.tune.run import tune as run_
-from mlx_dgemma.tune.trainer import Method
 
 
 def test_plans_are_checked():
     for name, value in (("batch_size", 0), ("save_every", 0), ("validate", 0)):
-        assert refusal(OptionError, lambda n=name, v=value: Plan("a", Path("b"), **{n: v})) == (
+        assert refusal(OptionError, lambda n=name, v=value: RunConfig("a", Path("b"), **{n: v})) == (
             f"{name} is {value}; it should be at least 1."
         )
-    assert refusal(OptionError, lambda: Plan("a", Path(""))) == "output is empty; name a folder to make."
-    assert refusal(OptionError, lambda: Plan("a", Path("b"), self_conditioning=2.0)) == (
+    assert refusal(OptionError, lambda: RunConfig("a", Path(""))) == "output is empty; give the folder to make."
+    assert refusal(OptionError, lambda: RunConfig("a", Path("b"), self_conditioning=2.0)) == (
         "self_conditioning is 2.0; it should be from 0 to 1."
     )
-    assert refusal(OptionError, lambda: Plan("a", Path("b"), noise_min=1.0)) == (
+    assert refusal(OptionError, lambda: RunConfig("a", Path("b"), noise_min=1.0)) == (
         "noise_min is 1.0; it should be above 0 and below 0.9999."
     )
-    chosen = Plan("a", Path("b"), "megatron", noise_min=0.2).objective
-    t = np.array(noise_of(batch_of(0, rows=64), chosen, 40, mx.random.key(0)).t)
+    chosen = RunConfig("a", Path("b"), "megatron", noise_min=0.2).objective
+    t = np.array(draw_noise(batch_of(0, rows=64), chosen, 40, mx.random.key(0)).t)
     assert 0.2 <= t.min() < 0.3 and 0.9 < t.max() <= 1
 
 
 def test_a_log_goes_on_and_draws(tmp_path):
-    log = Log(tmp_path / "log.csv")
+    log = MetricsLog(tmp_path / "log.csv")
     for step in range(1, 6):
         log.add(step=step, seconds=step / 2, loss=1 / step, valid_loss=0.5 if step == 4 else None)
-    again = Log(tmp_path / "log.csv", step=3)
+    again = MetricsLog(tmp_path / "log.csv", step=3)
     again.add(step=4, seconds=2.5, loss=0.25)
     lines = (tmp_path / "log.csv").read_text().splitlines()
     assert lines[0] == ",".join(COLUMNS)
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3", "4"]
-    draw(log.rows, tmp_path / "curves.png")
+    draw_curves(log.rows, tmp_path / "curves.png")
     full = (tmp_path / "curves.png").read_bytes()
-    draw([], tmp_path / "curves.png")
+    draw_curves([], tmp_path / "curves.png")
     assert len((tmp_path / "curves.png").read_bytes()) < len(full)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["curves.png", "log.csv"]
 
@@ -92,7 +90,7 @@ def test_a_whole_run_from_the_command_line(tmp_path):
     held = json.loads((out / "adapter_config.json").read_text())
     assert (held["r"], held["lora_alpha"]) == (2, 32)
     assert tune(data, "--output", out).stderr.endswith(
-        f"Error: {out} is not empty; give another --output, or go on with --resume.\n"
+        f"Error: {out} is not empty; give another --output, or continue its run with --resume.\n"
     )
     again = tune(data, "--output", out, "--config", config, *QUICKLY, "--resume")
     assert again.stderr.endswith(f"{out} is done already: 3 steps.\n")
@@ -103,11 +101,11 @@ def test_a_whole_run_from_the_command_line(tmp_path):
 def test_a_run_that_is_stopped_has_saved_and_goes_on_exactly(tmp_path):
     """As Ctrl-C stops it: after the step."""
     data = data_in(tmp_path, valid=[])
-    method = Method(rank=2, steps=3, learning_rate=0.01, layers=1)
+    method = TrainerConfig(rank=2, steps=3, learning_rate=0.01, layers=1)
 
     def train(output, stop, resume=False):
         engine = mlx_dgemma.load(dtype="float32")
-        plan = Plan(data, output, batch_size=1, encoder_weight=0.0, fill=0)
+        plan = RunConfig(data, output, batch_size=1, encoder_weight=0.0, fill=0)
         return engine, [one.step for one in run_(engine, method, plan, resume, stop)]
 
     whole, steps = train(tmp_path / "whole", lambda: False)
@@ -130,8 +128,8 @@ def test_a_run_that_is_stopped_has_saved_and_goes_on_exactly(tmp_path):
         (["--variant", "google", "--fill", "4000"], "fill is 4000; it should be a token id below 2048."),
         (["--layers", "9"], "layers is 9; the model has 6."),
         (["--kind", "dora", "--targets", "experts"],
-         "DoRA is not defined for experts here; leave experts out of --targets, or take lora."),
-        (["--resume"], "OUT holds no state.safetensors to resume from; start anew without --resume."),
+         "DoRA does not support experts; leave experts out of --targets, or use lora."),
+        (["--resume"], "OUT has no state.safetensors to resume from; start a new run without --resume."),
     ],
 )  # fmt: skip
 def test_what_a_run_refuses(tmp_path, arguments, sentence):
@@ -147,7 +145,8 @@ def test_a_run_that_is_killed_can_be_gone_on_with(tmp_path):
     """Even before its first save, and where the end came between two files."""
     data, out = data_in(tmp_path, valid=[]), tmp_path / "out"
     engine = mlx_dgemma.load(dtype="float32")
-    plan, method = Plan(data, out, batch_size=1, encoder_weight=0.0, fill=0), Method(rank=2, steps=2, layers=1)
+    plan = RunConfig(data, out, batch_size=1, encoder_weight=0.0, fill=0)
+    method = TrainerConfig(rank=2, steps=2, layers=1)
     run = run_(engine, method, plan)
     next(run)
     run.close()
@@ -161,12 +160,13 @@ def test_a_run_that_is_killed_can_be_gone_on_with(tmp_path):
 
 
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_dgemma.tune.run.available", lambda: 2**20)
-    engine, plan = mlx_dgemma.load(dtype="float32"), Plan(data_in(tmp_path), tmp_path / "out", batch_size=2)
-    told = refusal(MemoryLimitError, list, run_(engine, Method(rank=2, steps=1), plan))
+    monkeypatch.setattr("mlx_dgemma.model.device.available", lambda: 2**20)
+    engine, plan = mlx_dgemma.load(dtype="float32"), RunConfig(data_in(tmp_path), tmp_path / "out", batch_size=2)
+    told = refusal(MemoryLimitError, list, run_(engine, TrainerConfig(rank=2, steps=1), plan))
     assert told.startswith("Training needs about 0.")
     assert told.endswith(
-        " GiB and this machine gives 0.0; lower --batch-size or --max-length, or try anyway with --ignore-memory."
+        " GiB of memory, but this machine has 0.0 GiB; lower --batch-size or --max-length, or try it anyway with "
+        "--ignore-memory."
     )
     assert not (tmp_path / "out").exists()
 
@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
 def test_a_broken_log_is_refused(tmp_path):
     file = tmp_path / "log.csv"
     file.write_text("step,loss\n1,a\n")
-    assert refusal(DataError, Log, file, 3) == f"{file} is broken; remove it, and the curves begin anew."
+    assert refusal(DataError, MetricsLog, file, 3) == f"{file} is broken; remove it to start a new log."
 
 
 def test_the_command_knows_every_objective_and_target():

@@ -4,8 +4,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 from support import random_tokens, small_model
 
+from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.objective import VARIANTS, Batch
-from mlx_dgemma.tune.trainer import Method, Trainer
+from mlx_dgemma.tune.trainer import Trainer
 
 QUICK = {"rank": 2, "alpha": 4.0, "learning_rate": 0.01, "steps": 6, "warmup": 1}
 
@@ -16,7 +17,7 @@ def batch_of(number, rows=2):
 
 
 def trainer(**changes):
-    return Trainer(small_model(0), Method(**{**QUICK, **changes}), VARIANTS["google"])
+    return Trainer(small_model(0), TrainerConfig(**{**QUICK, **changes}), VARIANTS["google"])
 
 
 def weights(model):
