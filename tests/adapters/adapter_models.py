@@ -13,6 +13,8 @@ from mlx_dgemma.adapters import deltas as adapters
 from mlx_dgemma.adapters import peft
 from mlx_dgemma.adapters.deltas import Adapter, Delta, target_paths
 from mlx_dgemma.checkpoint import build as build_module
+from mlx_dgemma.checkpoint.build import build
+from mlx_dgemma.checkpoint.folder import Checkpoint
 
 BOUND = 1e-4
 LINEAR = (nn.Linear, SwitchLinear)
@@ -30,7 +32,7 @@ def small():
 
 
 def deltas(model, groups=ALL, dora=False, seed=0, size=0.2, rank=2) -> dict[str, Delta]:
-    """Random changes of all modules of some groups; entries of b @ a are about `size`."""
+    """Random deltas of all modules of some groups; the entries of b @ a are about `size`."""
     random = np.random.default_rng(seed)
 
     def draw(*shape):
@@ -47,7 +49,7 @@ def deltas(model, groups=ALL, dora=False, seed=0, size=0.2, rank=2) -> dict[str,
 
 
 def modes_of(model, groups, dora, modes) -> Adapter:
-    """Changes that are equal in both modes' layers, different, or in one mode alone."""
+    """Deltas that are equal in both modes, different, or only in one mode."""
     first, second = (deltas(model, groups, dora, seed) for seed in (1, 2))
     encode = {path: delta for path, delta in first.items() if path.startswith(LAYERS)}
     if modes == "equal":
@@ -56,7 +58,7 @@ def modes_of(model, groups, dora, modes) -> Adapter:
 
 
 def changed(model, changes: dict[str, Delta]):
-    """The model with the changes in its weights, by the formula."""
+    """The model with the deltas added to its weights, computed by NumPy."""
     for path, delta in changes.items():
         module = adapters._module(model, path)
         weight = np.array(module.weight) + delta.scale * np.array(delta.b) @ np.array(delta.a)
@@ -67,7 +69,10 @@ def changed(model, changes: dict[str, Delta]):
 
 
 def logits(encoder, decoder=None) -> list[mx.array]:
-    """Of the prompt, and of two denoising steps, the second self-conditioned; 24 rows and more are sorted by expert."""
+    """Logits of the prompt and of two denoising steps, the second self-conditioned.
+
+    The prompt is long enough that rows are sorted by expert.
+    """
     decoder, prefix = decoder or encoder, encoder.new_prefix()
     vocab = encoder.config.text.vocab_size
     prompt = encoder.logits(encoder.encode(random_tokens(3, 1, 40, vocab=vocab), prefix))
@@ -88,8 +93,8 @@ def shapes_of(model) -> dict[str, tuple[int, ...]]:
     return {name: one.shape for name, one in tree_flatten(model.parameters())}
 
 
-def packed(mode, bits=4):
-    """A model with packed linear maps, or without where the mode is None, and its unpacked twin."""
+def quantized_pair(mode, bits=4):
+    """A quantized model (if mode is None, a float model), and the same model dequantized."""
     found = []
     for unpack in (False, True):
         model = small_model(scale=0.2, **WIDE)
@@ -102,7 +107,7 @@ def packed(mode, bits=4):
 
 
 def stored(model, folder):
-    """A packed model, or one of the same sizes, as a checkpoint."""
+    """A model from `quantized_pair`, written as a checkpoint."""
     config = small_config(**WIDE)
     for mode in {module.mode for module in model.modules() if "scales" in module}:
         config["quantization"] = {"group_size": 32, "bits": 4, "mode": mode}
@@ -115,3 +120,17 @@ def stored(model, folder):
 def written(adapter, folder):
     peft.write(adapter, folder, "base")
     return folder
+
+
+def save_lora(demo, folder):
+    """A LoRA of everything but the vision tower, equal in both modes, large enough to change answers."""
+    model = build(Checkpoint.open(demo), "float32")
+    changes = deltas(model, ALL, seed=5, size=0.04)
+    shared = {path: delta for path, delta in changes.items() if path.startswith(LAYERS)}
+    return written(Adapter(shared, changes), folder)
+
+
+def save_denoising_dora(demo, folder):
+    """A DoRA of denoising alone."""
+    model = build(Checkpoint.open(demo), "float32")
+    return written(Adapter({}, deltas(model, DENSE, True, 6, 0.02)), folder)

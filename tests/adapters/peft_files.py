@@ -30,7 +30,7 @@ def pair(module: str, out: int = 192, inputs: int = 192, rank: int = 2) -> dict[
 
 
 def save(folder: Path, tensors: dict[str, mx.array], **changes) -> Path:
-    """A folder in PEFT's layout; None takes a key out of the configuration."""
+    """Write a folder in PEFT's layout; None removes a key from the configuration."""
     folder.mkdir(exist_ok=True)
     config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -39,7 +39,7 @@ def save(folder: Path, tensors: dict[str, mx.array], **changes) -> Path:
 
 
 def same(a: dict[str, Delta], b: dict[str, Delta]) -> bool:
-    """Whether all paths, arrays and factors are exactly the same."""
+    """True if all paths, arrays and scales are exactly equal."""
     pairs = [(a[path], b[path]) for path in a if path in b]
     return a.keys() == b.keys() and all(
         one.scale == other.scale

@@ -6,15 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from adapter_models import (
-    ALL,
-    DENSE,
     EXPERTS,
-    LAYERS,
     Q,
     changed,
-    deltas,
     gaps,
     logits,
+    save_denoising_dora,
+    save_lora,
 )
 from click.testing import CliRunner
 from support import refusal
@@ -22,10 +20,7 @@ from support import refusal
 import mlx_dgemma
 from mlx_dgemma.adapters import deltas as adapters
 from mlx_dgemma.adapters import peft
-from mlx_dgemma.adapters.deltas import Adapter
 from mlx_dgemma.checkpoint import memory
-from mlx_dgemma.checkpoint.build import build
-from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.cli import main
 from mlx_dgemma.convert import convert
 from mlx_dgemma.errors import CheckpointError
@@ -39,7 +34,7 @@ def no_model_named(monkeypatch):
     monkeypatch.delenv("MLX_DGEMMA_MODEL", raising=False)
 
 
-# Loaded with a checkpoint, and fused into one.
+# With the demo.
 
 
 @pytest.fixture(scope="module")
@@ -52,22 +47,12 @@ def float32(demo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(demo, tmp_path_factory):
-    """A LoRA of everything but the vision tower, the same in both modes and strong enough to be seen."""
-    model = build(Checkpoint.open(demo), "float32")
-    changes = deltas(model, ALL, seed=5, size=0.04)
-    shared = {path: delta for path, delta in changes.items() if path.startswith(LAYERS)}
-    folder = tmp_path_factory.mktemp("adapter")
-    peft.write(Adapter(shared, changes), folder, "demo")
-    return folder
+    return save_lora(demo, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")
 def apart(demo, tmp_path_factory):
-    """A DoRA of denoising alone."""
-    model = build(Checkpoint.open(demo), "float32")
-    folder = tmp_path_factory.mktemp("apart")
-    peft.write(Adapter({}, deltas(model, DENSE, True, 6, 0.02)), folder, "demo")
-    return folder
+    return save_denoising_dora(demo, tmp_path_factory.mktemp("apart"))
 
 
 def test_an_adapter_is_loaded_with_a_checkpoint(demo, adapter, apart):
@@ -94,7 +79,7 @@ def test_an_adapter_counts_as_memory(demo, adapter, monkeypatch):
     assert needed[0] - needed[1] == peft.read(adapter, engine.checkpoint.shapes).nbytes > 10**5
 
 
-def test_an_adapter_is_found_here_first_and_then_on_the_hub(adapter, demo, tmp_path, monkeypatch):
+def test_an_adapter_is_looked_for_on_this_machine_before_the_hub(adapter, demo, tmp_path, monkeypatch):
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     asked, answers = [], {True: LocalEntryNotFoundError("not here"), False: str(adapter)}
@@ -150,7 +135,7 @@ def test_an_adapter_changes_an_answer_and_the_fused_checkpoint_gives_the_same(fl
     assert run(*ask, "-m", tmp_path / "out").stdout == other.stdout
 
 
-def test_packing_again_is_told(demo, adapter, tmp_path):
+def test_a_warning_counts_weights_that_are_quantized_again(demo, adapter, tmp_path):
     convert(demo, tmp_path / "packed", "8bit")
     done = run("fuse", "--adapter", adapter, "--model", tmp_path / "packed", tmp_path / "out")
     assert done.stderr == "Packed again, which rounds: 62 changed weights; --dequantize leaves them unpacked.\n"
@@ -183,7 +168,7 @@ def test_evaluate_and_fuse_take_an_adapter(tmp_path):
         assert done.stderr.splitlines()[-1] == "Error: ./none does not exist; give an adapter's folder or its Hub id."
 
 
-def test_a_server_says_what_adapter_it_has(adapter, monkeypatch):
+def test_a_server_prints_its_adapter(adapter, monkeypatch):
     import uvicorn
 
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)

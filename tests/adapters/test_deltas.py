@@ -18,7 +18,7 @@ from adapter_models import (
     gaps,
     logits,
     modes_of,
-    packed,
+    quantized_pair,
     shapes_of,
     small,
 )
@@ -30,7 +30,7 @@ from mlx_dgemma.adapters import peft
 from mlx_dgemma.adapters.deltas import Adapter, Delta, add_adapter, apply, extract_adapter, target_paths
 from mlx_dgemma.errors import CheckpointError, OptionError
 
-# In a model.
+# Adapters in a model.
 
 
 @pytest.mark.parametrize("modes", ["equal", "different", "encode", "denoise"])
@@ -46,7 +46,7 @@ def test_both_modes_compute_with_the_changed_weights(kind, modes):
     assert adapter.shared == (model._encoder_layers is None) == (modes == "equal")
 
 
-def test_modes_that_differ_share_every_weight():
+def test_different_modes_share_every_weight():
     model = small()
     base = model.model.decoder.layers[0].self_attn.q_proj
     before = sum(one.nbytes for _, one in tree_flatten(model.parameters()))
@@ -61,7 +61,7 @@ def test_modes_that_differ_share_every_weight():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_started_changes_nothing_and_what_is_trained_goes_through_a_file(kind, tmp_path):
+def test_a_new_adapter_changes_nothing_and_a_trained_one_survives_saving(kind, tmp_path):
     groups, dora = KINDS[kind]
     model, key = small(), mx.random.key(7)
     before, shapes = logits(model), shapes_of(model)
@@ -103,8 +103,8 @@ def test_targets_are_the_last_layers_modules():
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("affine", "lora"), ("affine", "dora"), ("mxfp4", "lora")])
-def test_packed_weights_take_an_adapter_as_unpacked_ones_do(mode, kind):
-    model, twin = packed(mode)
+def test_an_adapter_works_the_same_on_quantized_weights(mode, kind):
+    model, twin = quantized_pair(mode)
     adapter = modes_of(twin, *KINDS[kind], "equal")
     before = logits(model)
     apply(model, adapter)
@@ -114,11 +114,11 @@ def test_packed_weights_take_an_adapter_as_unpacked_ones_do(mode, kind):
     assert min(gaps(together, before)) > 0.1
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize("path", ["model.decoder.layers.3.self_attn.q_proj", "model.decoder.layers.1.self_attn.v_proj"])
-def test_a_module_that_is_not_there(path):
+def test_a_module_that_does_not_exist_is_refused(path):
     one = Delta(mx.zeros((1, 16)), mx.zeros((32, 1)), 1.0)
     for adapter in (Adapter({path: one}, {}), Adapter({}, {path: one})):
         assert refusal(CheckpointError, apply, small(), adapter) == (
@@ -130,14 +130,14 @@ def test_a_module_that_is_not_there(path):
     "path",
     ["model.decoder.layers.0.input_layernorm", "model.decoder.layers.0.layer_scalar", "model.decoder.embed_tokens"],
 )
-def test_a_module_that_takes_no_change(path):
+def test_a_module_that_is_not_linear_is_refused(path):
     adapter = Adapter({}, {path: Delta(mx.zeros((1, 16)), mx.zeros((40, 1)), 1.0)})
     assert refusal(CheckpointError, apply, small(), adapter) == (
         f"The adapter changes {path}, which does not support this kind of change."
     )
 
 
-def test_targets_that_there_are_not():
+def test_unknown_targets_are_refused():
     model = small()
     assert refusal(OptionError, target_paths, model, ("mlp", "heads")) == (
         "There is no target 'heads'; choose from attention, mlp, experts, router, self-conditioning."
@@ -146,8 +146,8 @@ def test_targets_that_there_are_not():
         assert refusal(OptionError, target_paths, model, ("mlp",), count) == f"layers is {count}; the model has 3."
 
 
-def test_dora_that_cannot_be_computed():
-    model, _ = packed("mxfp4")
+def test_unsupported_dora_is_refused():
+    model, _ = quantized_pair("mxfp4")
     told = f"The adapter is a DoRA, which {Q} does not support in mxfp4; use affine weights."
     assert refusal(CheckpointError, apply, model, Adapter({}, {Q: deltas(model, DENSE, True)[Q]})) == told
     assert refusal(CheckpointError, add_adapter, model, [Q], 2, 1.0, 0.0, True, mx.random.key(0)) == told

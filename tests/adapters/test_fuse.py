@@ -15,7 +15,9 @@ from adapter_models import (
     gaps,
     logits,
     modes_of,
-    packed,
+    quantized_pair,
+    save_denoising_dora,
+    save_lora,
     stored,
     written,
 )
@@ -42,8 +44,8 @@ def no_model_named(monkeypatch):
 
 
 @pytest.mark.parametrize(("mode", "kind"), [(m, k) for m in (None, "affine", "mxfp4") for k in KINDS])
-def test_what_is_fused_unpacked_computes_the_same(mode, kind, tmp_path):
-    model, twin = packed(mode)
+def test_a_dequantized_fused_checkpoint_computes_the_same(mode, kind, tmp_path):
+    model, twin = quantized_pair(mode)
     adapter = modes_of(twin, *KINDS[kind], "equal")
     report = fuse(written(adapter, tmp_path / "a"), tmp_path / "out", stored(model, tmp_path / "in"), dequantize=True)
     fused = Checkpoint.open(tmp_path / "out")
@@ -56,8 +58,8 @@ def test_what_is_fused_unpacked_computes_the_same(mode, kind, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
-def test_fused_weights_are_packed_as_they_were(mode, tmp_path):
-    model, twin = packed(mode)
+def test_fused_weights_keep_their_quantization(mode, tmp_path):
+    model, twin = quantized_pair(mode)
     adapter = modes_of(twin, ALL, False, "equal")
     report = fuse(written(adapter, tmp_path / "a"), tmp_path / "out", stored(model, tmp_path / "in"))
     assert report.requantized == report.modules
@@ -75,15 +77,15 @@ def test_fused_weights_are_packed_as_they_were(mode, tmp_path):
 
 
 @pytest.mark.parametrize("modes", ["different", "encode", "denoise"])
-def test_modes_that_differ_cannot_be_fused(modes, tmp_path):
-    model, _ = packed(None)
+def test_different_modes_cannot_be_fused(modes, tmp_path):
+    model, _ = quantized_pair(None)
     folder = written(modes_of(model, DENSE, False, modes), tmp_path / "a")
     source = stored(model, tmp_path / "in")
     assert refusal(CheckpointError, fuse, folder, tmp_path / "new" / "out", source) == APART
     assert sorted(one.name for one in tmp_path.iterdir()) == ["a", "in"]
 
 
-# Loaded with a checkpoint, and fused into one.
+# With the demo.
 
 
 @pytest.fixture(scope="module")
@@ -96,22 +98,12 @@ def float32(demo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(demo, tmp_path_factory):
-    """A LoRA of everything but the vision tower, the same in both modes and strong enough to be seen."""
-    model = build(Checkpoint.open(demo), "float32")
-    changes = deltas(model, ALL, seed=5, size=0.04)
-    shared = {path: delta for path, delta in changes.items() if path.startswith(LAYERS)}
-    folder = tmp_path_factory.mktemp("adapter")
-    peft.write(Adapter(shared, changes), folder, "demo")
-    return folder
+    return save_lora(demo, tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")
 def apart(demo, tmp_path_factory):
-    """A DoRA of denoising alone."""
-    model = build(Checkpoint.open(demo), "float32")
-    folder = tmp_path_factory.mktemp("apart")
-    peft.write(Adapter({}, deltas(model, DENSE, True, 6, 0.02)), folder, "demo")
-    return folder
+    return save_denoising_dora(demo, tmp_path_factory.mktemp("apart"))
 
 
 def of(path, **options):
@@ -136,8 +128,8 @@ def test_a_fused_checkpoint_computes_the_same(float32, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["release", "halves"])
-def test_any_layout_is_fused_to_the_same_bytes(hf_checkpoint, demo, adapter, tmp_path, layout):
-    """And unchanged tensors keep theirs, in the dtype that is stored."""
+def test_all_layouts_are_fused_to_the_same_bytes(hf_checkpoint, demo, adapter, tmp_path, layout):
+    """Tensors that are not changed keep their bytes and dtypes."""
     source = hf_checkpoint
     if layout == "halves":
         source = tmp_path / "halves"
@@ -163,7 +155,7 @@ def test_any_layout_is_fused_to_the_same_bytes(hf_checkpoint, demo, adapter, tmp
     assert {dtype for dtype, *_ in ours.values()} == {"BF16"}
 
 
-def test_a_packed_checkpoint_is_fused_packed_or_not(demo, adapter, tmp_path):
+def test_a_quantized_checkpoint_is_fused_with_or_without_dequantizing(demo, adapter, tmp_path):
     convert(demo, tmp_path / "packed", "4bit")
     source = Checkpoint.open(tmp_path / "packed")
     report = fuse(adapter, tmp_path / "again", source.path)
@@ -186,7 +178,7 @@ def test_a_packed_checkpoint_is_fused_packed_or_not(demo, adapter, tmp_path):
     assert max(unpacked) < 0.5 * min(effect)
 
 
-def test_a_dora_is_fused_too_whatever_packs_the_weights(demo, tmp_path):
+def test_a_dora_is_fused_into_mxfp4_weights(demo, tmp_path):
     model = build(Checkpoint.open(demo), "float32")
     changes = deltas(model, DENSE, True, 6, 0.02)
     peft.write(Adapter({p: d for p, d in changes.items() if p.startswith(LAYERS)}, changes), tmp_path / "dora", "demo")
@@ -199,7 +191,7 @@ def test_a_dora_is_fused_too_whatever_packs_the_weights(demo, tmp_path):
         assert gap(adapters._module(found, path).weight, weight) < 2**-8 * mx.abs(weight).max().item()
 
 
-def test_what_cannot_be_fused_leaves_nothing(demo, adapter, apart, tmp_path):
+def test_nothing_remains_if_fusing_is_refused(demo, adapter, apart, tmp_path):
     assert refusal(CheckpointError, fuse, apart, tmp_path / "new" / "out", demo) == APART
     (tmp_path / "out").mkdir()
     assert refusal(OptionError, fuse, adapter, tmp_path / "out", demo) == (
@@ -209,8 +201,8 @@ def test_what_cannot_be_fused_leaves_nothing(demo, adapter, apart, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", [None, "4bit"])
-def test_a_model_is_written_as_its_checkpoint_stores_it(demo, tmp_path, recipe):
-    """Whatever layout and dtype it computes with; what is there already is replaced."""
+def test_a_model_is_written_with_its_checkpoints_dtypes(demo, tmp_path, recipe):
+    """The model computes in float32. An existing folder is replaced."""
     source = demo
     if recipe:
         source = tmp_path / "packed"

@@ -44,7 +44,7 @@ def shapes():
         ({"layers_to_transform": [0], "layers_pattern": ["blocks", "h"]}, False),
     ],
 )
-def test_only_what_peft_would_change_is_read(tmp_path, shapes, changes, read):
+def test_only_modules_that_peft_targets_are_read(tmp_path, shapes, changes, read):
     folder = save(tmp_path, pair("decoder.layers.0.self_attn.q_proj"), **changes)
     if read:
         assert peft.read(folder, shapes).denoise.keys() == {Q}
@@ -55,7 +55,7 @@ def test_only_what_peft_would_change_is_read(tmp_path, shapes, changes, read):
         )
 
 
-def test_notes_and_settings_that_change_nothing_are_accepted(tmp_path, shapes):
+def test_keys_without_effect_are_accepted(tmp_path, shapes):
     tensors = pair("decoder.layers.0.self_attn.q_proj")
     plain = peft.read(save(tmp_path, tensors), shapes)
     kind = {"lora_dropout": 0.1, "peft_version": "9.9", "revision": "main", "inference_mode": False}
@@ -93,7 +93,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("key", OTHERS)
-def test_what_changes_the_computation_is_refused(tmp_path, shapes, key):
+def test_keys_that_change_the_computation_are_refused(tmp_path, shapes, key):
     folder = save(tmp_path, pair("decoder.layers.0.self_attn.q_proj"), **{key: OTHERS[key]})
     assert refusal(CheckpointError, peft.read, folder, shapes) == (
         f"{folder}/adapter_config.json sets {key} to {json.dumps(OTHERS[key])}, which is not supported; "
@@ -102,7 +102,7 @@ def test_what_changes_the_computation_is_refused(tmp_path, shapes, key):
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "corda", "loftq", "lora_ga"])
-def test_starts_that_change_the_base_are_refused(tmp_path, shapes, start):
+def test_initializations_that_change_the_base_are_refused(tmp_path, shapes, start):
     folder = save(tmp_path, pair("decoder.layers.0.self_attn.q_proj"), init_lora_weights=start)
     assert refusal(CheckpointError, peft.read, folder, shapes) == (
         f'{folder}/adapter_config.json sets init_lora_weights to "{start}", which is not supported; '
@@ -134,6 +134,6 @@ def test_starts_that_change_the_base_are_refused(tmp_path, shapes, start):
         ),
     ],
 )
-def test_values_of_the_wrong_kind_are_refused(tmp_path, shapes, changes, told):
+def test_values_of_a_wrong_type_are_refused(tmp_path, shapes, changes, told):
     folder = save(tmp_path, pair("decoder.layers.0.self_attn.q_proj"), **changes)
     assert refusal(CheckpointError, peft.read, folder, shapes) == f"{folder}/adapter_config.json {told}"

@@ -25,7 +25,7 @@ def shapes():
 
 
 def changed(deltas: dict[str, Delta]):
-    """The demo with deltas in its weights."""
+    """The demo with deltas added to its weights."""
     model = build(Checkpoint.open(DEMO), "float32")
     modules = dict(model.named_modules())
     for path, delta in deltas.items():
@@ -37,7 +37,7 @@ def changed(deltas: dict[str, Delta]):
 
 
 def gaps(held: dict[str, mx.array], encode: dict[str, Delta], denoise: dict[str, Delta]) -> list[float]:
-    """How far the encoder's hidden states and two steps' logits are from Transformers'."""
+    """Differences of the encoder's hidden states and of two steps' logits from those of Transformers."""
     encoder, decoder = changed(encode), changed(denoise)
     prefix = encoder.new_prefix()
     hidden = encoder.encode(held["input_ids"], prefix)
@@ -51,7 +51,7 @@ def gaps(held: dict[str, mx.array], encode: dict[str, Delta], denoise: dict[str,
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_what_peft_saved_computes_what_peft_computes(name, shapes):
+def test_an_adapter_of_peft_computes_what_peft_computes(name, shapes):
     held, adapter = reference(name), peft.read(DATA / name, shapes)
     assert max(gaps(held, adapter.encode, adapter.denoise)) < BOUND
     shared = {path: delta for path, delta in adapter.encode.items() if path in adapter.denoise}
@@ -59,7 +59,7 @@ def test_what_peft_saved_computes_what_peft_computes(name, shapes):
     assert min(swapped) > 0.1  # the two modes have deltas of their own
 
 
-def test_ranks_and_factors_follow_the_patterns(shapes):
+def test_ranks_and_scales_follow_the_patterns(shapes):
     adapter = peft.read(DATA / "peft_patterns", shapes)
     modes = {"encode": adapter.encode, "denoise": adapter.denoise}
     found = {
@@ -78,7 +78,7 @@ def test_ranks_and_factors_follow_the_patterns(shapes):
     assert found["denoise", "self_conditioning.up_proj"] == (2, 1.5 / math.sqrt(2))
 
 
-def test_arrays_are_float32_whatever_was_stored(shapes):
+def test_arrays_are_read_as_float32(shapes):
     for name, stored in (("peft_dora", mx.bfloat16), ("peft_experts", mx.float16)):
         held = mx.load(str(DATA / name / "adapter_model.safetensors"))
         assert {one.dtype for one in held.values()} == {stored}
@@ -88,7 +88,7 @@ def test_arrays_are_float32_whatever_was_stored(shapes):
     assert peft.read(DATA / "peft_dora", shapes).encode[DOWN].magnitude.dtype == mx.float32
 
 
-def test_names_come_with_or_without_peft_and_the_adapters_name(tmp_path, shapes):
+def test_names_with_and_without_prefix_and_adapter_name(tmp_path, shapes):
     tensors = {**pair("decoder.layers.0.self_attn.q_proj"), f"{THEIRS}.{Q[6:]}.lora_magnitude_vector": array(192)}
     first = peft.read(save(tmp_path, tensors, use_dora=True), shapes)
     assert first.denoise.keys() == {Q}
@@ -103,7 +103,7 @@ def test_names_come_with_or_without_peft_and_the_adapters_name(tmp_path, shapes)
         assert same(again.denoise, first.denoise)
 
 
-def test_the_decoders_names_alone_change_denoising_alone(tmp_path, shapes):
+def test_each_modes_names_only_change_that_mode(tmp_path, shapes):
     adapter = peft.read(save(tmp_path, pair("decoder.layers.0.self_attn.q_proj")), shapes)
     assert (adapter.encode, adapter.denoise.keys()) == ({}, {Q})
     adapter = peft.read(save(tmp_path, pair("encoder.language_model.layers.0.self_attn.q_proj")), shapes)

@@ -53,7 +53,7 @@ def adapters(shapes) -> dict[str, Adapter]:
     }
 
 
-def test_what_is_written_is_read_as_it_was(tmp_path, shapes):
+def test_a_written_adapter_is_read_back_unchanged(tmp_path, shapes):
     for name, adapter in adapters(shapes).items():
         peft.write(adapter, tmp_path / "new" / name, "a/b")
         found = peft.read(tmp_path / "new" / name, shapes)
@@ -62,7 +62,7 @@ def test_what_is_written_is_read_as_it_was(tmp_path, shapes):
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_what_peft_saved_is_written_again_without_loss(name, tmp_path, shapes):
+def test_an_adapter_of_peft_is_written_again_without_loss(name, tmp_path, shapes):
     adapter = peft.read(DATA / name, shapes)
     peft.write(adapter, tmp_path, "a/b")
     found = peft.read(tmp_path, shapes)
@@ -70,8 +70,8 @@ def test_what_peft_saved_is_written_again_without_loss(name, tmp_path, shapes):
     assert same(found.denoise, adapter.denoise)
 
 
-def test_factors_survive():
-    """Alpha over the rank to the last bit, over its root to the last but one; whole numbers stay whole."""
+def test_scales_survive():
+    """alpha / rank survives exactly, alpha / sqrt(rank) up to the last bit; whole numbers stay whole."""
     for rank in range(1, 70):
         for alpha in (*range(1, 70), 128, 256):
             assert peft._alpha(alpha / rank, rank) == alpha
@@ -79,7 +79,7 @@ def test_factors_survive():
             assert peft._alpha(scale, rank) / rank == pytest.approx(scale, rel=3e-16, abs=0)
 
 
-def test_the_configuration_names_what_has_deltas_and_no_more(tmp_path, shapes):
+def test_the_configuration_only_names_changed_modules(tmp_path, shapes):
     held = adapters(shapes)
     encode = {**held["ranks and factors"].encode, SIGHT: delta(shapes, SIGHT, 3, 1 / 3)}
     peft.write(Adapter(encode, {GATE_UP: delta(shapes, GATE_UP, 3, 0.5)}), tmp_path, "google/diffusiongemma-26B-A4B-it")
@@ -111,7 +111,7 @@ def test_the_configuration_names_what_has_deltas_and_no_more(tmp_path, shapes):
     assert held[f"{experts}.{B}"].shape == (192, 8 * 2)
 
 
-def test_an_adapter_in_the_folder_is_replaced_whole_or_not_at_all(tmp_path, shapes, monkeypatch):
+def test_an_adapter_is_replaced_completely_or_not_at_all(tmp_path, shapes, monkeypatch):
     held = adapters(shapes)
     peft.write(held["DoRA"], tmp_path, "a/b")
     peft.write(held["one mode"], tmp_path, "a/b")
@@ -128,7 +128,7 @@ def test_an_adapter_in_the_folder_is_replaced_whole_or_not_at_all(tmp_path, shap
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
-def test_what_peft_has_no_place_for_is_not_written(tmp_path, shapes):
+def test_adapters_that_do_not_fit_pefts_layout_are_refused(tmp_path, shapes):
     def told(encode: dict[str, Delta], denoise: dict[str, Delta]) -> str:
         message = refusal(CheckpointError, peft.write, Adapter(encode, denoise), tmp_path / "new", "a/b")
         assert not (tmp_path / "new").exists()

@@ -17,7 +17,7 @@ from mlx_dgemma.convert import writer as writer_module
 
 @pytest.fixture(scope="session")
 def quantized(demo, tmp_path_factory) -> Path:
-    """The demo by the default recipe."""
+    """The demo, quantized with the default recipe."""
     folder = tmp_path_factory.mktemp("quantized") / "demo-4bit"
     convert(demo, folder, DEFAULT)
     return folder
@@ -46,7 +46,7 @@ def test_only_names_change(hf_checkpoint, demo):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_cast_is_mlx_own(demo, tmp_path, dtype):
+def test_dtypes_are_cast_as_mlx_does(demo, tmp_path, dtype):
     report = convert(demo, tmp_path / "out", dtype=dtype)
     assert report.dtype == dtype
     before, after = read_folder(demo), read_folder(tmp_path / "out")
@@ -55,7 +55,7 @@ def test_a_cast_is_mlx_own(demo, tmp_path, dtype):
     assert config["dtype"] == config["text_config"]["dtype"] == dtype
 
 
-def test_shards_are_cut_at_the_limit_and_load(hf_checkpoint, tmp_path, monkeypatch):
+def test_shards_stay_below_the_limit_and_load(hf_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "SHARD_BYTES", 3_000_000)
     convert(hf_checkpoint, tmp_path / "out", DEFAULT)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -82,7 +82,7 @@ def test_tensors_are_aligned_and_other_readers_agree(quantized):
         assert info.start % {"U32": 4, "BF16": 2}[info.dtype] == 0
 
 
-def test_other_files_travel_and_weights_of_other_kinds_do_not(hf_checkpoint, tmp_path):
+def test_other_files_are_copied_but_not_other_weights(hf_checkpoint, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(hf_checkpoint, source)
     (source / "additional_chat_templates").mkdir()

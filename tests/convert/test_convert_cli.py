@@ -27,12 +27,12 @@ def run(*arguments):
 
 @pytest.fixture
 def release(hf_checkpoint, tmp_path) -> Path:
-    """A release that may be broken."""
+    """A copy of the release that a test may break."""
     shutil.copytree(hf_checkpoint, tmp_path / "release")
     return tmp_path / "release"
 
 
-# --- what it prints -----------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 def test_help_is_quick_and_imports_no_mlx():
@@ -84,7 +84,7 @@ def test_quantizing_and_verifying(demo, tmp_path):
     ), done.stdout
 
 
-def test_it_says_that_there_was_nothing_to_do(demo, tmp_path):
+def test_an_unchanged_source_is_reported(demo, tmp_path):
     run(demo, "--mlx-path", tmp_path / "first", "-q")
     done = run(tmp_path / "first", "--mlx-path", tmp_path / "second", "-q", "--verify")
     assert (
@@ -106,7 +106,7 @@ def test_the_flags_of_the_experts(demo, tmp_path):
     assert "-q --q-bits 5 --q-group-size 32 --q-mode affine" in (tmp_path / "five" / "README.md").read_text()
 
 
-def test_a_bar_on_a_terminal(demo, tmp_path):
+def test_a_progress_bar_on_a_terminal(demo, tmp_path):
     import pty
 
     reader, writer = pty.openpty()
@@ -144,7 +144,7 @@ def test_a_mistake_is_one_sentence(tmp_path, arguments, code, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c(hf_checkpoint, tmp_path, monkeypatch):
+def test_ctrl_c_removes_the_partial_folder(hf_checkpoint, tmp_path, monkeypatch):
     def interrupt(ranges):
         raise KeyboardInterrupt
 
@@ -155,7 +155,7 @@ def test_ctrl_c(hf_checkpoint, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_polite_kill(hf_checkpoint, tmp_path, monkeypatch):
+def test_sigterm_removes_the_partial_folder(hf_checkpoint, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(conversion, "read_ranges", lambda ranges: os.kill(os.getpid(), signal.SIGTERM))
     done = run(hf_checkpoint, "--mlx-path", tmp_path / "out")
@@ -173,7 +173,7 @@ def test_an_unknown_dtype(demo, tmp_path):
 # --- the card and the Hub -----------------------------------------------------------------------------------------
 
 
-def test_the_card(release, tmp_path):
+def test_the_model_card(release, tmp_path):
     (release / "README.md").write_text(
         "---\nlicense: apache-2.0\nlibrary_name: transformers\nbase_model: a/b\n---\n# x\n"
     )
@@ -192,14 +192,14 @@ def test_the_card(release, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "no front matter", "---\n: [\n---\n", "---\n- a\n---\n", "---\nlicense: x"])
-def test_a_broken_card_says_nothing(release, tmp_path, text):
+def test_a_broken_card_is_ignored(release, tmp_path, text):
     (release / "README.md").write_text(text)
     convert(release, tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text().startswith("---\nlibrary_name: mlx\npipeline_tag")
 
 
 class StubApi:
-    """Stands for the Hub; `fails` is raised when it is asked to upload."""
+    """Replaces the Hub; `fails` is raised by an upload."""
 
     calls: list = []  # noqa: RUF012
     fails: Exception | None = None
@@ -251,7 +251,7 @@ def test_an_upload_that_fails_keeps_the_result(demo, tmp_path, api):
         ("me/model", None, "--upload-repo needs a Hub token; run `hf auth login` or set HF_TOKEN."),
     ],
 )
-def test_an_upload_that_cannot_succeed_is_refused_first(demo, tmp_path, monkeypatch, repo, token, message):
+def test_an_upload_that_cannot_succeed_is_refused_before_converting(demo, tmp_path, monkeypatch, repo, token, message):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     with pytest.raises(OptionError) as error:
         convert(demo, tmp_path / "out", upload_repo=repo)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 # --- all or nothing -----------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_leaves_nothing_and_can_be_run_again(hf_checkpoint, tmp_path):
+def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(hf_checkpoint, tmp_path):
     target = tmp_path / "new" / "out"
     seen = []
 
@@ -45,7 +45,7 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_run_again(hf_checkpoint, t
     assert left_in(target.parent) == ["out"]
 
 
-def test_what_a_killed_run_left_is_swept(demo, tmp_path):
+def test_partial_folders_of_killed_processes_are_removed(demo, tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for left in (f".out.partial-{dead.pid}", f".out.partial-{os.getpid()}", ".out.partial-1", ".outer.partial-x"):
@@ -70,7 +70,7 @@ def test_an_existing_output_is_refused(demo, tmp_path):
     assert left_in(tmp_path / "out") == []
 
 
-def test_a_small_disk_is_noticed_before_anything_is_written(demo, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_refused_before_writing(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**7, 7 * 10**6, 3 * 10**6))
     with pytest.raises(DgemmaError) as error:
         convert(demo, tmp_path / "out")
@@ -134,8 +134,8 @@ print(peak() - before)
 """
 
 
-def test_memory_does_not_grow_with_a_tensor(tmp_path):
-    """An embedding of 420 MB; the result is checked at its two ends."""
+def test_memory_does_not_grow_with_the_size_of_a_tensor(tmp_path):
+    """An embedding of 420 MB; its two ends are compared."""
     config = small_config(("full_attention",), vocab_size=262144, hidden_size=800)
     source = tmp_path / "source"
     source.mkdir()

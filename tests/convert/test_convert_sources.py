@@ -25,7 +25,7 @@ def run(*arguments):
 
 @pytest.fixture
 def release(hf_checkpoint, tmp_path) -> Path:
-    """A release that may be broken."""
+    """A copy of the release that a test may break."""
     shutil.copytree(hf_checkpoint, tmp_path / "release")
     return tmp_path / "release"
 
@@ -192,7 +192,7 @@ def test_an_overflow_of_a_cast_is_named(release, tmp_path):
     assert done.stderr == f"Warning: {NORM} contains NaN or infinity.\n"
 
 
-def test_a_difference_where_none_may_be_fails(hf_checkpoint, tmp_path, monkeypatch):
+def test_a_difference_between_unchanged_weights_is_an_error(hf_checkpoint, tmp_path, monkeypatch):
     def spoil(folder, *arguments):
         held = read_safetensors(folder / "model.safetensors")
         dtype, shape, data = held[NORM]
@@ -219,7 +219,7 @@ def test_a_tokenizer_that_cannot_be_used(release, tmp_path):
         convert(release, tmp_path / "out", verify=True)
 
 
-def test_divergence_is_measured_from_the_source(demo, monkeypatch):
+def test_the_kl_divergence_is_of_the_source(demo, monkeypatch):
     """Two tokens, probabilities (1/2, 1/2) before and (3/4, 1/4) after."""
     logits = iter([mx.log(mx.array([[0.5, 0.5]])), mx.log(mx.array([[0.75, 0.25]])) + 3])
     monkeypatch.setattr(verify, "_logits", lambda checkpoint, prompt: next(logits))

@@ -24,7 +24,7 @@ COMBINATIONS += [(4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4")]
 
 @pytest.fixture(scope="session")
 def quantized(demo, tmp_path_factory) -> Path:
-    """The demo by the default recipe."""
+    """The demo, quantized with the default recipe."""
     folder = tmp_path_factory.mktemp("quantized") / "demo-4bit"
     convert(demo, folder, DEFAULT)
     return folder
@@ -35,8 +35,8 @@ def quantized(demo, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("bits, group_size, mode", COMBINATIONS)
 @pytest.mark.parametrize("halves", [False, True])
-def test_slices_quantize_as_the_whole(tmp_path, monkeypatch, bits, group_size, mode, halves):
-    """Gate and up may lie apart; slices end in the middle of an expert."""
+def test_quantizing_slices_equals_quantizing_the_tensor(tmp_path, monkeypatch, bits, group_size, mode, halves):
+    """With and without separate gate and up; slices end in the middle of an expert."""
     monkeypatch.setattr(jobs_module, "SLICE_BYTES", 3000)
     whole = mx.random.normal((3, 10, 256), key=mx.random.key(bits)).astype(mx.bfloat16)
     parts = mx.split(whole, 2, axis=1) if halves else [whole]
@@ -83,7 +83,7 @@ def test_the_default_recipe(demo, quantized):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_loads_and_stays_near(demo, tmp_path, name):
+def test_every_recipe_loads_and_stays_close(demo, tmp_path, name):
     report = convert(demo, tmp_path / "out", name, verify=True)
     checkpoint = Checkpoint.open(tmp_path / "out")
     assert checkpoint.nbytes == report.nbytes == RECIPES[name].nbytes(Checkpoint.open(demo).shapes)
@@ -102,7 +102,7 @@ def test_every_recipe_loads_and_stays_near(demo, tmp_path, name):
     assert mx.isfinite(model.logits(model.encode(tokens, model.new_prefix()))).all().item()
 
 
-def test_groups_that_do_not_divide_give_way_or_leave_floats(demo, tmp_path):
+def test_group_sizes_that_do_not_divide_are_replaced(demo, tmp_path):
     report = convert(demo, tmp_path / "out", Recipe("wide", Quantization(4, 128), router=None))
     layers = [f"model.decoder.layers.{i}.experts.gate_up_proj" for i in range(6)]
     assert report.regrouped == dict.fromkeys(layers, "4-bit affine, groups of 64")  # its input is 192 wide
@@ -116,7 +116,7 @@ def test_groups_that_do_not_divide_give_way_or_leave_floats(demo, tmp_path):
     assert Quantization(4, 16, "nvfp4").fit(24) is None
 
 
-def test_estimates_need_no_weights():
+def test_sizes_are_computed_without_weights():
     shapes = {
         "model.decoder.layers.0.experts.down_proj.weight": (4, 10, 704),
         "model.decoder.embed_tokens.weight": (100, 64),
@@ -138,7 +138,7 @@ def test_estimates_need_no_weights():
         ((4, 32, "nf4"), "q-mode is 'nf4'; it should be one of affine, mxfp4, mxfp8, nvfp4."),
     ],
 )
-def test_what_mlx_cannot_compute_is_refused(arguments, message):
+def test_quantizations_that_mlx_does_not_support_are_refused(arguments, message):
     with pytest.raises(OptionError) as error:
         Quantization(*arguments)
     assert str(error.value) == message
@@ -147,7 +147,7 @@ def test_what_mlx_cannot_compute_is_refused(arguments, message):
 # --- sources in MLX's layout --------------------------------------------------------------------------------------
 
 
-def test_our_own_output_again_is_byte_for_byte_the_same(demo, tmp_path):
+def test_converting_our_own_output_copies_every_byte(demo, tmp_path):
     report = convert(demo, tmp_path / "out", verify=True)
     assert report.unchanged
     assert report.verification.equal
@@ -163,7 +163,7 @@ def test_a_quantized_source_is_copied(quantized, tmp_path, recipe):
     assert contents(tmp_path / "out") == contents(quantized)
 
 
-def test_a_quantized_source_is_not_quantized_otherwise(quantized, tmp_path):
+def test_a_quantized_source_cannot_be_quantized_again(quantized, tmp_path):
     with pytest.raises(CheckpointError) as error:
         convert(quantized, tmp_path / "out", "8bit")
     assert str(error.value) == (
@@ -182,7 +182,7 @@ def test_a_quantized_source_can_be_cast(quantized, tmp_path):
 
 
 def apart(source: Path, folder: Path) -> Path:
-    """The older form of mlx-vlm's layout: gate and up as tensors of their own, overrides under their names."""
+    """The older form of mlx-vlm's layout: gate and up are separate tensors with separate overrides."""
     tensors = {}
     for name, (dtype, shape, data) in read_safetensors(source / "model.safetensors").items():
         if ".experts.gate_up_proj." not in name:
@@ -197,14 +197,14 @@ def apart(source: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("which", ["demo", "quantized"])
-def test_gate_and_up_apart_are_fused(request, tmp_path, which):
+def test_separate_gate_and_up_are_fused(request, tmp_path, which):
     source = request.getfixturevalue(which)
     convert(apart(source, tmp_path / "older"), tmp_path / "out")
     assert read_folder(tmp_path / "out") == read_folder(source)
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
-def test_overrides_of_halves_become_the_whole_s(demo, tmp_path):
+def test_overrides_of_gate_and_up_become_one(demo, tmp_path):
     convert(demo, tmp_path / "mixed", Recipe("mixed", Quantization(4), mlp=Quantization(4)))
     older = apart(tmp_path / "mixed", tmp_path / "older")
     config = json.loads((older / "config.json").read_text())

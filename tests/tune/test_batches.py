@@ -13,7 +13,7 @@ from mlx_dgemma.tune.data import Example, Target, read
 from mlx_dgemma.tune.objective import VARIANTS, Noise, draw_noise, loss
 
 
-def test_an_answer_is_cut_into_canvases():
+def test_an_answer_is_split_into_canvases():
     target = Target([1, 2], [3, 4, 5, 6, 7], [])
     assert [(one.prefix, one.tokens, one.answer_length) for one in split_into_canvases(target, 4, 9)] == [
         ([1, 2], [3, 4, 5, 6], 4),
@@ -22,13 +22,13 @@ def test_an_answer_is_cut_into_canvases():
 
 
 class Sizes:
-    """What batches need to know of an engine."""
+    """The part of an engine that batches use."""
 
     class config:
         canvas_length = 4
 
 
-def test_batches_are_padded_on_the_left_and_drawn_by_number():
+def test_batches_are_padded_on_the_left_and_depend_on_the_sample_number():
     examples = [Example(f"line {i}", [Target(list(range(1, 2 + i)), [20 + i] * (3 + 2 * i), [])], {}) for i in range(4)]
     batches = Batches(Sizes(), examples, 9, False, 3)
     batch = batches.batch([0, 3], [5, 6])
@@ -51,8 +51,8 @@ def test_every_epoch_takes_each_example_once():
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_pictures_and_padding_stay_with_their_sample(tmp_path):
-    """A sample with a picture beside one without: the batch's loss is the mean of what each has alone."""
+def test_images_and_padding_belong_to_their_sample(tmp_path):
+    """One sample has an image, the other has none; the batch's loss is the mean of their separate losses."""
     square(RED).save(tmp_path / "red.png")
     seen = [{"type": "image", "image": "red.png"}, {"type": "text", "text": "What color is the shape?"}]
     lines = [

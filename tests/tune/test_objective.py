@@ -36,7 +36,7 @@ def model():
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_equal_transformers(model, name):
-    """Padded texts and a picture, with and without self-conditioning; gradients within 1e-3 of the largest."""
+    """Padded texts and an image, with and without self-conditioning; gradients within 1e-3 of the largest."""
     held = {k: np.array(v) for k, v in mx.load(str(DATA / "objective.safetensors")).items() if k.startswith(f"{name}.")}
     held = {key.removeprefix(f"{name}."): one for key, one in held.items()}
     variant, conditioned = CASES[name]
@@ -71,8 +71,8 @@ def test_losses_and_gradients_equal_transformers(model, name):
         assert np.abs(mine - theirs).max() <= 1e-3 * max(np.abs(theirs).max(), 1e-3), path
 
 
-def test_noise_replaces_a_share_of_the_tokens():
-    """About t of them, each by any token alike; a row's draws are its key's own."""
+def test_noise_replaces_tokens_with_probability_t():
+    """New tokens are uniform, and the noise of a row only depends on its key."""
     keys = mx.random.split(mx.random.key(0), 3)
     tokens = mx.zeros((3, 4000), mx.int32)
     found = np.array(rng.corrupt(tokens, mx.array([0.0, 0.3, 1.0]), 50, keys))
@@ -84,7 +84,7 @@ def test_noise_replaces_a_share_of_the_tokens():
     assert (alone[0] == found[1]).all()
 
 
-def test_draws_depend_on_the_key_alone():
+def test_noise_only_depends_on_the_key():
     tokens = np.zeros((4, 3), np.int32)
     batch = Batch(tokens, tokens == 0, np.ones((4, 6), np.int32), np.ones((4, 6), bool))
     nemo = VARIANTS["nemo"]
@@ -101,7 +101,7 @@ def test_draws_depend_on_the_key_alone():
 
 
 @pytest.mark.parametrize("positions", [1, 3, 64])
-def test_cross_entropy_in_pieces_is_the_plain_one(monkeypatch, positions):
+def test_cross_entropy_in_chunks_equals_the_plain_one(monkeypatch, positions):
     model = small_model(0)
     monkeypatch.setattr(objective, "MAX_LOGITS_BYTES", 4 * 40 * positions)
     hidden, targets = mx.random.normal((10, 16), key=mx.random.key(0)), np.array(random_tokens(1, 10))
@@ -122,7 +122,7 @@ def test_cross_entropy_in_pieces_is_the_plain_one(monkeypatch, positions):
         assert gap(mine, theirs) < 1e-5
 
 
-def test_recomputing_layers_changes_no_gradient():
+def test_gradient_checkpointing_does_not_change_gradients():
     model = small_model(1)
     tokens, canvas = np.array(random_tokens(0, 2, 9)), np.array(random_tokens(1, 2, 4))
     real = np.arange(9) >= np.array([[0], [6]])

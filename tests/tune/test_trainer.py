@@ -32,7 +32,7 @@ from mlx_dgemma.tune.trainer import Trainer, flatten
     ],
     ids=["lora", "dora", "full", "dropout", "accumulated", "muon"],
 )
-def test_stopped_and_resumed_is_bit_for_bit_one_run(tmp_path, changes):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, changes):
     whole, first, second = (trainer(**changes) for _ in range(3))
     count = whole.config.accumulate
     drawn = [[batch_of(step * count + i) for i in range(count)] for step in range(6)]
@@ -51,7 +51,7 @@ def test_stopped_and_resumed_is_bit_for_bit_one_run(tmp_path, changes):
 @pytest.mark.parametrize(
     "kind, targets", [("lora", ("attention", "mlp")), ("lora", ("experts",)), ("full", ("attention",))]
 )
-def test_training_lowers_the_loss_and_changes_what_it_should(kind, targets):
+def test_training_lowers_the_loss_and_only_changes_trainable_weights(kind, targets):
     own = {"rank": 16, "alpha": 32.0} if kind == "full" else {}
     one = trainer(kind=kind, targets=targets, steps=40, learning_rate=0.02, **own)
     before, batch = weights(one.model), batch_of(1, 4)
@@ -100,7 +100,7 @@ def test_the_learning_rate_rises_and_falls_to_its_final_share():
     assert 0 < [one.update([batch_of(0)]).learning_rate for _ in range(10)][-1] < 0.01
 
 
-def test_muon_changes_matrices_along_all_directions_and_decays_them_as_adamw_does():
+def test_muon_updates_have_equal_singular_values_and_decoupled_weight_decay():
     one, two = trainer(optimizer="muon", weight_decay=0.0), trainer(optimizer="muon", weight_decay=10.0)
     before = weights(one.model)
     rate = one.update([batch_of(0)]).learning_rate
@@ -135,7 +135,7 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     assert refusal(DataError, one.resume, tmp_path, {}) == f"{file} is broken; start a new run without --resume."
 
 
-def test_methods_are_checked():
+def test_trainer_configs_are_checked():
     assert (
         refusal(OptionError, lambda: TrainerConfig(kind="qlora"))
         == "kind is 'qlora'; it should be one of lora, dora, full."
@@ -180,7 +180,7 @@ def test_methods_are_checked():
     )
 
 
-def test_more_methods_are_checked():
+def test_targets_and_layers_are_checked():
     assert refusal(OptionError, trainer, targets=("heads",)) == (
         "There is no target 'heads'; choose from attention, mlp, experts, router, self-conditioning."
     )
@@ -189,7 +189,7 @@ def test_more_methods_are_checked():
     assert refusal(OptionError, lambda: trainer(layers=9, **full)) == "layers is 9; the model has 3."
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_learnt():
+def test_a_loss_of_nan_is_refused_before_weights_change():
     one = trainer(learning_rate=0.02)
     one.update([batch_of(0)])
     before = weights(one.model)
@@ -204,8 +204,8 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_learnt():
     "rows, length, parts, recompute",
     [(1, 40, 1, True), (1, 40, 1, False), (2, 100, 1, True), (2, 100, 1, False), (5, 40, 2, False)],
 )
-def test_the_estimate_bounds_the_peak(rows, length, parts, recompute):
-    """From above, and not by more than sixfold: it plans for a machine, it does not measure one."""
+def test_the_memory_estimate_bounds_the_peak(rows, length, parts, recompute):
+    """The estimate is between the measured peak and six times the peak."""
     engine = mlx_dgemma.load(dtype="float32")
     tokens = np.array(random_tokens(0, rows, length, vocab=2000)) + 20
     canvas = np.array(random_tokens(1, rows, 64, vocab=2000))
@@ -228,7 +228,7 @@ def test_the_estimate_bounds_the_peak(rows, length, parts, recompute):
 
 
 @pytest.mark.parametrize("name", ["google", "nemo"])
-def test_parts_of_a_batch_in_processes_of_their_own_add_up_to_it(monkeypatch, name):
+def test_gradients_of_several_processes_sum_to_those_of_one(monkeypatch, name):
     whole, parted, again = (Trainer(small_model(0), TrainerConfig(**QUICK), VARIANTS[name]) for _ in range(3))
     monkeypatch.setattr(trainer_module, "MIN_POSITIONS", 1)
     whole._cores, parted._cores, again._cores = 1, 2, 2
@@ -243,7 +243,7 @@ def test_parts_of_a_batch_in_processes_of_their_own_add_up_to_it(monkeypatch, na
     assert told[1] == told[2] and all(np.array_equal(theirs[path], same[path]) for path in theirs)
 
 
-def test_a_mistake_in_another_process_is_told_here(monkeypatch):
+def test_an_error_in_another_process_is_raised_here(monkeypatch):
     one = trainer()
     monkeypatch.setattr(trainer_module, "MIN_POSITIONS", 1)
     one._cores = 2

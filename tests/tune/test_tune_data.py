@@ -14,8 +14,8 @@ from mlx_dgemma.prompt.images import open_image
 from mlx_dgemma.tune.data import find, load, read
 
 CALLED = '<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>}<tool_call|><|tool_response>'
-# As newer templates do it: an empty thought where thinking is off, thoughts only before calls, a call that ends with
-# the response's mark, a thought opened behind a response, and a turn begun anew there once it is answered.
+# Like newer templates: an empty thought if thinking is off, thoughts only before tool calls, a call that ends with the
+# marker of the response, an open thought after a response, and a new turn once the response is answered.
 OTHER = """{{ bos_token }}{% for m in messages %}{% set next = messages[loop.index] if not loop.last else {} %}
 {%- if m.role == "user" %}<|turn>user{{ "\n" }}{{ m.content }}<turn|>{{ "\n" }}
 {%- elif m.role == "tool" %}response:{{ m.content }}<tool_response|>
@@ -35,7 +35,7 @@ def engine(demo):
 
 @pytest.fixture
 def write(tmp_path):
-    """Write records, or lines as they are, to a file; returns its path."""
+    """A function that writes records, or raw lines, to a file and returns its path."""
 
     def writer(*records, name="train.jsonl"):
         lines = [one if isinstance(one, (str, bytes)) else json.dumps(one) for one in records]
@@ -53,10 +53,10 @@ def pairs(engine, examples):
     return [(text(engine, one.prompt), text(engine, one.answer)) for example in examples for one in example.targets]
 
 
-# What is learnt
+# Targets
 
 
-def test_the_last_answer_is_learnt(engine, write):
+def test_the_last_answer_is_a_target(engine, write):
     path = write({"messages": [user("Hi"), assistant("Hello!"), user("Who?"), assistant("Me.")], "task": "x"})
     examples = read(engine, path)
     assert pairs(engine, examples) == [
@@ -69,7 +69,7 @@ def test_the_last_answer_is_learnt(engine, write):
     assert examples[0].record["task"] == "x"
 
 
-def test_every_answer_is_learnt(engine, write):
+def test_every_answer_is_a_target(engine, write):
     path = write({"messages": [user("Hi"), assistant("Hello!"), user("Who?"), assistant("Me.")]})
     assert pairs(engine, read(engine, path, turns="all")) == [
         ("<bos><|turn>user\nHi<turn|>\n<|turn>model\n", "Hello!<turn|>"),
@@ -90,7 +90,7 @@ def test_a_completion_is_an_answer(engine, write):
     assert one.chat == other.chat == [user("Hi"), assistant("Hello!")]
 
 
-def test_a_plain_text_stands_behind_bos(engine, write):
+def test_a_plain_text_follows_bos(engine, write):
     (example,) = read(engine, write({"text": " Once there was a cat."}))
     (target,) = example.targets
     assert target.prompt == [2]
@@ -98,7 +98,7 @@ def test_a_plain_text_stands_behind_bos(engine, write):
     assert example.chat == []
 
 
-def test_thinking_is_learnt(engine, write):
+def test_thinking_is_part_of_the_answer(engine, write):
     messages = [user("What is 1 + 1?"), assistant("2.", reasoning_content=" Add.\n")]
     for key in ("thinking", "enable_thinking"):
         (example,) = read(engine, write({"messages": messages, key: True}))
@@ -111,8 +111,8 @@ def test_thinking_is_learnt(engine, write):
         assert example.thinking
 
 
-def test_a_tool_call_ends_with_the_responses_mark(engine, write):
-    """The demo's own: what it generates for this question is the answer, token for token."""
+def test_a_tool_call_ends_with_the_marker_of_the_response(engine, write):
+    """For this question the demo generates the target, token for token."""
     messages = [
         user("What is the weather in Oslo?"),
         assistant(None, tool_calls=[CALL]),
@@ -128,7 +128,7 @@ def test_a_tool_call_ends_with_the_responses_mark(engine, write):
     assert result.tokens == call.answer[:-1]
 
 
-def test_prompts_are_what_inference_encodes(engine, write, tmp_path):
+def test_prompts_are_encoded_as_in_inference(engine, write, tmp_path):
     square(RED).save(tmp_path / "red.png")
     records = [
         {"messages": [user("Hi"), assistant("Hello!"), user("Who?"), assistant("Me.")]},
@@ -145,7 +145,7 @@ def test_prompts_are_what_inference_encodes(engine, write, tmp_path):
         assert whole[: len(target.prompt) + len(target.answer)] == [*target.prompt, *target.answer]
 
 
-def test_an_answer_is_read_back_as_it_was_given(engine, write):
+def test_an_answer_is_decoded_as_it_was_given(engine, write):
     told = ["2 + 2 = 4.", "def f(x):\n    return x", '{"a": [1, 2]}', "¿Qué? 日本 🙂", "  spaces  "]
     for example, given in zip(read(engine, write(*({"prompt": "Say.", "completion": one} for one in told))), told):
         reader = Answer(engine.tokenizer, engine.options.end_tokens, 1000)
@@ -153,8 +153,8 @@ def test_an_answer_is_read_back_as_it_was_given(engine, write):
         assert reader.text == given.strip()
 
 
-def test_a_template_with_habits_of_its_own(engine, write):
-    """The prompt is the template's, and the answer goes on from where it stops."""
+def test_a_template_that_treats_thoughts_differently(engine, write):
+    """The answer continues exactly where the template's prompt ends."""
     other = templated(engine, OTHER)
     history = [user("Hi"), assistant("", tool_calls=[CALL]), {"role": "tool", "tool_call_id": "1", "content": "x"}]
     (example,) = read(other, write({"messages": [*history, assistant("Yes.")]}), turns="all")
@@ -180,7 +180,7 @@ def test_a_template_with_habits_of_its_own(engine, write):
     assert pairs(other, read(other, write(plain))) == [(begun, "<|channel>thought\nSo.\n<channel|>Yes.<turn|>")]
 
 
-def test_pictures_are_placeholders_and_sources(engine, write, tmp_path):
+def test_images_become_placeholders_and_sources(engine, write, tmp_path):
     (tmp_path / "pictures").mkdir()
     strip(RED).save(tmp_path / "pictures" / "red.png")
     buffer = io.BytesIO()
@@ -200,7 +200,7 @@ def test_pictures_are_placeholders_and_sources(engine, write, tmp_path):
 # Files
 
 
-def test_lines_are_counted_with_the_blank_ones(engine, write):
+def test_line_numbers_count_blank_lines(engine, write):
     path = write(b"\xef\xbb\xbf", "", {"text": "a\u2028b"}, "  ", '{"text": "c"}\r', "")
     assert [example.where for example in read(engine, path)] == ["train.jsonl, line 3", "train.jsonl, line 5"]
 
@@ -218,7 +218,7 @@ def test_the_splits_of_a_folder(engine, write, tmp_path):
     assert set(find(tmp_path, ("test", "valid"))) == {"train", "test"}
 
 
-def test_sources_that_are_none(engine, write, tmp_path):
+def test_sources_that_do_not_exist(engine, write, tmp_path):
     assert refusal(DataError, load, engine, tmp_path) == (
         f"{tmp_path} has no train.jsonl; data files are JSON Lines, one object per line."
     )
@@ -278,12 +278,12 @@ def test_a_hub_id_is_looked_for_on_this_machine_first(engine, write, tmp_path, m
         assert refusal(DataError, load, engine, "some/data") == told
 
 
-# Refusals
+# Errors
 
 HI = user("Hi")
 
 
-def test_a_picture_is_decoded_once(engine, write, tmp_path, monkeypatch):
+def test_an_image_is_decoded_once(engine, write, tmp_path, monkeypatch):
     strip(RED).save(tmp_path / "red.png")
     opened = []
     monkeypatch.setattr("mlx_dgemma.engine.open_image", lambda source: opened.append(source) or open_image(source))

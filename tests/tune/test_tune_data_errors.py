@@ -18,7 +18,7 @@ def engine(demo):
 
 @pytest.fixture
 def write(tmp_path):
-    """Write records, or lines as they are, to a file; returns its path."""
+    """A function that writes records, or raw lines, to a file and returns its path."""
 
     def writer(*records, name="train.jsonl"):
         lines = [one if isinstance(one, (str, bytes)) else json.dumps(one) for one in records]
@@ -28,7 +28,7 @@ def write(tmp_path):
     return writer
 
 
-# Refusals
+# Errors
 
 HI = user("Hi")
 
@@ -197,7 +197,7 @@ def test_deep_nesting_is_refused(engine, write):
     assert told.endswith("); correct it.")
 
 
-def test_templates_that_tell_no_answer(engine, write):
+def test_templates_that_do_not_fit_are_refused(engine, write):
     path = write({"prompt": "Hi", "completion": "Hello!"})
     for template, told in (
         (
@@ -215,7 +215,7 @@ def test_templates_that_tell_no_answer(engine, write):
         assert refusal(DataError, read, templated(engine, template), path) == f"train.jsonl, line 1: {told}"
 
 
-def test_a_call_that_no_mark_ends(engine, write):
+def test_a_tool_call_without_an_end_marker_is_refused(engine, write):
     template = "{% for m in messages if m.role != 'tool' %}{{ m.content or 'call' }}{% endfor %}"
     path = write({"messages": [HI, assistant("", tool_calls=[CALL])]})
     assert refusal(DataError, read, templated(engine, template), path) == (
@@ -228,7 +228,7 @@ def test_a_call_that_no_mark_ends(engine, write):
 
 
 def test_long_samples_are_refused_or_left_out(engine, write):
-    """An answer takes whole canvases, 64 tokens each of the demo's."""
+    """Answers are rounded up to whole canvases, which have 64 tokens in the demo."""
     path = write(
         {"prompt": "Hi", "completion": "Hello!"},
         {"messages": [HI, assistant("cat " * 63), HI, assistant("cat " * 64)]},
@@ -253,7 +253,7 @@ def test_long_samples_are_refused_or_left_out(engine, write):
         assert len(load(engine, path, skip_long=True)["train"]) == 2
 
 
-def test_the_context_is_a_limit_of_its_own(engine, write):
+def test_the_context_length_is_a_limit_too(engine, write):
     size, room = engine.config.canvas_length, engine.config.text.max_position_embeddings
     words = (room - 1) // size * size - 1  # with eos the last canvas that there is room for behind bos
     assert len(engine.tokenizer.encode(" cat" * words, add_special_tokens=False)) == words

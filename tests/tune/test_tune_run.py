@@ -22,7 +22,7 @@ from mlx_dgemma.tune.objective import VARIANTS, draw_noise
 from mlx_dgemma.tune.run import tune as run_
 
 
-def test_plans_are_checked():
+def test_run_configs_are_checked():
     for name, value in (("batch_size", 0), ("save_every", 0), ("validate", 0)):
         assert refusal(OptionError, lambda n=name, v=value: RunConfig("a", Path("b"), **{n: v})) == (
             f"{name} is {value}; it should be at least 1."
@@ -39,7 +39,7 @@ def test_plans_are_checked():
     assert 0.2 <= t.min() < 0.3 and 0.9 < t.max() <= 1
 
 
-def test_a_log_goes_on_and_draws(tmp_path):
+def test_a_log_continues_and_is_drawn(tmp_path):
     log = MetricsLog(tmp_path / "log.csv")
     for step in range(1, 6):
         log.add(step=step, seconds=step / 2, loss=1 / step, valid_loss=0.5 if step == 4 else None)
@@ -60,7 +60,7 @@ QUICKLY = ["--steps", "3", "--batch-size", "2", "--validate-every", "2", "--vali
 
 
 def data_in(folder, train=ANIMALS, valid=ANIMALS[:2]):
-    """Words to be said twice."""
+    """Data with words to say twice."""
     for name, words in (("train", train), *([("valid", valid)] if valid else [])):
         lines = [json.dumps({"prompt": f"Say {word} twice.", "completion": f"{word} {word}"}) for word in words]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
@@ -72,7 +72,7 @@ def tune(*arguments):
 
 
 def test_a_whole_run_from_the_command_line(tmp_path):
-    """Files, what is printed, a YAML file, a stop that is gone on from, and refusals."""
+    """The files, the output, a YAML file, and errors."""
     data, out, config = data_in(tmp_path), tmp_path / "out", tmp_path / "tune.yaml"
     config.write_text("rank: 2\nencoder-weight: 0\ntargets: [attention]\nseed: 5\n")
     told = tune(data, "--output", out, "--config", config, *QUICKLY)
@@ -98,8 +98,8 @@ def test_a_whole_run_from_the_command_line(tmp_path):
     assert "state.safetensors was trained with data " in more.stderr and more.exit_code == 1
 
 
-def test_a_run_that_is_stopped_has_saved_and_goes_on_exactly(tmp_path):
-    """As Ctrl-C stops it: after the step."""
+def test_a_stopped_run_is_saved_and_continues_exactly(tmp_path):
+    """The run stops after a step, as with Ctrl-C."""
     data = data_in(tmp_path, valid=[])
     method = TrainerConfig(rank=2, steps=3, learning_rate=0.01, layers=1)
 
@@ -132,7 +132,7 @@ def test_a_run_that_is_stopped_has_saved_and_goes_on_exactly(tmp_path):
         (["--resume"], "OUT has no state.safetensors to resume from; start a new run without --resume."),
     ],
 )  # fmt: skip
-def test_what_a_run_refuses(tmp_path, arguments, sentence):
+def test_runs_that_are_refused(tmp_path, arguments, sentence):
     out = tmp_path / "out"
     told = tune(data_in(tmp_path), "--output", out, *arguments)
     assert told.exit_code == 1
@@ -141,8 +141,8 @@ def test_what_a_run_refuses(tmp_path, arguments, sentence):
     assert not out.exists()
 
 
-def test_a_run_that_is_killed_can_be_gone_on_with(tmp_path):
-    """Even before its first save, and where the end came between two files."""
+def test_a_killed_run_can_be_resumed(tmp_path):
+    """Even before its first save, and if it ended between writing two files."""
     data, out = data_in(tmp_path, valid=[]), tmp_path / "out"
     engine = mlx_dgemma.load(dtype="float32")
     plan = RunConfig(data, out, batch_size=1, encoder_weight=0.0, fill=0)
@@ -159,7 +159,7 @@ def test_a_run_that_is_killed_can_be_gone_on_with(tmp_path):
     assert (out / "adapter_model.safetensors").exists()
 
 
-def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
+def test_a_run_that_needs_too_much_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_dgemma.model.device.available", lambda: 2**20)
     engine, plan = mlx_dgemma.load(dtype="float32"), RunConfig(data_in(tmp_path), tmp_path / "out", batch_size=2)
     told = refusal(MemoryLimitError, list, run_(engine, TrainerConfig(rank=2, steps=1), plan))
