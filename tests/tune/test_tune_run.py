@@ -78,7 +78,7 @@ def test_a_whole_run_from_the_command_line(tmp_path):
     told = tune(data, "--output", out, "--config", config, *QUICKLY)
     assert told.exit_code == 0, told.stderr
     assert told.stdout == ""
-    assert "Canvases are filled with <pad> behind an answer; 6 samples to train on, 2 to validate;" in told.stderr
+    assert "weights on 6 samples, validating on 2; canvases are filled with <pad> after an answer." in told.stderr
     assert "step 2 of 3, loss " in told.stderr and "% of the answers right" in told.stderr
     assert "expected: 'cat cat'" in told.stderr
     assert sorted(file.name for file in out.iterdir()) == [
@@ -94,7 +94,8 @@ def test_a_whole_run_from_the_command_line(tmp_path):
     )
     again = tune(data, "--output", out, "--config", config, *QUICKLY, "--resume")
     assert again.stderr.endswith(f"{out} is done already: 3 steps.\n")
-    more = tune(data_in(tmp_path, ANIMALS[:3]), "--output", out, "--config", config, *QUICKLY, "--resume")
+    data_in(tmp_path, ANIMALS[:3])
+    more = tune(data, "--output", out, "--config", config, *QUICKLY, "--resume", "--fill", "0")
     assert "state.safetensors was trained with data " in more.stderr and more.exit_code == 1
 
 
@@ -126,10 +127,10 @@ def test_a_stopped_run_is_saved_and_continues_exactly(tmp_path):
     "arguments, sentence",
     [
         (["--variant", "google", "--fill", "4000"], "fill is 4000; it should be a token id below 2048."),
-        (["--layers", "9"], "layers is 9; the model has 6."),
-        (["--kind", "dora", "--targets", "experts"],
+        (["--layers", "9", "--fill", "0"], "layers is 9; the model has 6."),
+        (["--kind", "dora", "--targets", "experts", "--fill", "0"],
          "DoRA does not support experts; leave experts out of --targets, or use lora."),
-        (["--resume"], "OUT has no state.safetensors to resume from; start a new run without --resume."),
+        (["--resume", "--fill", "0"], "OUT has no state.safetensors to resume from; start a new run without --resume."),
     ],
 )  # fmt: skip
 def test_runs_that_are_refused(tmp_path, arguments, sentence):
