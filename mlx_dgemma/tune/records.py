@@ -106,7 +106,7 @@ def check_message(i: int, given: Any) -> dict[str, Any]:
         if key not in known:
             raise DataError(f"Message {i} has the key {key}, which has no effect there; leave it out.")
         if not isinstance(value, known[key]):
-            kinds = {str: "a text", list: "a list"}.get(known[key], "a text or a list of parts")
+            kinds = {str: "a string", list: "a list"}.get(known[key], "a string or a list of parts")
             raise DataError(f"Message {i} has {key} of type {type(value).__name__}; it should be {kinds}.")
     if "reasoning_content" in message:
         message["reasoning_content"] = message["reasoning_content"].strip()
