@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from support import RED, engine_of, refusal, row_of, small_model, square
+from support import RED, engine_of, prompt_of, refusal, small_model, square
 
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import main
@@ -41,7 +41,7 @@ def canvas_of(engine, seed=0):
 
 def whole(engine, prompt, canvas, **media):
     """[C, V] probabilities of every token at every position, from whole logits."""
-    prefix = engine.encoded(row_of(engine, prompt, **media), engine.options)
+    prefix = choose.encoded(engine.model, prompt_of(engine, prompt, **media))
     logits = np.array(engine.model.logits(engine.model.denoise(mx.array(canvas)[None], prefix)))[0].astype(np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)
@@ -192,7 +192,9 @@ def test_calibration_divides_by_what_labels_get_unasked(engine):
 
 
 def test_calibration_keeps_the_system_message_and_no_picture(engine):
-    choice = choose.choose(engine, COLOR, ["red", "blue"], images=[square(RED)], system="Be brief.", calibrate=True)
+    choice = choose.choose(
+        engine.model, engine.builder, COLOR, ["red", "blue"], images=[square(RED)], system="Be brief.", calibrate=True
+    )
     assert (choice.canvases, choice.images) == (2, 1)
     assert choice.probabilities["red"] > 0.9
 
@@ -249,7 +251,9 @@ def test_a_space_before_a_slot_belongs_to_the_label(engine):
 
 
 def test_labels_of_several_lengths_have_a_canvas_each(engine):
-    choice = choose.choose(engine, JSON, ["3", "31", "317", "29"], answer='{{"name": "Anna", "age": {}, ')
+    choice = choose.choose(
+        engine.model, engine.builder, JSON, ["3", "31", "317", "29"], answer='{{"name": "Anna", "age": {}, '
+    )
     assert choice.canvases == 3
     assert choice.probabilities["31"] > 0.99
     short = engine.choose("Which is larger, 5 or 51?", ["5", "51"], answer="{} is larger")
@@ -270,7 +274,7 @@ def test_more_canvases_than_fit_together_change_nothing(engine, monkeypatch):
 
 def test_several_questions_share_a_canvas(engine):
     asked = {"age": range(29, 34), "city": ["Oslo", "Rome"]}
-    choice = choose.choose(engine, JSON, asked, answer=FORM)
+    choice = choose.choose(engine.model, engine.builder, JSON, asked, answer=FORM)
     found = choice.probabilities
     assert choice.canvases == 1
     assert list(found) == ["age", "city"]
@@ -283,7 +287,7 @@ def test_several_questions_share_a_canvas(engine):
 
 def test_a_question_of_other_lengths_adds_canvases_of_its_own(engine):
     asked = {"age": ["3", "31", "29"], "city": ["Oslo", "Rome"]}
-    choice = choose.choose(engine, JSON, asked, answer=FORM)
+    choice = choose.choose(engine.model, engine.builder, JSON, asked, answer=FORM)
     assert choice.canvases == 2
     assert choice.probabilities["age"]["31"] > 0.99
     assert choice.probabilities["city"]["Oslo"] > 0.99

@@ -22,21 +22,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from ..decoding.session import PromptTokens, Session
 from ..errors import OptionError
 from ..model import device, head, rng
-from ..prompt.messages import messages_of, whole
+from ..model.diffusion_gemma import DiffusionGemma
+from ..model.kv_cache import Prefix
+from ..prompt.builder import PromptBuilder
+from ..prompt.messages import Message, messages_of, reject_surrogates
 from .labels import Labels, Question, Spelling, Vocabulary, layouts_of, questions_of, spellings_of, vocabulary
-
-if TYPE_CHECKING:
-    from ..engine import Engine, Prompt
-    from ..model.diffusion_gemma import DiffusionGemma
-    from ..model.kv_cache import Prefix
-
 
 NEUTRAL = "N/A"  # asked instead of the prompt, to learn what the labels get without a question
 FIRST = 0.1  # share of the labels' largest probability from which on a position has the answer
@@ -104,8 +102,8 @@ def read(
     level = np.full((*shape, 1), -np.inf)
     total = np.zeros((*shape, len(sets)))  # sums of exp(logit - level): of all tokens, and of each set
     picked = []
-    for start, end in head.chunks(model.config.text.vocab_size, shape[0] * shape[1], nbytes):
-        z = head.processed(model, hidden, one, start, end)
+    for start, end in head.vocab_chunks(model.config.text.vocab_size, shape[0] * shape[1], nbytes):
+        z = model.head.logits_slice(hidden, one, start, end)
         top = z.max(axis=-1, keepdims=True)
         mass = mx.exp(z - top)
         sums = [_blocks(mass if members is None else mass * members[start:end]) for members in sets]
@@ -232,23 +230,23 @@ class _Plan:
         return [filled(reading, group, len(one.keys)) for group, one in zip(self.spellings, self.questions)]
 
 
-def _plan(engine: Engine, questions: list[Question], answer: str | None) -> _Plan:
+def _plan(builder: PromptBuilder, questions: list[Question], answer: str | None) -> _Plan:
     if answer is None and len(questions) > 1:
         names = " ".join("{" + question.name + "}" for question in questions)
         raise OptionError(f"There are {len(questions)} questions and no answer template; give one such as {names!r}.")
-    words = vocabulary(engine.tokenizer, engine.config.text.vocab_size)
+    words = vocabulary(builder.tokenizer, builder.config.text.vocab_size)
 
     @cache
     def encode(text: str) -> tuple[int, ...]:
-        whole("The text", text)
-        return tuple(engine.tokenizer.encode(text, add_special_tokens=False))
+        reject_surrogates("The text", text)
+        return tuple(builder.tokenizer.encode(text, add_special_tokens=False))
 
     texts = [("label", text) for question in questions for group in question.texts for text in group]
     for what, text in [*texts, *([("answer template", answer)] if isinstance(answer, str) else [])]:
         if special := words.special.intersection(encode(text)):
-            token = engine.tokenizer.convert_ids_to_tokens(min(special))
+            token = builder.tokenizer.convert_ids_to_tokens(min(special))
             raise OptionError(f"The {what} {text!r} holds the special token {token}; leave it out.")
-    length = engine.config.canvas_length
+    length = builder.config.canvas_length
     pinned: list[tuple[int | None, ...]] = [()]
     if answer is None:
         spellings = [spellings_of(questions[0], encode, words, length)]
@@ -257,9 +255,15 @@ def _plan(engine: Engine, questions: list[Question], answer: str | None) -> _Pla
     return _Plan(questions, spellings, pinned, answer is None, length, words)
 
 
+def encoded(model: DiffusionGemma, prompt: PromptTokens, chunk: int | None = None) -> Prefix:
+    """A prefix that holds a prompt and has room for a canvas."""
+    return Session(model, len(prompt.tokens) + model.config.canvas_length).encode_all(prompt, chunk)
+
+
 def choose(
-    engine: Engine,
-    prompt: Prompt,
+    model: DiffusionGemma,
+    builder: PromptBuilder,
+    prompt: str | Sequence[Message],
     labels: Labels | dict[str, Labels],
     *,
     answer: str | None = None,
@@ -274,17 +278,18 @@ def choose(
     for name in options:
         if name not in OPTIONS:
             raise OptionError(f"{name} is not an option of choose; the options are {', '.join(OPTIONS)}.")
-    effective = engine.options.override(**options)
-    plan = _plan(engine, questions_of(labels), answer)
+    effective = builder.options.override(**options)
+    plan = _plan(builder, questions_of(labels), answer)
     asked = messages_of(prompt, system, images, video)
     neutral = [*(one for one in asked if one["role"] in ("system", "developer")), {"role": "user", "content": NEUTRAL}]
-    rows = [engine._row(one, seed, effective, False, None) for one in ([asked, neutral] if calibrate else [asked])]
-    key = mx.random.key(rows[0].seed)[None]
-    noise = np.asarray(rng.noise(plan.canvas, engine.config.text.vocab_size, key))[0]
+    requests = [builder.request(one, seed, effective) for one in ([asked, neutral] if calibrate else [asked])]
+    prompts, chunk = [request.prompt for request in requests], effective.prefill_chunk
+    key = mx.random.key(requests[0].seed)[None]
+    noise = np.asarray(rng.noise(plan.canvas, builder.config.text.vocab_size, key))[0]
     mx.reset_peak_memory()
     started = time.perf_counter()
     with device.wired_limit():
-        read_of = [plan.scores(engine.model, engine.encoded(row, effective), noise) for row in rows]
+        read_of = [plan.scores(model, encoded(model, prompt, chunk), noise) for prompt in prompts]
     found, named = {}, {}
     for question, *said in zip(plan.questions, *read_of):
         scores, mass = [one for one, _ in said], said[0][1]
@@ -301,10 +306,10 @@ def choose(
     return Choice(
         found if isinstance(labels, dict) else found[""],
         named,
-        prompt_tokens=len(rows[0].tokens),
-        canvases=len(plan.pinned) * len(rows),
-        images=len(rows[0].pictures),
+        prompt_tokens=len(prompts[0].tokens),
+        canvases=len(plan.pinned) * len(prompts),
+        images=len(prompts[0].pictures),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=mx.get_peak_memory(),
-        seed=rows[0].seed,
+        seed=requests[0].seed,
     )

@@ -99,6 +99,6 @@ class Batches:
         if not target.images:
             return None
         budget = self._engine.options.image_tokens
-        pictures = [self._engine.load_image(source, budget).patches for source in target.images]
+        pictures = [self._engine.builder.load_image(source, budget).patches for source in target.images]
         encoded = [self._engine.model.encode_images((one.patches, one.positions)) for one in pictures]  # type: ignore[arg-type]
         return mx.stop_gradient(mx.concatenate(encoded))

@@ -35,7 +35,7 @@ class Target:
         prompt: token ids of the conversation up to this turn as inference encodes them, with the generation prompt and
             a placeholder for each soft token of an image.
         answer: token ids to generate: thinking, tool calls, text, and the end token.
-        images: the prompt's images in order, as paths or `data:` URLs; see `Engine.load_image`.
+        images: the prompt's images in order, as paths or `data:` URLs; see `PromptBuilder.load_image`.
     """
 
     prompt: list[int]
@@ -254,7 +254,7 @@ def _with_decoded_images(engine: Engine, chat: list[Message]) -> list[Message]:
     def decoded(part: Message) -> Message:
         if "image" not in part:
             return part
-        return {**part, "image": engine.load_image(part["image"], engine.options.image_tokens)}
+        return {**part, "image": engine.builder.load_image(part["image"], engine.options.image_tokens)}
 
     return [
         {**message, "content": [decoded(part) for part in message["content"]]}
@@ -286,7 +286,7 @@ def _encode_turn(
     if thought and answer[0] != tokenizer.think_start_tokens[0]:  # templates may only write it before a tool call
         text = f"{tokenizer.think_start}\n{thought}\n{tokenizer.think_end}"
         answer = [*tokenizer.encode(text, add_special_tokens=False), *answer]
-    prompt = engine.tokens_of(chat[:i], thinking, tools)[0]
+    prompt = engine.builder.prompt_tokens(chat[:i], thinking, tools).tokens
     opened = _empty_thought(tokenizer, prompt)
     end = list(tokenizer.think_end_tokens or ())
     if opened and opened[-len(end) :] != end:  # the prompt opens a thought, which the answer has to continue
@@ -306,7 +306,7 @@ def _encode_answer(engine: Engine, i: int, message: Message, thinking: bool, too
     ends, question = engine.options.end_tokens, {"role": "user", "content": "-"}
 
     def tokens(*messages: Message) -> list[int]:
-        return engine.tokens_of([question, *messages], thinking, tools)[0]
+        return engine.builder.prompt_tokens([question, *messages], thinking, tools).tokens
 
     prompt, full = tokens(), tokens(message)
     start = len(prompt) - len(_empty_thought(engine.tokenizer, prompt))

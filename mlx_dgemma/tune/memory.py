@@ -36,7 +36,7 @@ def training_need(
     # Gradients, both moments and the optimizer's new values; other processes have weights and gradients.
     state = 4 * (4 + 2 * copies) * trained
     layers = text.num_hidden_layers
-    inner = 4 * (text.intermediate_size + text.num_attention_heads * max(text.head("full_attention")[1], 64))
+    inner = 4 * (text.intermediate_size + text.num_attention_heads * max(text.kv_shape("full_attention")[1], 64))
     experts = text.top_k_experts * (3 * text.moe_intermediate_size + 2 * text.hidden_size)
     scores = batch_size * text.num_attention_heads * (prefix + canvas) ** 2
     per_layer = 6 * (positions * (inner + experts + 12 * text.hidden_size) + 2 * scores)

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..model import rng
-from ..model.attention import View
+from ..model.attention import LayerContext
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.kv_cache import LayerKV
 from ..model.layers import Layer
@@ -296,20 +296,20 @@ def cross_entropy(
     return mx.concatenate(chunks) if chunks else mx.zeros((0,))
 
 
-def checkpointed_layer(layer: Layer, x: mx.array, scalar: mx.array, see: View) -> mx.array:
+def checkpointed_layer(layer: Layer, x: mx.array, scalar: mx.array, context: LayerContext) -> mx.array:
     """`Layer.__call__` with gradient checkpointing: activations are computed again for the gradient, not stored."""
-    (keys,) = see.keys
-    cached = [a for a in (keys.kv.keys, keys.kv.values) if a is not None]
+    (cache,) = context.caches
+    cached = [a for a in (cache.keys, cache.values) if a is not None]
 
     def run(weights: dict, x: mx.array, scalar: mx.array, *cached: mx.array) -> tuple[mx.array, ...]:
         layer.update(weights)
-        kv = LayerKV(keys.kv.window_slots, keys.kv.capacity)
+        kv = LayerKV(cache.window_slots, cache.capacity)
         if cached:
             kv.keys, kv.values = (mx.array(a) for a in cached)
-        out = layer(x, scalar, View([keys._replace(kv=kv)], see.rope_offset))
+        out = layer(x, scalar, context._replace(caches=[kv]))
         assert kv.keys is not None and kv.values is not None
         return out, kv.keys, kv.values
 
     checkpointed: Callable[..., tuple[mx.array, ...]] = mx.checkpoint(run)
-    out, keys.kv.keys, keys.kv.values = checkpointed(layer.trainable_parameters(), x, scalar, *cached)
+    out, cache.keys, cache.values = checkpointed(layer.trainable_parameters(), x, scalar, *cached)
     return out

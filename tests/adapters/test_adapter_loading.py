@@ -73,7 +73,7 @@ def test_an_adapter_is_loaded_with_a_checkpoint(demo, adapter, apart):
 
 def test_an_adapter_counts_as_memory(demo, adapter, monkeypatch):
     needed = []
-    monkeypatch.setattr(memory, "check", lambda _, need: needed.append(need.weights))
+    monkeypatch.setattr(memory, "check", lambda _, need, sizes: needed.append(need.weights))
     engine = mlx_dgemma.load(demo, adapter=adapter)
     mlx_dgemma.load(demo)
     assert needed[0] - needed[1] == peft.read(adapter, engine.checkpoint.shapes).nbytes > 10**5

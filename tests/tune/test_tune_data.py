@@ -6,7 +6,7 @@ import json
 
 import pytest
 from chats import CALL, TOOL, assistant, image, templated, user
-from support import RED, engine_of, refusal, square, strip
+from support import RED, engine_of, feed, refusal, square, strip
 
 from mlx_dgemma.errors import DataError
 from mlx_dgemma.prompt.answer import Answer
@@ -140,8 +140,8 @@ def test_prompts_are_encoded_as_in_inference(engine, write, tmp_path):
     for example in read(engine, write(*records)):
         asked = {"thinking": example.thinking, "tools": example.record.get("tools")}
         (target,) = example.targets
-        assert engine.prepare(example.chat[:-1], **asked).row.tokens == target.prompt
-        whole = engine.tokens_of(example.chat, **asked)[0]
+        assert engine.prepare(example.chat[:-1], **asked).prompt.tokens == target.prompt
+        whole = engine.builder.prompt_tokens(example.chat, **asked).tokens
         assert whole[: len(target.prompt) + len(target.answer)] == [*target.prompt, *target.answer]
 
 
@@ -149,7 +149,7 @@ def test_an_answer_is_decoded_as_it_was_given(engine, write):
     told = ["2 + 2 = 4.", "def f(x):\n    return x", '{"a": [1, 2]}', "¿Qué? 日本 🙂", "  spaces  "]
     for example, given in zip(read(engine, write(*({"prompt": "Say.", "completion": one} for one in told))), told):
         reader = Answer(engine.tokenizer, engine.options.end_tokens, 1000)
-        assert reader.feed(example.targets[0].answer) == "stop"
+        assert feed(reader, example.targets[0].answer) == "stop"
         assert reader.text == given.strip()
 
 
@@ -191,7 +191,7 @@ def test_images_become_placeholders_and_sources(engine, write, tmp_path):
     (example,) = read(engine, write({"messages": [first, assistant("Red."), second, assistant("Red.")]}), turns="all")
     sources = [str(tmp_path / "pictures" / "red.png"), url]
     assert [one.images for one in example.targets] == [sources[:1], sources]
-    seen = [engine.load_image(one, engine.options.image_tokens).tokens for one in sources]
+    seen = [engine.builder.load_image(one, engine.options.image_tokens).tokens for one in sources]
     placeholder = engine.config.image_token_id
     assert [one.prompt.count(placeholder) for one in example.targets] == [seen[0], sum(seen)]
     assert example.chat[0]["content"][0] == image(sources[0])
@@ -286,7 +286,9 @@ HI = user("Hi")
 def test_an_image_is_decoded_once(engine, write, tmp_path, monkeypatch):
     strip(RED).save(tmp_path / "red.png")
     opened = []
-    monkeypatch.setattr("mlx_dgemma.engine.open_image", lambda source: opened.append(source) or open_image(source))
+    monkeypatch.setattr(
+        "mlx_dgemma.prompt.builder.open_image", lambda source: opened.append(source) or open_image(source)
+    )
     turns = [user([image("red.png"), {"type": "text", "text": "What?"}]), assistant("Red."), HI, assistant("Hello!")]
     read(engine, write({"messages": turns}), turns="all")
     assert opened == [str(tmp_path / "red.png")]
