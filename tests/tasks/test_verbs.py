@@ -287,7 +287,7 @@ def test_lengths_are_found(engine, few_lengths, text, hole, length, prompt):
     [
         (CODE, "left + right", ADDING),
         (CODE, "urn left + right", ADDING),
-        (STORY, "cat was happy.", LEO),
+        (STORY, "was happy.", LEO),
         (STORY, "appy.", LEO),
     ],
 )
