@@ -23,7 +23,7 @@ from mlx_dgemma import OptionError, engine
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import main
 from mlx_dgemma.server.app import create_app
-from mlx_dgemma.server.messages import data_url
+from mlx_dgemma.server.messages import decode_data_url
 from mlx_dgemma.server.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -251,8 +251,8 @@ def test_broken_data():
 
 def test_data_urls_are_their_bytes():
     for data in (b"\x00\xff", b"a" * 1000):
-        assert data_url(data_of(data), "x") == data
-        assert data_url("DATA:;base64," + base64.b64encode(data).decode(), "x") == data
+        assert decode_data_url(data_of(data), "x") == data
+        assert decode_data_url("DATA:;base64," + base64.b64encode(data).decode(), "x") == data
 
 
 # the log

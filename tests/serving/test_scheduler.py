@@ -220,7 +220,7 @@ def test_as_many_may_wait_as_there_is_room_for(tiny):
     listeners = [ask(tiny, 0, Accepted, Block)]
     listeners[0].wait()
     listeners += [ask(tiny, n) for n in range(1, 5)]
-    full = "{} requests are waiting, which is all that may; try again in 2 s."
+    full = "The queue is full ({} waiting); retry in 2 s."
     with pytest.raises(Busy) as busy:
         ask(tiny, 9)
     assert (str(busy.value), busy.value.retry_after, load_of(tiny)) == (full.format(5), 2, (0, 5))
@@ -247,7 +247,7 @@ def test_what_is_being_prepared_counts_as_waiting(tiny):
     assert preparing.wait(LIMIT)
     assert load_of(tiny) == (0, 1)
     listeners = [ask(tiny, n) for n in range(1, 5)]
-    with pytest.raises(Busy, match=r"^5 requests are waiting, which is all that may; try again in 2 s\.$"):
+    with pytest.raises(Busy, match=r"^The queue is full \(5 waiting\); retry in 2 s\.$"):
         ask(tiny, 9)
     go_on.set()
     assert [told(one.last) for one in listeners] == [alone(n) for n in range(1, 5)]

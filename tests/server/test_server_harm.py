@@ -23,10 +23,10 @@ from mlx_dgemma.constraints.dfa_size import exceeds
 from mlx_dgemma.constraints.patterns import translate
 from mlx_dgemma.decoding.events import Finished
 from mlx_dgemma.prompt.images import open_image
-from mlx_dgemma.server.completions import Cut
+from mlx_dgemma.server.completions import StopCutter
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.follow import follow
-from mlx_dgemma.server.messages import tools_of
+from mlx_dgemma.server.messages import parse_tools
 from mlx_dgemma.serving.scheduler import Failed, Scheduler
 
 
@@ -103,12 +103,12 @@ def test_a_batch_that_fails_takes_no_other_along(schedule):
 def test_many_tools_are_read_in_proportion():
     given = {"tools": [{"function": {"name": f"f{i}"}} for i in range(20_000)]}
     began = time.perf_counter()
-    assert [one["function"]["name"] for one in tools_of(Fields(given))] == [f"f{i}" for i in range(20_000)]
+    assert [one["function"]["name"] for one in parse_tools(Fields(given))] == [f"f{i}" for i in range(20_000)]
     assert time.perf_counter() - began < 5  # it was half a minute
 
 
 def test_a_long_stop_string_costs_no_more_than_the_text():
-    cut, began = Cut(["b" * 3_000_000]), time.perf_counter()
+    cut, began = StopCutter(["b" * 3_000_000]), time.perf_counter()
     given = [cut.add(piece) for piece in ("abb", "b", "c", "b")]
     assert [*given, cut.add("", last=True)] == ["a", "", "bbbc", "", "b"]
     assert time.perf_counter() - began < 1  # it was minutes

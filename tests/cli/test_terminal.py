@@ -128,7 +128,7 @@ def test_the_canvas_continues_the_text_and_is_capped(monkeypatch):
     assert "sure \x1b[0m\x1b[2munsur" in view.err.getvalue()
     view.draw([("line\n" * 30, 0)], "block 2, step 4")
     assert screen.text() == "Finished. line\nline\nline\n…\nblock 2, step 4"
-    view.hint("Done.")
+    view.hint("FinishedAnswer.")
     assert screen.text() == "Finished.\nDone."
 
 

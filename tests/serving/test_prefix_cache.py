@@ -17,7 +17,7 @@ from support import BLUE, GREEN, RED, engine_of, random_tokens, refusal, strip
 from mlx_dgemma.decoding.events import Finished
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.serving.prefix_cache import WORTH, PrefixCache, fingerprint
+from mlx_dgemma.serving.prefix_cache import MIN_REUSE_TOKENS, PrefixCache, fingerprint
 from mlx_dgemma.serving.scheduler import Scheduler
 
 PLENTY = 2**30
@@ -135,7 +135,7 @@ def test_a_copy_is_never_kept_within_a_picture(engine):
     picture = ["red/70"] * 35
     session = engine.session()
     session.cache_key = [2] * 100 + picture + [3]
-    cache._kept["a"] = session
+    cache._sessions["a"] = session
     assert cache.find([2] * 100 + picture[:20] + ["another"] * 15) == (None, 100)
     assert cache.find([2] * 100 + ["another"] * 35) == (None, 100)
     assert cache.find([2] * 100 + picture + [4] * 9) == (None, 135)
@@ -178,10 +178,10 @@ def test_the_longest_beginning_is_taken(tiny, cache):
 
 
 def test_short_beginnings_are_encoded_again(tiny, cache):
-    ask(tiny, cache, some(0, WORTH - 1))
+    ask(tiny, cache, some(0, MIN_REUSE_TOKENS - 1))
     assert (len(cache), cache.nbytes) == (0, 0)
-    ask(tiny, cache, some(0, WORTH))
-    assert ask(tiny, cache, [*some(0, WORTH), 1])[0] == WORTH
+    ask(tiny, cache, some(0, MIN_REUSE_TOKENS))
+    assert ask(tiny, cache, [*some(0, MIN_REUSE_TOKENS), 1])[0] == MIN_REUSE_TOKENS
 
 
 def test_where_prompts_part_a_copy_is_kept_for_the_third(tiny, cache):
@@ -208,7 +208,9 @@ def test_copies_are_kept_beyond_what_is_reused(tiny, cache):
     assert ask(tiny, cache, [*tokens[:170], 2, 3, 4])[0] == 172
 
 
-@pytest.mark.parametrize(("shared", "branch"), [(0, 0), (WORTH, 0), (WORTH + 1, WORTH + 1)])
+@pytest.mark.parametrize(
+    ("shared", "branch"), [(0, 0), (MIN_REUSE_TOKENS, 0), (MIN_REUSE_TOKENS + 1, MIN_REUSE_TOKENS + 1)]
+)
 def test_a_copy_must_be_worth_it(tiny, cache, shared, branch):
     ask(tiny, cache, [*some(0, shared), 1, *some(1, 90)])
     assert cache.find([*some(0, shared), 2, *some(2, 90)]) == (None, branch)
@@ -265,7 +267,7 @@ def test_the_budget_is_never_exceeded(tiny):
     for turn in range(12):
         run(tiny, cache, tiny_job(some(int(random.integers(2)), int(random.integers(60, 300))) + [turn % 39] * 3))
         assert cache.nbytes <= 300_000
-        assert cache.nbytes == sum(session.nbytes for session in cache._kept.values())
+        assert cache.nbytes == sum(session.nbytes for session in cache._sessions.values())
         seen.add(len(cache))
     assert max(seen) > 2
 

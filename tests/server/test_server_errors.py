@@ -201,7 +201,7 @@ def test_no_such_path():
 @pytest.mark.parametrize(
     "error, status, code, message",
     [
-        (Busy(64, 7), 429, "busy", "64 requests are waiting, which is all that may; try again in 7 s."),
+        (Busy(64, 7), 429, "busy", "The queue is full (64 waiting); retry in 7 s."),
         (Stopping(), 503, "stopping", "The server is stopping; ask again later."),
     ],
 )
