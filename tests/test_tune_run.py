@@ -440,7 +440,7 @@ def test_yaml_files_are_checked(tmp_path, monkeypatch):
         f"Error: {config} sets model, and so does $MLX_DGEMMA_MODEL; unset one of them.\n"
     )
     config.write_text("rank: [")
-    assert tune(tmp_path, "--config", config).stderr.startswith(f"Error: {config} is no YAML (while parsing")
+    assert tune(tmp_path, "--config", config).stderr.startswith(f"Error: {config} is not valid YAML (while parsing")
 
 
 def test_pictures_and_padding_stay_with_their_sample(tmp_path):

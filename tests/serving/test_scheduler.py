@@ -1,109 +1,25 @@
-"""The scheduler: who waits, who runs, who is told what; and that everybody gets what they would alone."""
+"""The scheduler: every request gets what it would get alone; failures stay its own."""
 
-import gc
 import subprocess
 import sys
 import threading
-import time
-import weakref
-from collections import deque
 from functools import partial
 
 import pytest
+from listeners import LIMIT, Listener, alone, ask, load_of, tokens_of, told, until
 from loop import tiny_engine, tiny_job
 from serving import WEATHER
-from support import RED, engine_of, random_tokens, strip
+from support import RED, engine_of, strip
 
 import mlx_dgemma
 from mlx_dgemma.decoding.events import Block, Draft, Finished
 from mlx_dgemma.errors import OptionError, PromptError
 from mlx_dgemma.serving.prefix_cache import PrefixCache
-from mlx_dgemma.serving.scheduler import COUNTERS, Accepted, Busy, Failed, Scheduler, Stopping
+from mlx_dgemma.serving.scheduler import COUNTERS, Accepted, Busy, Failed, Scheduler
 from mlx_dgemma.tasks import infill
 
-LIMIT = 60  # seconds; nothing here takes so long unless it hangs
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
 FEW = {"max_tokens": 64, "max_denoising_steps": 2}
-
-
-class Listener:
-    """Keeps what it is told, and holds the scheduler up after each kind of event in `stops`, in their order."""
-
-    def __init__(self, *stops):
-        self.events, self.stops = [], deque(stops)
-        self.over, self._held, self._free = threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
-
-    def __call__(self, event):
-        self.events.append(event)
-        if isinstance(event, Finished | Failed):
-            self.over.set()
-        if self.stops and isinstance(event, self.stops[0]):
-            self.stops.popleft()
-            self._held.release()
-            assert self._free.acquire(timeout=LIMIT)
-
-    def wait(self):
-        """Until the scheduler is held up."""
-        assert self._held.acquire(timeout=LIMIT)
-
-    def go_on(self):
-        self._free.release()
-
-    @property
-    def kinds(self):
-        return [type(event) for event in self.events]
-
-    @property
-    def last(self):
-        """The last event, once there is one."""
-        assert self.over.wait(LIMIT)
-        return self.events[-1]
-
-
-def tokens_of(n, length=9):
-    return random_tokens(n, length).tolist()
-
-
-def ask(scheduler, n=1, *stops, drafts=False, **options):
-    """Submit a tiny job with its own prompt and seed."""
-    listener = Listener(*stops)
-    listener.ticket = scheduler.submit(lambda: tiny_job(tokens_of(n), seed=n, **options), listener, drafts)
-    return listener
-
-
-def alone(n=1, **options):
-    """(tokens, steps) of that job by itself."""
-    (*_, finished) = tiny_engine().run(tiny_job(tokens_of(n), seed=n, **options))
-    return told(finished)
-
-
-def told(finished):
-    assert isinstance(finished, Finished), finished
-    return finished.result.tokens, finished.result.stats.denoising_steps
-
-
-def until(true):
-    """Wait for what no event tells."""
-    end = time.monotonic() + LIMIT
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
-def load_of(scheduler):
-    load = scheduler.load()
-    return load.running, load.waiting
-
-
-@pytest.fixture
-def tiny(request):
-    """A scheduler of a random model that keeps no prefixes; `rows` and more by parametrize."""
-    scheduler = Scheduler(tiny_engine(), cache_bytes=0, **getattr(request, "param", {"rows": 2, "waiting": 3}))
-    yield scheduler
-    scheduler.close()
-
-
-one_row = pytest.mark.parametrize("tiny", [{"rows": 1, "waiting": 3}], indirect=True)
 
 
 # The demo.
@@ -178,8 +94,8 @@ def test_drafts_are_told_in_order_to_those_who_ask(demo, demo_scheduler):
 # A random model: milliseconds a step.
 
 
-def test_more_than_there_are_rows_for_give_what_each_gives_alone(tiny):
-    listeners = [ask(tiny, n, drafts=n == 2, max_denoising_steps=2 + n) for n in range(5)]
+def test_more_than_there_are_rows_for_give_what_each_gives_alone(tiny_scheduler):
+    listeners = [ask(tiny_scheduler, n, drafts=n == 2, max_denoising_steps=2 + n) for n in range(5)]
     for n, listener in enumerate(listeners):
         assert told(listener.last) == alone(n, max_denoising_steps=2 + n)
     blocks = [event for event in listeners[2].events if isinstance(event, Block)]
@@ -187,55 +103,55 @@ def test_more_than_there_are_rows_for_give_what_each_gives_alone(tiny):
     assert [draft.block for draft in steps] == [block.block for block in blocks for _ in range(block.steps)]
 
 
-def test_a_mistake_fails_alone(tiny):
+def test_a_mistake_fails_alone(tiny_scheduler):
     def mistaken():
         raise PromptError("The prompt is empty; write something.")
 
     listener = Listener()
-    before = ask(tiny, 1)
-    tiny.submit(mistaken, listener)
-    after = ask(tiny, 2)
+    before = ask(tiny_scheduler, 1)
+    tiny_scheduler.submit(mistaken, listener)
+    after = ask(tiny_scheduler, 2)
     assert str(listener.last.error) == "The prompt is empty; write something."
     assert listener.kinds == [Failed]
     assert [told(before.last), told(after.last)] == [alone(1), alone(2)]
-    assert tiny.load().counters["failed"] == 1
+    assert tiny_scheduler.load().counters["failed"] == 1
 
 
-def test_a_mistake_that_shows_while_it_runs_fails_alone(tiny):
+def test_a_mistake_that_shows_while_it_runs_fails_alone(tiny_scheduler):
     job, listener = tiny_job(tokens_of(1)), Listener()
 
     def feed(tokens):
         raise OptionError("too much")
 
     job.row.answer.feed = feed
-    other = ask(tiny, 2)
-    tiny.submit(lambda: job, listener)
+    other = ask(tiny_scheduler, 2)
+    tiny_scheduler.submit(lambda: job, listener)
     assert str(listener.last.error) == "too much"
     assert listener.kinds == [Accepted, Failed]
     assert told(other.last) == alone(2)
 
 
-def test_as_many_may_wait_as_there_is_room_for(tiny):
+def test_as_many_may_wait_as_there_is_room_for(tiny_scheduler):
     """2 rows and 3 places, whether requests are not yet prepared or running."""
-    listeners = [ask(tiny, 0, Accepted, Block)]
+    listeners = [ask(tiny_scheduler, 0, Accepted, Block)]
     listeners[0].wait()
-    listeners += [ask(tiny, n) for n in range(1, 5)]
+    listeners += [ask(tiny_scheduler, n) for n in range(1, 5)]
     full = "The queue is full ({} waiting); retry in 2 s."
     with pytest.raises(Busy) as busy:
-        ask(tiny, 9)
-    assert (str(busy.value), busy.value.retry_after, load_of(tiny)) == (full.format(5), 2, (0, 5))
+        ask(tiny_scheduler, 9)
+    assert (str(busy.value), busy.value.retry_after, load_of(tiny_scheduler)) == (full.format(5), 2, (0, 5))
     listeners[0].go_on()
     listeners[0].wait()
     with pytest.raises(Busy) as busy:
-        ask(tiny, 9)
-    assert (str(busy.value), load_of(tiny)) == (full.format(3), (2, 3))
+        ask(tiny_scheduler, 9)
+    assert (str(busy.value), load_of(tiny_scheduler)) == (full.format(3), (2, 3))
     listeners[0].go_on()
     assert [told(one.last) for one in listeners] == [alone(n) for n in range(5)]
-    until(lambda: load_of(tiny) == (0, 0))
-    assert tiny.load().counters["requests"] == 5
+    until(lambda: load_of(tiny_scheduler) == (0, 0))
+    assert tiny_scheduler.load().counters["requests"] == 5
 
 
-def test_what_is_being_prepared_counts_as_waiting(tiny):
+def test_what_is_being_prepared_counts_as_waiting(tiny_scheduler):
     preparing, go_on = threading.Event(), threading.Event()
 
     def slow():
@@ -243,180 +159,37 @@ def test_what_is_being_prepared_counts_as_waiting(tiny):
         assert go_on.wait(LIMIT)
         return tiny_job(tokens_of(0))
 
-    tiny.submit(slow, Listener())
+    tiny_scheduler.submit(slow, Listener())
     assert preparing.wait(LIMIT)
-    assert load_of(tiny) == (0, 1)
-    listeners = [ask(tiny, n) for n in range(1, 5)]
+    assert load_of(tiny_scheduler) == (0, 1)
+    listeners = [ask(tiny_scheduler, n) for n in range(1, 5)]
     with pytest.raises(Busy, match=r"^The queue is full \(5 waiting\); retry in 2 s\.$"):
-        ask(tiny, 9)
+        ask(tiny_scheduler, 9)
     go_on.set()
     assert [told(one.last) for one in listeners] == [alone(n) for n in range(1, 5)]
 
 
-@one_row
-@pytest.mark.parametrize("accepted", [False, True])
-def test_who_is_cancelled_while_waiting_hears_nothing_more(tiny, accepted):
-    first = ask(tiny, 1, Block, Block)
+def test_what_fails_a_whole_batch_fails_all_that_run_and_no_other(tiny_scheduler, monkeypatch):
+    first, second = ask(tiny_scheduler, 1, Accepted), ask(tiny_scheduler, 2, Draft, drafts=True)
     first.wait()
-    second, third = ask(tiny, 2), ask(tiny, 3)
-    if accepted:
-        first.go_on()
-        first.wait()
-    assert load_of(tiny) == (1, 2)
-    second.ticket.cancel()
-    for _ in range(2 - accepted):
-        first.go_on()
-    assert [told(first.last), told(third.last)] == [alone(1), alone(3)]
-    assert second.kinds == [Accepted] * accepted
-    until(lambda: load_of(tiny) == (0, 0))
-    assert {name: tiny.load().counters[name] for name in COUNTERS[:3]} == {"requests": 3, "cancelled": 1, "failed": 0}
-
-
-def test_who_is_cancelled_while_prepared_hears_nothing(tiny):
-    listener, tickets = Listener(), []
-    first = ask(tiny, 1, Accepted)
-    first.wait()
-
-    def prepare():
-        tickets[0].cancel()
-        return tiny_job(tokens_of(2))
-
-    def mistaken():
-        tickets[1].cancel()
-        raise PromptError("nobody hears this")
-
-    tickets += [tiny.submit(prepare, listener), tiny.submit(mistaken, listener)]
-    first.go_on()
-    assert told(first.last) == alone(1)
-    assert told(ask(tiny, 3).last) == alone(3)
-    assert listener.kinds == []
-    assert [tiny.load().counters[name] for name in COUNTERS[:3]] == [4, 1, 1]
-
-
-def test_who_is_cancelled_while_encoded_hears_nothing_more(tiny, monkeypatch):
-    encode, encoded = tiny.engine._encode, Listener(int)
-
-    def watched(job, branch):
-        for step in encode(job, branch):
-            encoded(job.session.prefix.offset)
-            yield step
-
-    monkeypatch.setattr(tiny.engine, "_encode", watched)
-    listener = ask(tiny, 1, prefill_chunk=4)
-    encoded.wait()
-    assert load_of(tiny) == (1, 0)
-    listener.ticket.cancel()
-    encoded.go_on()
-    until(lambda: load_of(tiny) == (0, 0))
-    assert (encoded.events, listener.kinds) == ([4], [Accepted])
-    assert tiny.load().counters["cancelled"] == 1
-    assert told(ask(tiny, 2).last) == alone(2)
-
-
-@pytest.mark.parametrize("when", [Draft, Block])
-def test_who_is_cancelled_while_denoised_hears_nothing_more_and_is_let_go(tiny, when):
-    listener, other = ask(tiny, 1, when, drafts=True), ask(tiny, 2)
-    listener.wait()
-    assert load_of(tiny)[0] >= 1
-    prefix = weakref.ref(listener.ticket.job.session.prefix)
-    heard = len(listener.events)
-    listener.ticket.cancel()
-    listener.go_on()
-    assert told(other.last) == alone(2)
-    until(lambda: load_of(tiny) == (0, 0))
-    assert len(listener.events) == heard
-    assert listener.kinds[-1] is when
-    counters = tiny.load().counters
-    assert [counters[name] for name in COUNTERS[:3]] == [2, 1, 0]
-    assert counters["generated_tokens"] == len(alone(2)[0])  # of those who were told
-    assert tiny._loop.jobs == []
-    del listener
-    gc.collect()
-    assert prefix() is None
-
-
-def test_who_is_cancelled_at_the_last_block_hears_no_end(tiny):
-    listener = ask(tiny, 1, Block, Block)
-    for _ in range(2):
-        listener.wait()
-        if not listener.stops:
-            listener.ticket.cancel()
-        listener.go_on()
-    until(lambda: load_of(tiny) == (0, 0))
-    assert listener.kinds == [Accepted, Block, Block]
-    assert [tiny.load().counters[name] for name in COUNTERS[:3]] == [1, 1, 0]
-    listener.ticket.cancel()  # harmless
-
-
-@one_row
-def test_closing_at_once_tells_everyone(tiny):
-    running = ask(tiny, 1, Block)
-    running.wait()
-    waiting, cancelled = ask(tiny, 2), ask(tiny, 3)
-    cancelled.ticket.cancel()
-    closing = threading.Thread(target=tiny.close)
-    closing.start()
-    until(lambda: tiny._deadline is not None)
-    with pytest.raises(Stopping, match=r"^The server is stopping; ask again later\.$"):
-        ask(tiny, 4)
-    running.go_on()
-    closing.join(LIMIT)
-    assert not tiny._thread.is_alive()
-    for listener, kinds in ((running, [Accepted, Block, Failed]), (waiting, [Accepted, Failed])):
-        assert isinstance(listener.last.error, Stopping)
-        assert listener.kinds == kinds
-    assert cancelled.kinds == []
-    assert load_of(tiny) == (0, 0)
-    with pytest.raises(Stopping):
-        ask(tiny, 4)
-    tiny.close()  # again is harmless
-
-
-@one_row
-def test_closing_gives_those_that_are_there_time_to_finish(tiny):
-    running = ask(tiny, 1, Block)
-    running.wait()
-    waiting = ask(tiny, 2)
-    closing = threading.Thread(target=tiny.close, args=(LIMIT,))
-    closing.start()
-    until(lambda: tiny._deadline is not None)
-    running.go_on()
-    closing.join(LIMIT)
-    assert [told(running.last), told(waiting.last)] == [alone(1), alone(2)]
-
-
-def test_the_time_to_finish_ends(tiny):
-    endless = ask(tiny, 1, Block)
-    endless.wait()
-    closing = threading.Thread(target=tiny.close, args=(0.05,))
-    closing.start()
-    until(lambda: tiny._deadline is not None and time.monotonic() > tiny._deadline)
-    endless.go_on()
-    closing.join(LIMIT)
-    assert isinstance(endless.last.error, Stopping)
-
-
-def test_what_fails_a_whole_batch_fails_all_that_run_and_no_other(tiny, monkeypatch):
-    first, second = ask(tiny, 1, Accepted), ask(tiny, 2, Draft, drafts=True)
-    first.wait()
-    third = ask(tiny, 3)
+    third = ask(tiny_scheduler, 3)
     first.go_on()
     second.wait()  # beside the first one
-    assert load_of(tiny) == (2, 1)
-    denoise, errors = tiny.engine.model.denoise, [RuntimeError("out of memory")]
+    assert load_of(tiny_scheduler) == (2, 1)
+    denoise, errors = tiny_scheduler.engine.model.denoise, [RuntimeError("out of memory")]
 
     def breaking(self, *arguments):
         if errors:
             raise errors.pop()
         return denoise(*arguments)
 
-    monkeypatch.setattr(type(tiny.engine.model), "denoise", breaking)
+    monkeypatch.setattr(type(tiny_scheduler.engine.model), "denoise", breaking)
     second.go_on()
     assert [str(one.last.error) for one in (first, second)] == ["out of memory"] * 2
     assert told(third.last) == alone(3)
-    until(lambda: load_of(tiny) == (0, 0))
-    assert tiny.load().counters["failed"] == 2
-    assert tiny._loop.jobs == []
+    until(lambda: load_of(tiny_scheduler) == (0, 0))
+    assert tiny_scheduler.load().counters["failed"] == 2
+    assert tiny_scheduler._loop.jobs == []
 
 
 SCRIPT = """
