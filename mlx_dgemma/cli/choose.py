@@ -12,10 +12,10 @@ import click
 from ..errors import count, human
 from ..prompt.messages import messages_of
 from .common import (
+    ModelChoice,
     adapter_option,
     decode_argument,
     files_option,
-    load_engine,
     media_options,
     model_options,
     number_option,
@@ -61,10 +61,7 @@ def choose(
     video: str | None,
     verbose: bool,
     as_json: bool,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     **options: Any,
 ) -> None:
     """Compute how probable each label is as the answer.
@@ -91,7 +88,7 @@ def choose(
     targets = _parse_labels(labels, span, truth, questions)
     messages = messages_of(text, decode_argument(system, "--system"), sources, video)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+    engine = model.load(terminal)
     given = {name: value for name, value in options.items() if value is not None}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

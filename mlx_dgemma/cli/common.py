@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
+from functools import reduce, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,16 +42,61 @@ model_option = click.option(
     show_default="$MLX_DGEMMA_MODEL, else the bundled demo",
     help="Checkpoint folder or Hub id.",
 )
-model_options = combine(
-    model_option,
-    click.option(
-        "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        show_default="as stored; float32 on a CPU",
-        help="Type of activations and unquantized weights.",
-    ),
-    click.option("--ignore-memory", is_flag=True, help="Load the model even if it seems too large for memory."),
-)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The values of `model_options` and of `adapter_option`, if the command has it.
+
+    Attributes:
+        name: checkpoint folder or Hub id; None means the demo.
+        dtype: type of activations and unquantized weights; None keeps the stored one.
+        ignore_memory: whether to skip the check of memory.
+        adapter: folder or Hub id of an adapter.
+    """
+
+    name: str | None
+    dtype: str | None
+    ignore_memory: bool
+    adapter: str | None = None
+
+    def load(self, terminal: Terminal) -> Engine:
+        """Load the checkpoint and the adapter. Without a name, load the demo and print a notice."""
+        if self.name is None:
+            terminal.warn(DEMO_NOTICE)
+        if not terminal.hints:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        terminal.draw([], f"loading {self.name or 'the demo'}")
+        try:
+            from ..engine import load
+
+            engine = load(self.name, self.dtype, adapter=self.adapter, ignore_memory=self.ignore_memory)
+        finally:
+            terminal.erase()
+        for note in engine.notes:
+            terminal.hint(note)
+        return engine
+
+
+def model_options(command: Command) -> Command:
+    """Options that choose the model; the command gets them as `model: ModelChoice`."""
+
+    @wraps(command)
+    def with_model(
+        *, model: str | None, dtype: str | None, ignore_memory: bool, adapter: str | None = None, **options: Any
+    ) -> Any:
+        return command(model=ModelChoice(model, dtype, ignore_memory, adapter), **options)
+
+    return combine(
+        model_option,
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            show_default="as stored; float32 on a CPU",
+            help="Type of activations and unquantized weights.",
+        ),
+        click.option("--ignore-memory", is_flag=True, help="Load the model even if it seems too large for memory."),
+    )(with_model)
 
 
 adapter_option = click.option(
@@ -167,26 +212,6 @@ class StreamedAnswer:
             "finish_reason": result.finish_reason if result else "interrupted",
             "stats": asdict(result.stats) if result else None,
         }
-
-
-def load_engine(
-    model: str | None, dtype: str | None, ignore_memory: bool, terminal: Terminal, adapter: str | None = None
-) -> Engine:
-    """Load a checkpoint and an adapter. Without `model`, load the demo and print a notice."""
-    if model is None:
-        terminal.warn(DEMO_NOTICE)
-    if not terminal.hints:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    terminal.draw([], f"loading {model or 'the demo'}")
-    try:
-        from ..engine import load
-
-        engine = load(model, dtype, adapter=adapter, ignore_memory=ignore_memory)
-    finally:
-        terminal.erase()
-    for note in engine.notes:
-        terminal.hint(note)
-    return engine
 
 
 def stream_answer(

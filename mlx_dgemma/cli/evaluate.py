@@ -15,10 +15,10 @@ import click
 from ..errors import OptionError, count
 from ..tune.data import SPLITS, find, read
 from .common import (
+    ModelChoice,
     adapter_option,
     decode_argument,
     explicit_options,
-    load_engine,
     model_options,
     number_option,
     sampler_options,
@@ -67,10 +67,7 @@ def evaluate(
     output: Path | None,
     as_json: bool,
     bound: int | None,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     **options: Any,
 ) -> None:
     """Score the model's answers against the expected answers of a data set.
@@ -95,7 +92,7 @@ def evaluate(
     terminal = Terminal()
     with warnings.catch_warnings(record=True) as caught, _created(output) as file:
         warnings.simplefilter("always", UserWarning)
-        engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+        engine = model.load(terminal)
         terminal.draw([], f"reading {path.name}")
         try:
             examples = read(engine, path)

@@ -22,13 +22,13 @@ from ..errors import DgemmaError, OptionError, PromptError
 from ..prompt.messages import messages_of
 from .common import (
     DEMO_NOTICE,
+    ModelChoice,
     adapter_option,
     answer_options,
     decode_argument,
     decode_utf8,
     explicit_options,
     files_option,
-    load_engine,
     media_options,
     model_options,
     number_option,
@@ -149,10 +149,7 @@ def generate(
     regex: str | None,
     as_json: bool,
     verbose: bool,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     system: str | None,
     **options: Any,
 ) -> None:
@@ -181,7 +178,7 @@ def generate(
     json_schema = _read_schema(schema) if schema else None
     constraint = explicit_options({"schema": json_schema, "regex": decode_argument(regex, "--regex")})
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+    engine = model.load(terminal)
     stream = partial(engine.stream, messages, tools=declarations, **constraint, **options)
     answer = stream_answer(engine, stream, terminal, silent=as_json)
     if verbose and answer.result:
@@ -203,10 +200,7 @@ def chat(
     images: tuple[str, ...],
     video: str | None,
     verbose: bool,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     system: str | None,
     **options: Any,
 ) -> None:
@@ -224,10 +218,10 @@ def chat(
         raise click.UsageError("- is stdin, which holds the conversation; name the picture's file.")
     terminal, interactive = Terminal(), sys.stdin.isatty()
     system, options = decode_argument(system, "--system"), explicit_options(options)
-    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+    engine = model.load(terminal)
     if interactive:
         terminal.hint("/help lists the commands, Ctrl-D leaves.")
-        if model is None:
+        if model.name is None:
             terminal.hint("The demo learned single questions: /reset before the next one.")
     session = engine.session()
     messages: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ import click
 
 from ..errors import OptionError
 from ..server.settings import Settings, model_name
-from .common import adapter_option, load_engine, model_options
+from .common import ModelChoice, adapter_option, model_options
 from .terminal import Terminal
 
 MAX_DEFAULT_CACHE = 4 * 2**30  # bytes
@@ -80,10 +80,7 @@ QUOTING_MODULES = r"mlx_dgemma\.(?!serving\.)"  # their warnings quote answers, 
 @click.pass_context
 def serve(
     ctx: click.Context,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     host: str,
     port: int,
     api_key: str | None,
@@ -114,13 +111,13 @@ def serve(
         raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
     if cache_dir is not None and cache_size == 0:
         raise click.UsageError("--cache-size is 0, so --cache-dir would hold nothing; leave one out.")
-    settings = Settings(model_name(model), host, api_key, hosts, origins, shutdown_seconds)
+    settings = Settings(model_name(model.name), host, api_key, hosts, origins, shutdown_seconds)
     terminal = Terminal()
     if install or uninstall:
         _agent(ctx, install and uninstall, install, api_key, terminal)
         return
     with _listen(host, port) as server_socket:
-        engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+        engine = model.load(terminal)
         from ..checkpoint.memory import spare
         from ..server.app import create_app
         from ..serving.scheduler import Scheduler

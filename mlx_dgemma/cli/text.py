@@ -16,11 +16,11 @@ import click
 
 from ..errors import OptionError
 from .common import (
+    ModelChoice,
     adapter_option,
     decode_argument,
     decode_utf8,
     explicit_options,
-    load_engine,
     model_options,
     number_option,
     print_details,
@@ -63,10 +63,7 @@ def infill(
     whole: bool,
     as_json: bool,
     verbose: bool,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     **options: Any,
 ) -> None:
     """Fill a hole in a text without changing the rest.
@@ -85,7 +82,7 @@ def infill(
     prefix, suffix = _split_at_hole(file, prefix_file, suffix_file, at, mark)
     options = explicit_options(options)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+    engine = model.load(terminal)
     job = infill_.infill(engine, prefix, suffix, prompt=decode_argument(prompt, "--prompt"), **options)
     answer = stream_answer(engine, partial(engine.run, job), terminal, silent=True)
     if answer.result is None:
@@ -130,10 +127,7 @@ def edit(
     in_place: bool,
     as_json: bool,
     verbose: bool,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     **options: Any,
 ) -> None:
     """Rewrite a text according to an instruction.
@@ -158,7 +152,7 @@ def edit(
         raise click.UsageError("There is no text: name a file or give it on stdin.")
     draft, options = _read(file or "-"), explicit_options(options)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+    engine = model.load(terminal)
     job = edit_.edit(engine, draft, decode_argument(instruction, "The instruction") or "", **options)
     answer = stream_answer(engine, partial(engine.run, job), terminal, silent=True)
     if answer.result is None:

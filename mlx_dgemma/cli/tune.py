@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import OptionError, count, human
-from .common import load_engine, model_options, number_option
+from .common import ModelChoice, model_options, number_option
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _check_value(path: str, param: click.Parameter, value: Any) -> Any:
 @number_option("--validate", 1, "Maximum samples for a validation.", "64")
 @number_option("--generate", 0, "Answers generated for a validation.", "8")
 @number_option("--seed", 0, "Seed of initial weights, noise and sample order.", "0")
-def tune(data: str, model: str | None, dtype: str | None, ignore_memory: bool, resume: bool, **options: Any) -> None:
+def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
     """Fine-tune with LoRA, DoRA, or all weights.
 
     DATA is a folder with train.jsonl and, for validation, valid.jsonl; one .jsonl file; or the id of a data set on
@@ -157,7 +157,7 @@ def tune(data: str, model: str | None, dtype: str | None, ignore_memory: bool, r
     mlx-dgemma generate --model mlx_model --adapter adapter "..."
     """
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal)
+    engine = model.load(terminal)
     from ..tune.run import Plan, tune
     from ..tune.trainer import Method
 
@@ -169,7 +169,9 @@ def tune(data: str, model: str | None, dtype: str | None, ignore_memory: bool, r
         terminal.draw([], f"reading {data}")
         last = None
         try:
-            for last in tune(engine, method, plan, resume, lambda: bool(interrupts), terminal.warn, ignore_memory):
+            for last in tune(
+                engine, method, plan, resume, lambda: bool(interrupts), terminal.warn, model.ignore_memory
+            ):
                 for warning in caught:
                     terminal.warn(f"Warning: {warning.message}")
                 caught.clear()
