@@ -1,10 +1,10 @@
-"""Listeners of a scheduler that can hold it up, and tiny jobs with their expected results."""
+"""Listeners of a scheduler that can hold it up, and tiny requests with their expected results."""
 
 import threading
 import time
 from collections import deque
 
-from loop import tiny_engine, tiny_job
+from loop import tiny_engine, tiny_request
 from support import random_tokens
 
 from mlx_dgemma.decoding.events import Finished
@@ -52,15 +52,15 @@ def tokens_of(n, length=9):
 
 
 def ask(scheduler, n=1, *stops, drafts=False, **options):
-    """Submit a tiny job with its own prompt and seed."""
+    """Submit a tiny request with its own prompt and seed."""
     listener = Listener(*stops)
-    listener.ticket = scheduler.submit(lambda: tiny_job(tokens_of(n), seed=n, **options), listener, drafts)
+    listener.ticket = scheduler.submit(lambda: tiny_request(tokens_of(n), seed=n, **options), listener, drafts)
     return listener
 
 
 def alone(n=1, **options):
-    """(tokens, steps) of that job by itself."""
-    (*_, finished) = tiny_engine().run(tiny_job(tokens_of(n), seed=n, **options))
+    """(tokens, steps) of that request by itself."""
+    (*_, finished) = tiny_engine().run(tiny_request(tokens_of(n), seed=n, **options))
     return told(finished)
 
 

@@ -1,8 +1,8 @@
-"""Jobs run as a scheduler runs them, with a prefix cache, and the same jobs without one."""
+"""Requests run as a scheduler runs them, with a prefix cache, and the same requests without one."""
 
 from functools import cache as cache_of_calls
 
-from loop import tiny_engine, tiny_job
+from loop import tiny_engine, tiny_request
 from support import random_tokens
 
 from mlx_dgemma.decoding.events import Finished
@@ -12,23 +12,23 @@ PLENTY = 2**30
 ONCE = {"max_tokens": 64, "max_denoising_steps": 1}
 
 
-def run(engine, cache, job):
-    """Generate a job as a scheduler does; returns its result."""
+def run(engine, cache, request):
+    """Generate a request as a scheduler does; returns its result."""
     loop, result = Loop(engine.model), None
-    engine.start(loop, job, *cache.find(job.row.cache_key))
-    while loop.jobs:
-        for _, event in engine.advance(loop):
+    loop.add(request, *cache.find(request.prompt.cache_key))
+    while loop.requests:
+        for _, event in loop.step():
             assert not isinstance(event, Exception), event
             result = event.result if isinstance(event, Finished) else result
-    for session in (job.branch, job.session):
+    for session in (request.session.take_snapshot(), request.session):
         if session is not None:
             cache.put(session)
     return result
 
 
 def ask(engine, cache, tokens, blocks=1):
-    """(tokens reused, answer's tokens) of a tiny job; that the answer is the one without a cache."""
-    result = run(engine, cache, tiny_job(tokens, blocks))
+    """(tokens reused, answer's tokens) of a tiny request; that the answer is the one without a cache."""
+    result = run(engine, cache, tiny_request(tokens, blocks))
     assert (result.tokens, result.stats.denoising_steps) == alone(tuple(tokens), blocks)
     return result.stats.reused_tokens, result.tokens
 
@@ -36,7 +36,7 @@ def ask(engine, cache, tokens, blocks=1):
 @cache_of_calls
 def alone(tokens, blocks=1):
     """(tokens, steps) of the same without a cache."""
-    (*_, finished) = tiny_engine().run(tiny_job(tokens, blocks))
+    (*_, finished) = tiny_engine().run(tiny_request(tokens, blocks))
     return finished.result.tokens, finished.result.stats.denoising_steps
 
 

@@ -93,7 +93,8 @@ def choose(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         choice = choose_(
-            engine,
+            engine.model,
+            engine.builder,
             messages,
             targets,
             answer=decode_argument(answer, "--answer"),

@@ -118,11 +118,11 @@ def serve(
         return
     with _listen(host, port) as server_socket:
         engine = model.load(terminal)
-        from ..checkpoint.memory import spare
+        from ..checkpoint.memory import free_bytes_beside
         from ..server.app import create_app
         from ..serving.scheduler import Scheduler
 
-        default_bytes = min(spare(engine.checkpoint, rows) // 4, MAX_DEFAULT_CACHE)
+        default_bytes = min(free_bytes_beside(engine.checkpoint, rows) // 4, MAX_DEFAULT_CACHE)
         cache_bytes = default_bytes if cache_size is None else round(cache_size * 2**30)
         scheduler = Scheduler(engine, rows=rows, waiting=waiting, cache_bytes=cache_bytes, cache_dir=cache_dir)
         app = create_app(scheduler, settings)

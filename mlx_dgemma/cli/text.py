@@ -83,8 +83,8 @@ def infill(
     options = explicit_options(options)
     terminal = Terminal()
     engine = model.load(terminal)
-    job = infill_.infill(engine, prefix, suffix, prompt=decode_argument(prompt, "--prompt"), **options)
-    answer = stream_answer(engine, partial(engine.run, job), terminal, silent=True)
+    request = infill_.infill(engine.builder, prefix, suffix, prompt=decode_argument(prompt, "--prompt"), **options)
+    answer = stream_answer(engine, partial(engine.run, request), terminal, silent=True)
     if answer.result is None:
         ctx.exit(130)
     if verbose:
@@ -153,8 +153,8 @@ def edit(
     draft, options = _read(file or "-"), explicit_options(options)
     terminal = Terminal()
     engine = model.load(terminal)
-    job = edit_.edit(engine, draft, decode_argument(instruction, "The instruction") or "", **options)
-    answer = stream_answer(engine, partial(engine.run, job), terminal, silent=True)
+    request = edit_.edit(engine.builder, draft, decode_argument(instruction, "The instruction") or "", **options)
+    answer = stream_answer(engine, partial(engine.run, request), terminal, silent=True)
     if answer.result is None:
         ctx.exit(130)
     if verbose:

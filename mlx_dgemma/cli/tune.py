@@ -158,12 +158,12 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
     """
     terminal = Terminal()
     engine = model.load(terminal)
-    from ..tune.run import Plan, tune
-    from ..tune.trainer import Method
+    from ..tune.config import RunConfig, TrainerConfig
+    from ..tune.run import tune
 
     chosen = {name: value for name, value in options.items() if value is not None}
-    method = Method(**{one.name: chosen[one.name] for one in fields(Method) if one.name in chosen})
-    plan = Plan(data, **{one.name: chosen[one.name] for one in fields(Plan) if one.name in chosen})
+    method = TrainerConfig(**{one.name: chosen[one.name] for one in fields(TrainerConfig) if one.name in chosen})
+    plan = RunConfig(data, **{one.name: chosen[one.name] for one in fields(RunConfig) if one.name in chosen})
     with warnings.catch_warnings(record=True) as caught, _stop_on_interrupt(terminal) as interrupts:
         warnings.simplefilter("always", UserWarning)
         terminal.draw([], f"reading {data}")
@@ -192,9 +192,8 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
 
 def _print_progress(progress: Progress, terminal: Terminal) -> None:
     """Draw a progress bar on a terminal. Print a line for each validation and, without a terminal, every tenth step."""
-    line = (
-        f"step {progress.step} of {progress.steps}, loss {progress.told.total:.4f} (canvas {progress.told.canvas:.4f})"
-    )
+    metrics = progress.metrics
+    line = f"step {progress.step} of {progress.steps}, loss {metrics.total:.4f} (canvas {metrics.canvas:.4f})"
     if progress.valid_loss is not None:
         line += f", validation {progress.valid_loss:.4f}"
         if progress.valid_right is not None:

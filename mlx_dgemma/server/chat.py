@@ -6,15 +6,15 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anyio import CapacityLimiter, to_thread
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from ..decoding.events import Block
-from ..decoding.request import Job
+from ..decoding.request import Request
 from ..prompt.messages import parts_of
 from ..serving.scheduler import Accepted
 from ..tasks import constrained
@@ -35,7 +35,7 @@ MAX_REGEX_LENGTH = 20_000  # characters; a million take seconds to parse
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
-async def chat_completions(request: Request) -> Response:
+async def chat_completions(request: HttpRequest) -> Response:
     """Answer messages, with one JSON body or with server-sent events."""
     scheduler, settings = request.app.state.scheduler, request.app.state.settings
     chat = parse_chat(await read_body(request), scheduler.engine, settings)
@@ -65,20 +65,20 @@ class ChatRequest:
     forced_tools: list[dict[str, Any]]
     log_probs: bool
 
-    def prepare(self, engine: Engine, i: int) -> Callable[[], Job]:
-        """Return the function that makes the job of answer `i` on the scheduler's thread."""
+    def prepare(self, engine: Engine, i: int) -> Callable[[], Request]:
+        """Return the function that makes the request of answer `i` on the scheduler's thread."""
 
-        def prepare() -> Job:
+        def prepare() -> Request:
             arguments = {**self.arguments, "seed": self.arguments["seed"] + i}
             param = "regex" if "regex" in arguments else "response_format"
             with as_api_errors("messages", schema=param, pattern=param, constraint=param):
-                job = engine.prepare(self.messages, **arguments)
+                request = engine.prepare(self.messages, **arguments)
             if not self.forced_tools:
-                return job
+                return request
             with as_api_errors("messages", schema="tool_choice", pattern="tool_choice", constraint="tool_choice"):
                 schema, thinking = _call_schema(self.forced_tools), arguments["thinking"]
-                control = constrained.constraint(engine, job.row, job.options, schema, None, thinking, None)
-                return replace(job, control=control)
+                constrained.constrain_answer(engine.builder, request, schema, None, thinking, None)
+                return request
 
         return prepare
 
@@ -154,7 +154,7 @@ async def _decode_pictures(chat: ChatRequest, engine: Engine, limiter: CapacityL
     budget = chat.arguments.get("image_tokens", engine.options.image_tokens)
     with as_api_errors():
         for part in parts_of(chat.messages, "image"):
-            part["image"] = await to_thread.run_sync(engine.load_image, part["image"], budget, limiter=limiter)
+            part["image"] = await to_thread.run_sync(engine.builder.load_image, part["image"], budget, limiter=limiter)
 
 
 def _thinking(fields: Fields, thinking: bool | None) -> bool:

@@ -8,11 +8,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from ..decoding.events import Block
-from ..decoding.request import Job
+from ..decoding.request import Request
 from ..prompt.answer import held_back
 from ..serving.scheduler import Accepted
 from ..tasks import infill
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 
-async def completions(request: Request) -> Response:
+async def completions(request: HttpRequest) -> Response:
     """Complete a text, with one JSON body or with server-sent events."""
     scheduler, settings = request.app.state.scheduler, request.app.state.settings
     completion = parse_completion(await read_body(request), scheduler.engine, settings)
@@ -57,13 +57,13 @@ class CompletionRequest:
     arguments: dict[str, Any]
     stop: list[str]
 
-    def prepare(self, engine: Engine, i: int) -> Callable[[], Job]:
-        """Return the function that makes the job of answer `i` on the scheduler's thread."""
+    def prepare(self, engine: Engine, i: int) -> Callable[[], Request]:
+        """Return the function that makes the request of answer `i` on the scheduler's thread."""
 
-        def prepare() -> Job:
+        def prepare() -> Request:
             with as_api_errors("prompt"):
                 arguments = {**self.arguments, "seed": self.arguments["seed"] + i}
-                return infill.infill(engine, self.prefix, self.suffix, **arguments)
+                return infill.infill(engine.builder, self.prefix, self.suffix, **arguments)
 
         return prepare
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..decoding.options import GenerationOptions
 from ..errors import DgemmaError, OptionError, PromptError
-from ..prompt.images import BUDGETS
+from ..model.patches import BUDGETS
 from .errors import ApiError
 from .fields import MAX_INTEGER, Fields, format_value
 from .settings import Settings

@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from ..decoding.events import Block
-from ..decoding.request import Job
+from ..decoding.request import Request
 from ..serving.scheduler import Accepted
 from .chat import ChatRequest, parse_chat
 from .errors import ApiError
@@ -43,7 +43,7 @@ MAX_LABELS = 16  # pairs of `metadata`
 MAX_LABEL_NAME, MAX_LABEL_VALUE = 64, 512  # characters
 
 
-async def responses(request: Request) -> Response:
+async def responses(request: HttpRequest) -> Response:
     """Answer input items, with one JSON body or with server-sent events."""
     scheduler, settings = request.app.state.scheduler, request.app.state.settings
     chat, echoed = parse_response(await read_body(request), scheduler.engine, settings)
@@ -142,10 +142,10 @@ def _renamed_errors() -> Iterator[None]:
         raise ApiError("".join(message), param, error.status, error.code, error.headers) from None
 
 
-def _prepare(chat: ChatRequest, engine: Engine) -> Callable[[], Job]:
+def _prepare(chat: ChatRequest, engine: Engine) -> Callable[[], Request]:
     prepare = chat.prepare(engine, 0)
 
-    def prepare_with_renamed_errors() -> Job:
+    def prepare_with_renamed_errors() -> Request:
         with _renamed_errors():
             return prepare()
 

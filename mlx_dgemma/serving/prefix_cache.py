@@ -84,11 +84,11 @@ class PrefixCache:
                 best, reusable = name, rewindable
         while 0 < longest < len(wanted) and isinstance(wanted[longest], str) and isinstance(wanted[longest - 1], str):
             longest -= 1  # a snapshot must not split a picture
-        branch = longest if longest >= max(reusable, 1) + MIN_REUSE_TOKENS else 0
+        snapshot_at = longest if longest >= max(reusable, 1) + MIN_REUSE_TOKENS else 0
         if not best:
-            return None, branch
+            return None, snapshot_at
         self._sessions[best] = self._sessions.pop(best)
-        return self._sessions[best].fork(), branch
+        return self._sessions[best].fork(), snapshot_at
 
     def put(self, session: Session) -> None:
         """Add a session that is no longer in use, and drop the sessions that it supersedes."""
@@ -174,7 +174,7 @@ class PrefixCache:
             mx.eval(arrays)  # lazy arrays can only be evaluated on the thread that loaded them
             if metadata["key"] != self._fingerprint:
                 return None
-            session = Session(self._engine.model.new_prefix())
+            session = Session(self._engine.model)
             session.cache_key = json.loads(metadata["cache_key"])
             features = {n.removeprefix("features."): a for n, a in arrays.items() if n.startswith("features.")}
             session.features = features

@@ -20,7 +20,7 @@ from .prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
     from ..decoding.events import Stats
-    from ..decoding.request import Job
+    from ..decoding.request import Request
     from ..engine import Engine
 
 
@@ -67,10 +67,10 @@ class Stopping(Exception):
 class Ticket:
     """Handle of a submitted request."""
 
-    prepare: Callable[[], Job]
+    prepare: Callable[[], Request]
     listener: Callable[[Event], None]
     drafts: bool
-    job: Job | None = None
+    request: Request | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -115,11 +115,11 @@ class Scheduler:
         self._rows, self._max_waiting = rows, waiting
         folder = None if cache_dir is None else cache_dir / engine.checkpoint.path.name  # one folder for each model
         self._cache = PrefixCache(engine, cache_bytes, folder)
-        self._loop = Loop(engine.model)
+        self._loop = Loop(engine.model, engine.load_seconds)
         self._condition = threading.Condition()
         self._submitted: deque[Ticket] = deque()  # not yet prepared; the condition guards this and the next three
         self._waiting: deque[Ticket] = deque()  # prepared
-        self._running: dict[Job, Ticket] = {}
+        self._running: dict[Request, Ticket] = {}
         self._deadline: float | None = None  # in terms of time.monotonic(); set when closing
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._cache_load = self._cache.nbytes, len(self._cache)
@@ -127,11 +127,11 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
-    def submit(self, prepare: Callable[[], Job], listener: Callable[[Event], None], drafts: bool = False) -> Ticket:
+    def submit(self, prepare: Callable[[], Request], listener: Callable[[Event], None], drafts: bool = False) -> Ticket:
         """Queue a request.
 
         Args:
-            prepare: makes the job; called on the scheduler's thread.
+            prepare: makes the request; called on the scheduler's thread.
             listener: called with every event on the scheduler's thread: `Accepted`, `Draft`s if `drafts` is true,
                 `Block`s, and finally `Finished` or `Failed`. It must not block.
             drafts: whether to send drafts.
@@ -187,7 +187,7 @@ class Scheduler:
             return bool(self._submitted) or self._deadline is None
 
     def _admit(self) -> None:
-        """Queue new requests, drop cancelled ones, and start jobs while rows are free."""
+        """Queue new requests, drop cancelled ones, and start requests while rows are free."""
         with self._condition:
             new, late = list(self._submitted)[:1], self._deadline is not None and time.monotonic() >= self._deadline
         for ticket in new:  # at most one, since the running requests wait meanwhile
@@ -199,10 +199,10 @@ class Scheduler:
         while self._waiting and len(self._running) < self._rows:
             with self._condition:
                 ticket = self._waiting.popleft()
-                assert ticket.job is not None
-                self._running[ticket.job] = ticket
-            session, branch = self._cache.find(ticket.job.row.cache_key)
-            self.engine.start(self._loop, ticket.job, session, branch)
+                assert ticket.request is not None
+                self._running[ticket.request] = ticket
+            session, snapshot_at = self._cache.find(ticket.request.prompt.cache_key)
+            self._loop.add(ticket.request, session, snapshot_at)
 
     def _prepare(self, ticket: Ticket) -> None:
         """Prepare a request. It stays in `_submitted` until then, so that it counts as waiting."""
@@ -210,38 +210,38 @@ class Scheduler:
         error = None
         try:
             if not ticket.cancelled.is_set():
-                ticket.job = ticket.prepare()
-                ticket.job.drafts = ticket.drafts
+                ticket.request = ticket.prepare()
+                ticket.request.drafts = ticket.drafts
         except Exception as caught:
             error = caught
         with self._condition:
             self._submitted.popleft()
-            if ticket.job is not None:
+            if ticket.request is not None:
                 self._waiting.append(ticket)
         if error is not None:
             self._fail(ticket, error)
-        elif ticket.job is not None:
-            self._notify(ticket, Accepted(len(ticket.job.row.tokens), ticket.job.row.seed))
+        elif ticket.request is not None:
+            self._notify(ticket, Accepted(len(ticket.request.prompt.tokens), ticket.request.seed))
         else:
             self._counters["cancelled"] += 1
 
     def _advance(self) -> None:
         """Compute one step of all running requests."""
         try:
-            for job, event in self.engine.advance(self._loop):
-                ticket = self._running[job]
+            for request, event in self._loop.step():
+                ticket = self._running[request]
                 if isinstance(event, Exception):
-                    self._remove(job, keep=False)
+                    self._remove(request, keep=False)
                     self._fail(ticket, event)
                 elif not ticket.cancelled.is_set():  # cancelled requests are dropped before the next step
                     if isinstance(event, Finished):
                         self._count(event.result.stats)
-                        self._remove(job)
+                        self._remove(request)
                     self._notify(ticket, event)
         except Exception as error:  # of the whole batch, so every request in it fails
-            for job, ticket in list(self._running.items()):
-                self._loop.remove(job)
-                self._remove(job, keep=False)
+            for request, ticket in list(self._running.items()):
+                self._loop.remove(request)
+                self._remove(request, keep=False)
                 self._fail(ticket, error)
 
     def _count(self, stats: Stats) -> None:
@@ -251,20 +251,20 @@ class Scheduler:
             self._counters[name] += getattr(stats, attribute)
 
     def _cancel(self, ticket: Ticket) -> None:
-        assert ticket.job is not None
+        assert ticket.request is not None
         self._counters["cancelled"] += 1
-        if ticket.job in self._running:
-            self._loop.remove(ticket.job)
-            self._remove(ticket.job)
+        if ticket.request in self._running:
+            self._loop.remove(ticket.request)
+            self._remove(ticket.request)
         else:
             with self._condition:
                 self._waiting.remove(ticket)
 
-    def _remove(self, job: Job, keep: bool = True) -> None:
-        """Free the row of a job that has left the loop, and cache what it encoded."""
+    def _remove(self, request: Request, keep: bool = True) -> None:
+        """Free the row of a request that has left the loop, and cache what it encoded."""
         with self._condition:
-            del self._running[job]
-        for session in (job.branch, job.session) if keep else ():
+            del self._running[request]
+        for session in (request.session.take_snapshot(), request.session) if keep else ():
             try:
                 if session is not None:
                     self._cache.put(session)

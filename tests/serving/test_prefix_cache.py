@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from listeners import Listener
-from loop import tiny_engine, tiny_job
+from loop import tiny_engine, tiny_request
 from prefixes import ONCE, PLENTY, alone, ask, run, same, some
 from support import BLUE, GREEN, RED, strip
 
@@ -47,7 +47,7 @@ def test_the_same_picture_is_reused_and_another_of_its_size_is_not(engine):
         parts = [text, {"type": "image", "image": strip(color)}, *rest]
         said = zip(("user", "assistant", "user"), (parts, *words))
         prompt = [{"role": role, "content": content} for role, content in said]
-        before = [type(one) for one in engine.prepare(prompt).row.cache_key].index(str)
+        before = [type(one) for one in engine.prepare(prompt).prompt.cache_key].index(str)
         return before, same(engine, cache, prompt, **ONCE).stats
 
     before, first = turn(RED)
@@ -149,11 +149,11 @@ def test_a_copy_must_be_worth_it(tiny, cache, shared, branch):
 
 def test_an_interrupted_prompt_serves_those_that_begin_with_its_part(tiny, cache):
     tokens, loop = some(0, 150), Loop(tiny.model)
-    job = tiny_job(tokens, prefill_chunk=100)
-    tiny.start(loop, job)
+    request = tiny_request(tokens, prefill_chunk=100)
+    loop.add(request)
     list(loop.step())
-    loop.remove(job)
-    cache.put(job.session)
+    loop.remove(request)
+    cache.put(request.session)
     assert ask(tiny, cache, tokens)[0] == 100
 
 
@@ -163,7 +163,7 @@ def test_a_scheduler_reuses_what_it_keeps(tiny, tmp_path):
         scheduler = Scheduler(tiny_engine(tiny.checkpoint.path), cache_bytes=PLENTY, cache_dir=tmp_path)
         for tokens in (some(0, 90), [*some(0, 90), 1, 2]):
             listener = Listener()
-            scheduler.submit(lambda tokens=tokens: tiny_job(tokens), listener)
+            scheduler.submit(lambda tokens=tokens: tiny_request(tokens), listener)
             result = listener.last.result
             results.append((result.stats.reused_tokens, result.tokens))
         load = scheduler.load()
@@ -194,7 +194,7 @@ def test_the_budget_is_never_exceeded(tiny):
     random, cache = np.random.default_rng(0), PrefixCache(tiny, 300_000)
     seen = set()
     for turn in range(12):
-        run(tiny, cache, tiny_job(some(int(random.integers(2)), int(random.integers(60, 300))) + [turn % 39] * 3))
+        run(tiny, cache, tiny_request(some(int(random.integers(2)), int(random.integers(60, 300))) + [turn % 39] * 3))
         assert cache.nbytes <= 300_000
         assert cache.nbytes == sum(session.nbytes for session in cache._sessions.values())
         seen.add(len(cache))

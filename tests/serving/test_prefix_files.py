@@ -9,7 +9,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from loop import tiny_engine, tiny_job
+from loop import tiny_engine, tiny_request
 from prefixes import ONCE, PLENTY, ask, run, same, some
 from support import RED, refusal, strip
 
@@ -142,7 +142,7 @@ def test_files_of_another_adapter_are_not_taken(tiny, tmp_path):
         (folder / "adapter_model.safetensors").write_bytes(weights)
     engines = [tiny, replace(tiny, adapter=adapter), replace(tiny, adapter=other)]
     cache = PrefixCache(engines[1], PLENTY, tmp_path / "kept")
-    run(engines[1], cache, tiny_job(some(0, 80)))
+    run(engines[1], cache, tiny_request(some(0, 80)))
     assert not cache.save_one()
     assert len(PrefixCache(engines[1], PLENTY, tmp_path / "kept")) == 1
     copied = shutil.copytree(adapter, tmp_path / "copy")

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 from listeners import LIMIT, Listener, alone, ask, load_of, tokens_of, told, until
-from loop import tiny_engine, tiny_job
+from loop import tiny_engine, tiny_request
 from serving import WEATHER
 from support import RED, engine_of, strip
 
@@ -46,7 +46,7 @@ def demo_scheduler(demo):
 
 def submit(scheduler, way, arguments, options, seed, drafts=False):
     listener, engine = Listener(), scheduler.engine
-    prepare = partial(infill.infill, engine) if way == "infill" else engine.prepare
+    prepare = partial(infill.infill, engine.builder) if way == "infill" else engine.prepare
     listener.ticket = scheduler.submit(partial(prepare, *arguments, seed=seed, **options), listener, drafts)
     return listener
 
@@ -74,7 +74,7 @@ def test_many_kinds_of_requests_at_once_give_what_each_gives_alone(demo, demo_sc
         "cached_tokens": 0,
         **{name: sum(getattr(one, name) for one in stats) for name in COUNTERS[3:] if name != "cached_tokens"},
     }
-    assert load.cache_entries == sum(len(one.ticket.job.session.cache_key) >= 64 for one in listeners) > 0
+    assert load.cache_entries == sum(len(one.ticket.request.session.cache_key) >= 64 for one in listeners) > 0
     assert load.cache_bytes == demo_scheduler._cache.nbytes > 0
 
 
@@ -118,14 +118,14 @@ def test_a_mistake_fails_alone(tiny_scheduler):
 
 
 def test_a_mistake_that_shows_while_it_runs_fails_alone(tiny_scheduler):
-    job, listener = tiny_job(tokens_of(1)), Listener()
+    request, listener = tiny_request(tokens_of(1)), Listener()
 
-    def feed(tokens):
+    def feed(tokens, log_probs):
         raise OptionError("too much")
 
-    job.row.answer.feed = feed
+    request.reader.feed = feed
     other = ask(tiny_scheduler, 2)
-    tiny_scheduler.submit(lambda: job, listener)
+    tiny_scheduler.submit(lambda: request, listener)
     assert str(listener.last.error) == "too much"
     assert listener.kinds == [Accepted, Failed]
     assert told(other.last) == alone(2)
@@ -157,7 +157,7 @@ def test_what_is_being_prepared_counts_as_waiting(tiny_scheduler):
     def slow():
         preparing.set()
         assert go_on.wait(LIMIT)
-        return tiny_job(tokens_of(0))
+        return tiny_request(tokens_of(0))
 
     tiny_scheduler.submit(slow, Listener())
     assert preparing.wait(LIMIT)
@@ -189,7 +189,7 @@ def test_what_fails_a_whole_batch_fails_all_that_run_and_no_other(tiny_scheduler
     assert told(third.last) == alone(3)
     until(lambda: load_of(tiny_scheduler) == (0, 0))
     assert tiny_scheduler.load().counters["failed"] == 2
-    assert tiny_scheduler._loop.jobs == []
+    assert tiny_scheduler._loop.requests == []
 
 
 SCRIPT = """

@@ -7,9 +7,10 @@ import weakref
 
 import pytest
 from listeners import LIMIT, Listener, alone, ask, load_of, tokens_of, told, until
-from loop import tiny_job
+from loop import tiny_request
 
 from mlx_dgemma.decoding.events import Block, Draft
+from mlx_dgemma.decoding.session import Session
 from mlx_dgemma.errors import PromptError
 from mlx_dgemma.serving.scheduler import COUNTERS, Accepted, Failed, Stopping
 
@@ -46,7 +47,7 @@ def test_who_is_cancelled_while_prepared_hears_nothing(tiny_scheduler):
 
     def prepare():
         tickets[0].cancel()
-        return tiny_job(tokens_of(2))
+        return tiny_request(tokens_of(2))
 
     def mistaken():
         tickets[1].cancel()
@@ -61,14 +62,14 @@ def test_who_is_cancelled_while_prepared_hears_nothing(tiny_scheduler):
 
 
 def test_who_is_cancelled_while_encoded_hears_nothing_more(tiny_scheduler, monkeypatch):
-    encode, encoded = tiny_scheduler.engine._encode, Listener(int)
+    encode, encoded = Session.encode, Listener(int)
 
-    def watched(job, branch):
-        for step in encode(job, branch):
-            encoded(job.session.prefix.offset)
-            yield step
+    def watched(session, *arguments):
+        for chunk in encode(session, *arguments):
+            encoded(session.prefix.offset)
+            yield chunk
 
-    monkeypatch.setattr(tiny_scheduler.engine, "_encode", watched)
+    monkeypatch.setattr(Session, "encode", watched)
     listener = ask(tiny_scheduler, 1, prefill_chunk=4)
     encoded.wait()
     assert load_of(tiny_scheduler) == (1, 0)
@@ -85,7 +86,7 @@ def test_who_is_cancelled_while_denoised_hears_nothing_more_and_is_let_go(tiny_s
     listener, other = ask(tiny_scheduler, 1, when, drafts=True), ask(tiny_scheduler, 2)
     listener.wait()
     assert load_of(tiny_scheduler)[0] >= 1
-    prefix = weakref.ref(listener.ticket.job.session.prefix)
+    prefix = weakref.ref(listener.ticket.request.session.prefix)
     heard = len(listener.events)
     listener.ticket.cancel()
     listener.go_on()
@@ -96,7 +97,7 @@ def test_who_is_cancelled_while_denoised_hears_nothing_more_and_is_let_go(tiny_s
     counters = tiny_scheduler.load().counters
     assert [counters[name] for name in COUNTERS[:3]] == [2, 1, 0]
     assert counters["generated_tokens"] == len(alone(2)[0])  # of those who were told
-    assert tiny_scheduler._loop.jobs == []
+    assert tiny_scheduler._loop.requests == []
     del listener
     gc.collect()
     assert prefix() is None
