@@ -12,6 +12,7 @@ from support import engine_of
 from mlx_dgemma import engine
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import main
+from mlx_dgemma.decoding.events import Stats
 
 JSON_PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."
 COUNT = "Count from 1 to 60."
@@ -57,7 +58,7 @@ def test_json_has_the_shape_of_a_result():
     assert done.stdout.count("\n") == 1
     told = json.loads(done.stdout)
     assert list(told) == ["text", "thinking", "tool_calls", "finish_reason", "stats"]
-    assert list(told["stats"]) == list(engine.Stats.__dataclass_fields__)
+    assert list(told["stats"]) == list(Stats.__dataclass_fields__)
     assert list(told["stats"]["seconds"]) == ["load", "prefill", "denoise", "total"]
 
 

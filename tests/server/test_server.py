@@ -341,8 +341,8 @@ def test_a_stop_string_in_pieces():
         for start, end in itertools.pairwise((0, *cuts, len(text))):
             told += cut.add(text[start:end])
             assert "aab ".startswith(told)
-        assert (told + cut.add("", last=True), cut.over) == ("aab ", True)
+        assert (told + cut.add("", last=True), cut.stopped) == ("aab ", True)
     for whole in ("", "a", "ab", "abz"):
         cut = StopCutter(stops)
         assert "".join([*map(cut.add, whole), cut.add("", last=True)]) == whole
-        assert not cut.over
+        assert not cut.stopped

@@ -17,12 +17,12 @@ from serving import CHAT, Script, said
 from support import BLUE, engine_of, square
 
 import mlx_dgemma
-from mlx_dgemma import engine
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.constraints import dfa
 from mlx_dgemma.constraints.dfa_size import dfa_size_exceeds
 from mlx_dgemma.constraints.patterns import python_regex_to_plain
 from mlx_dgemma.decoding.events import Finished
+from mlx_dgemma.prompt import builder
 from mlx_dgemma.prompt.images import open_image
 from mlx_dgemma.server.completions import StopCutter
 from mlx_dgemma.server.fields import Fields
@@ -142,7 +142,7 @@ def test_pictures_are_decoded_once_and_not_on_the_schedulers_thread(url, schedul
         threads.append(threading.current_thread())
         return read(source)
 
-    monkeypatch.setattr(engine, "open_image", slow)
+    monkeypatch.setattr(builder, "open_image", slow)
     square(BLUE).save(file := io.BytesIO(), "PNG")
     url_of_it = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     shown = [{"type": "image_url", "image_url": {"url": url_of_it}} for _ in range(2)]
