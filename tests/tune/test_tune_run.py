@@ -161,8 +161,8 @@ def test_a_killed_run_can_be_resumed(tmp_path):
 
 
 def test_a_run_that_needs_too_much_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_dgemma.model.device.available", lambda: 2**20)
     engine, plan = mlx_dgemma.load(dtype="float32"), RunConfig(data_in(tmp_path), tmp_path / "out", batch_size=2)
+    monkeypatch.setattr("mlx_dgemma.model.device.available", lambda: 2**20)
     message = refusal(MemoryLimitError, list, run_(engine, TrainerConfig(rank=2, steps=1), plan))
     assert message.startswith("Training needs about 0.")
     assert message.endswith(
