@@ -42,7 +42,7 @@ class Guide(Protocol):
 
         Args:
             row: its number among the rows that the guide was made for.
-            seen: "argmax" [C] with "top" [C], its log-probability; "likely" [C, K] with "log_p" [C, K]; and
+            seen: "argmax" [C] with "argmax_log_p" [C]; "likely" tokens [C, K] with "likely_log_p" [C, K]; and
                 "asked" [C, N], log-probabilities of `tokens`.
         """
 

@@ -152,9 +152,9 @@ def _chosen(batch: CanvasBatch, prediction: head.Prediction) -> mx.array:
     """[B, C] int32, the texts that the guides choose; a row that has settled keeps the model's argmax."""
     seen = {
         "argmax": prediction.argmax,
-        "top": mx.log(prediction.confidence),
+        "argmax_log_p": mx.log(prediction.confidence),
         "likely": prediction.top_tokens,
-        "log_p": mx.log(prediction.top_probs),
+        "likely_log_p": mx.log(prediction.top_probs),
     }
     asked = [
         prediction.map(lambda a, row=row: a[row : row + 1]).log_probs(batch.model.head, guide.tokens)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from ..constraints.language import Language
-from ..constraints.tokens import Spelling
+from ..constraints.tokens import TokenBytes
 from ..decoding.options import GenerationOptions
 from ..decoding.request import Request
 from ..decoding.session import Picture, PromptTokens
@@ -127,10 +127,10 @@ class PromptBuilder:
         return Picture(f"{digest(image)}/{budget}", patches)
 
     @cached_property
-    def spelling(self) -> Spelling:
-        """What the tokens of this tokenizer spell."""
+    def token_bytes(self) -> TokenBytes:
+        """The bytes that each token of this tokenizer stands for."""
         added = [token for token, one in self.tokenizer.added_tokens_decoder.items() if one.special]
-        return Spelling(self.tokenizer, self.config.text.vocab_size, [*added, *self.options.end_tokens])
+        return TokenBytes(self.tokenizer, self.config.text.vocab_size, [*added, *self.options.end_tokens])
 
     @cached_property
     def turn_end(self) -> int:
@@ -142,7 +142,7 @@ class PromptBuilder:
 
     def language(self, pattern: str, what: str) -> Language:
         """The language of a plain pattern, made once; the last few are kept."""
-        found = self._languages.pop(pattern, None) or Language(pattern, self.spelling, what)
+        found = self._languages.pop(pattern, None) or Language(pattern, self.token_bytes, what)
         self._languages[pattern] = found
         for oldest in list(self._languages)[:-KEPT_LANGUAGES]:
             del self._languages[oldest]

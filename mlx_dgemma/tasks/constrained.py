@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..constraints.language import Language, covers_lines
-from ..constraints.patterns import translate
+from ..constraints.language import Language, accepts_every_line
+from ..constraints.patterns import python_regex_to_plain
 from ..constraints.schema import to_regex
 from ..constraints.search import FRESH, THINKING, Marginals, best_text
 from ..decoding.control import Control
@@ -23,26 +23,28 @@ class LanguageGuide:
     """A `Guide` that chooses by the log-probabilities of some tokens at every position.
 
     Args:
-        anchors: tokens of the language that are scored at every position.
-        ends: tokens that may end the text.
-        marks: tokens that open and close a thought.
+        always_scored: tokens of the language that are scored at every position.
+        end_tokens: tokens that may end the text.
+        thought_tokens: tokens that open and close a thought.
         choose: text [C] of a row by its number and its `Marginals`.
     """
 
     def __init__(
         self,
-        anchors: np.ndarray,
-        ends: Sequence[int],
-        marks: Sequence[int],
+        always_scored: np.ndarray,
+        end_tokens: Sequence[int],
+        thought_tokens: Sequence[int],
         choose: Callable[[int, Marginals], np.ndarray],
     ):
-        self.tokens = mx.array([*anchors.tolist(), *ends, *marks], mx.int32)
-        self._cuts, self._choose = [len(anchors), len(anchors) + len(ends)], choose
+        self.tokens = mx.array([*always_scored.tolist(), *end_tokens, *thought_tokens], mx.int32)
+        self._cuts = [len(always_scored), len(always_scored) + len(end_tokens)]
+        self._choose = choose
 
     def choose(self, row: int, seen: dict[str, np.ndarray]) -> np.ndarray:
         """The text of a row, [C] int32."""
-        asked = np.split(seen["asked"], self._cuts, axis=1)
-        return self._choose(row, Marginals(*(seen[n] for n in ("likely", "log_p", "argmax", "top")), *asked))
+        always, ends, thoughts = np.split(seen.pop("asked"), self._cuts, axis=1)
+        marginals = Marginals(**seen, always_scored_log_p=always, end_log_p=ends, thought_log_p=thoughts)
+        return self._choose(row, marginals)
 
 
 class Constrained(Control):
@@ -65,7 +67,7 @@ class Constrained(Control):
         def choose(row: int, seen: Marginals) -> np.ndarray:
             return best_text(self._language, seen, self._state, self._ends, left, self._marks)
 
-        return LanguageGuide(self._language.anchors, self._ends, self._marks, choose)
+        return LanguageGuide(self._language.always_scored_tokens, self._ends, self._marks, choose)
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Move on in the language."""
@@ -75,7 +77,7 @@ class Constrained(Control):
                 self._state = THINKING
                 return
             text, state = text[text.index(self._marks[1]) + 1 :], 0
-        self._state = self._language.after(text, max(state, 0))
+        self._state = self._language.state_after(text, max(state, 0))
 
 
 def constrain(builder: PromptBuilder, request: Request, language: Language, what: str, thinking: bool = False) -> None:
@@ -137,14 +139,14 @@ def constrain_answer(
     elif regex is not None:
         if not isinstance(regex, str):
             raise OptionError(f"regex is {regex!r}; it should be a text.")
-        name, what, pattern = "regex", f"The regex {regex!r}", translate(regex)
+        name, what, pattern = "regex", f"The regex {regex!r}", python_regex_to_plain(regex)
     else:
         return
     for other, given in (("exact", request.options.exact), ("stop", request.options.stop), ("tools", tools)):
         if given:
             raise OptionError(f"{name} is given and {other} is {given!r}; they cannot be together: leave one out.")
     language = builder.language(pattern, what)
-    if regex is not None and covers_lines(language):
+    if regex is not None and accepts_every_line(language):
         raise OptionError(f"{what} matches every line of text, so it asks for nothing; leave it out.")
     constrain(builder, request, language, what, thinking)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..constraints.patterns import literal, translate
+from ..constraints.patterns import literal, python_regex_to_plain
 from ..decoding.events import Result
 from ..decoding.options import OptionKeywords
 from ..decoding.request import Request
@@ -16,6 +15,7 @@ from ..errors import OptionError
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
 from .constrained import constrain, task_options
+from .templates import split_template
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,7 +50,9 @@ def fill(
     if missing := [name for name in names if name not in holes]:
         raise OptionError(f"holes has nothing for {missing[0]!r}, which stands in the template; give its texts.")
     patterns = {name: hole_pattern(name, holes[name]) for name in names}
-    plain = "".join(f"(?:{translate(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts))
+    plain = "".join(
+        f"(?:{python_regex_to_plain(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts)
+    )
     messages = messages_of(FILL_TEMPLATE + template if prompt is None else prompt)
     request = builder.request(messages, seed, task_options(builder, "fill", options))
     constrain(builder, request, builder.language(plain, "The template"), "The template")
@@ -81,19 +83,16 @@ def hole_pattern(name: str, hole: int | str | Sequence[str]) -> str:
 def _parse(template: str) -> tuple[list[str], list[str]]:
     """(text, name, text, name, ..., text) and the names, as str.format reads a template."""
     try:
-        found = list(string.Formatter().parse(template))
+        texts, slots = split_template(template)
     except ValueError as error:
         raise OptionError(f"The template {template!r} is broken ({error}); write {{{{ and }}}} for braces.") from None
-    parts, names = [""], []
-    for text, name, spec, conversion in found:
-        parts[-1] += text
-        if name is None:
-            continue
-        if not name or spec or conversion or name in names:
-            what = "stands twice" if name in names else "should be a name alone, such as {city}"
-            raise OptionError(f"The hole {{{name}}} of the template {what}; change the template.")
-        names.append(name)
-        parts += [name, ""]
+    parts, names = texts[:1], []
+    for slot, text in zip(slots, texts[1:]):
+        if not slot.name or slot.formatting or slot.name in names:
+            what = "stands twice" if slot.name in names else "should be a name alone, such as {city}"
+            raise OptionError(f"The hole {{{slot.name}}} of the template {what}; change the template.")
+        names.append(slot.name)
+        parts += [slot.name, text]
     return parts, names
 
 

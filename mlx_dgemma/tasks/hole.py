@@ -117,22 +117,22 @@ class Hole(Control):
         """The most probable text of the hole that fits."""
 
         def choose(row: int, seen: Marginals) -> np.ndarray:
-            tokens, size = seen.best.copy(), len(seen.best)
+            tokens, size = seen.argmax.copy(), len(seen.argmax)
             start, stop = self._window(row, size)
             room = self._lengths[row] - len(self.found) - (stop - start)  # in later canvases
             tokens[start:stop], score = exact_text(self._language, seen, start, stop, self._state, room)
             view = [self._asked.index(token) for token in self._behind[: min(IN_VIEW, size - stop)]]
-            self.score[row] = score + float(seen.ends[np.arange(stop, stop + len(view)), view].sum())
+            self.score[row] = score + float(seen.end_log_p[np.arange(stop, stop + len(view)), view].sum())
             return tokens
 
-        return LanguageGuide(self._language.anchors, self._asked, (), choose)
+        return LanguageGuide(self._language.always_scored_tokens, self._asked, (), choose)
 
     def take(self, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
         """Take the hole's part of a finished canvas."""
         start, stop = self._window(0, len(tokens))
         self.found += tokens[start:stop]
         self.log_probs += log_probs[start:stop]
-        self._state = self._language.after(tokens[start:stop], self._state)
+        self._state = self._language.state_after(tokens[start:stop], self._state)
         self._begin += len(tokens)
 
     def _size(self, begin: int) -> int:

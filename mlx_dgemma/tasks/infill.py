@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..constraints.patterns import EVERYTHING, SURROGATES, characters, literal, without
+from ..constraints.patterns import ALL_CODE_POINTS, SURROGATES, character_class, literal, subtract
 from ..decoding.control import PARTS
 from ..decoding.options import OptionKeywords
 from ..decoding.request import Request
@@ -29,7 +29,7 @@ LONGEST = 64  # tokens of a hole whose length is not given
 GAP = "[...]"
 FILL_GAP = f"Write this text with something that fits in the place of {GAP}:\n\n"
 BROKEN = "\ufffd"  # what a tokenizer makes of a character that is cut
-ANY = characters(without([EVERYTHING], SURROGATES)) + "*"
+ANY = character_class(subtract([ALL_CODE_POINTS], SURROGATES)) + "*"
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class HoleReader:
                     f"length is {len(self.tokens)}, but no likely text of so many tokens has the pieces of words "
                     "at the hole's ends; give more."
                 )
-            text = self._builder.spelling.spell(self.tokens).decode()
+            text = self._builder.token_bytes.to_bytes(self.tokens).decode()
             self.text = text[len(self._context.tail) : len(text) - len(self._context.head)]
             self.finish_reason = "stop"
         return self.finish_reason
@@ -156,7 +156,7 @@ def infill(
         )
     context = HoleContext.of(builder.tokenizer, prefix, suffix)
     language = builder.language(context.pattern(), "The hole")
-    least = max(language.shortest, 1)
+    least = max(language.shortest_length, 1)
     if length is not None and length < least:
         raise OptionError(
             f"length is {length}, but the pieces of words at the hole's ends take {least} tokens; give that many."

@@ -291,7 +291,7 @@ def marks_even(best):
 
 def guide_of(choose, tokens=(5, 6)):
     """Chooses by a function of the model's own best."""
-    return Guide(np.array(tokens), (39,), (), lambda row, seen: choose(seen.best))
+    return Guide(np.array(tokens), (39,), (), lambda row, seen: choose(seen.argmax))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -335,7 +335,7 @@ def test_a_guide_is_told_what_whole_logits_tell(model):
 
     def choose(row, marginals):
         seen.append(marginals)
-        return marginals.best
+        return marginals.argmax
 
     layout = LAYOUTS["both"]
     guide = Guide(np.array([5, 6, 30]), (39, 1), (2, 3), choose)
@@ -347,14 +347,18 @@ def test_a_guide_is_told_what_whole_logits_tell(model):
     logits = model.logits(model.denoise(canvas, prefix_of(model, PROMPT))) / OPTIONS.t_max
     log_p = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
     free = ~np.array(layout.fixed[0])
-    assert (told.best[free] == log_p.argmax(-1)[free]).all()
-    assert np.abs(told.top - log_p.max(-1))[free].max() < 1e-5
+    assert (told.argmax[free] == log_p.argmax(-1)[free]).all()
+    assert np.abs(told.argmax_log_p - log_p.max(-1))[free].max() < 1e-5
     likely = np.take_along_axis(log_p, told.likely, axis=1)
-    assert np.abs(told.log_p - likely)[free].max() < 1e-5
-    for part, tokens in ((told.anchors, [5, 6, 30]), (told.ends, [39, 1]), (told.marks, [2, 3])):
+    assert np.abs(told.likely_log_p - likely)[free].max() < 1e-5
+    for part, tokens in (
+        (told.always_scored_log_p, [5, 6, 30]),
+        (told.end_log_p, [39, 1]),
+        (told.thought_log_p, [2, 3]),
+    ):
         assert np.abs(part - log_p[:, tokens]).max() < 1e-5
-    assert told.top[~free].tolist() == [0, 0]
-    assert told.best[~free].tolist() == [7, 13]
+    assert told.argmax_log_p[~free].tolist() == [0, 0]
+    assert told.argmax[~free].tolist() == [7, 13]
 
 
 def test_a_guide_is_asked_for_rows_that_have_not_settled(model):
@@ -362,7 +366,7 @@ def test_a_guide_is_asked_for_rows_that_have_not_settled(model):
 
     def choose(row, seen):
         asked.append(row)
-        return seen.best
+        return seen.argmax
 
     guide = Guide(np.array([5]), (39,), (), choose)
     layout = joined([layout_of([7] * 8, range(8)), LAYOUTS["nothing"]])

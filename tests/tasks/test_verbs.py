@@ -91,7 +91,7 @@ def test_answers_match_their_regex(engine, pattern):
     result = engine.generate("What is the capital of France?", seed=1, regex=pattern, **ONCE)
     assert re.fullmatch(pattern, result.text)
     assert result.finish_reason == "stop"
-    assert engine.builder.spelling.spell(result.tokens).decode() == result.text
+    assert engine.builder.token_bytes.to_bytes(result.tokens).decode() == result.text
 
 
 def test_a_text_like_a_special_token_is_spelt_out(engine):
@@ -327,7 +327,7 @@ def test_prefix_and_suffix_stay_whatever_comes_between(engine):
         assert context.head + engine.tokenizer.decode(context.behind) == suffix
         least = int(engine.builder.language(context.pattern(), "The hole").distance[0])
         result = engine.infill(prefix, suffix, prompt="Hi", length=max(least, 1) + 1, seed=0, **ONCE)
-        spelt = engine.builder.spelling.spell([*context.before, *result.tokens, *context.behind]).decode()
+        spelt = engine.builder.token_bytes.to_bytes([*context.before, *result.tokens, *context.behind]).decode()
         assert spelt == prefix + result.text + suffix
 
 
