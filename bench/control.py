@@ -35,7 +35,7 @@ from mlx_dgemma.constraints.patterns import python_regex_to_plain
 from mlx_dgemma.constraints.schema import to_regex
 from mlx_dgemma.constraints.search import Marginals, best_text
 from mlx_dgemma.constraints.tokens import TokenBytes
-from mlx_dgemma.decoding.canvas import denoise_block
+from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.tasks.constrained import Constrained
@@ -121,7 +121,7 @@ def regex(engine: mlx_dgemma.Engine, count: int) -> list[list]:
     patterns, found = PATTERNS[:count], Counter()
     for seed, (pattern, case) in enumerate(zip(patterns, mixed(len(patterns)))):
         asked = {"prompt": case["messages"], "seed": seed, "regex": pattern}
-        language = tried(asked, lambda pattern=pattern: engine.language(python_regex_to_plain(pattern), "it"))
+        language = tried(asked, lambda pattern=pattern: engine.builder.language(python_regex_to_plain(pattern), "it"))
         least = int(language.distance[0]) + 1 if language else 1
         ways = {**WAYS, "least tokens": {"max_tokens": least}, "least + 2": {"max_tokens": least + 2}}
         for way, changes in ways.items():

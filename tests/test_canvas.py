@@ -9,21 +9,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from loop import Reader, job_of
+from loop import Reader, request_of
 from naive import two_levels
 from support import FULL, engine_of, gap, random_tokens, small_model
 
 from mlx_dgemma.decoding import sampler
-from mlx_dgemma.decoding.canvas import CONFIDENT, UNLIKE, denoise_block
 from mlx_dgemma.decoding.control import Control, Layout, fitting_size
 from mlx_dgemma.decoding.events import Block
+from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.prefill import prefill
-from mlx_dgemma.decoding.request import Job
+from mlx_dgemma.decoding.step import CONFIDENT, GUIDED_UNCERTAINTY
 from mlx_dgemma.model import head, rng
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_dgemma.tasks.constrained import Guide
+from mlx_dgemma.tasks.constrained import LanguageGuide as Guide
 from mlx_dgemma.tasks.edit import Drafted
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -70,9 +70,7 @@ def layout_of(tokens, pinned=(), drafted=()):
 
 
 def joined(layouts):
-    return Layout(
-        *(mx.concatenate([getattr(one, name) for one in layouts]) for name in ("tokens", "pinned", "drafted"))
-    )
+    return Layout(*(mx.concatenate([getattr(one, name) for one in layouts]) for name in ("tokens", "fixed", "initial")))
 
 
 def plain_canvas(model, prompt, seed, options, layout=None, choose=None):
@@ -83,8 +81,8 @@ def plain_canvas(model, prompt, seed, options, layout=None, choose=None):
     canvas = np.array(mx.random.randint(0, vocab, (length,), key=draws[0]))
     pinned, given = np.zeros(length, bool), np.zeros(length, int)
     if layout is not None:
-        pinned, given = np.array(layout.pinned[0]), np.array(layout.tokens[0])
-        canvas = np.where(pinned | np.array(layout.drafted[0]), given, canvas)
+        pinned, given = np.array(layout.fixed[0]), np.array(layout.tokens[0])
+        canvas = np.where(pinned | np.array(layout.initial[0]), given, canvas)
     table, conditioning, kept, bests, told = model.model.decoder.embed_tokens, None, pinned, [], []
     for step in range(total):
         logits = model.logits(model.denoise(mx.array(canvas)[None], prefix_of(model, prompt), conditioning))
@@ -108,7 +106,7 @@ def plain_canvas(model, prompt, seed, options, layout=None, choose=None):
             drawn = two_levels(logits[0], draws[2 * step + 1], head.TILES, head.STRIDE)
             taken = np.where(unlike, best, np.where(pinned, given, drawn))
             uncertainty = entropy
-        uncertainty = np.where(unlike, np.maximum(uncertainty, UNLIKE), uncertainty)
+        uncertainty = np.where(unlike, np.maximum(uncertainty, GUIDED_UNCERTAINTY), uncertainty)
         certain = pinned | (unlike & accepted)
         one_hot = table(mx.array(best)).astype(mx.float32) * model.config.text.hidden_size**0.5
         conditioning = mx.where(mx.array(certain)[None, :, None], one_hot[None], model.condition(logits))
@@ -193,7 +191,7 @@ def test_pinned_positions_keep_their_token_in_every_step_and_canvas(model, mode,
 
     monkeypatch.setattr(DiffusionGemma, "denoise", denoise)
     steps = denoised(model, 1, MODES[mode], layout)
-    at, expected = np.array(layout.pinned), np.array(layout.tokens)
+    at, expected = np.array(layout.fixed), np.array(layout.tokens)
     assert len(seen) >= len(steps)
     for step in steps:
         assert (np.array(step.argmax)[at] == expected[at]).all()
@@ -258,8 +256,8 @@ def test_pinned_canvases_over_two_blocks(model):
     for first in ("one pin", "shorter"):
         control = Pinning(LAYOUTS[first], LAYOUTS["both"])
         reader, loop, events = Reader(3), Loop(model), []
-        loop.add(*job_of(model, list(PROMPT), reader, 4, OPTIONS, control))
-        while loop.jobs:
+        loop.add(*request_of(model, list(PROMPT), reader, 4, OPTIONS, control))
+        while loop.requests:
             events += [event for _, event in loop.step()]
         blocks = [(event.tokens, event.steps) for event in events if isinstance(event, Block)]
         key, expected, said = mx.random.key(4), [], list(PROMPT)
@@ -272,9 +270,9 @@ def test_pinned_canvases_over_two_blocks(model):
         assert blocks == expected
         assert reader.taken == [tokens for tokens, _ in blocks]
         assert [len(tokens) for tokens, _ in blocks] == [LAYOUTS[first].tokens.shape[1], 8, 8]
-        assert control.committed == [list(tokens) for tokens, _ in blocks[:2]]  # the last one has ended
-        assert np.array(blocks[0][0])[np.array(LAYOUTS[first].pinned[0])].tolist() == [
-            token for token, pin in zip(LAYOUTS[first].tokens[0].tolist(), LAYOUTS[first].pinned[0].tolist()) if pin
+        assert control.committed == [tokens for tokens, _ in blocks[:2]]  # the last one has ended
+        assert np.array(blocks[0][0])[np.array(LAYOUTS[first].fixed[0])].tolist() == [
+            token for token, pin in zip(LAYOUTS[first].tokens[0].tolist(), LAYOUTS[first].fixed[0].tolist()) if pin
         ]
 
 
@@ -300,7 +298,7 @@ def guide_of(choose, tokens=(5, 6)):
 @pytest.mark.parametrize("name", ["nothing", "pins", "a draft", "shorter"])
 def test_a_guided_canvas_equals_a_plain_loop(model, mode, name):
     def choose(best):
-        return np.where(np.array(LAYOUTS[name].pinned[0]), best, marks_even(best))
+        return np.where(np.array(LAYOUTS[name].fixed[0]), best, marks_even(best))
 
     steps = denoised(model, 2, MODES[mode], LAYOUTS[name], guide_of(choose))
     same(told_by(steps), plain_canvas(model, PROMPT, 2, MODES[mode], LAYOUTS[name], choose))
@@ -322,8 +320,10 @@ class Wishless(Control):
 def test_a_guide_without_wishes_changes_no_answer(engine, mode):
     options = engine.options.override(max_denoising_steps=3, **mode)
     plain = engine.generate(STORY, seed=3, max_denoising_steps=3, **mode)
-    row = engine._row([{"role": "user", "content": STORY}], 3, options)
-    guided = engine._last(engine.run(Job(row, options, Wishless())))
+    request = engine.builder.request([{"role": "user", "content": STORY}], 3, options)
+    request.control = Wishless()
+    *_, finished = engine.run(request)
+    guided = finished.result
     assert guided.tokens == plain.tokens
     assert guided.stats.denoising_steps == plain.stats.denoising_steps
     assert guided.stats.canvas_positions == plain.stats.canvas_positions
@@ -343,10 +343,10 @@ def test_a_guide_is_told_what_whole_logits_tell(model):
     denoised(model, 0, replace(OPTIONS, max_denoising_steps=1), layout, guide)
     (told,) = seen
     noise = rng.noise(8, 40, rng.split(keys_of(0), 3)[0])
-    canvas = mx.where(layout.pinned | layout.drafted, layout.tokens, noise)
+    canvas = mx.where(layout.fixed | layout.initial, layout.tokens, noise)
     logits = model.logits(model.denoise(canvas, prefix_of(model, PROMPT))) / OPTIONS.t_max
     log_p = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
-    free = ~np.array(layout.pinned[0])
+    free = ~np.array(layout.fixed[0])
     assert (told.argmax[free] == log_p.argmax(-1)[free]).all()
     assert np.abs(told.argmax_log_p - log_p.max(-1))[free].max() < 1e-5
     likely = np.take_along_axis(log_p, told.likely, axis=1)
@@ -385,7 +385,7 @@ def reading_of(kind):
         how = {"8bit": {"bits": 8, "group_size": 64}, "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}[kind]
         nn.quantize(model, class_predicate=lambda _, module: isinstance(module, nn.Embedding), **how)
     hidden = mx.random.normal((2, 4, 64), key=mx.random.key(1)) * mx.array([0.05, 0.3, 1, 2])[:, None]
-    return model, head.read(model, hidden, 0.7, keys_of(3, 4)), model.logits(hidden) / 0.7
+    return model, model.head.predict(hidden, 0.7, keys_of(3, 4)), model.logits(hidden) / 0.7
 
 
 @pytest.mark.parametrize("kind", ["float32", "8bit", "mxfp4"])
@@ -393,9 +393,9 @@ def test_log_probabilities_are_those_of_whole_logits(kind):
     model, reading, logits = reading_of(kind)
     log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     tokens = mx.array([0, 999, 5, 5, 640, 17])
-    assert gap(reading.log_p(model, tokens), log_p[..., tokens]) < (1e-5 if kind == "float32" else 1e-3)
-    assert reading.log_p(model, tokens[:1]).shape == (2, 4, 1)
-    every = reading.log_p(model, mx.arange(1000))
+    assert gap(reading.log_probs(model.head, tokens), log_p[..., tokens]) < (1e-5 if kind == "float32" else 1e-3)
+    assert reading.log_probs(model.head, tokens[:1]).shape == (2, 4, 1)
+    every = reading.log_probs(model.head, mx.arange(1000))
     assert np.allclose(np.exp(np.array(every, np.float64)).sum(-1), 1, atol=1e-3)
 
 
@@ -404,12 +404,12 @@ def test_log_probabilities_are_those_of_whole_logits(kind):
 def test_a_pinned_reading_is_certain_there_and_the_same_elsewhere(kind, whole):
     model, reading, _ = reading_of(kind)
     if whole:
-        reading = head.read(model, reading.hidden, 0.7, keys_of(3, 4), True)
+        reading = model.head.predict(reading.hidden, 0.7, keys_of(3, 4), True)
     tokens = random_tokens(1, 2, 4, vocab=1000)
     where = mx.array([[True, False, True, False], [False, False, True, True]])
     pinned = reading.fix(tokens, where)
-    at, plain = np.array(where), reading.condition(model, 8)
-    for name, value in (("argmax", tokens), ("drawn", tokens), ("confidence", 1), ("entropy", 0)):
+    at, plain = np.array(where), reading.condition(model.head, 8)
+    for name, value in (("argmax", tokens), ("sample", tokens), ("confidence", 1), ("entropy", 0)):
         got, before = np.array(getattr(pinned, name)), np.array(getattr(reading, name))
         assert (got == np.where(at, np.array(value), before)).all(), name
         assert got.dtype == before.dtype, name
@@ -417,10 +417,10 @@ def test_a_pinned_reading_is_certain_there_and_the_same_elsewhere(kind, whole):
     assert (np.array(pinned.needs_full_vocab)[~at] == np.array(reading.needs_full_vocab)[~at]).all()
     one_hot = np.array(model.model.decoder.embed_tokens(tokens).astype(mx.float32)) * 8
     for dense in (0, 5, 8) if whole else (8,):
-        got = np.array(pinned.condition(model, dense))
+        got = np.array(pinned.condition(model.head, dense))
         assert np.abs(got - one_hot)[at].max() < 1e-4
         assert np.abs(got - np.array(plain))[~at].max() < 1e-3
-    assert gap(reading.fix(tokens, mx.zeros((2, 4), mx.bool_)).condition(model, 8), plain) == 0
+    assert gap(reading.fix(tokens, mx.zeros((2, 4), mx.bool_)).condition(model.head, 8), plain) == 0
 
 
 # Drafts and sizes.
@@ -438,10 +438,10 @@ def test_sizes_are_quarters_of_the_canvas():
 def test_a_draft_begins_with_its_tokens():
     layout = Drafted([5, 6, 7], 9, 0, 16, 0).layout()
     assert layout.tokens.tolist() == [[5, 6, 7, 9, *[0] * 4]]
-    assert layout.drafted.all().item()
-    assert not layout.pinned.any().item()
+    assert layout.initial.all().item()
+    assert not layout.fixed.any().item()
     noise = Drafted([5, 6, 7], 9, 1, 16, 0).layout()
-    assert not noise.drafted.any().item()
+    assert not noise.initial.any().item()
     assert Drafted([], 9, 0, 16, 0).layout() is None
     assert Drafted(range(40), 9, 0, 16, 0).layout().tokens.tolist() == [list(range(16))]
     assert Drafted(range(15), 9, 0, 16, 0).layout().tokens.tolist() == [[*range(15), 9]]
@@ -450,7 +450,7 @@ def test_a_draft_begins_with_its_tokens():
 
 
 def test_half_a_draft_is_noised_as_its_seed_says():
-    layouts = [Drafted(range(200), 9, 0.25, 256, seed).layout().drafted for seed in (0, 0, 1)]
+    layouts = [Drafted(range(200), 9, 0.25, 256, seed).layout().initial for seed in (0, 0, 1)]
     assert layouts[0].tolist() == layouts[1].tolist() != layouts[2].tolist()
     assert 0.65 < layouts[0].astype(mx.float32).mean().item() < 0.85
 

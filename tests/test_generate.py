@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from loop import OPTIONS, Reader, job_of, plain_loop, run
+from loop import OPTIONS, Reader, plain_loop, request_of, run
 from support import engine_of, gap, random_tokens, small_model
 
-from mlx_dgemma.decoding.events import Block, Draft
+from mlx_dgemma.decoding.events import Block, Draft, Finished
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.prefill import chunks, fitting_chunk, prefill
@@ -160,18 +160,18 @@ def test_a_prefill_chunk_that_is_asked_for_is_taken_as_it_is(chunk, taken):
 
 def test_the_last_block_is_not_committed(model, monkeypatch):
     reader, encode, calls = Reader(3), model.encode, []
-    job, encoding = job_of(model, [1, 2, 3], reader, 0, OPTIONS)
+    request, session = request_of(model, [1, 2, 3], reader, 0, OPTIONS)
     monkeypatch.setattr(
         type(model),
         "encode",
         lambda self, tokens, *rest, **named: calls.append(tokens.tolist()) or encode(tokens, *rest, **named),
     )
     loop = Loop(model)
-    loop.add(job, encoding)
-    while loop.jobs:
+    loop.add(request, session)
+    while loop.requests:
         list(loop.step())
     assert calls == [[[1, 2, 3]], [list(reader.taken[0])], [list(reader.taken[1])]]
-    assert job.session.prefix.offset == 3 + 2 * 4
+    assert request.session.prefix.offset == 3 + 2 * 4
 
 
 @pytest.mark.parametrize(("length", "blocks"), [(52, 3), (53, 2), (60, 1), (61, 0)])
@@ -216,15 +216,15 @@ def test_a_job_that_is_removed_leaves_the_others_as_they_are(model):
     for removed in range(3):
         for after in (0, 1, 3, 6):
             readers = [Reader(3) for _ in prompts]
-            jobs = [job_of(model, *one, OPTIONS, None, 4) for one in zip(prompts, readers, (5, 6, 7))]
+            requests = [request_of(model, *one, OPTIONS, None, 4) for one in zip(prompts, readers, (5, 6, 7))]
             loop = Loop(model)
-            for job in jobs:
-                loop.add(*job)
+            for one in requests:
+                loop.add(*one)
             for _ in range(after):
                 list(loop.step())
-            loop.remove(jobs[removed][0])
-            assert jobs[removed][0] not in loop.jobs
-            while loop.jobs:
+            loop.remove(requests[removed][0])
+            assert requests[removed][0] not in loop.requests
+            while loop.requests:
                 list(loop.step())
             for row in {0, 1, 2} - {removed}:
                 assert readers[row].taken == alone[row].taken
@@ -232,18 +232,20 @@ def test_a_job_that_is_removed_leaves_the_others_as_they_are(model):
 
 def test_a_job_that_fails_ends_alone(model):
     class Failing(Reader):
-        def feed(self, tokens):
+        def feed(self, tokens, log_probs):
             raise OptionError("too much")
 
     readers = [Reader(2), Failing(2)]
-    jobs = [job_of(model, random_tokens(3, 5).tolist(), reader, 1, OPTIONS) for reader in readers]
+    requests = [request_of(model, random_tokens(3, 5).tolist(), reader, 1, OPTIONS) for reader in readers]
     loop, ends = Loop(model), []
-    for job in jobs:
-        loop.add(*job)
-    while loop.jobs:
-        ends += [(job, event) for job, event in loop.step() if event is None or isinstance(event, Exception)]
-    assert [(job, str(event)) for job, event in ends] == [(jobs[1][0], "too much"), (jobs[0][0], "None")]
-    assert readers[0].taken == run(model, [jobs[0][0].row.tokens], [2], [1])[1][0].taken
+    for one in requests:
+        loop.add(*one)
+    while loop.requests:
+        ends += [(one, event) for one, event in loop.step() if isinstance(event, (Finished, Exception))]
+    (failed, error), (finished, end) = ends
+    assert (failed, str(error)) == (requests[1][0], "too much")
+    assert (finished, type(end)) == (requests[0][0], Finished)
+    assert readers[0].taken == run(model, [requests[0][0].prompt.tokens], [2], [1])[1][0].taken
 
 
 # Through the engine.

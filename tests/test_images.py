@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 from support import DATA
 
 from mlx_dgemma.errors import OptionError, PromptError
-from mlx_dgemma.model.patches import join
+from mlx_dgemma.model.patches import BUDGETS, join
 from mlx_dgemma.prompt import images
-from mlx_dgemma.prompt.images import BUDGETS, MAX_PIXELS, digest, open_image, patchify, target_size
+from mlx_dgemma.prompt.images import MAX_PIXELS, digest, open_image, patchify, target_size
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

@@ -6,12 +6,13 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
-from loop import OPTIONS, Reader, job_of, plain_loop, run
+from loop import OPTIONS, Reader, plain_loop, request_of, run
 from support import engine_of, random_tokens, refusal, small_model
 from test_generate import PROMPTS
 
 from mlx_dgemma.decoding import canvas as module
 from mlx_dgemma.decoding.events import Block, Draft
+from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.errors import OptionError
@@ -154,18 +155,18 @@ def test_watching_changes_nothing(models, mode):
     seen = {}
     for way in ("at once", "later", "never"):
         reader, events = Reader(3), []
-        job, encoding = job_of(models[40], PROMPT, reader, 1, options_of(mode, 40))
-        job.drafts = way != "never"
+        request, session = request_of(models[40], PROMPT, reader, 1, options_of(mode, 40))
+        request.drafts = way != "never"
         loop = Loop(models[40])
-        loop.add(job, encoding)
-        while loop.jobs:
+        loop.add(request, session)
+        while loop.requests:
             for _, event in loop.step():
                 if way == "at once" and isinstance(event, Draft):
                     assert event.tokens.tolist() and event.accepted.tolist() and event.entropy.tolist()
                 events.append(event)
         if way == "later":
             assert all(len(e.entropy.tolist()) == 4 for e in events if isinstance(e, Draft))
-        assert any(isinstance(event, Draft) for event in events) == job.drafts
+        assert any(isinstance(event, Draft) for event in events) == request.drafts
         seen[way] = reader.taken, blocks_of([events])
     assert seen["at once"] == seen["later"] == seen["never"]
 
@@ -198,7 +199,7 @@ def computed(model, options, call, monkeypatch):
 )
 def test_a_step_that_was_built_and_is_not_needed_is_not_computed(models, mode, vocab, monkeypatch):
     monkeypatch.setattr(module, "DENSE", 1)  # other numbers of diffuse positions are other graphs
-    monkeypatch.setattr(head, "LIKELY", 4)
+    monkeypatch.setattr(head, "TOP_TOKENS", 4)
     wide = {"stability_threshold": 0, "confidence_threshold": 1.5, "max_denoising_steps": 6}
     options, restored = options_of(mode, vocab, **({} if mode == "cold" else wide)), []
     restore = Prefix.restore
@@ -225,7 +226,7 @@ def test_the_prefix_ends_with_the_canvas_that_was_shown_last(models, mode, monke
     for one in (prefix, fresh):
         model.encode(mx.array([PROMPT]), one)
     options = options_of(mode, 40, stability_threshold=0)
-    steps = list(module.denoise_block(model, prefix, options, mx.random.key(3)[None]))
+    steps = list(denoise_block(model, prefix, options, mx.random.key(3)[None]))
     assert len(calls) > len(steps)
     followed = calls[-1]
     canvas, conditioning = calls[-2]
@@ -238,15 +239,15 @@ def test_the_prefix_ends_with_the_canvas_that_was_shown_last(models, mode, monke
 
 def test_every_way_of_conditioning_is_taken_and_none_changes_the_result(models, monkeypatch):
     """Few tokens that count as likely; positions are diffuse by turns, more and fewer than was foreseen."""
-    condition = head.Reading.condition
+    condition = head.Prediction.condition
 
     def spied(self, model, dense, *rest):
         taken.add("whole" if self.expected_embedding is not None else "second pass" if dense else "likely tokens")
         return condition(self, model, dense, *rest)
 
-    monkeypatch.setattr(head.Reading, "condition", spied)
+    monkeypatch.setattr(head.Prediction, "condition", spied)
     for likely, ways in ((16, {"whole", "second pass", "likely tokens"}), (3, {"whole", "second pass"})):
-        monkeypatch.setattr(head, "LIKELY", likely)
+        monkeypatch.setattr(head, "TOP_TOKENS", likely)
         found, taken = [], set()
         for tail, dense in ((1e-4, 1), (1e-4, 64), (1e-4, 3), (-1, 64)):
             monkeypatch.setattr(head, "TAIL", tail)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from support import BLUE, GREEN, RED, engine_of, refusal, row_of, small_model, square, strip
+from support import BLUE, GREEN, RED, engine_of, prompt_of, refusal, small_model, square, strip
 
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import main
@@ -56,7 +56,7 @@ def assistant(words):
 
 def layout(engine, prompt, images=(), video=None, **options):
     """The user's turn as text and pictures in order, a picture as (digest and budget, soft tokens)."""
-    row = row_of(engine, prompt, images, video, **options)
+    row = prompt_of(engine, prompt, images, video, **options)
     found = []
     for is_text, run in itertools.groupby(row.cache_key, lambda one: isinstance(one, int)):
         held = list(run)

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from support import engine_of, refusal
+from support import engine_of, feed, refusal
 
 import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
@@ -38,7 +38,7 @@ def ids(tokenizer, text):
 
 def read(tokenizer, text, end=True, stop=(), max_tokens=1000):
     answer = Answer(tokenizer, (1, 16, 9), max_tokens, stop)
-    answer.feed(ids(tokenizer, text) + [16] * end)
+    feed(answer, ids(tokenizer, text) + [16] * end)
     return answer
 
 
@@ -47,7 +47,7 @@ def read(tokenizer, text, end=True, stop=(), max_tokens=1000):
 
 def test_plain_text_ends_at_an_end_token(tokenizer):
     answer = Answer(tokenizer, (1, 16, 9), 100)
-    assert answer.feed([*ids(tokenizer, "Hello there."), 16, *ids(tokenizer, "more"), 16]) == "stop"
+    assert feed(answer, [*ids(tokenizer, "Hello there."), 16, *ids(tokenizer, "more"), 16]) == "stop"
     assert (answer.text, answer.thinking, answer.tool_calls) == ("Hello there.", "", [])
     assert answer.tokens == ids(tokenizer, "Hello there.")
 
@@ -55,15 +55,15 @@ def test_plain_text_ends_at_an_end_token(tokenizer):
 @pytest.mark.parametrize("end", [1, 16, 9])
 def test_every_end_token_ends_the_text(tokenizer, end):
     answer = Answer(tokenizer, (1, 16, 9), 100)
-    assert answer.feed([*ids(tokenizer, "Hi"), end]) == "stop"
+    assert feed(answer, [*ids(tokenizer, "Hi"), end]) == "stop"
     assert answer.text == "Hi"
 
 
 def test_a_text_goes_on_until_an_end_token_comes(tokenizer):
     answer = Answer(tokenizer, (16,), 100)
-    assert answer.feed(ids(tokenizer, "one, ")) is None
-    assert answer.feed([1, *ids(tokenizer, "two")]) is None  # 1 is no end token here, and no text either
-    assert answer.feed([16]) == "stop"
+    assert feed(answer, ids(tokenizer, "one, ")) is None
+    assert feed(answer, [1, *ids(tokenizer, "two")]) is None  # 1 is no end token here, and no text either
+    assert feed(answer, [16]) == "stop"
     assert answer.text == "one, two"
 
 
@@ -149,7 +149,7 @@ def test_max_tokens_after_a_whole_call_is_length(tokenizer):
 def test_max_tokens_counts_all_tokens_and_cuts_the_rest(tokenizer):
     tokens = ids(tokenizer, "one two three four")
     answer = Answer(tokenizer, (16,), 2)
-    assert answer.feed([*tokens, 16]) == "length"
+    assert feed(answer, [*tokens, 16]) == "length"
     assert answer.tokens == tokens[:2]
     assert answer.text == tokenizer.decode(tokens[:2])
 
@@ -167,12 +167,12 @@ def test_any_split_of_the_tokens_reads_the_same_and_shows_no_marker(tokenizer, s
     text = "".join(chance.choices(pieces, k=8))
     tokens = [*ids(tokenizer, text), 16]
     whole = Answer(tokenizer, (16,), 1000, ("END",))
-    whole.feed(tokens)
+    feed(whole, tokens)
     for _ in range(5):
         answer, text, thinking, at = Answer(tokenizer, (16,), 1000, ("END",)), "", "", 0
         while answer.finish_reason is None:
             step = chance.randint(1, 9)
-            answer.feed(tokens[at : at + step])
+            feed(answer, tokens[at : at + step])
             at += step
             more = answer.take()
             text, thinking = text + more[0], thinking + more[1]
@@ -187,20 +187,20 @@ def test_any_split_of_the_tokens_reads_the_same_and_shows_no_marker(tokenizer, s
 
 def test_text_that_may_begin_a_stop_string_waits(tokenizer):
     answer = Answer(tokenizer, (16,), 100, ("###",))
-    answer.feed(ids(tokenizer, "a#"))
+    feed(answer, ids(tokenizer, "a#"))
     assert answer.take()[0] == "a"
-    answer.feed(ids(tokenizer, "#b"))
+    feed(answer, ids(tokenizer, "#b"))
     assert answer.take()[0] == "##b"
-    assert answer.feed(ids(tokenizer, "c###d")) == "stop"
+    assert feed(answer, ids(tokenizer, "c###d")) == "stop"
     assert answer.take()[0] == "c"
     assert answer.text == "a##bc"
 
 
 def test_what_waited_is_given_at_the_end(tokenizer):
     answer = Answer(tokenizer, (16,), 100, ("###",))
-    answer.feed(ids(tokenizer, "a##"))
+    feed(answer, ids(tokenizer, "a##"))
     assert answer.take()[0] == "a"
-    answer.feed([16])
+    feed(answer, [16])
     assert answer.take()[0] == "##"
 
 
@@ -432,7 +432,7 @@ def test_a_call_that_nobody_can_be_sent_is_text(value):
     engine = engine_of(DEMO)
     answer, raw = Answer(engine.tokenizer, engine.options.end_tokens, 100), f"call:f{{a:{value}}}"
     with pytest.warns(UserWarning, match="is broken"):
-        answer.feed(engine.tokenizer.encode(f"<|tool_call>{raw}<tool_call|>", add_special_tokens=False))
+        feed(answer, engine.tokenizer.encode(f"<|tool_call>{raw}<tool_call|>", add_special_tokens=False))
     assert (answer.text, answer.tool_calls) == (raw, [])
 
 
@@ -441,8 +441,8 @@ def test_a_thought_that_the_prompt_has_opened_is_one(monkeypatch):
     engine = mlx_dgemma.load(dtype="float32")
     opened = engine.tokenizer.chat_template + '{% if enable_thinking %}<|channel>thought{{ "\\n" }}{% endif %}'
     monkeypatch.setattr(engine.tokenizer._tokenizer, "chat_template", opened)
-    answer = engine.prepare("a", thinking=True).row.answer
-    answer.feed(engine.tokenizer.encode("So.\n<channel|>Four.", add_special_tokens=False))
+    answer = engine.prepare("a", thinking=True).reader
+    feed(answer, engine.tokenizer.encode("So.\n<channel|>Four.", add_special_tokens=False))
     answer.cut("stop")
     assert (answer.text, answer.thinking) == ("Four.", "So.")
-    assert not engine.prepare("a").row.answer.thinks
+    assert not engine.prepare("a").reader.thinks

@@ -10,10 +10,11 @@ import pytest
 from support import engine_of, refusal
 
 from mlx_dgemma import Block, Draft, Finished, OptionError, PromptError
+from mlx_dgemma.decoding.control import fitting_size
 from mlx_dgemma.tasks import edit as edit_
 from mlx_dgemma.tasks import fill as fill_
 from mlx_dgemma.tasks import infill
-from mlx_dgemma.tasks.infill import Seams
+from mlx_dgemma.tasks.infill import HoleContext
 
 PERSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
 ANSWER = '{"name": "Anna", "age": 31, "city": "Oslo"}'
@@ -90,7 +91,7 @@ def test_answers_match_their_regex(engine, pattern):
     result = engine.generate("What is the capital of France?", seed=1, regex=pattern, **ONCE)
     assert re.fullmatch(pattern, result.text)
     assert result.finish_reason == "stop"
-    assert engine.spelling.to_bytes(result.tokens).decode() == result.text
+    assert engine.builder.token_bytes.to_bytes(result.tokens).decode() == result.text
 
 
 def test_a_text_like_a_special_token_is_spelt_out(engine):
@@ -165,7 +166,7 @@ def test_canvases_carry_the_text_on(engine):
 def test_texts_need_room(engine, what, constraint, text):
     """At the limit there is a text, and one below it is refused."""
     pattern = re.escape(text)
-    least = int(engine.language(re.sub(r'[^a-z"]', "", pattern), what).distance[0]) + 1
+    least = int(engine.builder.language(re.sub(r'[^a-z"]', "", pattern), what).distance[0]) + 1
     result = engine.generate("Hi", seed=0, max_tokens=least, **constraint, **ONCE)
     assert (result.text, result.finish_reason) == (text, "stop")
     if least > 1:
@@ -180,7 +181,7 @@ def test_a_text_that_the_context_has_no_room_for_is_refused(engine):
     config, pattern = model.config, "[0-9]{150}"
     model.config = replace(config, text=replace(config.text, max_position_embeddings=140))
     try:
-        text = engine.generate("Hi", seed=0, regex=pattern, **ONCE).text
+        text = replace(engine).generate("Hi", seed=0, regex=pattern, **ONCE).text
     except (OptionError, PromptError):
         return
     finally:
@@ -231,14 +232,14 @@ def test_mistakes_are_told_at_once(engine, call, monkeypatch):
 
 
 def test_languages_are_kept(engine):
-    first = engine.language("abc", "The regex")
-    assert engine.language("abc", "The regex") is first
+    first = engine.builder.language("abc", "The regex")
+    assert engine.builder.language("abc", "The regex") is first
     for i in range(15):
-        engine.language(f"x{i}", "The regex")
-    assert engine.language("abc", "The regex") is first
+        engine.builder.language(f"x{i}", "The regex")
+    assert engine.builder.language("abc", "The regex") is first
     for i in range(16):
-        engine.language(f"y{i}", "The regex")
-    assert engine.language("abc", "The regex") is not first
+        engine.builder.language(f"y{i}", "The regex")
+    assert engine.builder.language("abc", "The regex") is not first
     assert len(engine._languages) == 16
 
 
@@ -249,7 +250,7 @@ HOLES = [
     (CODE, "add", 1, ADDING),
     (CODE, "def add(left, right):", 8, ADDING),
     (STORY, "named Leo", 2, LEO),
-    (STORY, "amed Le", 2, LEO),  # both seams inside of words
+    (STORY, "amed Le", 2, LEO),  # both context inside of words
     (STORY, "Once", 1, LEO),
     (STORY, "nce there wa", 3, LEO),
     (ANSWER, "Anna", 1, PERSON),
@@ -271,8 +272,8 @@ def test_holes_of_a_given_length_are_filled_as_they_were(engine, text, hole, len
     result = engine.infill(prefix, suffix, prompt=prompt, length=length, seed=0)
     assert (result.text, result.finish_reason, result.thinking) == (hole, "stop", "")
     assert len(result.tokens) == result.stats.generated_tokens == length
-    seams = Seams.of(engine.tokenizer, prefix, suffix)
-    assert engine.tokenizer.decode(result.tokens) == seams.tail + hole + seams.head
+    context = HoleContext.of(engine.tokenizer, prefix, suffix)
+    assert engine.tokenizer.decode(result.tokens) == context.tail + hole + context.head
 
 
 @pytest.mark.parametrize(("text", "hole", "length", "prompt"), [HOLES[i] for i in (1, 3, 4, 6)])
@@ -321,19 +322,24 @@ def test_prefix_and_suffix_stay_whatever_comes_between(engine):
         ("(", ")"),
         ("don'", "t"),
     ):
-        seams = Seams.of(engine.tokenizer, prefix, suffix)
-        assert engine.tokenizer.decode(seams.before) + seams.tail == prefix
-        assert seams.head + engine.tokenizer.decode(seams.behind) == suffix
-        least = int(engine.language(seams.pattern(), "The hole").distance[0])
+        context = HoleContext.of(engine.tokenizer, prefix, suffix)
+        assert engine.tokenizer.decode(context.before) + context.tail == prefix
+        assert context.head + engine.tokenizer.decode(context.behind) == suffix
+        least = int(engine.builder.language(context.pattern(), "The hole").distance[0])
         result = engine.infill(prefix, suffix, prompt="Hi", length=max(least, 1) + 1, seed=0, **ONCE)
-        spelt = engine.spelling.to_bytes([*seams.before, *result.tokens, *seams.behind]).decode()
+        spelt = engine.builder.token_bytes.to_bytes([*context.before, *result.tokens, *context.behind]).decode()
         assert spelt == prefix + result.text + suffix
 
 
-def test_seams_are_cut_where_words_are_whole(engine):
+def test_context_are_cut_where_words_are_whole(engine):
     def cut(prefix, suffix):
-        seams = Seams.of(engine.tokenizer, prefix, suffix)
-        return engine.tokenizer.decode(seams.before), seams.tail, seams.head, engine.tokenizer.decode(seams.behind)
+        context = HoleContext.of(engine.tokenizer, prefix, suffix)
+        return (
+            engine.tokenizer.decode(context.before),
+            context.tail,
+            context.head,
+            engine.tokenizer.decode(context.behind),
+        )
 
     assert cut("Once there was a cat n", "amed Leo.") == ("Once there was a cat", " n", "amed", " Leo.")
     assert cut("return left", " + right") == ("return", " left", "", " + right")
@@ -366,7 +372,7 @@ def test_a_hole_longer_than_a_canvas_is_told(engine):
     ]
     assert (len(result.tokens), result.stats.blocks, result.finish_reason) == (70, 2, "stop")
     before = count_of(engine, "Once there was")
-    assert result.stats.canvas_positions == 64 + infill.fitting_size(before + 70 + 4 - 64, 64)
+    assert result.stats.canvas_positions == 64 + fitting_size(before + 70 + 4 - 64, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(engine.infill("x(", ") The end.", prompt=LEO, length=40, seed=0, **ONCE).tokens) == 40
@@ -502,7 +508,7 @@ def test_mistakes_of_fill(engine, monkeypatch):
         "exact is True, but the reference's sampler knows no fill; leave it out."
     )
     assert told("{a}", {"a": ["b"]}, stop=["x"]) == "stop is ('x',), but fill has an end of its own; leave it out."
-    least = int(engine.language("abcabc", "The template").distance[0]) + 1
+    least = int(engine.builder.language("abcabc", "The template").distance[0]) + 1
     assert told("abc{a}", {"a": "abc"}, max_tokens=least - 1) == (
         f"The template needs room for {least} tokens, its end included, but max_tokens is {least - 1}; raise it."
     )
@@ -599,7 +605,7 @@ def test_streams_end_in_the_result(engine, few_lengths, name):
     prepare = (
         engine.prepare
         if verb == "stream"
-        else partial(getattr({"infill": infill, "fill": fill_, "edit": edit_}[verb], verb), engine)
+        else partial(getattr({"infill": infill, "fill": fill_, "edit": edit_}[verb], verb), engine.builder)
     )
     *events, finished = engine.run(prepare(*arguments, seed=4, **options))
     *blocks, quiet = engine.run(prepare(*arguments, seed=4, **options), drafts=False)
@@ -621,10 +627,10 @@ def test_statistics_count_short_canvases_and_lengths_that_were_tried(engine, few
     given = engine.infill(prefix, suffix, prompt=ADDING, length=1, seed=0)
     behind = count_of(engine, suffix) + 1
     assert behind < 16  # all of it is in view
-    size = infill.fitting_size(count_of(engine, "def") + 1 + behind, 64)
+    size = fitting_size(count_of(engine, "def") + 1 + behind, 64)
     assert size < 64
     assert given.stats.canvas_positions == size * given.stats.denoising_steps
     found = engine.infill(prefix, suffix, prompt=ADDING, seed=0)
-    tried = infill.fitting_size(count_of(engine, "def") + 8 + behind, 64) * 8
+    tried = fitting_size(count_of(engine, "def") + 8 + behind, 64) * 8
     assert found.stats.canvas_positions == tried + size * found.stats.denoising_steps
     assert found.stats.denoising_steps == given.stats.denoising_steps

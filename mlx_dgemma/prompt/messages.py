@@ -135,7 +135,7 @@ def _call(i: int, call: Any) -> Any:
     return {**call, "function": function}
 
 
-def whole(name: str, text: str) -> None:
+def reject_surrogates(name: str, text: str) -> None:
     """Refuse half of a surrogate pair, which no tokenizer takes.
 
     Raises:

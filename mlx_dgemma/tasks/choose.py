@@ -23,14 +23,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from ..decoding.session import PromptTokens, Session
 from ..errors import OptionError
 from ..model import device, head, rng
-from ..prompt.messages import messages_of, whole
+from ..model.config import ModelConfig
+from ..model.diffusion_gemma import DiffusionGemma
+from ..model.kv_cache import Prefix
+from ..prompt.builder import PromptBuilder
+from ..prompt.messages import Message, messages_of, reject_surrogates
 from .labels import (
     FixedTokens,
     Labels,
@@ -42,13 +47,6 @@ from .labels import (
     template_canvases,
     token_edges,
 )
-
-if TYPE_CHECKING:
-    from ..engine import Engine, Prompt
-    from ..model.config import ModelConfig
-    from ..model.diffusion_gemma import DiffusionGemma
-    from ..model.kv_cache import Prefix
-
 
 NEUTRAL_PROMPT = "N/A"  # asked instead of the prompt, to learn how probable the labels are without a question
 ANSWER_SHARE = 0.1  # the answer is where labels first are this probable, as a share of the most probable position
@@ -125,8 +123,8 @@ def read_probabilities(
     level = np.full((*shape, 1), -np.inf)  # the largest logit so far
     total = np.zeros((*shape, len(members_of)))  # sums of exp(logit - level)
     logits = []
-    for start, end in head.chunks(model.config.text.vocab_size, shape[0] * shape[1], nbytes):
-        z = head.processed(model, hidden, temperature, start, end)
+    for start, end in head.vocab_chunks(model.config.text.vocab_size, shape[0] * shape[1], nbytes):
+        z = model.head.logits_slice(hidden, temperature, start, end)
         top = z.max(axis=-1, keepdims=True)
         p = mx.exp(z - top)
         sums = [_block_sums(p if members is None else p * members[start:end]) for members in members_of]
@@ -274,7 +272,7 @@ def _plan(tokenizer: Any, config: ModelConfig, questions: list[Question], answer
 
     @cache
     def encode(text: str) -> tuple[int, ...]:
-        whole("The text", text)
+        reject_surrogates("The text", text)
         return tuple(tokenizer.encode(text, add_special_tokens=False))
 
     texts = [("label", text) for question in questions for group in question.texts for text in group]
@@ -291,9 +289,15 @@ def _plan(tokenizer: Any, config: ModelConfig, questions: list[Question], answer
     return _Plan(questions, labels, fixed, answer is None, length, edges)
 
 
+def encoded(model: DiffusionGemma, prompt: PromptTokens, chunk: int | None = None) -> Prefix:
+    """A prefix that holds a prompt and has room for a canvas."""
+    return Session(model, len(prompt.tokens) + model.config.canvas_length).encode_all(prompt, chunk)
+
+
 def choose(
-    engine: Engine,
-    prompt: Prompt,
+    model: DiffusionGemma,
+    builder: PromptBuilder,
+    prompt: str | Sequence[Message],
     labels: Labels | dict[str, Labels],
     *,
     answer: str | None = None,
@@ -308,20 +312,21 @@ def choose(
     for name in options:
         if name not in OPTIONS:
             raise OptionError(f"{name} is not an option of choose; the options are {', '.join(OPTIONS)}.")
-    effective = engine.options.override(**options)
-    plan = _plan(engine.tokenizer, engine.config, questions_of(labels), answer)
+    effective = builder.options.override(**options)
+    plan = _plan(builder.tokenizer, builder.config, questions_of(labels), answer)
     asked = messages_of(prompt, system, images, video)
     neutral = [
         *(one for one in asked if one["role"] in ("system", "developer")),
         {"role": "user", "content": NEUTRAL_PROMPT},
     ]
-    rows = [engine._row(one, seed, effective, False, None) for one in ([asked, neutral] if calibrate else [asked])]
-    key = mx.random.key(rows[0].seed)[None]
-    noise = np.asarray(rng.noise(plan.canvas_length, engine.config.text.vocab_size, key))[0]
+    requests = [builder.request(one, seed, effective) for one in ([asked, neutral] if calibrate else [asked])]
+    prompts, chunk = [request.prompt for request in requests], effective.prefill_chunk
+    key = mx.random.key(requests[0].seed)[None]
+    noise = np.asarray(rng.noise(plan.canvas_length, builder.config.text.vocab_size, key))[0]
     mx.reset_peak_memory()
     started = time.perf_counter()
     with device.wired_limit():
-        read_of = [plan.scores(engine.model, engine.encoded(row, effective), noise) for row in rows]
+        read_of = [plan.scores(model, encoded(model, prompt, chunk), noise) for prompt in prompts]
     found, named = {}, {}
     for question, *said in zip(plan.questions, *read_of):
         scores, mass = [one for one, _ in said], said[0][1]
@@ -338,10 +343,10 @@ def choose(
     return Choice(
         found if isinstance(labels, dict) else found[""],
         named,
-        prompt_tokens=len(rows[0].tokens),
-        canvases=len(plan.fixed) * len(rows),
-        images=len(rows[0].pictures),
+        prompt_tokens=len(prompts[0].tokens),
+        canvases=len(plan.fixed) * len(prompts),
+        images=len(prompts[0].pictures),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=mx.get_peak_memory(),
-        seed=rows[0].seed,
+        seed=requests[0].seed,
     )

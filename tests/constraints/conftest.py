@@ -11,4 +11,4 @@ def tokenizer(demo):
 
 @pytest.fixture(scope="session")
 def token_bytes(demo):
-    return engine_of(demo).spelling
+    return engine_of(demo).builder.token_bytes

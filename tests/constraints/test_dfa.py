@@ -5,11 +5,13 @@ import subprocess
 import sys
 from itertools import product
 
+import outlines_core
 import pytest
 from support import refusal
 
-from mlx_dgemma.constraints import dfa
-from mlx_dgemma.constraints.dfa import build_dfa
+from mlx_dgemma.constraints import dfa, dfa_size
+from mlx_dgemma.constraints.dfa import build_dfa, parse_plain
+from mlx_dgemma.constraints.dfa_size import dfa_size_exceeds
 from mlx_dgemma.constraints.patterns import python_regex_to_plain
 from mlx_dgemma.errors import OptionError
 
@@ -76,10 +78,11 @@ def test_too_large_automata_are_refused(monkeypatch):
 
 
 def test_counted_free_text_takes_states_in_proportion():
-    """The library's search may begin at any zero byte, so a class with one in it takes a power of two of them."""
+    """Without marks around the pattern, a class with the zero byte would take a power of two: a library's search may
+    begin at every zero byte. That build would not end."""
     code = "from mlx_dgemma.constraints.dfa import *; from mlx_dgemma.constraints.patterns import *; "
     code += "print(len(build_dfa(python_regex_to_plain('[^\\\\n]{1,30}'))[0]))"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=5)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
     assert 30 < int(done.stdout) < 500
 
 
@@ -94,3 +97,39 @@ def test_a_missing_package_is_told(monkeypatch):
     assert refusal(OptionError, build_dfa, "a") == (
         'schema, regex, infill and fill need the package outlines-core: pip install "mlx-dgemma[constrain]".'
     )
+
+
+@pytest.mark.parametrize("pattern", ["[ab]*a[ab]{30}", "[ab]*a[ab]{5000}", "(?:[a-z]{1,200} ?){1,20}"])
+def test_automata_that_explode_are_never_built(pattern, monkeypatch):
+    built = []
+    monkeypatch.setattr(outlines_core, "Index", lambda *arguments: built.append(arguments))
+    assert refusal(OptionError, build_dfa, python_regex_to_plain(pattern)).startswith(
+        "The constraint takes an automaton of "
+    )
+    assert built == []
+
+
+def test_counting_states_ends_after_the_work_that_is_allowed(monkeypatch):
+    """However many states are allowed."""
+    visited = []
+    bits = dfa_size._bits
+    monkeypatch.setattr(dfa_size, "_bits", lambda number: (visited.append(1) or bit for bit in bits(number)))
+    tree = parse_plain("[ab]*a[ab]{300}")
+    dfa_size._Positions(tree)
+    construction = len(visited)
+    visited.clear()
+    monkeypatch.setattr(dfa_size, "MAX_WORK", 10_000)
+    assert dfa_size_exceeds(tree, 10**9)
+    assert 10_000 < len(visited) - construction < 12_000
+
+
+@pytest.mark.parametrize("pattern", ["abc", "a|ab", "(?:ab|a)*c?", "(?:a?){20}", "(?:a{1,5}){1,5}", "(?:a|b|ab){2,}c"])
+def test_what_is_counted_is_at_most_what_the_library_builds(pattern):
+    plain = python_regex_to_plain(pattern)
+    assert not dfa_size_exceeds(parse_plain(plain), len(build_dfa(plain)[0]) - 1)
+
+
+def test_states_are_counted():
+    tree = parse_plain("[ab]*a[ab]{6}")
+    assert dfa_size_exceeds(tree, 63)
+    assert not dfa_size_exceeds(tree, 128)

@@ -1,4 +1,4 @@
-"""Choices: probabilities of labels against the naive way, with and without a template, and every refusal."""
+"""Choices: probabilities of labels against the naive way, with and without a template."""
 
 import warnings
 from functools import lru_cache
@@ -6,7 +6,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 import pytest
-from support import RED, engine_of, row_of, square
+from support import RED, engine_of, prompt_of, square
 
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.model import head, rng
@@ -16,7 +16,6 @@ LARGER = "Which is larger, 51 or 23?"
 JSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
 FORM = '{{"name": "Anna", "age": {age}, "city": "{city}"}}'
 COLOR = "What color is the shape?"
-LONG_ANSWER = f"The answer '{{}}{'5' * 64}' has 65 tokens with 'a', more than a canvas of 64; shorten it."
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def canvas_of(engine, seed=0):
 
 def whole(engine, prompt, canvas, **media):
     """[C, V] probabilities of every token at every position, from whole logits."""
-    prefix = engine.encoded(row_of(engine, prompt, **media), engine.options)
+    prefix = choose.encoded(engine.model, prompt_of(engine, prompt, **media))
     logits = np.array(engine.model.logits(engine.model.denoise(mx.array(canvas)[None], prefix)))[0].astype(np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)
@@ -188,7 +187,9 @@ def test_calibration_divides_by_what_labels_get_unasked(engine):
 
 
 def test_calibration_keeps_the_system_message_and_no_picture(engine):
-    choice = choose.choose(engine, COLOR, ["red", "blue"], images=[square(RED)], system="Be brief.", calibrate=True)
+    choice = choose.choose(
+        engine.model, engine.builder, COLOR, ["red", "blue"], images=[square(RED)], system="Be brief.", calibrate=True
+    )
     assert (choice.canvases, choice.images) == (2, 1)
     assert choice.probabilities["red"] > 0.9
 
@@ -245,7 +246,9 @@ def test_a_space_before_a_slot_belongs_to_the_label(engine):
 
 
 def test_labels_of_several_lengths_have_a_canvas_each(engine):
-    choice = choose.choose(engine, JSON, ["3", "31", "317", "29"], answer='{{"name": "Anna", "age": {}, ')
+    choice = choose.choose(
+        engine.model, engine.builder, JSON, ["3", "31", "317", "29"], answer='{{"name": "Anna", "age": {}, '
+    )
     assert choice.canvases == 3
     assert choice.probabilities["31"] > 0.99
     short = engine.choose("Which is larger, 5 or 51?", ["5", "51"], answer="{} is larger")
@@ -266,7 +269,7 @@ def test_more_canvases_than_fit_together_change_nothing(engine, monkeypatch):
 
 def test_several_questions_share_a_canvas(engine):
     asked = {"age": range(29, 34), "city": ["Oslo", "Rome"]}
-    choice = choose.choose(engine, JSON, asked, answer=FORM)
+    choice = choose.choose(engine.model, engine.builder, JSON, asked, answer=FORM)
     found = choice.probabilities
     assert choice.canvases == 1
     assert list(found) == ["age", "city"]
@@ -279,7 +282,7 @@ def test_several_questions_share_a_canvas(engine):
 
 def test_a_question_of_other_lengths_adds_canvases_of_its_own(engine):
     asked = {"age": ["3", "31", "29"], "city": ["Oslo", "Rome"]}
-    choice = choose.choose(engine, JSON, asked, answer=FORM)
+    choice = choose.choose(engine.model, engine.builder, JSON, asked, answer=FORM)
     assert choice.canvases == 2
     assert choice.probabilities["age"]["31"] > 0.99
     assert choice.probabilities["city"]["Oslo"] > 0.99

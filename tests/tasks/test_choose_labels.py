@@ -1,11 +1,15 @@
 """Labels and answer templates of a choice: the edges of tokens, and every refusal."""
 
+import gc
+import weakref
+
 import pytest
 from support import RED, engine_of, refusal, small_model, square
 
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.errors import OptionError, PromptError
 from mlx_dgemma.tasks import labels
+from mlx_dgemma.tasks.templates import Slot, split_template
 
 LARGER, COLOR = "Which is larger, 51 or 23?", "What color is the shape?"
 LONG_ANSWER = f"The answer '{{}}{'5' * 64}' has 65 tokens with 'a', more than a canvas of 64; shorten it."
@@ -25,6 +29,41 @@ def test_words_of_the_vocabulary(engine):
     assert not edges.flags[token["<0x41>"]].any()
     assert {0, 1, 9, 16, 18} <= edges.special
     assert not edges.flags[sorted(edges.special)].any()
+
+
+class Tokenizer:
+    """Two tokens of text, and one that is special."""
+
+    all_special_ids = (0,)
+
+    def __init__(self):
+        self.added_tokens_decoder = {}
+
+    def get_vocab(self):
+        return {"<s>": 0, "a1": 1, "▁é": 2}
+
+    def convert_ids_to_tokens(self, ids):
+        return [["<s>", "a1", "▁é"][i] for i in ids]
+
+
+def test_edges_are_kept_while_their_tokenizer_lives():
+    tokenizer = Tokenizer()
+    edges = labels.token_edges(tokenizer, 4)
+    assert edges.flags.tolist() == [[0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    assert labels.token_edges(tokenizer, 4) is edges
+    assert labels.token_edges(tokenizer, 3).flags.shape == (3, 4)
+    alive = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert alive() is None
+
+
+def test_templates_are_split_at_their_slots():
+    assert split_template("") == ([""], [])
+    assert split_template("{{a}} {x}{y!r:>3} {{") == (["{a} ", "", " {"], [Slot("x", ""), Slot("y", "!r:>3")])
+    assert split_template("{}b") == (["", "b"], [Slot("", "")])
+    with pytest.raises(ValueError, match="Single '}'"):
+        split_template("a}")
 
 
 # Mistakes

@@ -9,9 +9,16 @@ from pieces import CLOSE, ENDS, OPEN, SMALL, THOUGHT, language_of, marginals, ra
 from mlx_dgemma.tasks.constrained import Constrained
 
 
+def chosen(guide, language, log_p):
+    """The tokens that a guide chooses on a canvas with these log-probabilities [C, V]."""
+    seen = marginals(language, log_p)
+    told = {name: getattr(seen, name) for name in ("likely", "likely_log_p", "argmax", "argmax_log_p")}
+    return guide.choose(0, {**told, "asked": log_p[:, np.array(guide.tokens)]}).tolist()
+
+
 @pytest.mark.parametrize("pattern", ["a{5}|b{6,9}", "(?:ab ){2}", "[ab]*b c ", "(?:a|b)c (?:a| )*"])
 def test_states_are_carried_over_canvases(pattern):
-    """Whatever the room, what came of all canvases is a text; with an end where it is due."""
+    """The canvases together are a text of the language, and its end comes within the room."""
     language, over = language_of(pattern), set()
     least = int(language.distance[0]) + 1
     for seed in range(60):
@@ -21,16 +28,7 @@ def test_states_are_carried_over_canvases(pattern):
         while True:
             log_p = random_log_p(random, 3)
             guide = control.guide(left - len(said))
-            asked = log_p[:, np.array(guide.tokens)]
-            seen = marginals(language, log_p)
-            reading = {
-                "likely": seen.likely,
-                "log_p": seen.likely_log_p,
-                "best": seen.argmax,
-                "top": seen.argmax_log_p,
-                "asked": asked,
-            }
-            tokens = guide.choose(0, reading).tolist()
+            tokens = chosen(guide, language, log_p)
             ends = [i for i, token in enumerate(tokens) if token in ENDS]
             if ends:
                 said += tokens[: ends[0]]
@@ -53,16 +51,7 @@ def test_thoughts_are_carried_over_canvases():
             log_p = random_log_p(random, 3)
             log_p[:, CLOSE] -= 1
             guide = control.guide(left - len(said))
-            seen = marginals(language, log_p)
-            asked = log_p[:, np.array(guide.tokens)]
-            reading = {
-                "likely": seen.likely,
-                "log_p": seen.likely_log_p,
-                "best": seen.argmax,
-                "top": seen.argmax_log_p,
-                "asked": asked,
-            }
-            tokens = guide.choose(0, reading).tolist()
+            tokens = chosen(guide, language, log_p)
             said += tokens
             control.commit(tokens)
         said = said[: next(i for i, token in enumerate(said) if token in ENDS)]

@@ -10,7 +10,7 @@ from mlx_dgemma.tune.likelihood import bound, cost
 
 
 def expected_cost(prior, posterior_of, t):
-    """The integrand's mean over clean and noisy tokens, weighed by their probabilities."""
+    """The expectation of the integrand over clean and noisy tokens."""
     vocab, total = len(prior), 0.0
     for clean in range(vocab):
         for noisy in range(vocab):
@@ -41,8 +41,8 @@ def test_with_the_true_posterior_the_bound_is_the_entropy(prior):
     assert found == pytest.approx(-(prior * np.log(prior)).sum(), abs=0.01)
 
 
-def test_with_another_posterior_it_lies_above_the_cross_entropy():
-    """A model that believes in another prior pays more than the entropy, and its bound is the cross entropy."""
+def test_with_another_prior_the_bound_is_the_cross_entropy():
+    """For a model with another prior, the bound is the cross entropy instead of the entropy."""
     prior, believed = np.array([0.7, 0.2, 0.05, 0.05]), np.array([0.1, 0.2, 0.3, 0.4])
     found = np.mean([expected_cost(prior, posterior(believed), t) for t in TIMES])
     assert found == pytest.approx(-(prior * np.log(believed)).sum(), abs=0.02)
@@ -50,7 +50,7 @@ def test_with_another_posterior_it_lies_above_the_cross_entropy():
 
 @pytest.mark.parametrize("t", [1e-4, 1e-3, 0.005, 0.5, 0.999])
 def test_a_large_vocabulary_costs_nothing_where_the_model_is_right(t):
-    """A certain model at the release's vocabulary: no difference of near numbers, no infinity."""
+    """A model that is certain, with the release's vocabulary size: no cancellation and no infinity."""
     vocab = 262144
     for sure in (0.0, -1e-7, -1e-4):
         other = np.log(-np.expm1(sure) / (vocab - 1)) if sure else -np.inf
@@ -73,4 +73,4 @@ def test_a_cost_is_never_negative_and_zero_for_the_true_rates():
 
 
 def test_without_examples_there_is_no_bound():
-    assert refusal(DataError, bound, None, [], 0) == "There are no examples to bound; give at least one."
+    assert refusal(DataError, bound, None, [], 0) == "There are no examples; give at least one."

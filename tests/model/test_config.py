@@ -1,4 +1,4 @@
-"""Reading config.json and its neighbours: strict, and every mistake is one sentence."""
+"""Reading the JSON files of a checkpoint: strict, and every error is one sentence."""
 
 import copy
 import json
@@ -51,8 +51,8 @@ def test_the_demos_sizes(raw):
     assert (config.canvas_length, config.image_token_id, config.boi_token_id, config.eoi_token_id) == (64, 18, 17, 19)
     assert config.eos_token_ids == (1, 16)
     assert text.layer_types == ("sliding_attention",) * 5 + ("full_attention",)
-    assert text.head("sliding_attention") == (2, 32)
-    assert text.head("full_attention") == (1, 64)
+    assert text.kv_shape("sliding_attention") == (2, 32)
+    assert text.kv_shape("full_attention") == (1, 64)
     assert (text.sliding_window, text.num_experts, text.top_k_experts, text.vocab_size) == (96, 8, 2, 2048)
     assert text.full_rope == {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
     assert text.sliding_rope == {"rope_type": "default", "rope_theta": 1e4}
@@ -62,7 +62,7 @@ def test_the_demos_sizes(raw):
 def test_an_empty_text_config_is_the_release(raw):
     text = ModelConfig.from_dict({"model_type": "diffusion_gemma"}).text
     assert [i for i, kind in enumerate(text.layer_types) if kind == "full_attention"] == [5, 11, 17, 23, 29]
-    assert text.head("sliding_attention") == (8, 256)
+    assert text.kv_shape("sliding_attention") == (8, 256)
     assert text.full_rope["rope_theta"] == 1e6
     assert text.full_rope["partial_rotary_factor"] == 0.25
     assert text.sliding_rope["rope_theta"] == 1e4
@@ -76,12 +76,12 @@ def test_both_ways_to_write_the_full_layers_sizes_are_equal(raw):
 
 def test_per_layer_config_wins_over_the_global_keys_and_may_leave_some_to_them(raw):
     both = changed(raw, "text_config", per_layer_config={"5": {"head_dim": 128}})
-    assert ModelConfig.from_dict(both).text.head("full_attention") == (1, 128)
+    assert ModelConfig.from_dict(both).text.kv_shape("full_attention") == (1, 128)
 
 
 def test_without_any_global_key_full_layers_have_the_sliding_layers_heads(raw):
     other = changed(raw, "text_config", num_global_key_value_heads=None, global_head_dim=16)
-    assert ModelConfig.from_dict(other).text.head("full_attention") == (2, 16)
+    assert ModelConfig.from_dict(other).text.kv_shape("full_attention") == (2, 16)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_an_unknown_key_is_an_error_with_its_name(raw, path, where):
         f"{where} has the unknown key 'attention_sinks' = 4, which may change the computation; "
         "remove it if you know that it does not."
     )
-    ModelConfig.from_dict(changed(raw, *path, attention_sinks=None))  # a null is no statement
+    ModelConfig.from_dict(changed(raw, *path, attention_sinks=None))  # a null counts as missing
 
 
 def test_an_unknown_key_in_rope_parameters(raw):
@@ -137,7 +137,7 @@ def test_an_unknown_key_in_rope_parameters(raw):
 
 
 @pytest.mark.parametrize(("layer", "kind"), [("full_attention", "proportional"), ("sliding_attention", "default")])
-def test_another_rope_type_is_refused(raw, layer, kind):
+def test_a_different_rope_type_is_refused(raw, layer, kind):
     other = changed(raw, "text_config", "rope_parameters", layer, rope_type="yarn")
     assert message(ModelConfig.from_dict, other) == (
         f"config.json (text_config) has rope_type = 'yarn', but only {kind!r} is computed there."
@@ -185,8 +185,8 @@ def test_a_value_of_a_wrong_type(raw, key, value, noun):
     )
 
 
-def test_whatever_stands_in_a_config_is_read_or_refused_in_a_sentence(raw, raw_generation):
-    """Every key in turn takes values that it cannot mean."""
+def test_any_value_in_a_config_is_read_or_refused_in_one_sentence(raw, raw_generation):
+    """Every key takes values of wrong types, one key after the other."""
     for whole, read in ((raw, ModelConfig.from_dict), (raw_generation, lambda r: GenerationConfig.from_dict(r, (1,)))):
         for path in paths(whole):
             for value in ("x", -1, 0, 1.5, None, [], ["x"], {}, {"a": 1}, True):
@@ -206,7 +206,7 @@ def test_layer_types_must_fit_the_number_of_layers(raw):
     assert "(linear_attention)" in message(ModelConfig.from_dict, other)
 
 
-def test_another_bidirectional_attention_is_refused(raw):
+def test_a_different_bidirectional_attention_is_refused(raw):
     other = changed(raw, "text_config", use_bidirectional_attention="all")
     assert message(ModelConfig.from_dict, other) == (
         "config.json (text_config) has use_bidirectional_attention = 'all', but only 'vision' or null is computed."
@@ -222,7 +222,7 @@ def test_another_bidirectional_attention_is_refused(raw):
         ("gemma4_text", " (the autoregressive Gemma 4: mlx-lm runs it)"),
     ],
 )
-def test_another_model_type_is_refused(raw, kind, hint):
+def test_a_different_model_type_is_refused(raw, kind, hint):
     assert message(ModelConfig.from_dict, changed(raw, model_type=kind)) == (
         f"This checkpoint's model_type is {kind!r}{hint}; mlx-dgemma runs 'diffusion_gemma' only."
     )

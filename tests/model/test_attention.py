@@ -1,4 +1,6 @@
-"""Attention in chunks of keys against attention in one piece, and masks made by ranges against whole ones."""
+"""Attention in chunks of keys against attention in one piece; masks of ranges of keys against masks of all keys."""
+
+import traceback
 
 import mlx.core as mx
 import numpy as np
@@ -12,28 +14,28 @@ from mlx_dgemma.model.masks import Mask
 
 @pytest.fixture
 def chunked(monkeypatch):
-    """Make every attention take so many keys at once."""
+    """A function that makes attention take at most so many keys at once."""
 
     def force(keys):
-        monkeypatch.setattr(attention, "SCORES", 1)
-        monkeypatch.setattr(attention, "CHUNK", keys)
+        monkeypatch.setattr(attention, "SCORE_BYTES", 1)
+        monkeypatch.setattr(attention, "KEY_CHUNK", keys)
 
     return force
 
 
 def masks(batch, length, count, seed):
-    """What a prefix may ask for: `length` queries behind `count - length` positions, in full and sliding layers."""
-    random, held = np.random.default_rng(seed), count - length
-    at, queries = np.arange(count), np.arange(held, count)
+    """Masks of all kinds for `length` queries after `count - length` earlier positions, in full and sliding layers."""
+    random, earlier = np.random.default_rng(seed), count - length
+    at, queries = np.arange(count), np.arange(earlier, count)
     spans = np.repeat(random.integers(0, 3, (batch, length)), 2, axis=1)[:, :length].astype(np.int32)
     padding = random.integers(0, count, batch).astype(np.int32)
     padding[0] = 0
-    ring = np.concatenate([np.roll(at[:held], 2), queries])
+    ring = np.concatenate([np.roll(at[:earlier], 2), queries])
     window = max(2, count // 3)
-    near = at[at > held - window]
+    near = at[at > earlier - window]
     return {
         "canvas": Mask(at),
-        "padded canvas": Mask(ring, padding=np.minimum(padding, held)),
+        "padded canvas": Mask(ring, padding=np.minimum(padding, earlier)),
         "causal": Mask(at, queries),
         "causal, padded": Mask(at, queries, padding=padding),
         "causal, spans": Mask(at, queries, spans=spans),
@@ -46,7 +48,7 @@ def masks(batch, length, count, seed):
 
 
 def visible(mask, batch, length, row, i, j):
-    """The rule of a mask for query i and key j, in words."""
+    """Whether query i may attend to key j, by the definition of the mask."""
     key = mask.keys[j]
     padding = mask.padding[row % len(mask.padding)]
     if mask.queries is None:
@@ -94,7 +96,7 @@ def test_a_mask_of_ranges_is_the_mask_of_all_keys(batch, heads, kv_heads, length
         for start, end in {(0, whole), (0, 1), (whole - 1, whole), (whole // 3, whole - whole // 3), (0, whole // 2)}:
             if start == end:
                 continue
-            part = mask.part(start, end)
+            part = mask.of_keys(start, end)
             expected = seen[:, :, start:end]
             assert (part is None) == expected.all() or name.startswith(("causal, spans", "sliding, spans")), name
             if part is not None:
@@ -103,7 +105,7 @@ def test_a_mask_of_ranges_is_the_mask_of_all_keys(batch, heads, kv_heads, length
             assert mask.all_keys == "causal"
             assert np.array_equal(seen[0], np.tri(length, count, count - length, dtype=bool)), name
         else:
-            assert (mask.all_keys is None) == (mask.part(0, whole) is None), name
+            assert (mask.all_keys is None) == (mask.of_keys(0, whole) is None), name
 
 
 @pytest.mark.parametrize("keys", [1, 2, 3, 7, 100])
@@ -113,7 +115,7 @@ def test_attention_in_chunks_equals_a_plain_loop(chunked, batch, heads, kv_heads
         queries, k, v = draw(batch, heads, kv_heads, length, len(mask.keys))
         expected = plain(queries, k, v, table(mask, batch, length))
         with pytest.MonkeyPatch.context() as once:
-            once.setattr(attention, "SCORES", 2**40)
+            once.setattr(attention, "SCORE_BYTES", 2**40)
             assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
         chunked(keys)
         assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
@@ -121,7 +123,7 @@ def test_attention_in_chunks_equals_a_plain_loop(chunked, batch, heads, kv_heads
 
 @pytest.mark.parametrize("spread", [1.0, 40.0])
 def test_chunks_keep_the_dtype_and_its_precision(chunked, spread):
-    """Scores of hundreds: without a running maximum their exponentials are infinite."""
+    """Scores of several hundred, whose exponentials are infinite without a running maximum."""
     queries, keys, values = draw(1, 4, 2, 6, 90, dtype=mx.bfloat16)
     queries = queries * spread
     mask = Mask(np.arange(90), np.arange(84, 90))
@@ -134,24 +136,24 @@ def test_chunks_keep_the_dtype_and_its_precision(chunked, spread):
     assert errors[1] < max(1.5 * errors[0], 0.02)
 
 
-def test_what_fits_is_computed_in_one_piece(monkeypatch):
-    """Up to the budget to the byte; beyond it in chunks of a multiple of 256 keys, up to a longest one."""
+def test_scores_within_the_budget_are_computed_in_one_piece(monkeypatch):
+    """One byte less than the scores need, and keys come in chunks: a multiple of 256, at most `MAX_KEY_CHUNK`."""
     queries, keys, values = draw(2, 4, 2, 3, 5000)
     asked = []
-    monkeypatch.setattr(Mask, "part", lambda self, start, end: asked.append((start, end)))
-    monkeypatch.setattr(attention, "SCORES", 2 * 4 * 3 * 5000 * 4)
+    monkeypatch.setattr(Mask, "of_keys", lambda self, start, end: asked.append((start, end)))
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 4 * 3 * 5000 * 4)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(0, 5000)]
     asked.clear()
-    monkeypatch.setattr(attention, "SCORES", 2 * 4 * 3 * 5000 * 4 - 1)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 4 * 3 * 5000 * 4 - 1)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(0, 2304), (2304, 4608), (4608, 5000)]
     asked.clear()
-    monkeypatch.setattr(attention, "LONGEST", 2048)
+    monkeypatch.setattr(attention, "MAX_KEY_CHUNK", 2048)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(0, 2048), (2048, 4096), (4096, 5000)]
     asked.clear()
-    monkeypatch.setattr(attention, "SCORES", 1)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 1)
     attend(queries, keys, values, Mask(np.arange(5000)))
     assert asked == [(i, min(i + 256, 5000)) for i in range(0, 5000, 256)]
 
@@ -172,18 +174,18 @@ def peak(queries, keys, values):
 
 
 def test_chunks_and_waiting_bound_the_peak(monkeypatch):
-    """64 MiB of scores in chunks of 1 MiB, a few of which are in flight at once; without waiting all are."""
+    """64 MiB of scores in chunks of 1 MiB: a few chunks are in memory at once."""
     arrays = draw(1, 4, 1, 64, 65536)
     assert peak(*arrays) >= 2**26
-    monkeypatch.setattr(attention, "SCORES", 2**20)
-    monkeypatch.setattr(device, "AHEAD", 2**20)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2**20)
+    monkeypatch.setattr(device, "SOFT_LIMIT", 2**20)
     assert peak(*arrays) < 6 * 2**20
 
 
 @pytest.mark.parametrize("keys", [1, 3, 4, 64])
 @pytest.mark.parametrize("kinds", [(SLIDING, FULL, SLIDING), (FULL, FULL)])
 def test_a_model_in_chunks_gives_the_same_logits(chunked, kinds, keys):
-    """Chunked prefill, padded rows, rings that ran over, an image span, a commit and a conditioned canvas."""
+    """With chunked prefill, padded rows, rings that wrapped, an image span, a commit and a conditioned canvas."""
     model = small_model(4, layers=kinds)
     tokens, more, canvas = random_tokens(0, 3, 21), random_tokens(1, 3, 6), random_tokens(2, 3, 4)
     padded = np.arange(21)[None] >= np.array([[0], [13], [20]])
@@ -207,3 +209,31 @@ def test_a_model_in_chunks_gives_the_same_logits(chunked, kinds, keys):
     expected = logits()
     chunked(keys)
     assert gap(logits(), expected) < 1e-4
+
+
+@pytest.mark.parametrize("budget", [2**40, 1])
+def test_attention_is_computed_in_the_fifth_frame_from_denoise(monkeypatch, budget):
+    """In one piece and in chunks, for a batch and for rows with prefixes of their own."""
+    model, seen = small_model(4), set()
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def watched(*arguments, **named):
+            frames = [frame.name for frame in traceback.extract_stack()[:-1]]
+            if "denoise" in frames:
+                seen.add((name, *frames[frames.index("denoise") :]))
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(module, name, watched)
+
+    monkeypatch.setattr(attention, "SCORE_BYTES", budget)
+    watch(mx.fast, "scaled_dot_product_attention")
+    watch(attention, "_exp_above")
+    prefixes = [model.new_prefix(), model.new_prefix()]
+    for prefix in prefixes:
+        model.encode(random_tokens(0, 1, 7), prefix)
+    model.denoise(random_tokens(1, 1, 4), prefixes[0])
+    model.denoise(random_tokens(1, 2, 4), prefixes)
+    product = "_exp_above" if budget == 1 else "scaled_dot_product_attention"
+    assert seen == {(product, "denoise", "_run", "__call__", "__call__", "attend")}

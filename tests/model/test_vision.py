@@ -1,4 +1,4 @@
-"""The vision tower and prefill behind pictures, against Transformers' float32 outputs and against themselves."""
+"""The vision tower, and prompts with pictures, against Transformers' float32 outputs."""
 
 import json
 from functools import lru_cache
@@ -14,9 +14,9 @@ from support import (
     SLIDING,
     engine_of,
     gap,
+    prompt_of,
     reference,
     refusal,
-    row_of,
     small_config,
     small_model,
     square,
@@ -42,14 +42,14 @@ def engine():
     return engine_of(DEMO)
 
 
-# The reference, from the PNG to the logits.
+# From the PNG files to the logits.
 
 REFERENCES = {"image": (70, ["image_0"]), "two_images": (70, ["two_images_0", "two_images_1"])}
 REFERENCES["wide_image"] = (140, ["image_0"])  # 120 soft tokens, the sliding window is 96
 
 
 @lru_cache(maxsize=3)
-def looked(name):
+def encoded(name):
     """(paths, soft tokens) of a reference's pictures."""
     budget, files = REFERENCES[name]
     paths = [DATA / f"{file}.png" for file in files]
@@ -59,18 +59,18 @@ def looked(name):
 
 @pytest.mark.parametrize("name", ["image", "two_images"])
 def test_features_of_the_committed_pictures_equal_transformers(name):
-    assert gap(looked(name)[1], reference(name)["features"]) < BOUND
+    assert gap(encoded(name)[1], reference(name)["features"]) < BOUND
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_the_prompt_is_the_references(engine, name):
-    paths, _ = looked(name)
+    paths, _ = encoded(name)
     expected = reference(name)["input_ids"][0].tolist()
     question, budget = "Describe the image.", REFERENCES[name][0]
-    assert row_of(engine, question, paths, image_tokens=budget).tokens == expected
+    assert prompt_of(engine, question, paths, image_tokens=budget).tokens == expected
     parts = [*({"type": "image", "image": path} for path in paths), {"type": "text", "text": question}]
     messages = [{"role": "user", "content": parts}]
-    assert row_of(engine, messages, image_tokens=budget).tokens == expected
+    assert prompt_of(engine, messages, image_tokens=budget).tokens == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64, 2048])
@@ -78,15 +78,15 @@ def test_the_prompt_is_the_references(engine, name):
 def test_logits_behind_a_picture_equal_transformers_for_every_chunk(engine, name, chunk):
     """A chunk of 64 ends in the second picture unless it is kept whole; `wide_image` is longer than the window."""
     held, prefix = reference(name), engine.model.new_prefix()
-    prefill(engine.model, prefix, np.array(held["input_ids"]), chunk, features=[looked(name)[1]])
+    prefill(engine.model, prefix, np.array(held["input_ids"]), chunk, features=[encoded(name)[1]])
     got = engine.model.logits(engine.model.denoise(held["canvas"], prefix))[:, ::4]
     assert gap(got, held["logits"]) < BOUND
 
 
 def test_hidden_states_of_a_wide_picture_equal_transformers(engine):
-    """The last layer's attention shows in these alone: only its keys and values reach the prefix."""
+    """Only hidden states show the last layer's attention: the prefix holds no more than its keys and values."""
     held, prefix = reference("wide_image"), engine.model.new_prefix()
-    hidden = engine.model.encode(held["input_ids"], prefix, features=looked("wide_image")[1])
+    hidden = engine.model.encode(held["input_ids"], prefix, features=encoded("wide_image")[1])
     assert gap(hidden[:, ::4], held["encoder_hidden"]) < BOUND
 
 
@@ -105,7 +105,7 @@ def test_features_may_leave_float16_until_they_are_standardized(tmp_path):
     weights = {**weights, loud: weights[loud] * 1e4, f"{TOWER}.std_scale": weights[f"{TOWER}.std_scale"] * 1e-4}
     half, single = (build(checkpoint(tmp_path, vision, weights), dtype) for dtype in ("float16", "float32"))
     features, exact = (one.model.encoder.vision_tower(held["patches"], held["positions"]) for one in (half, single))
-    assert mx.abs(exact).max() > 6.5504  # times 10000 that is beyond the range
+    assert mx.abs(exact).max() > 6.5504  # 10,000 times that exceeds the range of float16
     assert gap(features.astype(mx.float32), exact) < 0.1
 
 
@@ -136,7 +136,7 @@ def test_chunks_without_pictures_are_plain(length, size):
     assert list(chunks(np.zeros((2, length), bool), size)) == plain
 
 
-# The tower against Transformers, with the switches that the demo does not have.
+# The tower against Transformers, with settings that the demo does not have.
 
 
 @lru_cache(maxsize=2)
@@ -151,7 +151,7 @@ def tower(name):
 
 
 def checkpoint(folder, vision, weights):
-    """A checkpoint that sees: a random text stack, and the tower's tensors."""
+    """A checkpoint with vision: a random text stack and the tower's tensors."""
     config = {**small_config(LAYERS), "vision_config": vision, "image_token_id": 7}
     (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(
@@ -167,13 +167,13 @@ def tower_model(name, folder):
 
 @pytest.fixture(params=["clipped", "plain"])
 def small(request, tmp_path_factory):
-    """(model, inputs and outputs): three pictures of differing sizes, padded to the longest."""
+    """(model, inputs and outputs): three pictures of different sizes, padded to the largest."""
     held = tower(request.param)[2]
     return tower_model(request.param, tmp_path_factory.getbasetemp()), held
 
 
 def test_a_tower_of_either_kind_equals_transformers(small):
-    """Clipped linears, fewer key heads and no standardization; or bounds that are stored and do not count."""
+    """With clipped linears, fewer key heads and no standardization, or with stored bounds that are ignored."""
     model, held = small
     encoder = model.model.encoder
     features = encoder.vision_tower(held["patches"], held["positions"])
@@ -214,7 +214,7 @@ def test_a_padded_batch_equals_each_picture_alone(small):
     junk = mx.where((held["positions"] < 0)[..., :1], 0.9, held["patches"])
     assert (
         gap(model.encode_images((junk, held["positions"])), together) < 1e-5
-    )  # what lies in the padding does not matter
+    )  # the content of the padding does not matter
 
 
 def test_groups_and_chunks_of_queries_change_nothing(small, monkeypatch):
@@ -230,14 +230,14 @@ def test_groups_and_chunks_of_queries_change_nothing(small, monkeypatch):
     for limit, groups in ((1, [1] * 5), (2 * many[0].shape[1], [2, 2, 1]), (10**6, [5])):
         monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.PATCHES_AT_ONCE", limit)
         for rows in (1, 7, 10**6):
-            monkeypatch.setattr("mlx_dgemma.model.vision.ROWS", rows)
+            monkeypatch.setattr("mlx_dgemma.model.vision.QUERY_CHUNK", rows)
             sizes.clear()
             assert gap(model.encode_images(many), whole) < 1e-5
             assert sizes == groups
 
 
 def peak(model, patches):
-    """Bytes that looking takes beside what is held already."""
+    """Bytes that encoding pictures takes at its peak, above what is in memory before."""
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(model.encode_images(patches))
@@ -251,7 +251,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(engine, monkeypatch):
     monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.PATCHES_AT_ONCE", 2 * one.patches.shape[1])
     assert peak(engine.model, many) < 1.2 * peak(engine.model, few)
     monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.PATCHES_AT_ONCE", 10**6)
-    assert peak(engine.model, many) > 3 * peak(engine.model, few)  # what is measured is real
+    assert peak(engine.model, many) > 3 * peak(engine.model, few)  # without groups the memory does grow
 
 
 def test_memory_does_not_grow_with_the_square_of_patches(engine, monkeypatch):
@@ -259,5 +259,5 @@ def test_memory_does_not_grow_with_the_square_of_patches(engine, monkeypatch):
     pictures = mx.array(held.patches), mx.array(held.positions)
     mx.eval(pictures)
     whole = peak(engine.model, pictures)
-    monkeypatch.setattr("mlx_dgemma.model.vision.ROWS", 128)
+    monkeypatch.setattr("mlx_dgemma.model.vision.QUERY_CHUNK", 128)
     assert peak(engine.model, pictures) < 0.6 * whole

@@ -10,7 +10,7 @@ from support import DATA, engine_of, gap, random_tokens, small_model
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.model import rng
 from mlx_dgemma.tune import objective
-from mlx_dgemma.tune.objective import VARIANTS, Batch, Noise, cross_entropy, draw, loss, recomputed
+from mlx_dgemma.tune.objective import VARIANTS, Batch, Noise, checkpointed_layer, cross_entropy, draw_noise, loss
 
 WEIGHTS = (
     "model.decoder.layers.1.self_attn.k_proj.weight",
@@ -36,7 +36,7 @@ def model():
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_equal_transformers(model, name):
-    """Padded texts and a picture, with and without self-conditioning; gradients within 1e-3 of the largest."""
+    """Padded texts and an image, with and without self-conditioning; gradients within 1e-3 of the largest."""
     held = {k: np.array(v) for k, v in mx.load(str(DATA / "objective.safetensors")).items() if k.startswith(f"{name}.")}
     held = {key.removeprefix(f"{name}."): one for key, one in held.items()}
     variant, conditioned = CASES[name]
@@ -71,8 +71,8 @@ def test_losses_and_gradients_equal_transformers(model, name):
         assert np.abs(mine - theirs).max() <= 1e-3 * max(np.abs(theirs).max(), 1e-3), path
 
 
-def test_noise_replaces_a_share_of_the_tokens():
-    """About t of them, each by any token alike; a row's draws are its key's own."""
+def test_noise_replaces_tokens_with_probability_t():
+    """New tokens are uniform, and the noise of a row only depends on its key."""
     keys = mx.random.split(mx.random.key(0), 3)
     tokens = mx.zeros((3, 4000), mx.int32)
     found = np.array(rng.corrupt(tokens, mx.array([0.0, 0.3, 1.0]), 50, keys))
@@ -84,16 +84,16 @@ def test_noise_replaces_a_share_of_the_tokens():
     assert (alone[0] == found[1]).all()
 
 
-def test_draws_depend_on_the_key_alone():
+def test_noise_only_depends_on_the_key():
     tokens = np.zeros((4, 3), np.int32)
     batch = Batch(tokens, tokens == 0, np.ones((4, 6), np.int32), np.ones((4, 6), bool))
     nemo = VARIANTS["nemo"]
-    one, same, other = (draw(batch, nemo, 40, mx.random.key(key)) for key in (5, 5, 6))
+    one, same, other = (draw_noise(batch, nemo, 40, mx.random.key(key)) for key in (5, 5, 6))
     assert gap(one.t, same.t) == 0
     assert (np.array(one.canvas) == np.array(same.canvas)).all()
     assert gap(one.t, other.t) > 0
-    many = Batch(*(np.repeat(a, 500, axis=0) for a in (batch.tokens, batch.real, batch.canvas, batch.supervised)))
-    noise = draw(many, nemo, 40, mx.random.key(1))
+    many = Batch(*(np.repeat(a, 500, axis=0) for a in (batch.tokens, batch.mask, batch.canvas, batch.supervised)))
+    noise = draw_noise(many, nemo, 40, mx.random.key(1))
     t = np.array(noise.t)
     assert t.min() >= nemo.noise_min and t.max() <= nemo.noise_max
     assert t.mean() == pytest.approx(0.5, abs=0.03)
@@ -101,9 +101,9 @@ def test_draws_depend_on_the_key_alone():
 
 
 @pytest.mark.parametrize("positions", [1, 3, 64])
-def test_cross_entropy_in_pieces_is_the_plain_one(monkeypatch, positions):
+def test_cross_entropy_in_chunks_equals_the_plain_one(monkeypatch, positions):
     model = small_model(0)
-    monkeypatch.setattr(objective, "LOGITS", 4 * 40 * positions)
+    monkeypatch.setattr(objective, "MAX_LOGITS_BYTES", 4 * 40 * positions)
     hidden, targets = mx.random.normal((10, 16), key=mx.random.key(0)), np.array(random_tokens(1, 10))
     seen, by = random_tokens(2, 10), mx.abs(mx.random.normal((10,), key=mx.random.key(1))) + 0.1
     seen = mx.where(mx.arange(10) < 3, mx.array(targets), seen)
@@ -122,18 +122,18 @@ def test_cross_entropy_in_pieces_is_the_plain_one(monkeypatch, positions):
         assert gap(mine, theirs) < 1e-5
 
 
-def test_recomputing_layers_changes_no_gradient():
+def test_gradient_checkpointing_does_not_change_gradients():
     model = small_model(1)
     tokens, canvas = np.array(random_tokens(0, 2, 9)), np.array(random_tokens(1, 2, 4))
     real = np.arange(9) >= np.array([[0], [6]])
     batch = Batch(tokens, real, canvas, np.ones((2, 4), bool))
-    noise = draw(batch, VARIANTS["google"], 40, mx.random.key(0))._replace(conditioned=np.array([True, False]))
+    noise = draw_noise(batch, VARIANTS["google"], 40, mx.random.key(0))._replace(conditioned=np.array([True, False]))
 
     def gradients():
         return nn.value_and_grad(model, lambda: tuple(loss(model, batch, noise, VARIANTS["google"])))()
 
     (before, _, _), kept = gradients()
-    model._apply = recomputed
+    model._apply = checkpointed_layer
     (after, _, _), again = gradients()
     assert before.item() == pytest.approx(after.item(), abs=1e-6)
     for (path, a), (_, b) in zip(tree_flatten(kept), tree_flatten(again)):

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 import pytest
+from chats import TOOL, user
 from click.testing import CliRunner
 from support import RED, engine_of, refusal, square
 
@@ -16,18 +17,6 @@ from mlx_dgemma.errors import DataError, OptionError
 from mlx_dgemma.tune.data import Example, read
 from mlx_dgemma.tune.evaluate import evaluate, wilson
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "The city."}},
-            "required": ["city"],
-        },
-    },
-}
 TOLD = "name", "arguments"  # of a call
 SPELL = "Spell the word cat."
 WEATHER = "What is the weather in Oslo?"
@@ -35,10 +24,6 @@ WEATHER = "What is the weather in Oslo?"
 
 def call(city="Oslo", name="get_weather"):
     return {"id": "1", "type": "function", "function": {"name": name, "arguments": {"city": city}}}
-
-
-def user(content):
-    return {"role": "user", "content": content}
 
 
 def pair(prompt, completion, **keys):
@@ -51,7 +36,7 @@ def stats(steps=1):
 
 @dataclass
 class Scripted:
-    """An engine that answers from a list, in the examples' order by their seeds, and remembers what it was asked."""
+    """An engine that returns answers from a list, indexed by seed, and records the calls."""
 
     answers: list
     asked: list = field(default_factory=list)
@@ -89,7 +74,7 @@ def write(tmp_path):
     return writer
 
 
-# What is right
+# Metrics
 
 
 @pytest.mark.parametrize(
@@ -122,7 +107,7 @@ def test_tool_calls_are_compared_by_name_and_arguments(metric):
     assert mark(metric, "a", "a", [], [ours]) == (metric != "exact")
 
 
-def test_a_function_is_given_the_record_and_the_text():
+def test_a_function_gets_the_record_and_the_text():
     seen = []
     engine = Scripted([result("Yes.", [call()]), result("No."), result("Maybe.")])
     examples = [example("Yes.", number=number) for number in range(3)]
@@ -148,11 +133,11 @@ def test_a_function_in_a_file(tmp_path):
     assert [one.score for one in outcome.answers] == [1, 0]
 
 
-# What is told
+# Results
 
 
 def test_wilsons_interval():
-    """Against the roots of (share - p)**2 = z**2 * p * (1 - p) / n, which the interval's ends are."""
+    """The ends of the interval are the roots of (share - p)**2 = z**2 * p * (1 - p) / n."""
     drawn = random.Random(0)
     for _ in range(200):
         of = drawn.randint(1, 400)
@@ -188,12 +173,12 @@ def test_groups_are_by_a_field():
     assert list(evaluate(engine, examples, by="size").groups) == ["1", "large", "null"]
     assert evaluate(engine, examples[1:]).groups == {}
     assert refusal(DataError, evaluate, engine, examples, by="kind") == (
-        "No record has the field kind; name one that some have."
+        "No record has the field kind; give a field that some records have."
     )
 
 
-def test_seeds_follow_the_examples_whatever_the_batches():
-    """Tools and thinking hold for a whole batch, so that examples are answered out of order."""
+def test_seeds_do_not_depend_on_the_batches():
+    """A batch has the same tools and thinking, so examples are answered out of order."""
     kinds = [{}, {"tools": [TOOL]}, {}, {"thinking": True}, {}, {"tools": [TOOL]}]
     examples = [example(str(i), prompt=f"{i}?", **kind) for i, kind in enumerate(kinds)]
     engine = Scripted([None] * 10 + [result(str(i)) for i in range(6)])
@@ -231,10 +216,10 @@ def test_each_answer_can_be_repeated(engine, write, tmp_path):
         assert alone.stats.prompt_tokens == len(asked.targets[0].prompt)
 
 
-# Refusals
+# Errors
 
 
-def test_mistakes_are_told_before_anything_is_generated(tmp_path):
+def test_mistakes_are_refused_before_anything_is_generated(tmp_path):
     engine = Scripted([])
     examples = [example("a"), replace(example("(a"), where="test.jsonl, line 2")]
     file = tmp_path / "marks.py"
@@ -251,17 +236,17 @@ def test_mistakes_are_told_before_anything_is_generated(tmp_path):
         ),
         (f"{file}:near", f"{file} has no function near; metric should name one of its functions."),
         (f"{file}:number", f"{file} has no function number; metric should name one of its functions."),
-        (f"{broken}:near", f"{broken} cannot be run (ZeroDivisionError: division by zero); mend it."),
+        (f"{broken}:near", f"{broken} cannot be run (ZeroDivisionError: division by zero); correct it."),
     ):
         assert refusal(OptionError, evaluate, engine, examples, metric) == told
     assert refusal(DataError, evaluate, engine, examples, "regex") == (
-        "test.jsonl, line 2: The answer is no regular expression (missing ), unterminated subpattern at position 0); "
-        "mend it."
+        "test.jsonl, line 2: The answer is not a regular expression (missing ), unterminated subpattern at position 0)"
+        "; correct it."
     )
     assert refusal(DataError, evaluate, engine, [replace(examples[0], chat=[])]) == (
-        "test.jsonl, line 1: This is a plain text, which asks nothing; give a prompt or messages."
+        "test.jsonl, line 1: This is a plain text without a question; give a prompt or messages."
     )
-    assert refusal(DataError, evaluate, engine, []) == "There are no examples to mark; give at least one."
+    assert refusal(DataError, evaluate, engine, []) == "There are no examples; give at least one."
     for size in (0, 1.5, True):
         assert refusal(OptionError, evaluate, engine, examples, batch_size=size) == (
             f"batch_size is {size!r}; it should be a whole number, at least 1."
@@ -294,7 +279,7 @@ def run(*arguments):
     return CliRunner().invoke(main.main, ["evaluate", *map(str, arguments), "-m", str(DEMO)], prog_name="mlx-dgemma")
 
 
-def test_the_command_tells_a_table(write, tmp_path):
+def test_the_command_prints_a_table(write, tmp_path):
     write(pair(SPELL, "c a t", task="spell"), pair(SPELL, "d o g", task="spell"), pair(SPELL, "c a t", task="a"))
     done = run(tmp_path, "--batch-size", 2)
     assert (done.exit_code, done.stderr) == (0, "")
@@ -308,7 +293,7 @@ def test_the_command_tells_a_table(write, tmp_path):
     assert last.startswith("3 answers in ")
 
 
-def test_the_command_tells_json_and_writes_answers(write, tmp_path):
+def test_the_command_prints_json_and_writes_answers(write, tmp_path):
     path = write(pair(SPELL, "c a t"), pair(WEATHER, "sunny", tools=[TOOL]))
     output = tmp_path / "answers.jsonl"
     options = ["--seed", 7, "--max-denoising-steps", 3, "--max-tokens", 8]
@@ -327,7 +312,7 @@ def test_the_command_tells_json_and_writes_answers(write, tmp_path):
     assert len(output.read_text().splitlines()) == 2
 
 
-def test_the_split_that_is_marked(write, tmp_path):
+def test_which_split_is_evaluated(write, tmp_path):
     write(pair(SPELL, "c a t"), name="valid.jsonl")
     assert "all      1   1" in run(tmp_path).stdout
     write(pair(SPELL, "d o g"), name="test.jsonl")
@@ -336,7 +321,7 @@ def test_the_split_that_is_marked(write, tmp_path):
     done = run(tmp_path, "--split", "train")
     assert (done.exit_code, done.stderr) == (
         1,
-        f"Error: {tmp_path} has no train.jsonl; data are read as JSONL, one object a line.\n",
+        f"Error: {tmp_path} has no train.jsonl; data files are JSON Lines, one object per line.\n",
     )
     path = tmp_path / "test.jsonl"
     done = run(path, "--split", "test")
@@ -346,7 +331,7 @@ def test_the_split_that_is_marked(write, tmp_path):
     )
 
 
-def test_nothing_is_left_behind_where_nothing_was_marked(write, tmp_path):
+def test_no_output_file_remains_after_an_error(write, tmp_path):
     output = tmp_path / "answers.jsonl"
     done = run(write(pair(SPELL, "c a t")), "--metric", "equal", "--output", output)
     assert (done.exit_code, done.stderr) == (
@@ -356,6 +341,6 @@ def test_nothing_is_left_behind_where_nothing_was_marked(write, tmp_path):
     assert not output.exists()
 
 
-def test_answers_that_are_cut_are_told(write):
+def test_a_warning_counts_answers_that_were_cut(write):
     done = run(write(pair(SPELL, "c a t")), "--max-tokens", 2)
     assert done.stderr == "Warning: 1 answer reached the limit; --max-tokens N makes room for more.\n"

@@ -1,4 +1,4 @@
-"""The mixture of experts: every way of computing it gives the same."""
+"""The mixture of experts: all ways of computing it give the same result."""
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +14,7 @@ def layer(demo):
 
 
 def naive(experts, x, indices, weights):
-    """Row by row and expert by expert, in NumPy's float64."""
+    """The experts in float64, row by row and expert by expert."""
     gate_up, down = (np.asarray(m.weight, np.float64) for m in (experts.gate_up_proj, experts.down_proj))
     out = np.zeros(x.shape)
     for row, (chosen, share) in enumerate(zip(np.asarray(indices), np.asarray(weights))):
@@ -29,7 +29,7 @@ def naive(experts, x, indices, weights):
 @pytest.mark.parametrize("way", ["gathered", "sorted", "runs", "long runs"])
 def test_experts_equal_a_plain_loop(monkeypatch, layer, rows, way):
     monkeypatch.setattr(module, "SORT_FROM", 10**9 if way == "gathered" else 1)
-    monkeypatch.setattr(module, "pads_runs", lambda: "runs" in way)
+    monkeypatch.setattr(module, "uses_padded_runs", lambda: "runs" in way)
     monkeypatch.setattr(module, "MATMUL_ROWS", 0 if way == "long runs" else 10**9)
     x = mx.random.normal((rows, 192), key=mx.random.key(rows))
     indices, weights = layer.router(x)
@@ -39,7 +39,7 @@ def test_experts_equal_a_plain_loop(monkeypatch, layer, rows, way):
 @pytest.mark.parametrize("count, experts", [(1, 8), (16, 8), (128, 8), (1000, 8), (4096, 8), (50, 128), (2048, 128)])
 def test_runs_hold_one_expert_each_and_every_row_once(count, experts):
     chosen = mx.random.randint(0, experts, (count,), key=mx.random.key(count))
-    slots, owners, length = module.runs(chosen, experts, 128)
+    slots, owners, length = module.lay_out_runs(chosen, experts, 128)
     slots, owners = np.asarray(slots), np.asarray(owners)
     assert len(set(slots.tolist())) == count
     assert slots.max() < owners.size * length
@@ -48,17 +48,17 @@ def test_runs_hold_one_expert_each_and_every_row_once(count, experts):
 
 
 def test_runs_of_a_single_expert():
-    slots, owners, length = module.runs(mx.full((40,), 3), 8, 128)
+    slots, owners, length = module.lay_out_runs(mx.full((40,), 3), 8, 128)
     assert np.asarray(slots).tolist() == list(range(40))
     assert np.asarray(owners)[: 40 // length + 1].tolist() == [3] * (40 // length + 1)
 
 
 def laid_out(rows, top_k, experts, seed):
-    """Unsorted rows in runs: chosen experts, weights, slots, owners, a run's length, and what `fill` makes of them."""
+    """Random rows in runs: (chosen experts, weights, slots, owners, length of a run, slots' rows, slots' weights)."""
     chosen = mx.random.randint(0, experts, (rows * top_k,), key=mx.random.key(seed))
     weights = mx.random.uniform(0.1, 1, (rows * top_k,), key=mx.random.key(seed + 1))
-    slots, owners, length = module.runs(chosen, experts, 64)
-    source, share = module.fill(slots, weights, owners.size * length, rows)
+    slots, owners, length = module.lay_out_runs(chosen, experts, 64)
+    source, share = module.slot_contents(slots, weights, owners.size * length, rows)
     return chosen, weights, slots, owners, length, source, share
 
 
@@ -66,7 +66,7 @@ LAYOUTS = [(1, 1, 4), (1, 2, 8), (7, 2, 4), (64, 8, 128), (300, 2, 8), (40, 3, 1
 
 
 @pytest.mark.parametrize("rows, top_k, experts", LAYOUTS)
-def test_fill_says_which_row_each_slot_holds_and_its_weight(rows, top_k, experts):
+def test_slot_contents_are_the_row_and_the_weight_of_each_slot(rows, top_k, experts):
     _, weights, slots, owners, length, source, share = laid_out(rows, top_k, experts, rows)
     weights, slots, source, share = (np.asarray(one) for one in (weights, slots, source, share))
     expected, weight = np.full(owners.size * length, rows), np.zeros(owners.size * length, np.float32)
@@ -92,11 +92,11 @@ def test_runs_of_an_expert_follow_each_other_and_keep_the_rows_order(rows, top_k
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("rows, top_k, experts", LAYOUTS)
-def test_one_hot_products_gather_rows_and_mix_them_by_weight(rows, top_k, experts, dtype):
-    """To slots and back without experts between them, a row comes out times the sum of its weights."""
+def test_gather_matrices_gather_rows_and_mix_them_by_weight(rows, top_k, experts, dtype):
+    """Gathered into slots and mixed back without experts, a row is multiplied by the sum of its weights."""
     _, weights, _, owners, length, source, share = laid_out(rows, top_k, experts, rows)
     x = mx.random.normal((rows, 8), key=mx.random.key(9)).astype(dtype)
-    take, mix = module.one_hot(source, share, rows, x)
+    take, mix = module.gather_matrices(source, share, rows, x)
     assert take.dtype == mix.dtype == dtype
     assert take.shape == mix.shape == (owners.size * length, rows)
     gathered = np.asarray((take @ x).astype(mx.float32))
@@ -109,9 +109,11 @@ def test_one_hot_products_gather_rows_and_mix_them_by_weight(rows, top_k, expert
 
 
 def test_runs_grow_with_the_rows_of_an_expert():
-    lengths = [module.runs(mx.zeros((count,), mx.int32), 128, 128)[2] for count in (64, 2048, 8192, 16384, 10**6)]
+    lengths = [
+        module.lay_out_runs(mx.zeros((count,), mx.int32), 128, 128)[2] for count in (64, 2048, 8192, 16384, 10**6)
+    ]
     assert lengths == [16, 16, 64, 128, 128]
-    assert module.runs(mx.zeros((10**6,), mx.int32), 128, 16)[2] == 16
+    assert module.lay_out_runs(mx.zeros((10**6,), mx.int32), 128, 16)[2] == 16
 
 
 @pytest.mark.skipif(mx.default_device() == mx.cpu, reason="the CPU has no sorted kernel to misread rows")

@@ -1,4 +1,4 @@
-"""The model against Transformers' float32 outputs on the demo's weights, and the parts that those do not pin."""
+"""The model against Transformers' float32 outputs on the demo's weights, and what they do not cover."""
 
 import re
 
@@ -11,7 +11,7 @@ from support import engine_of, gap, random_tokens, reference, small_model
 
 from mlx_dgemma.decoding import sampler
 from mlx_dgemma.errors import PromptError
-from mlx_dgemma.model import rng
+from mlx_dgemma.model import functions
 from mlx_dgemma.model.vision import ClippedLinear
 
 BOUND = 1e-4
@@ -19,7 +19,7 @@ BOUND = 1e-4
 
 @pytest.fixture(scope="module", params=["demo", "hf_checkpoint"])
 def model(request):
-    """Both layouts hold the same weights: what was converted and what came from the Hub."""
+    """The same weights in both layouts: converted, and as released on the Hub."""
     return engine_of(request.getfixturevalue(request.param)).model
 
 
@@ -39,82 +39,85 @@ def logits(model, canvas, prefix, conditioning=None):
 @pytest.mark.parametrize("chunk", [7, 16, 64, 2048])
 @pytest.mark.parametrize("name", ["short", "long"])
 def test_hidden_states_and_logits_equal_transformers(model, name, chunk):
-    held = reference(name)
-    prefix, hidden = encode(model, held["input_ids"], chunk)
-    assert gap(hidden, held["encoder_hidden"]) < BOUND
-    assert gap(logits(model, held["canvas"], prefix), held["logits"]) < BOUND
+    expected = reference(name)
+    prefix, hidden = encode(model, expected["input_ids"], chunk)
+    assert gap(hidden, expected["encoder_hidden"]) < BOUND
+    assert gap(logits(model, expected["canvas"], prefix), expected["logits"]) < BOUND
 
 
 @pytest.mark.parametrize("name", ["short", "long"])
 def test_self_conditioned_logits_equal_transformers(model, name):
-    held = reference(name)
-    prefix, _ = encode(model, held["input_ids"], 2048)
-    conditioning = model.condition(held["logits"] / 0.8)
-    assert gap(logits(model, held["canvas"], prefix, conditioning)[:, ::4], held["logits_conditioned"]) < BOUND
+    expected = reference(name)
+    prefix, _ = encode(model, expected["input_ids"], 2048)
+    conditioning = model.condition(expected["logits"] / 0.8)
+    assert gap(logits(model, expected["canvas"], prefix, conditioning)[:, ::4], expected["logits_conditioned"]) < BOUND
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 64, 2048])
 def test_logits_behind_a_committed_block_equal_transformers(model, chunk):
-    held = reference("two_blocks")
-    prefix, _ = encode(model, held["input_ids"], chunk)
-    model.encode(held["committed"], prefix)
-    assert gap(logits(model, held["canvas"], prefix)[:, ::4], held["logits"]) < BOUND
+    expected = reference("two_blocks")
+    prefix, _ = encode(model, expected["input_ids"], chunk)
+    model.encode(expected["committed"], prefix)
+    assert gap(logits(model, expected["canvas"], prefix)[:, ::4], expected["logits"]) < BOUND
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 64, 2048])
 def test_left_padded_batch_equals_transformers(model, chunk):
-    held = reference("padded_batch")
-    prefix, _ = encode(model, held["input_ids"], chunk, held["attention_mask"])
+    expected = reference("padded_batch")
+    prefix, _ = encode(model, expected["input_ids"], chunk, expected["attention_mask"])
     assert prefix.padding.tolist() == [8, 0]
-    assert gap(logits(model, held["canvas"], prefix)[:, ::4], held["logits"]) < BOUND
+    assert gap(logits(model, expected["canvas"], prefix)[:, ::4], expected["logits"]) < BOUND
 
 
 @pytest.mark.parametrize("name", ["image", "two_images"])
 def test_pictures_equal_transformers(model, name):
-    held = reference(name)
-    pictures = held["pixel_values"], held["image_position_ids"]
+    expected = reference(name)
+    pictures = expected["pixel_values"], expected["image_position_ids"]
     encoder = model.model.encoder
-    assert gap(encoder.embed_vision(encoder.vision_tower(*pictures)), held["features"]) < BOUND
+    assert gap(encoder.embed_vision(encoder.vision_tower(*pictures)), expected["features"]) < BOUND
     prefix = model.new_prefix()
-    model.encode(held["input_ids"], prefix, images=pictures)
-    assert gap(logits(model, held["canvas"], prefix)[:, ::4], held["logits"]) < BOUND
+    model.encode(expected["input_ids"], prefix, images=pictures)
+    assert gap(logits(model, expected["canvas"], prefix)[:, ::4], expected["logits"]) < BOUND
 
 
 def test_every_step_of_a_generation_is_reproduced(model):
     """Acceptance, argmax, entropy, canvas and stop of 23 steps; conditioning comes from our own logits."""
-    held = {name: np.array(array) for name, array in reference("trajectory").items()}
-    prompt, rows = held["input_ids"].shape[1], len(held["cur_step"])
+    expected = {name: np.array(array) for name, array in reference("trajectory").items()}
+    prompt, rows = expected["input_ids"].shape[1], len(expected["cur_step"])
     prefix = model.new_prefix()
-    model.encode(mx.array(held["input_ids"]), prefix)
+    model.encode(mx.array(expected["input_ids"]), prefix)
     conditioning, earlier = None, []
     for row in range(rows):
-        if prefix.offset < held["prefix_length"][row]:
-            model.encode(mx.array(held["sequence"][:, prefix.offset : held["prefix_length"][row]]), prefix)
+        if prefix.offset < expected["prefix_length"][row]:
+            model.encode(mx.array(expected["sequence"][:, prefix.offset : expected["prefix_length"][row]]), prefix)
             conditioning, earlier = None, []
-        assert prefix.offset == held["prefix_length"][row]
-        canvas = mx.array(held["canvas_in"][row : row + 1])
-        t = sampler.temperature(int(held["cur_step"][row]), 48, 0.4, 0.8)
+        assert prefix.offset == expected["prefix_length"][row]
+        canvas = mx.array(expected["canvas_in"][row : row + 1])
+        t = sampler.temperature(int(expected["cur_step"][row]), 48, 0.4, 0.8)
         processed = logits(model, canvas, prefix, conditioning) / t
-        best, entropy = mx.argmax(processed, axis=-1), rng.entropy(processed)
+        best, entropy = mx.argmax(processed, axis=-1), functions.entropy(processed)
         accepted = sampler.accept(entropy, 0.1)
-        assert best.tolist() == held["argmax"][row : row + 1].tolist()
-        assert gap(entropy[0], mx.array(held["entropy"][row])) < BOUND
-        assert accepted.tolist() == held["accepted"][row : row + 1].tolist()
-        after = np.where(np.array(accepted)[0], held["sample"][row], held["random"][row])
-        assert after.tolist() == held["canvas_out"][row].tolist()
+        assert best.tolist() == expected["argmax"][row : row + 1].tolist()
+        assert gap(entropy[0], mx.array(expected["entropy"][row])) < BOUND
+        assert accepted.tolist() == expected["accepted"][row : row + 1].tolist()
+        after = np.where(np.array(accepted)[0], expected["sample"][row], expected["random"][row])
+        assert after.tolist() == expected["canvas_out"][row].tolist()
         stop = sampler.settled(best, earlier, entropy, 1, 0.005).item()
-        assert stop == held["finished"][row]
+        assert stop == expected["finished"][row]
         conditioning, earlier = model.condition(processed), [best]
-    blocks = held["argmax"][held["finished"]]
-    assert blocks.flatten().tolist() == held["sequence"][0, prompt:].tolist()
+    blocks = expected["argmax"][expected["finished"]]
+    assert blocks.flatten().tolist() == expected["sequence"][0, prompt:].tolist()
 
 
-def test_pictures_looked_at_in_groups_and_rows_are_the_same(demo, monkeypatch):
-    """One picture at a time and 100 patches' queries at a time; every picture keeps its own positions."""
-    held, model = reference("two_images"), engine_of(demo).model
+def test_pictures_encoded_in_groups_and_by_chunks_of_queries_are_the_same(demo, monkeypatch):
+    """One picture at a time, 100 queries at a time; every picture keeps its own positions."""
+    expected, model = reference("two_images"), engine_of(demo).model
     monkeypatch.setattr("mlx_dgemma.model.diffusion_gemma.PATCHES_AT_ONCE", 1)
-    monkeypatch.setattr("mlx_dgemma.model.vision.ROWS", 100)
-    assert gap(model.encode_images((held["pixel_values"], held["image_position_ids"])), held["features"]) < BOUND
+    monkeypatch.setattr("mlx_dgemma.model.vision.QUERY_CHUNK", 100)
+    assert (
+        gap(model.encode_images((expected["pixel_values"], expected["image_position_ids"])), expected["features"])
+        < BOUND
+    )
 
 
 def test_clipped_linears_clip_what_goes_in_and_comes_out():
@@ -130,8 +133,8 @@ def test_clipped_linears_clip_what_goes_in_and_comes_out():
 
 
 def test_placeholders_and_soft_tokens_must_agree(model):
-    held = reference("image")
-    pictures = held["pixel_values"], held["image_position_ids"]
+    expected = reference("image")
+    pictures = expected["pixel_values"], expected["image_position_ids"]
     message = "The prompt has 0 image placeholders, but its pictures have 66 soft tokens; they must agree."
     with pytest.raises(PromptError, match=f"^{re.escape(message)}$"):
         model.encode(mx.array([[2, 15, 280]]), model.new_prefix(), images=pictures)
@@ -183,7 +186,7 @@ def test_no_conditioning_is_conditioning_on_zeros():
 
 
 def test_sorted_and_unsorted_experts_agree():
-    """Many rows are sorted by expert, few are not: the same rows give the same result."""
+    """Many rows are sorted by expert, few are not; the same rows give the same result."""
     experts, router = small_model().model.decoder.layers[0].experts, small_model().model.decoder.layers[0].router
     x = mx.random.normal((50, 16), key=mx.random.key(0))
     indices, weights = router(x)
@@ -192,7 +195,7 @@ def test_sorted_and_unsorted_experts_agree():
     assert gap(together, alone) < 1e-5
 
 
-def test_a_quantized_model_is_near_its_plain_twin():
+def test_a_quantized_model_is_near_its_unquantized_model():
     plain, packed = small_model(hidden_size=64), small_model(hidden_size=64)
     nn.quantize(packed, 32, 8, class_predicate=lambda _, m: isinstance(m, nn.Embedding))
     processed = mx.random.normal((1, 4, 40), key=mx.random.key(0)) * 3
