@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .adapters import deltas, peft
-from .checkpoint import memory
-from .checkpoint.build import build
+from .adapters.loading import load_model
 from .checkpoint.find import find
 from .checkpoint.folder import Checkpoint
 from .checkpoint.tokenizer import load_tokenizer
-from .convert.recipes import RECIPES
 from .decoding.events import Event, Finished, Result
 from .decoding.loop import Loop
 from .decoding.options import GenerationOptions
@@ -27,7 +24,6 @@ from .decoding.session import Session
 from .errors import OptionError, PromptError
 from .model import device
 from .model.config import ModelConfig
-from .model.device import on_cpu
 from .model.diffusion_gemma import DiffusionGemma
 from .prompt.builder import PromptBuilder
 from .prompt.messages import Message
@@ -280,25 +276,7 @@ def load(
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(find(path))
-    notes = []
-    dtype, dequantize = memory.resolve_dtype(checkpoint, dtype, dequantize)
-    if on_cpu():
-        how = f"{'dequantized to' if dequantize else 'computed in'} {dtype}"
-        how += ", the fastest there" if dtype == "float32" else ""
-        if checkpoint.quantization and not dequantize:
-            how = "kept packed, which is slow there"
-        notes.append(f"CPU device: weights of {checkpoint.bits_per_weight:.1f} bits are {how}.")
-    folder = None if adapter is None else peft.find(adapter)
-    read = None if folder is None else peft.read(folder, checkpoint.shapes)
-    if not ignore_memory:
-        needed = memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize)
-        needed = replace(needed, weights=needed.weights + (read.nbytes if read else 0))
-        memory.check(checkpoint, needed, lambda: {n: one.nbytes(checkpoint.shapes) for n, one in RECIPES.items()})
     tokenizer = load_tokenizer(checkpoint)
-    model = build(checkpoint, dtype, dequantize)
-    if read is not None:
-        deltas.apply(model, read)
-        modes = "both modes alike" if read.shared else "encoder and decoder differently"
-        notes.append(f"The adapter {folder} changes {len(read.changes)} modules, {modes}.")
+    model, folder, notes = load_model(checkpoint, dtype, adapter, dequantize, ignore_memory)
     options = GenerationOptions.of(checkpoint.generation, checkpoint.processor)
     return Engine(checkpoint, model, tokenizer, options, tuple(notes), time.perf_counter() - started, folder)

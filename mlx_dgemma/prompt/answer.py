@@ -1,4 +1,4 @@
-"""Prompts in, answers out: the chat template, and the markers of thinking and tool calls."""
+"""`Answer`: tokens become text, thinking and tool calls."""
 
 from __future__ import annotations
 

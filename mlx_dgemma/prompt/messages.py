@@ -1,4 +1,4 @@
-"""Prompts in, answers out: the chat template, and the markers of thinking and tool calls."""
+"""Chat messages: checked, with every picture and video in its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts in, answers out: the chat template, and the markers of thinking and tool calls."""
+"""The checkpoint's chat template: messages become token ids."""
 
 from __future__ import annotations
 

@@ -207,4 +207,4 @@ def test_yaml_files_are_checked(tmp_path, monkeypatch):
         f"Error: {config} sets model, and so does $MLX_DGEMMA_MODEL; unset one of them.\n"
     )
     config.write_text("rank: [")
-    assert tune(tmp_path, "--config", config).stderr.startswith(f"Error: {config} is no YAML (while parsing")
+    assert tune(tmp_path, "--config", config).stderr.startswith(f"Error: {config} is not valid YAML (while parsing")
