@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml  # huggingface-hub brings it
+import yaml
 
 from mlx_dgemma import __version__
 from mlx_dgemma.errors import human
