@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from checkpoint_files import changed, contents, floats, left_in, same
 from conftest import read_folder, read_safetensors, write_safetensors
+from mlx.utils import tree_flatten, tree_unflatten
+from support import gap
 
 from mlx_dgemma.checkpoint.build import build
 from mlx_dgemma.checkpoint.folder import Checkpoint
@@ -95,11 +97,35 @@ def test_every_recipe_loads_and_stays_close(demo, tmp_path, name):
     found = report.verification
     assert not found.equal
     assert found.positions == 64
-    assert 0 < found.mean_kl < {3: 0.1, 4: 0.05}.get(RECIPES[name].experts.bits, 0.01)
+    bits = RECIPES[name].experts.bits
+    assert found.mean_kl > 0
+    assert bits == 3 or found.mean_kl < {4: 0.05}.get(bits, 0.01)  # 3 bits: the next test
     assert found.argmax_agreement > 0.8
     model = build(checkpoint, "float32")
     tokens = mx.array([[2, 5, 7]])
     assert mx.isfinite(model.logits(model.encode(tokens, model.new_prefix()))).all().item()
+
+
+def test_three_bits_compute_what_weights_rounded_by_mlx_compute(demo, tmp_path):
+    """The distance of so few bits says more about the demo than about the converter, so the logits are compared."""
+    convert(demo, tmp_path / "out", "3bit")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    base = {key: settings[key] for key in ("group_size", "bits", "mode")}
+    packed = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    model, weights = build(Checkpoint.open(demo), "float32"), []
+    for name, weight in tree_flatten(model.parameters()):
+        path = name.removesuffix(".weight")
+        if f"{path}.scales" in packed:
+            how = {**base, **(settings.get(path) or {})}
+            words, scales, biases = mx.quantize(weight.astype(mx.bfloat16), **how)
+            rounded = mx.dequantize(words, scales.astype(mx.float32), biases.astype(mx.float32), **how)
+            weights.append((name, rounded))
+    assert len(weights) == 63
+    model.update(tree_unflatten(weights))
+    tokens = mx.array([[2, 5, 7, 9, 300]])
+    models = model, build(Checkpoint.open(tmp_path / "out"), "float32")
+    expected, found = (one.logits(one.encode(tokens, one.new_prefix())) for one in models)
+    assert gap(expected, found) < 1e-5
 
 
 def test_group_sizes_that_do_not_divide_are_replaced(demo, tmp_path):
