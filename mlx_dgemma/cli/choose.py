@@ -74,7 +74,7 @@ def choose(
     \b
     mlx-dgemma choose "Which is larger, 51 or 23?" 51 23
     mlx-dgemma choose --image photo.jpg "What color is the shape?" red green blue
-    mlx-dgemma choose "How old is Anna? She was born 31 years ago." --range 0 99
+    mlx-dgemma choose --model FOLDER "How old is Anna? She was born 31 years ago." --range 0 99
     mlx-dgemma choose "What is in the image?" --image photo.jpg --answer "A {color} {shape}." \\
         --ask color=red,blue --ask shape=circle,square
     """

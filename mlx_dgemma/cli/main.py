@@ -113,7 +113,7 @@ def main() -> None:
 
     \b
     mlx-dgemma generate "Write JSON for: Anna is 31 years old and lives in Oslo."
-    cat log.txt | mlx-dgemma generate "What failed?"
+    cat log.txt | mlx-dgemma generate --model FOLDER "What failed?"
     mlx-dgemma chat --model FOLDER
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -164,9 +164,9 @@ def generate(
 
     \b
     mlx-dgemma generate "Write JSON for: Anna is 31 years old and lives in Oslo."
-    cat log.txt | mlx-dgemma generate "What failed?"
-    mlx-dgemma generate --image photo.jpg "What is this?"
-    mlx-dgemma generate -f chapter.txt -f notes.txt "Summarise." --seed 7 --json
+    cat log.txt | mlx-dgemma generate --model FOLDER "What failed?"
+    mlx-dgemma generate --model FOLDER --image photo.jpg "What is this?"
+    mlx-dgemma generate --model FOLDER -f chapter.txt -f notes.txt "Summarise." --seed 7 --json
     """
     options = explicit_options(options)
     if [*files, *images].count("-") > 1:

@@ -73,7 +73,7 @@ def infill(
 
     \b
     mlx-dgemma infill notes.txt                        # the hole is marked <HOLE>
-    mlx-dgemma infill app.py --at 12:5 --prompt "A script that sorts a file."
+    mlx-dgemma infill --model FOLDER app.py --at 12:5 --prompt "A script that sorts a file."
     mlx-dgemma infill --prefix-file a --suffix-file b --whole > c
     """
 
@@ -135,9 +135,9 @@ def edit(
     The text is FILE or stdin. The canvas starts from it, so most of what need not change is kept.
 
     \b
-    mlx-dgemma edit "make it formal" < draft.txt
+    mlx-dgemma edit --model FOLDER "make it formal" < draft.txt
     mlx-dgemma edit "Replace cat with dog" story.txt --diff
-    mlx-dgemma edit "fix the spelling" letter.txt --in-place
+    mlx-dgemma edit --model FOLDER "fix the spelling" letter.txt --in-place
     """
 
     from ..tasks import edit as edit_
