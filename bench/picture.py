@@ -48,17 +48,25 @@ def record(engine: mlx_dgemma.Engine, prompt: str, seed: int) -> tuple[list[Fram
     return frames, answer
 
 
-def places(frames: list[Frame], top: float) -> list[tuple[float, float]]:
-    """Left edge and baseline of every position: there is room for its longest text of any step."""
-    found, x, y = [], float(MARGIN), top
+def breaks(frames: list[Frame]) -> list[int]:
+    """The line of every position, so that the longest text of any step fits: words move, but never to another line."""
+    lines, x = [0], 0.0
     for spaced, *texts in zip(frames[-1].spaced, *(frame.texts for frame in frames)):
-        width = max(map(len, texts)) * COLUMN
-        x += COLUMN if spaced and x > MARGIN else 0
-        if spaced and x + width > WIDTH - MARGIN - 2 * COLUMN:  # a full stop may follow
-            x, y = float(MARGIN), y + LINE
-        found.append((x, y))
-        x += width
-    return found
+        width = (max(map(len, texts)) + 1) * COLUMN
+        full = spaced and x + width > WIDTH - 2 * MARGIN - COLUMN  # a full stop may follow
+        lines.append(lines[-1] + full)
+        x = width if full else x + width
+    return lines[1:]
+
+
+def lay(frame: Frame, lines: list[int], top: float) -> str:
+    """A frame's text, a line of the canvas a <text>."""
+    rows = [""] * (lines[-1] + 1)
+    for text, spaced, nats, line in zip(*frame, lines):
+        blank = " " if spaced and rows[line] else ""
+        shade = f"{1 - 0.72 * min(max(nats, 0) / PALE, 1):.2f}"
+        rows[line] += f'{blank}<tspan opacity="{shade}">{escape(text)}</tspan>'
+    return "".join(f'<text x="{MARGIN}" y="{top + i * LINE:.0f}">{row}</text>' for i, row in enumerate(rows))
 
 
 def bars(frames: list[Frame], shown: int, y: float) -> str:
@@ -74,8 +82,8 @@ def bars(frames: list[Frame], shown: int, y: float) -> str:
 
 def draw(frames: list[Frame], prompt: str, seed: int) -> str:
     """The SVG's text."""
-    spots = places(frames, MARGIN + 3 * LINE)
-    height = spots[-1][1] + 2 * LINE + 8
+    lines, top = breaks(frames), MARGIN + 3 * LINE
+    height = top + lines[-1] * LINE + 2 * LINE + 8
     total = SECONDS * (len(frames) - 1) + HOLD
     rules, groups = [], []
     for i, frame in enumerate(frames):
@@ -84,20 +92,16 @@ def draw(frames: list[Frame], prompt: str, seed: int) -> str:
         before = "" if i == 0 else "0%{visibility:hidden}"
         rules.append(f"@keyframes k{i}{{{before}{start:.2f}%{{visibility:visible}}{after}}}")
         rules.append(f"#f{i}{{animation:k{i} {total:.1f}s step-end infinite}}")
-        texts = "".join(
-            f'<text x="{x:.1f}" y="{y:.1f}" opacity="{1 - 0.72 * min(nats / PALE, 1):.2f}">{escape(text)}</text>'
-            for (x, y), text, nats in zip(spots, frame.texts, frame.entropy)
-        )
         hidden = "" if i == len(frames) - 1 else ' visibility="hidden"'
-        groups.append(f'<g id="f{i}"{hidden}>{texts}{bars(frames, i, height - 20)}</g>')
+        groups.append(f'<g id="f{i}"{hidden}>{lay(frame, lines, top)}{bars(frames, i, height - 20)}</g>')
     still = "@media (prefers-reduced-motion:reduce){g{animation:none!important}}"
     command = f'mlx-dgemma generate --seed {seed} "{prompt}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" '
-        f'height="{height:.0f}" font-family="{FONTS}" font-size="{SIZE}" fill="{TEXT}">'
-        f"<title>A canvas of {len(spots)} tokens settles in {len(frames)} steps</title>"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" font-family="{FONTS}" font-size="{SIZE}" fill="{TEXT}">'
+        f"<title>A canvas of {len(lines)} tokens settles in {len(frames)} steps</title>"
         f"<style>{''.join(rules)}{still}</style>"
-        f'<rect width="{WIDTH}" height="{height:.0f}" rx="10" fill="{BACK}" stroke="#30363d"/>'
+        f'<rect width="{WIDTH}" height="{height}" rx="10" fill="{BACK}" stroke="#30363d"/>'
         f'<text x="{MARGIN}" y="{MARGIN + LINE - 5}"><tspan fill="{ACCENT}">$</tspan> {escape(command)}</text>'
         f"{''.join(groups)}</svg>\n"
     )
