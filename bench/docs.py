@@ -1,0 +1,156 @@
+"""Runs the examples of README.md and docs/, and compares what they print.
+
+    python bench/docs.py                       # every page, with the bundled demo
+    python bench/docs.py docs/server.md        # some pages
+
+Comments that a rendered page does not show mark the blocks of a page:
+
+    <!-- run -->       before a ```sh or ```python block: it is run and must exit with 0
+    <!-- run 2 -->     the same, with another exit status
+    <!-- output -->    before a block: what the block before it printed to stdout; ... stands for any text
+    <!-- file NAME --> before a block: it is written to a file of that name
+    <!-- hidden        a script that a reader need not see, until -->
+
+The blocks of a page share a temporary folder, and its python blocks their names. What a block leaves running in the
+background ends with the page. Exits with 1 at the first block that fails, after a diff.
+"""
+
+import difflib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 300  # that a block may take
+MARK = "<<< the block begins here >>>"
+BLOCK = re.compile(
+    r"^[ ]*<!-- (?P<kind>run|output|file)(?: (?P<word>\S+))? -->\n+"
+    r"(?P<fence>[ ]*```)(?P<language>\w*)\n(?P<text>.*?)^(?P=fence)[ ]*$"
+    r"|^<!-- hidden\n(?P<hidden>.*?)^-->",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+    """A marked block of a page."""
+
+    kind: str  # run, output, file or hidden
+    word: str  # an exit status, or a file's name
+    language: str
+    text: str
+    line: int
+
+
+class Failure(Exception):
+    """A block that did something else than its page says."""
+
+
+def blocks(page: str) -> Iterator[Block]:
+    """The marked blocks of a page.
+
+    Raises:
+        Failure: a mark without a block.
+    """
+    found = 0
+    for match in BLOCK.finditer(page):
+        text = match["text"] if match["hidden"] is None else match["hidden"]
+        line = page[: match.start()].count("\n") + 1
+        found += 1
+        yield Block(
+            match["kind"] or "hidden", match["word"] or "", match["language"] or "sh", textwrap.dedent(text), line
+        )
+    if found != len(re.findall(r"^[ ]*<!-- (?:run|output|file|hidden)\b", page, re.MULTILINE)):
+        raise Failure("There is a mark without a block.")
+
+
+def same(expected: str, printed: str) -> bool:
+    """Whether a text is the expected one, but for blanks at the ends of lines, and any text for `...`."""
+    tidy = [re.sub(r"[ \r]+$", "", text, flags=re.MULTILINE).strip("\n") for text in (expected, printed)]
+    return re.fullmatch(".*".join(map(re.escape, tidy[0].split("..."))), tidy[1], re.DOTALL) is not None
+
+
+def execute(block: Block, folder: Path, earlier: list[str], groups: list[int]) -> str:
+    """Run a block; returns its stdout.
+
+    Raises:
+        Failure: another exit status, or too long a time.
+    """
+    if block.language == "python":
+        command = [sys.executable, "-c", "\n".join([*earlier, f"print({MARK!r}, flush=True)", block.text])]
+        earlier.append(block.text)
+    else:
+        command = ["bash", "-euo", "pipefail", "-c", block.text]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+        groups.append(process.pid)
+        try:
+            status = process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Failure(f"It did not end within {SECONDS} s.") from None
+        out.seek(0), err.seek(0)
+        printed = out.read()
+        if status != int(block.word or 0):
+            raise Failure(f"It exited with {status}.\n{printed}{err.read()}")
+    return printed.partition(MARK + "\n")[2] if block.language == "python" else printed
+
+
+def run(page: str, folder: Path) -> int:
+    """Run a page's blocks in a folder; returns how many were run.
+
+    Raises:
+        Failure: at the first block that fails, with its line.
+    """
+    printed, count, earlier, groups = "", 0, [], []
+    try:
+        for block in blocks(page):
+            try:
+                if block.kind == "file":
+                    (folder / block.word).write_text(block.text, encoding="utf-8")
+                elif block.kind == "output":
+                    if not same(block.text, printed):
+                        texts = (block.text.splitlines(), printed.splitlines())
+                        raise Failure("\n".join(difflib.unified_diff(*texts, "page", "run", lineterm="")))
+                else:
+                    printed, count = execute(block, folder, earlier, groups), count + 1
+            except Failure as failure:
+                raise Failure(f"line {block.line}: {failure}") from None
+    finally:
+        for group in groups:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGTERM)
+    return count
+
+
+def main(names: list[str]) -> int:
+    pages = [Path(name) for name in names] or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for page in pages:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            try:
+                count = run(page.read_text(encoding="utf-8"), Path(folder))
+            except Failure as failure:
+                print(f"{page.name}, {failure}", file=sys.stderr)
+                return 1
+        print(f"{page.name}: {count} blocks")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
