@@ -11,14 +11,16 @@ Comments that a rendered page does not show mark the blocks of a page:
     <!-- file NAME --> before a block: it is written to a file of that name
     <!-- hidden        a script that a reader need not see, until -->
 
-The blocks of a page share a temporary folder, and its python blocks their names. What a block leaves running in the
-background ends with the page. Exits with 1 at the first block that fails, after a diff.
+The blocks of a page share a temporary folder, whose bin/ comes first in PATH, and its python blocks share their names.
+Port 8080 becomes a free one. What a block leaves running in the background ends with the page. Exits with 1 at the
+first block that fails, after a diff.
 """
 
 import difflib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -77,6 +79,13 @@ def same(expected: str, printed: str) -> bool:
     return re.fullmatch(".*".join(map(re.escape, tidy[0].split("..."))), tidy[1], re.DOTALL) is not None
 
 
+def free_port() -> str:
+    """A port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
 def execute(block: Block, folder: Path, earlier: list[str], groups: list[int]) -> str:
     """Run a block; returns its stdout.
 
@@ -88,7 +97,7 @@ def execute(block: Block, folder: Path, earlier: list[str], groups: list[int]) -
         earlier.append(block.text)
     else:
         command = ["bash", "-euo", "pipefail", "-c", block.text]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
@@ -118,9 +127,9 @@ def run(page: str, folder: Path) -> int:
     Raises:
         Failure: at the first block that fails, with its line.
     """
-    printed, count, earlier, groups = "", 0, [], []
+    printed, count, earlier, groups, port = "", 0, [], [], free_port()
     try:
-        for block in blocks(page):
+        for block in blocks(page.replace("8080", port)):
             try:
                 if block.kind == "file":
                     (folder / block.word).write_text(block.text, encoding="utf-8")
