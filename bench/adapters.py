@@ -167,7 +167,7 @@ def make(args: argparse.Namespace) -> None:
         weights = folder / peft.WEIGHTS
         save_file({key: a.to(dtype) for key, a in load_file(weights).items()}, weights, {"format": "pt"})
         config = json.loads((folder / peft.CONFIG).read_text())
-        config["base_model_name_or_path"] = "dgemma-tiny"  # no path of this machine
+        config["base_model_name_or_path"] = "dgemma-tiny-2"  # no path of this machine
         config = {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}
         (folder / peft.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         tokens, canvas = inputs(seed, model.config.text_config.vocab_size)

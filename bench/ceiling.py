@@ -24,7 +24,7 @@ def step_flops(config: ModelConfig, prefix: int) -> dict[str, float]:
     projections = scores = 0
     for kind in text.layer_types:
         full = kind == "full_attention"
-        kv_heads, dim = text.head(kind)
+        kv_heads, dim = text.kv_shape(kind)
         # Full layers have no values of their own: their keys serve as both.
         projections += 2 * rows * hidden * dim * (2 * heads + (1 if full else 2) * kv_heads)
         scores += 4 * rows * heads * dim * (_kept(text, kind, prefix) + rows)
@@ -45,7 +45,7 @@ def kv_bytes(config: ModelConfig, prefix: int, itemsize: int) -> int:
     """Keys and values of `prefix` positions that a canvas attends to."""
     total = 0
     for kind in config.text.layer_types:
-        heads, dim = config.text.head(kind)
+        heads, dim = config.text.kv_shape(kind)
         total += 2 * heads * dim * itemsize * _kept(config.text, kind, prefix)
     return total
 

@@ -31,11 +31,11 @@ from shapes import random_model, random_prompt, raw_config
 import mlx_dgemma
 from mlx_dgemma.checkpoint.build import suit_device
 from mlx_dgemma.constraints.language import Language
-from mlx_dgemma.constraints.patterns import translate
+from mlx_dgemma.constraints.patterns import python_regex_to_plain
 from mlx_dgemma.constraints.schema import to_regex
 from mlx_dgemma.constraints.search import Marginals, best_text
-from mlx_dgemma.constraints.tokens import Spelling
-from mlx_dgemma.decoding.canvas import denoise_block
+from mlx_dgemma.constraints.tokens import TokenBytes
+from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.tasks.constrained import Constrained
@@ -121,7 +121,7 @@ def regex(engine: mlx_dgemma.Engine, count: int) -> list[list]:
     patterns, found = PATTERNS[:count], Counter()
     for seed, (pattern, case) in enumerate(zip(patterns, mixed(len(patterns)))):
         asked = {"prompt": case["messages"], "seed": seed, "regex": pattern}
-        language = tried(asked, lambda pattern=pattern: engine.language(translate(pattern), "it"))
+        language = tried(asked, lambda pattern=pattern: engine.builder.language(python_regex_to_plain(pattern), "it"))
         least = int(language.distance[0]) + 1 if language else 1
         ways = {**WAYS, "least tokens": {"max_tokens": least}, "least + 2": {"max_tokens": least + 2}}
         for way, changes in ways.items():
@@ -201,7 +201,7 @@ def overhead(_: None, count: int, full: bool = False) -> list[list]:
     raw = raw_config("26b") if full else raw_config("small", 2, 512, 262144, 64)
     rows, made = [["", "seconds", "MiB kept", "MiB at most"]], []
     pieces, pattern = Pieces(262144), to_regex(TEN)
-    makers = {"Spelling": lambda: Spelling(pieces, 262144), "Language": lambda: Language(pattern, made[0])}
+    makers = {"TokenBytes": lambda: TokenBytes(pieces, 262144), "Language": lambda: Language(pattern, made[0])}
     for what, make in makers.items():
         began = time.perf_counter()
         made.append(make())
@@ -211,9 +211,9 @@ def overhead(_: None, count: int, full: bool = False) -> list[list]:
         rows[-1] += [held / 2**20 for held in tracemalloc.get_traced_memory()]
         tracemalloc.stop()
     language, draws = made[1], np.random.default_rng(0)
-    rows.append([f"table, {len(language.distance)} states", "", language._table.nbytes / 2**20, ""])
+    rows.append([f"table, {len(language.distance)} states", "", language.table.nbytes / 2**20, ""])
     ends = np.log(draws.dirichlet(np.ones(2), 256))[:, :1]
-    anchors = np.log(draws.dirichlet(np.ones(len(language.anchors) + 1000), 256))[:, :-1000]
+    anchors = np.log(draws.dirichlet(np.ones(len(language.always_scored_tokens) + 1000), 256))[:, :-1000]
     for what, probabilities in (("diffuse", [0.9 / 32] * 32), ("settled", [1 - 1e-5] + [1e-7] * 31)):
         spent = []
         for _ in range(count):

@@ -18,7 +18,7 @@ from shapes import TOWER, random_model, raw_config
 from step import nbytes
 
 import mlx_dgemma
-from mlx_dgemma.prompt.images import BUDGETS
+from mlx_dgemma.model.patches import BUDGETS
 
 
 def look(model, patches: mx.array, positions: mx.array) -> tuple[float, int]:

@@ -19,7 +19,7 @@ from report import finish, machine, table
 from transformers import DiffusionGemmaForBlockDiffusion
 
 import mlx_dgemma
-from mlx_dgemma.tune.objective import VARIANTS, Batch, Noise, draw, loss
+from mlx_dgemma.tune.objective import VARIANTS, Batch, Noise, draw_noise, loss
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 WEIGHTS = (
@@ -68,7 +68,7 @@ def masks(model, tokens: torch.Tensor, real: torch.Tensor, types: torch.Tensor) 
 
 def theirs(model, batch: Batch, noise: Noise, objective, seen: dict) -> tuple[list[float], list[np.ndarray]]:
     """Losses (total, canvas, encoder) and gradients by Transformers, in the straightest way."""
-    tokens, real, clean = (torch.from_numpy(np.array(a)).long() for a in (batch.tokens, batch.real, batch.canvas))
+    tokens, real, clean = (torch.from_numpy(np.array(a)).long() for a in (batch.tokens, batch.mask, batch.canvas))
     noisy = torch.from_numpy(np.array(noise.canvas)).long()
     t, counts = torch.from_numpy(np.array(noise.t)), torch.from_numpy(batch.supervised).float()
     more = {key: torch.from_numpy(one) for key, one in seen.items()}
@@ -138,7 +138,7 @@ def main() -> None:
     for name, (variant, conditioned) in CASES.items():
         objective = VARIANTS[variant]
         batch, seen = batch_of(name, model)
-        noise = draw(batch, objective, model.config.text.vocab_size, mx.random.key(3))
+        noise = draw_noise(batch, objective, model.config.text.vocab_size, mx.random.key(3))
         noise = noise._replace(conditioned=np.array(conditioned))
         losses, gradients = theirs(reference, batch, noise, objective, seen)
         own, mine = ours(model, batch, noise, objective)

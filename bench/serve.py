@@ -21,21 +21,26 @@ from mlx_dgemma.checkpoint.build import suit_device
 from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
-from mlx_dgemma.decoding.prefill import encoding
-from mlx_dgemma.decoding.request import Job, Row
-from mlx_dgemma.decoding.session import Session
+from mlx_dgemma.decoding.request import Request
+from mlx_dgemma.decoding.session import PromptTokens, Session
 
 
 class Reader:
     """An answer of so many canvases."""
 
-    def __init__(self, blocks: int):
-        self.left, self._blocks, self.taken = 2**30, blocks, []
+    text, thinking, tool_calls, finish_reason = "", "", (), "length"
 
-    def feed(self, tokens: tuple[int, ...]) -> str | None:
+    def __init__(self, blocks: int):
+        self.left, self._blocks, self.taken, self.tokens, self.log_probs = 2**30, blocks, [], [], []
+
+    def feed(self, tokens: tuple[int, ...], log_probs: tuple[float, ...]) -> str | None:
         """Take a canvas; "length" after the last one."""
         self.taken.append(tokens)
         return "length" if len(self.taken) == self._blocks else None
+
+    def take(self) -> tuple[str, str]:
+        """No text."""
+        return "", ""
 
 
 def answer(model, prompts: list[np.ndarray], args: argparse.Namespace, together: bool) -> dict:
@@ -43,20 +48,20 @@ def answer(model, prompts: list[np.ndarray], args: argparse.Namespace, together:
     options = GenerationOptions(
         max_denoising_steps=args.steps, confidence_threshold=0.0, certainty_threshold=0.0, patience=0
     )
-    jobs = []
+    requests = []
     for seed, prompt in enumerate(prompts):
-        job = Job(Row(prompt.tolist(), [], [], [], seed, Reader(args.blocks)), options)
-        job.session = Session(model.new_prefix(capacity=len(prompt) + (args.blocks + 1) * model.config.canvas_length))
-        jobs.append((job, encoding(model, job.session.prefix, prompt[None], None)))
+        room = len(prompt) + (args.blocks + 1) * model.config.canvas_length
+        asked = PromptTokens(prompt.tolist(), prompt.tolist())
+        requests.append((Request(asked, seed, options, Reader(args.blocks)), Session(model, room)))
     settle()
     base, first = mx.get_active_memory(), 0.0
     mx.reset_peak_memory()
     began = time.perf_counter()
-    for group in [jobs] if together else [[one] for one in jobs]:
+    for group in [requests] if together else [[one] for one in requests]:
         loop = Loop(model)
         for one in group:
             loop.add(*one)
-        while loop.jobs:
+        while loop.requests:
             for _, event in loop.step():
                 if isinstance(event, Exception):
                     raise event
@@ -64,7 +69,12 @@ def answer(model, prompts: list[np.ndarray], args: argparse.Namespace, together:
                     first = time.perf_counter() - began
     seconds = time.perf_counter() - began
     peak = (mx.get_peak_memory() - base) / GIB
-    return {"seconds": seconds, "first": first, "peak": peak, "taken": [job.row.answer.taken for job, _ in jobs]}
+    return {
+        "seconds": seconds,
+        "first": first,
+        "peak": peak,
+        "taken": [request.reader.taken for request, _ in requests],
+    }
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from report import GIB, attempt, finish, machine
 from shapes import add_arguments, from_arguments, random_prompt
 
 from mlx_dgemma.checkpoint.build import DTYPES, suit_device
-from mlx_dgemma.decoding.canvas import denoise_block
+from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma

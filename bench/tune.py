@@ -19,8 +19,9 @@ from step import nbytes
 
 from mlx_dgemma.adapters.deltas import GROUPS
 from mlx_dgemma.checkpoint.build import suit_device
+from mlx_dgemma.tune.config import KINDS, TrainerConfig
 from mlx_dgemma.tune.objective import VARIANTS, Batch
-from mlx_dgemma.tune.trainer import KINDS, Method, Trainer
+from mlx_dgemma.tune.trainer import Trainer
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     suit_device(model)
     mx.eval(model.parameters())
     weights = nbytes(model)
-    method = Method(kind=args.kind, targets=tuple(args.targets), recompute=not args.keep, steps=1000)
+    method = TrainerConfig(kind=args.kind, targets=tuple(args.targets), recompute=not args.keep, steps=1000)
     trainer = Trainer(model, method, VARIANTS["google"])
     print(f"shape {args.shape}, {args.recipe or dtype}, weights {weights / GIB:.3f} GiB, {trainer.trainable:,} trained")
     canvas, rows = model.config.canvas_length, []

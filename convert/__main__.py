@@ -1,4 +1,4 @@
-"""`python -m mlx_dgemma.convert` is `mlx-dgemma convert`."""
+"""`python -m mlx_dgemma.convert` runs `mlx-dgemma convert`."""
 
 from .cli import command
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml  # huggingface-hub brings it
+import yaml
 
 from mlx_dgemma import __version__
 from mlx_dgemma.errors import human
 
 from .recipes import RECIPES, Recipe
+from .report import Report
 
-if TYPE_CHECKING:
-    from .conversion import Report
-
-CARRIED = ("license", "license_name", "license_link", "language")  # what a source's card says about the result, too
-NAMES = {
+COPIED_KEYS = ("license", "license_name", "license_link", "language")  # front matter that also holds for the result
+PART_NAMES = {
     "experts": "experts",
     "attention": "attention",
     "mlp": "dense MLP",
@@ -28,16 +26,20 @@ NAMES = {
 
 
 def write(folder: Path, report: Report, recipe: Recipe | None, source: Path) -> None:
-    """Write README.md into `folder`; `source` is the source's own card, if it has one.
+    """Write README.md.
 
-    A source whose weights stay as they are keeps its card.
+    Args:
+        folder: the new checkpoint's folder.
+        report: what was converted, and how.
+        recipe: the recipe that was applied, or None.
+        source: path of the source's model card, which may not exist. If the weights are unchanged, it is copied.
     """
     if report.unchanged and source.exists():
         shutil.copyfile(source, folder / "README.md")
         return
     data = _front_matter(source)
     base = data.get("base_model") if Path(report.source).exists() else report.source
-    front: dict[str, Any] = {key: data[key] for key in CARRIED if key in data}
+    front: dict[str, Any] = {key: data[key] for key in COPIED_KEYS if key in data}
     front |= {"library_name": "mlx", "pipeline_tag": "image-text-to-text", "tags": ["mlx", "diffusion_gemma"]}
     if base:
         front["base_model"] = base
@@ -51,19 +53,19 @@ def _body(report: Report, recipe: Recipe | None, base: str | list | None) -> str
     name = report.target.name
     origin = f"[{base}](https://huggingface.co/{base})" if isinstance(base, str) else "A DiffusionGemma checkpoint"
     made = f"with mlx-dgemma {__version__}" + (f", recipe `{recipe.name}`" if recipe else "")
-    rows = [f"| {NAMES[part]} | {how} |" for part, how in report.quantized.items()]
+    rows = [f"| {PART_NAMES[part]} | {how} |" for part, how in report.quantized.items()]
     rows.append(f"| {'vision tower, projector, norms, scalars' if rows else 'all weights'} | {report.dtype} |")
     table = "\n".join(rows)
     command = f"mlx-dgemma convert --hf-path {base if isinstance(base, str) else 'SOURCE'} --mlx-path {name}"
     return f"""# {name}
 
 {origin} in the layout of [MLX](https://github.com/ml-explore/mlx), converted {made}.
-DiffusionGemma writes text by block diffusion: a whole canvas of tokens is denoised at once, in a few dozen steps a
-block at most. It reads text, pictures and video frames.
+DiffusionGemma generates text by block diffusion: it denoises a block (canvas) of tokens at once, in at most a few dozen
+steps per block. It takes text, images and video frames as input.
 
 ## Use
 
-`{name}` stands for this folder or its Hub id.
+Replace `{name}` with the path of this folder or its Hub id.
 
 ```bash
 pip install mlx-dgemma
@@ -80,7 +82,7 @@ print(engine.generate("Why is the sky blue?").text)
 ## Weights
 
 {report.parameters / 1e6:,.1f} M parameters, {human(report.nbytes)}, {report.bits_per_weight:.2f} bits per weight.
-Made by `{command}{_flags(report, recipe)}`.
+Made with `{command}{_flags(report, recipe)}`.
 
 | part | stored as |
 |---|---|
@@ -89,7 +91,7 @@ Made by `{command}{_flags(report, recipe)}`.
 
 
 def _flags(report: Report, recipe: Recipe | None) -> str:
-    """The options that make this conversion again."""
+    """The command-line options that repeat this conversion."""
     dtype = f" --dtype {report.dtype}"
     if recipe is None or recipe.experts is None:
         return dtype
@@ -100,23 +102,23 @@ def _flags(report: Report, recipe: Recipe | None) -> str:
 
 
 def _quality(report: Report) -> str:
-    found = report.verification
-    if found is None:
+    result = report.verification
+    if result is None:
         return ""
     return f"""
-Compared with the source's logits, both in float32, over {found.positions} positions of two denoising steps: mean KL
-divergence {found.mean_kl:.3g} nats, same best token at {found.argmax_agreement:.1%}, largest difference of a logit
-{found.max_difference:.3g}.
+Compared with the source's logits, both in float32, over {result.positions} positions of two denoising steps: mean KL
+divergence {result.mean_kl:.3g} nats, same top token at {result.argmax_agreement:.1%} of positions, largest logit
+difference {result.max_difference:.3g}.
 """
 
 
 def _front_matter(readme: Path) -> dict[str, Any]:
-    """The YAML block at a card's head; a card without one, or with a broken one, says nothing."""
+    """The YAML front matter of a model card; empty if it is missing or broken."""
     if not readme.exists():
         return {}
-    head, mark, rest = readme.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    before, start, rest = readme.read_text(encoding="utf-8", errors="replace").partition("---\n")
     block, end, _ = rest.partition("\n---")
-    if head or not mark or not end:
+    if before or not start or not end:
         return {}
     try:
         data = yaml.safe_load(block)

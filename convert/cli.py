@@ -1,4 +1,4 @@
-"""The command `convert`: a thin layer over `convert()`. Nothing heavy is imported until it runs."""
+"""The command `convert`, a thin layer over `convert()`. MLX is only imported when it runs."""
 
 from __future__ import annotations
 
@@ -15,71 +15,75 @@ from mlx_dgemma.errors import DgemmaError, human
 from . import recipes
 
 if TYPE_CHECKING:
-    from .conversion import Report
+    from .report import Report
 
-EPILOG = f"""Recipes: {", ".join(recipes.RECIPES)}. The number is the bits of the experts, which hold nine tenths
-of the weights; the rest of the text stack is stored at 8 bit, and the vision tower keeps its floats."""
+EPILOG = f"""Recipes: {", ".join(recipes.RECIPES)}. The number is the bits per weight of the experts, which hold nine
+tenths of the weights. The rest of the text model is stored at 8 bits, and the vision tower stays in floats."""
 
 
 @click.command("convert", epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", required=False)
-@click.option("--hf-path", help="Checkpoint to convert: a folder or a Hub id (the argument SOURCE says the same).")
-@click.option("--mlx-path", default="mlx_model", show_default=True, help="Folder to make; it must not exist.")
-@click.option("-q", "--quantize", is_flag=True, help=f"Quantize by the default recipe, {recipes.DEFAULT}.")
-@click.option("--recipe", metavar="NAME", help="Quantize by a named recipe (see below).")
-@click.option("--q-bits", type=int, help="With -q: bits of the experts; the rest stays at 8 bit.")
+@click.option("--hf-path", help="Checkpoint to convert: a folder or a Hub id (same as the argument SOURCE).")
+@click.option("--mlx-path", default="mlx_model", show_default=True, help="Folder to make; it must not exist yet.")
+@click.option("-q", "--quantize", is_flag=True, help=f"Quantize with the default recipe, {recipes.DEFAULT}.")
+@click.option("--recipe", metavar="NAME", help="Quantize with this recipe (see below).")
+@click.option("--q-bits", type=int, help="With -q: bits per weight of the experts; the rest stays at 8 bits.")
 @click.option("--q-group-size", type=int, help="With -q: group size of the experts.")
 @click.option("--q-mode", type=click.Choice(list(recipes.MODES)), help="With -q: quantization mode of the experts.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Cast the floats; default: keep them."
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Dtype of float weights; default: unchanged.",
 )
-@click.option("--verify", is_flag=True, help="Compare the logits of source and result, and look for NaN weights.")
-@click.option("--upload-repo", metavar="ID", help="Upload the result to this Hub id.")
+@click.option(
+    "--verify", is_flag=True, help="Compare the logits of source and result; look for NaN or infinite weights."
+)
+@click.option("--upload-repo", metavar="ID", help="Upload the result to this Hub repository.")
 def command(source: str | None, hf_path: str | None, mlx_path: str, quantize: bool, recipe: str | None, **options: Any):
     """Convert a DiffusionGemma checkpoint to MLX, quantized or not.
 
-    Memory stays below 1 GB (--verify needs a few layers in float32), and a result appears only when it is whole.
+    Memory use stays below 1 GB (--verify needs a few layers in float32). The folder only appears when it is complete.
     """
     if (source and hf_path) or not (origin := source or hf_path):
         raise click.UsageError("Give one checkpoint: --hf-path or the argument SOURCE.")
     experts = {key: options.pop(f"q_{key}") for key in ("bits", "group_size", "mode")}
     given = [f"--q-{key.replace('_', '-')}" for key, value in experts.items() if value is not None]
     if given and recipe:
-        raise click.UsageError(f"--recipe and {given[0]} exclude each other.")
+        raise click.UsageError(f"--recipe and {given[0]} cannot be combined.")
     if given and not quantize:
         raise click.UsageError(f"{given[0]} needs -q.")
     try:
         chosen: Any = recipe or (recipes.DEFAULT if quantize else None)
-        chosen = recipes.custom(**experts) if given else chosen and recipes.named(chosen)
+        chosen = recipes.custom_recipe(**experts) if given else chosen and recipes.recipe_named(chosen)
         from .conversion import convert
 
-        with stoppable(), bar("Converting") as progress:
+        with sigterm_exits(), progress_bar("Converting") as progress:
             report = convert(origin, mlx_path, chosen, progress=progress, **options)
     except DgemmaError as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
-        click.echo("Interrupted; nothing was left behind.", err=True)
+        click.echo("Interrupted; no files were left behind.", err=True)
         raise click.exceptions.Exit(130) from None
-    _tell(report)
+    _print_report(report)
 
 
 @contextmanager
-def stoppable():
-    """A polite kill unwinds like an error, so that the half-made folder goes."""
+def sigterm_exits():
+    """Turn SIGTERM into SystemExit, so that clean-up code removes the unfinished folder."""
 
     def stop(number, frame):
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
-def bar(label: str):
-    """A progress callback that draws a bar on a terminal, and None in a pipe."""
+def progress_bar(label: str):
+    """Yield a progress callback that draws a bar on stderr; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -99,42 +103,41 @@ def bar(label: str):
             shown.__exit__(None, None, None)
 
 
-def _tell(report: Report) -> None:
-    """Print what was done."""
+def _print_report(report: Report) -> None:
+    """Print what was converted, and how."""
     click.echo(f"{report.source} -> {report.target}")
     if report.unchanged:
         click.echo(
-            f"{report.source} is already an MLX checkpoint at {report.bits_per_weight:.2f} bits per weight: "
-            "weights are copied unchanged."
+            f"{report.source} is already an MLX checkpoint with {report.bits_per_weight:.2f} bits per weight: "
+            "the weights are copied unchanged."
         )
     for part, how in report.quantized.items():
         click.echo(f"  {part.replace('_', '-'):18} {how}")
     rest = "the rest" if report.quantized else "all weights"
     click.echo(f"  {rest:18} {report.dtype}")
-    for path, how in _by_kind(report.regrouped).items():
-        click.echo(f"  {path}: {how}, as the recipe's groups do not divide its input")
-    for path in _by_kind(dict.fromkeys(report.unquantized, "")):
-        click.echo(f"  {path}: left in {report.dtype}, as no group size divides its input")
+    for path, how in _merge_layers(report.regrouped).items():
+        click.echo(f"  {path}: {how}, because the recipe's group size does not divide its input size")
+    for path in _merge_layers(dict.fromkeys(report.unquantized, "")):
+        click.echo(f"  {path}: kept in {report.dtype}, because no group size divides its input size")
     size = human(report.nbytes)
     click.echo(f"{report.bits_per_weight:.2f} bits per weight, {size}, {report.seconds:.1f} s.")
     if not report.quantized:
-        click.echo("Nothing is quantized; -q quantizes.")
+        click.echo("Nothing was quantized; use -q to quantize.")
     for name in report.nonfinite:
-        click.echo(f"Warning: {name} holds NaN or infinity.", err=True)
-    if found := report.verification:
+        click.echo(f"Warning: {name} contains NaN or infinity.", err=True)
+    if result := report.verification:
+        difference = (
+            f"largest difference {result.max_difference:.3g}, mean KL {result.mean_kl:.3g} nats, "
+            f"same top token at {result.argmax_agreement:.1%}."
+        )
         click.echo(
-            f"Logits against the source's, over {found.positions} positions: "
-            + (
-                "equal bit for bit."
-                if found.equal
-                else f"largest difference {found.max_difference:.3g}, "
-                f"mean KL {found.mean_kl:.3g} nats, same best token at {found.argmax_agreement:.1%}."
-            )
+            f"Logits compared with the source's at {result.positions} positions: "
+            + ("equal bit for bit." if result.equal else difference)
         )
     if report.url:
         click.echo(f"Uploaded to {report.url}.")
 
 
-def _by_kind(paths: dict[str, str]) -> dict[str, str]:
-    """The paths of all layers as one."""
+def _merge_layers(paths: dict[str, str]) -> dict[str, str]:
+    """Merge the paths of all layers: `.0.` becomes `.*.`."""
     return {re.sub(r"\.\d+\.", ".*.", path): how for path, how in paths.items()}

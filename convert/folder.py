@@ -1,4 +1,4 @@
-"""The folder of a new checkpoint: all or nothing, with all files that are no weights."""
+"""The folder of a new checkpoint: created all or nothing, with tokenizer and configuration copied."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from mlx_dgemma.errors import DgemmaError, OptionError, human
 from .recipes import Quantization, part_of
 from .writer import INDEX, write_json
 
-_CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
 _REWRITTEN = ("config.json", INDEX)
 
 
-def vacant(target: str | os.PathLike, option: str) -> Path:
-    """The path of a folder to be made.
+def require_absent(target: str | os.PathLike, option: str) -> Path:
+    """Check that nothing exists at `target`.
+
+    Args:
+        target: path of a folder to be made; `~` is expanded.
+        option: the option that sets the target, for the error message.
 
     Raises:
-        OptionError: it exists; the message tells to choose another `option`.
+        OptionError: the path exists.
     """
     path = Path(target).expanduser()
     if os.path.lexists(path):
@@ -33,23 +37,23 @@ def vacant(target: str | os.PathLike, option: str) -> Path:
 
 
 @contextmanager
-def created(target: Path, nbytes: int, option: str) -> Iterator[Path]:
-    """A hidden folder beside `target` that becomes `target`, or vanishes if anything goes wrong.
+def atomic_folder(target: Path, nbytes: int, option: str) -> Iterator[Path]:
+    """Yield a hidden folder beside `target`. It is renamed to `target` on success and removed on any error.
 
     Args:
-        target: from `vacant`.
-        nbytes: what is going to be written; less space on the disk is refused.
-        option: what names the target, for messages.
+        target: from `require_absent`.
+        nbytes: bytes that will be written; the disk must have that much free space.
+        option: the option that sets the target, for error messages.
 
     Raises:
-        DgemmaError: too little space, or a place that cannot be written.
+        DgemmaError: too little free space, or a place that cannot be written.
     """
-    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    missing_parents = [parent for parent in target.absolute().parents if not parent.exists()]
     parent = target.absolute().parent
     partial = parent / f".{target.name}.partial-{os.getpid()}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        _remove_stale_partials(target)
         free = shutil.disk_usage(parent).free
         if free < nbytes:
             raise DgemmaError(
@@ -61,9 +65,9 @@ def created(target: Path, nbytes: int, option: str) -> Iterator[Path]:
         partial.rename(target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        for one in made:
+        for created_parent in missing_parents:
             with suppress(OSError):
-                one.rmdir()
+                created_parent.rmdir()
         if not isinstance(error, OSError):
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -71,40 +75,40 @@ def created(target: Path, nbytes: int, option: str) -> Iterator[Path]:
                 f"The disk under {parent} is full, and the result takes {human(nbytes)}; "
                 f"free some space or choose another {option}."
             ) from None
-        # The hidden folder means nothing to a user; the one that holds it does.
+        # Users do not know the hidden folder, so name its parent instead.
         where = parent if error.filename is None or str(partial) in str(error.filename) else error.filename
         raise DgemmaError(
-            f"{where} cannot be used ({error.strerror or error}); mend that or choose another {option}."
+            f"{where} cannot be used ({error.strerror or error}); fix that or choose another {option}."
         ) from None
 
 
-def _sweep(target: Path) -> None:
-    """Remove what killed runs left: folders for this target whose process is gone."""
-    for left in target.absolute().parent.glob(f".{escape(target.name)}.partial-*"):
-        number = left.name.rpartition("-")[2]
-        if not number.isdigit():
+def _remove_stale_partials(target: Path) -> None:
+    """Remove partial folders of `target` whose process no longer runs."""
+    for partial in target.absolute().parent.glob(f".{escape(target.name)}.partial-*"):
+        pid = partial.name.rpartition("-")[2]
+        if not pid.isdigit():
             continue
         try:
-            if int(number) != os.getpid():  # its number may have come round again, to us
-                os.kill(int(number), 0)
+            if int(pid) != os.getpid():  # our own pid means that an earlier process had the same number
+                os.kill(int(pid), 0)
                 continue
         except ProcessLookupError:
             pass
-        except OSError:  # somebody else's, and alive
+        except OSError:  # another user's process, still running
             continue
-        shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def carry(checkpoint: Checkpoint, folder: Path, dtype: str, packed: dict[str, Quantization]) -> None:
-    """Copy tokenizer, templates and the other configurations; write config.json.
+def copy_metadata(checkpoint: Checkpoint, folder: Path, dtype: str, quantized: dict[str, Quantization]) -> None:
+    """Copy tokenizer, chat templates and the other configuration files, and write config.json.
 
     Args:
-        checkpoint: where they come from.
-        folder: where they go.
-        dtype: of the floats that stay floats, such as "bfloat16".
-        packed: {module path: how it is packed} of the new checkpoint.
+        checkpoint: the source.
+        folder: the new checkpoint's folder.
+        dtype: dtype of the weights that stay floats, such as "bfloat16".
+        quantized: {module path: its quantization} of the new checkpoint.
     """
-    for pattern in _CARRIED:
+    for pattern in _COPIED:
         for file in sorted(checkpoint.path.glob(pattern)):
             if file.name not in _REWRITTEN and file.is_file():
                 copy = folder / file.relative_to(checkpoint.path)
@@ -116,10 +120,10 @@ def carry(checkpoint: Checkpoint, folder: Path, dtype: str, packed: dict[str, Qu
         if config.get(key) and (key == "text_config" or "dtype" in config[key]):
             config[key] = {**config[key], "dtype": dtype}
     config.pop("torch_dtype", None)
-    if packed:
-        # The experts' quantization is the base, as readers expect it; other modules are exceptions to it.
-        experts = (q for path, q in packed.items() if part_of(path) == "experts")
-        base = next(experts, next(iter(packed.values())))
-        others = {path: q.as_dict for path, q in sorted(packed.items()) if q != base}
-        config["quantization"] = config["quantization_config"] = {**base.as_dict, **others}
+    if quantized:
+        # Readers expect the experts' quantization as the default and the other modules as overrides.
+        experts = (q for path, q in quantized.items() if part_of(path) == "experts")
+        default = next(experts, next(iter(quantized.values())))
+        overrides = {path: q.as_dict for path, q in sorted(quantized.items()) if q != default}
+        config["quantization"] = config["quantization_config"] = {**default.as_dict, **overrides}
     write_json(folder / "config.json", config)

@@ -1,4 +1,4 @@
-"""Uploading a converted checkpoint to the Hub."""
+"""Upload a converted checkpoint to the Hub."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from mlx_dgemma.errors import DgemmaError, OptionError
 
 
 def check(repo: str) -> None:
-    """Refuse an upload that cannot succeed before the conversion is paid for.
+    """Refuse an upload that cannot succeed, before the conversion starts.
 
     Raises:
-        OptionError: a name that is no Hub id, or no token on this machine.
+        OptionError: `repo` is not a Hub id, or this machine has no Hub token.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -29,21 +29,24 @@ def check(repo: str) -> None:
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Upload a folder into a model repository, made if need be; returns its address.
+    """Upload a folder to a model repository, which is created if it does not exist.
+
+    Returns:
+        The repository's URL.
 
     Raises:
-        DgemmaError: the Hub refuses or cannot be reached.
+        DgemmaError: the Hub refuses the upload or cannot be reached.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
-        address = api.create_repo(repo, exist_ok=True)
+        url = api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Convert with mlx-dgemma")
-    except Exception as error:  # refused, timed out, offline: the client's exceptions share no base
+    except Exception as error:  # the client's exceptions have no common base class
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DgemmaError(
             f"The checkpoint is in {folder}, but uploading it to {repo} failed ({reason}); "
             f"try again with `hf upload {repo} {folder}`."
         ) from None
-    return str(address)
+    return str(url)

@@ -1,8 +1,8 @@
-"""What conversion does to each parameter: read which bytes, cast or pack them how, write which tensors."""
+"""The work per parameter: which bytes to read, how to cast or quantize them, and which tensors to write."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,35 +19,44 @@ from mlx_dgemma.errors import CheckpointError, OptionError
 from .recipes import Quantization, Recipe
 from .writer import ITEM, Entry
 
-SLICE_BYTES = 16 * 2**20  # of source read at a time
+SLICE_BYTES = 16 * 2**20  # bytes of the source read at a time
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 Range = tuple[Path, int, int]  # file[start:end]
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-DTYPES = {name: short for short, name in _NAMES.items()}  # safetensors' name: ours
+DTYPES = {name: short for short, name in _NAMES.items()}  # {safetensors' name: MLX's name}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One parameter's way from source to result."""
+    """The conversion of one parameter.
+
+    Attributes:
+        target: name of the parameter in the result.
+        shape: shape of the parameter as the source stores it.
+        names: names of the source's tensors; two if gate and up are stored separately.
+        sources: where these tensors are stored, in the order of `names`.
+        dtype: safetensors dtype of the result.
+        quantization: quantization to apply, or None.
+    """
 
     target: str
-    shape: tuple[int, ...]  # as the source stores it
-    names: tuple[str, ...]  # of the source's tensors: two where gate and up lie apart
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
     sources: tuple[TensorInfo, ...]
-    dtype: str  # of the result's floats
-    quantization: Quantization | None = None  # to be applied
+    dtype: str
+    quantization: Quantization | None = None
 
     @property
     def entries(self) -> list[Entry]:
-        """The tensors it writes."""
+        """The tensors to write."""
         if self.quantization is None:
             return [Entry(self.target, self.dtype, self.shape)]
-        stored = self.quantization.stored(self.target.removesuffix(".weight"), self.shape, self.dtype)
-        return [Entry(name, dtype, shape) for name, (dtype, shape) in stored.items()]
+        tensors = self.quantization.stored_tensors(self.target.removesuffix(".weight"), self.shape, self.dtype)
+        return [Entry(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
 
     @property
-    def raw(self) -> bool:
-        """Whether the bytes stay as they are."""
+    def unchanged(self) -> bool:
+        """True if the bytes are copied as they are."""
         return self.quantization is None and self.dtype == self.sources[0].dtype
 
     @property
@@ -56,7 +65,10 @@ class Job:
         return sum(info.nbytes for info in self.sources)
 
     def slices(self) -> Iterator[list[Range]]:
-        """The source's bytes in order, cut into slices that end with a row (or, unquantized, an element)."""
+        """The source's bytes in order, in slices of about `SLICE_BYTES`.
+
+        A slice ends at the end of a row; if nothing is quantized, at the end of an element.
+        """
         row = ITEM[self.sources[0].dtype] * (self.shape[-1] if self.quantization else 1)
         limit = max(SLICE_BYTES // row, 1) * row
         piece: list[Range] = []
@@ -74,8 +86,8 @@ class Job:
         if piece:
             yield piece
 
-    def part(self, index: int, count: int) -> list[Range]:
-        """Where one of `count` equal parts of the source's bytes lies, such as one expert's."""
+    def equal_part(self, index: int, count: int) -> list[Range]:
+        """The byte ranges of part `index` if the source's bytes are divided into `count` equal parts (experts)."""
         low, high, at = index * (self.nbytes // count), (index + 1) * (self.nbytes // count), 0
         piece = []
         for file, start, end in self._ranges():
@@ -86,7 +98,7 @@ class Job:
         return piece
 
     def _ranges(self) -> Iterator[Range]:
-        """Where the parameter's bytes lie; halves alternate, expert by expert."""
+        """Byte ranges of the parameter in order. If gate and up are separate, they alternate expert by expert."""
         count = 1 if len(self.sources) == 1 else self.shape[0]
         for i in range(count):
             for info in self.sources:
@@ -95,11 +107,11 @@ class Job:
 
 
 def source_quantization(checkpoint: Checkpoint) -> dict[str, Quantization]:
-    """{module path: how it is packed} of a checkpoint, by the scales that it holds.
+    """{module path: its quantization} of every module of a checkpoint that has scales.
 
     Raises:
-        CheckpointError: scales without an entry in config.json, an entry that MLX does not compute, or
-            gate and up packed differently where they lie apart.
+        CheckpointError: scales without an entry in config.json, an entry that MLX does not support, or
+            separate gate and up tensors with different quantizations.
     """
     declared = checkpoint.quantization or {}
     default: dict[str, Any] = {key: declared[key] for key in ("group_size", "bits", "mode") if key in declared}
@@ -113,59 +125,62 @@ def source_quantization(checkpoint: Checkpoint) -> dict[str, Quantization]:
         path = match[0].removesuffix(".scales")
         own = declared.get(name.removesuffix(".scales"), declared.get(path))
         try:
-            one = Quantization(**({"mode": "affine", **own} if isinstance(own, dict) else default))
+            quantization = Quantization(**({"mode": "affine", **own} if isinstance(own, dict) else default))
         except (OptionError, TypeError) as error:
             raise CheckpointError(
-                f"config.json has a quantization of {path} that MLX cannot compute ({error})"
+                f"config.json gives {path} a quantization that MLX does not support: {error}"
             ) from None
-        if found.setdefault(path, one) != one:
+        if found.setdefault(path, quantization) != quantization:
             raise CheckpointError(
-                f"config.json packs the two halves of {path} differently; both need one quantization."
+                f"config.json quantizes the two halves of {path} differently; give both the same quantization."
             )
     return found
 
 
 def make_jobs(
-    checkpoint: Checkpoint, packed: dict[str, Quantization], recipe: Recipe | None, dtype: str | None
+    checkpoint: Checkpoint, quantized: dict[str, Quantization], recipe: Recipe | None, dtype: str | None
 ) -> list[Job]:
     """One job for every parameter, in the order in which the source stores them.
 
     Args:
         checkpoint: the source.
-        packed: what `source_quantization` found there.
-        recipe: quantization to be applied to a source that has none.
-        dtype: of the result's floats; None keeps the source's.
+        quantized: from `source_quantization`.
+        recipe: quantization to apply to an unquantized source.
+        dtype: dtype of the result's floats; None keeps the source's.
 
     Raises:
-        CheckpointError: a tensor missing, unknown, or of a wrong shape or dtype.
+        CheckpointError: a tensor is missing, unknown, or has a wrong shape or dtype.
     """
-    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}  # parameter: dtypes, shape
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}  # {parameter: (allowed dtypes, shape)}
     for name, shape in checkpoint.shapes.items():
         path = name.removesuffix(".weight")
-        if path in packed:
-            for tensor, (kind, stored) in packed[path].stored(path, shape, "").items():
-                wanted[tensor] = (kind,) if kind else tuple(FLOATS), stored
+        if path in quantized:
+            for tensor, (kind, stored_shape) in quantized[path].stored_tensors(path, shape, "").items():
+                expected[tensor] = (kind,) if kind else tuple(FLOATS), stored_shape
         else:
-            wanted[name] = tuple(FLOATS), shape
+            expected[name] = tuple(FLOATS), shape
     jobs = []
-    for target, sources in weights.plan(list(checkpoint.tensors), checkpoint.config, set(wanted)).items():
-        dtypes, shape = wanted[target]
+    for target, sources in weights.plan(list(checkpoint.tensors), checkpoint.config, set(expected)).items():
+        dtypes, shape = expected[target]
         infos = tuple(checkpoint.tensors[source.name] for source in sources)
         for source, info in zip(sources, infos):
-            _check(source, info, shape, dtypes)
+            _check_tensor(source, info, shape, dtypes)
         if len({info.dtype for info in infos}) > 1:
             raise CheckpointError(f"{sources[0].name} and {sources[1].name} have different dtypes; cast them to one.")
         floating = infos[0].dtype in FLOATS
         path = target.removesuffix(".weight")
-        fitting = None
-        if recipe and floating and (asked := recipe.wanted(path)):
-            fitting = asked.fit(shape[-1])
+        quantization = recipe.fitted(path, shape[-1]) if recipe and floating else None
         out = _NAMES[dtype] if dtype and floating else infos[0].dtype
-        jobs.append(Job(target, shape, tuple(source.name for source in sources), infos, out, fitting))
+        jobs.append(Job(target, shape, tuple(source.name for source in sources), infos, out, quantization))
     return sorted(jobs, key=lambda job: (job.sources[0].file, job.sources[0].start))
 
 
-def _check(source: weights.Source, info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+def float_dtype(jobs: Iterable[Job]) -> str:
+    """Safetensors dtype of the weights that stay floats: that of the final norm."""
+    return next(job.dtype for job in jobs if job.target == "model.decoder.norm.weight")
+
+
+def _check_tensor(source: weights.Source, info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
     if source.half is not None:
         shape = (shape[0], shape[1] // 2, *shape[2:])
     if info.shape != shape:
@@ -174,12 +189,12 @@ def _check(source: weights.Source, info: TensorInfo, shape: tuple[int, ...], dty
         )
     if info.dtype not in dtypes:
         raise CheckpointError(f"{source.name} has the dtype {info.dtype}; it should be one of {', '.join(dtypes)}.")
-    if info.nbytes != prod(shape) * ITEM[info.dtype]:
-        raise CheckpointError(f"{source.name} has {info.nbytes} bytes, but its shape asks for another number.")
+    if info.nbytes != (nbytes := prod(shape) * ITEM[info.dtype]):
+        raise CheckpointError(f"{source.name} has {info.nbytes} bytes, but its shape and dtype need {nbytes}.")
 
 
-def read(ranges: list[Range]) -> bytearray:
-    """The bytes of a slice, read plainly: mapped pages would count as resident memory."""
+def read_ranges(ranges: list[Range]) -> bytearray:
+    """Read byte ranges into one buffer. Memory mapping is not used, because mapped pages count as resident memory."""
     buffer = bytearray(sum(end - start for _, start, end in ranges))
     view = memoryview(buffer)
     for file, start, end in ranges:
@@ -189,13 +204,13 @@ def read(ranges: list[Range]) -> bytearray:
             while part:
                 count = stream.readinto(part)
                 if not count:
-                    raise CheckpointError(f"{file} became shorter while it was read; download it again.")
+                    raise CheckpointError(f"{file} became shorter while it was being read; download it again.")
                 part = part[count:]
     return buffer
 
 
 def to_array(data: Any, dtype: str) -> mx.array:
-    """An MLX vector from the bytes of a tensor."""
+    """A 1-D MLX array from the bytes of a tensor with a safetensors dtype."""
     array = mx.array(np.frombuffer(data, _NUMPY[dtype]))
     return array.view(mx.bfloat16) if dtype == "BF16" else array
 

@@ -1,8 +1,8 @@
-"""Quantization recipes: which part of the model is stored how. Plain data, no MLX needed.
+"""Quantization recipes: how each part of the model is stored. This module is plain data and does not import MLX.
 
-Experts hold nine tenths of the weights, so a recipe is mostly a choice for them. What routes,
-embeds or attends is small and sensitive and stays at 8 bit. The vision tower, its projector,
-norms and scalars always keep their float dtype.
+The experts hold nine tenths of the weights, so a recipe mostly chooses the experts' format. The router, the
+embedding and attention are small and sensitive; they stay at 8 bits. The vision tower, its projector, norms and
+scalars always keep their float dtype.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 from mlx_dgemma.errors import OptionError
 
-# mode: (bits, group sizes), the default first; what MLX computes.
+# {mode: (bits, group sizes)} that MLX supports; the first of each is the default.
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
     "mxfp4": ((4,), (32,)),
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
 }
-_FALLBACKS = (128, 64, 32)  # group sizes tried where an affine recipe's own does not divide the input
+_FALLBACKS = (128, 64, 32)  # tried when an affine recipe's group size does not divide the input size
 
-# Parts of the model in the order of their table, by the module paths that belong to them.
+# {part of the model: pattern of its module paths}, in the order in which parts are listed.
 PARTS = {
     "experts": r"layers\.\d+\.experts\.(?:gate_up|down)_proj",
     "attention": r"layers\.\d+\.self_attn\.[qkvo]_proj",
@@ -37,14 +37,14 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a matrix is packed: `bits` an element, a scale (affine: and a bias) for every group.
+    """How a weight matrix is quantized: `bits` per element, and a scale (affine: also a bias) for every group.
 
     Raises:
-        OptionError: a mode, bits or group size that MLX does not compute.
+        OptionError: a mode, bits or group size that MLX does not support.
     """
 
     bits: int = 4
-    group_size: int = 64  # elements along the input
+    group_size: int = 64  # elements along the input axis
     mode: str = "affine"
 
     def __post_init__(self):
@@ -52,7 +52,7 @@ class Quantization:
             raise OptionError(f"q-mode is {self.mode!r}; it should be one of {', '.join(MODES)}.")
         for name, value, bounds in zip(("q-bits", "q-group-size"), (self.bits, self.group_size), MODES[self.mode]):
             if value not in bounds:
-                raise OptionError(f"{name} is {value}; with {self.mode} it should be {_either(bounds)}.")
+                raise OptionError(f"{name} is {value}; with {self.mode} it should be {_any_of(bounds)}.")
 
     def __str__(self) -> str:
         return f"{self.bits}-bit {self.mode}, groups of {self.group_size}"
@@ -63,15 +63,28 @@ class Quantization:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def fit(self, width: int) -> Quantization | None:
-        """Itself where its groups divide an input of `width` elements, else affine's largest that do, else None."""
+        """The quantization to use for an input of `width` elements.
+
+        That is this one if its group size divides `width`. Otherwise affine modes fall back to the largest group size
+        that does. None if there is none.
+        """
         if width % self.group_size == 0:
             return self
         if self.mode != "affine":
             return None
         return next((Quantization(self.bits, size) for size in _FALLBACKS if width % size == 0), None)
 
-    def stored(self, path: str, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """{tensor: (safetensors dtype, shape)} that a module's weight of `shape` and float `dtype` becomes."""
+    def stored_tensors(self, path: str, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The tensors that store the weight of the module at `path`.
+
+        Args:
+            path: path of the module.
+            shape: shape of the unquantized weight.
+            dtype: safetensors' name of the floats' dtype, used for affine scales and biases.
+
+        Returns:
+            {tensor: (safetensors dtype, shape)}.
+        """
         packed = (*shape[:-1], shape[-1] * self.bits // 32)
         scales = (*shape[:-1], shape[-1] // self.group_size)
         tensors = {f"{path}.weight": ("U32", packed)}
@@ -82,7 +95,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A quantization, or None, for every part of the model."""
+    """A quantization for every part of the model; None keeps floats."""
 
     name: str
     experts: Quantization | None
@@ -92,29 +105,34 @@ class Recipe:
     embedding: Quantization | None = Quantization(8)
     self_conditioning: Quantization | None = Quantization(8)
 
-    def wanted(self, path: str) -> Quantization | None:
-        """What the recipe asks for at a module path, whatever the input's width."""
+    def requested(self, path: str) -> Quantization | None:
+        """The recipe's quantization for the module at `path`, regardless of its input size."""
         part = part_of(path)
         return getattr(self, part) if part else None
 
+    def fitted(self, path: str, width: int) -> Quantization | None:
+        """The quantization that the module at `path` gets if it has `width` inputs; None if it stays float."""
+        requested = self.requested(path)
+        return requested.fit(width) if requested else None
+
     def quantization(self, path: str, width: int) -> dict[str, Any] | None:
-        """{"group_size", "bits", "mode"} of the module at `path` with `width` inputs; None where it stays float."""
-        fitting = (wanted := self.wanted(path)) and wanted.fit(width)
-        return fitting.as_dict if fitting else None
+        """`fitted` as {"group_size", "bits", "mode"}; None if the module stays float."""
+        fitted = self.fitted(path, width)
+        return fitted.as_dict if fitted else None
 
     def nbytes(self, shapes: Mapping[str, tuple[int, ...]], float_bytes: int = 2) -> int:
-        """Stored bytes of a model.
+        """Stored size of a model in bytes.
 
         Args:
-            shapes: {parameter: shape} of the unquantized model, as `Checkpoint.shapes` has them.
-            float_bytes: size of a float that stays one (2 for bfloat16).
+            shapes: {parameter: shape} of the unquantized model, as in `Checkpoint.shapes`.
+            float_bytes: bytes per weight that stays float (2 for bfloat16).
         """
         sizes = {"U32": 4, "U8": 1, "float": float_bytes}
         total = 0
         for name, shape in shapes.items():
             path = name.removesuffix(".weight")
-            fitting = (wanted := self.wanted(path)) and wanted.fit(shape[-1])
-            tensors = fitting.stored(path, shape, "float") if fitting else {name: ("float", shape)}
+            fitted = self.fitted(path, shape[-1])
+            tensors = fitted.stored_tensors(path, shape, "float") if fitted else {name: ("float", shape)}
             total += sum(sizes[dtype] * prod(stored) for dtype, stored in tensors.values())
         return total
 
@@ -134,42 +152,43 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def named(name: str) -> Recipe:
+def recipe_named(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
-        OptionError: there is none.
+        OptionError: there is no such recipe.
     """
     if name not in RECIPES:
         raise OptionError(f"There is no recipe {name!r}; take one of {', '.join(RECIPES)}.")
     return RECIPES[name]
 
 
-def custom(bits: int | None = None, group_size: int | None = None, mode: str | None = None) -> Recipe:
-    """The default recipe with other experts; what is None takes its mode's default (affine: 4 bits, groups of 64).
+def custom_recipe(bits: int | None = None, group_size: int | None = None, mode: str | None = None) -> Recipe:
+    """The default recipe with another quantization of the experts.
 
-    Where that is what a named recipe does, it is that recipe.
+    None takes the default of the mode; the default mode is affine with 4 bits and groups of 64. If a named recipe
+    quantizes the experts in the same way, that recipe is returned.
 
     Raises:
-        OptionError: a combination that MLX does not compute.
+        OptionError: a combination that MLX does not support.
     """
     mode = mode or "affine"
     (default_bits, *_), (default_group, *_) = MODES.get(mode, MODES["affine"])
     experts = Quantization(
         default_bits if bits is None else bits, default_group if group_size is None else group_size, mode
     )
-    same = (recipe for recipe in RECIPES.values() if recipe.experts == experts)
-    return next(same, Recipe(f"experts at {experts}", experts))
+    equal = (recipe for recipe in RECIPES.values() if recipe.experts == experts)
+    return next(equal, Recipe(f"experts at {experts}", experts))
 
 
 def part_of(path: str) -> str | None:
-    """The part of the model that a module path belongs to, or None for what is never quantized."""
+    """The part of the model that a module path belongs to; None for modules that are never quantized."""
     for part, pattern in PARTS.items():
         if re.fullmatch(r"model\.decoder\." + pattern, path):
             return part
     return None
 
 
-def _either(values: tuple[int, ...]) -> str:
+def _any_of(values: tuple[int, ...]) -> str:
     *rest, last = map(str, sorted(values))
     return f"{', '.join(rest)} or {last}" if rest else last

@@ -1,4 +1,4 @@
-"""Does the result compute what the source computes? Both run in float32 on the same tokens."""
+"""Compare the logits of a converted checkpoint with those of its source, both in float32 on the same tokens."""
 
 from __future__ import annotations
 
@@ -20,37 +20,45 @@ from mlx_dgemma.prompt.template import render
 from .jobs import make_jobs, source_quantization
 
 PROMPT = "Tell me a short story about a fox."
-CANVAS = 32  # tokens at most
+CANVAS = 32  # largest number of canvas tokens
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How far the result's logits lie from the source's."""
+    """How far the result's logits differ from the source's.
 
-    positions: int  # compared, over both steps
-    max_difference: float  # largest absolute difference of two logits
-    mean_kl: float  # KL(source || result) in nats, mean over positions
-    argmax_agreement: float  # share of positions with the same best token
-    equal: bool  # bit for bit
+    Attributes:
+        positions: number of positions compared, over both denoising steps.
+        max_difference: largest absolute difference of two logits.
+        mean_kl: KL(source || result) in nats, averaged over positions.
+        argmax_agreement: share of positions with the same most likely token.
+        equal: True if all logits are equal bit for bit.
+    """
+
+    positions: int
+    max_difference: float
+    mean_kl: float
+    argmax_agreement: float
+    equal: bool
 
 
 def verify_conversion(source: Checkpoint, result: Checkpoint, exact: bool) -> Verification:
     """Compare the logits of two denoising steps, the second self-conditioned, on a fixed prompt and canvas.
 
-    Weights are unpacked to float32 as they are needed and dropped after use, so that a few layers'
-    worth of them are in memory at a time. The vision tower takes no part.
+    Weights are loaded and dequantized to float32 when they are needed and freed after use, so only a few layers are in
+    memory at a time. The vision tower is not compared.
 
     Args:
-        source: the checkpoint converted.
-        result: what became of it.
-        exact: whether every weight kept its bits, so that nothing may differ.
+        source: the checkpoint that was converted.
+        result: the converted checkpoint.
+        exact: True if every weight kept its bits; then the logits must be equal.
 
     Raises:
-        CheckpointError: something differs although nothing may, or the tokenizer cannot be used.
+        CheckpointError: the logits differ although `exact` is set, or the tokenizer cannot be used.
     """
     try:
         prompt = render(load_tokenizer(result.path), messages_of(PROMPT))
-    except Exception as error:  # readers of tokenizers raise what they like
+    except Exception as error:  # tokenizer libraries raise exceptions of many types
         raise CheckpointError(f"The tokenizer in {source.path} cannot be used ({error}); download it again.") from None
     before = _logits(source, prompt)
     after = _logits(result, prompt)
@@ -60,7 +68,7 @@ def verify_conversion(source: Checkpoint, result: Checkpoint, exact: bool) -> Ve
     if exact and not equal:
         raise CheckpointError(
             f"The result's logits differ from the source's by up to {difference:.3g}, although its weights should be "
-            "the same; convert again, and if it stays so, check disk and memory."
+            "the same; convert again, and check the disk and the memory if it happens again."
         )
     return Verification(
         positions=before.shape[0],
@@ -72,40 +80,40 @@ def verify_conversion(source: Checkpoint, result: Checkpoint, exact: bool) -> Ve
 
 
 def _logits(checkpoint: Checkpoint, prompt: list[int]) -> mx.array:
-    """Logits of two steps, [2 * canvas, vocabulary] float32.
+    """Logits of two denoising steps, [2 * canvas, vocabulary] float32.
 
-    Each pass takes a model of its own whose weights are not evaluated yet: the graph frees them layer by layer.
+    Each pass uses a new model whose weights are not evaluated yet, so that MLX's graph frees them layer by layer.
     """
     config = checkpoint.config
     size = (1, min(CANVAS, config.canvas_length))
     canvas = mx.array(np.random.default_rng(0).integers(0, config.text.vocab_size, size), mx.int32)
-    prefix = _lazy(checkpoint).new_prefix()
-    _lazy(checkpoint).encode(mx.array([prompt], mx.int32), prefix)
+    prefix = _lazy_model(checkpoint).new_prefix()
+    _lazy_model(checkpoint).encode(mx.array([prompt], mx.int32), prefix)
     mx.eval(prefix.state)
-    first = _step(_lazy(checkpoint), canvas, prefix, None)
-    conditioning = _lazy(checkpoint).condition(first)
+    first = _step(_lazy_model(checkpoint), canvas, prefix, None)
+    conditioning = _lazy_model(checkpoint).condition(first)
     mx.eval(conditioning)
-    second = _step(_lazy(checkpoint), canvas, prefix, conditioning)
+    second = _step(_lazy_model(checkpoint), canvas, prefix, conditioning)
     return mx.concatenate([first[0], second[0]])
 
 
 def _step(model: DiffusionGemma, canvas: mx.array, prefix: Prefix, conditioning: mx.array | None) -> mx.array:
     logits = model.logits(model.denoise(canvas, prefix, conditioning))
-    model.clear()  # nothing but the graph may hold a weight
+    model.clear()  # only the graph may keep weights alive
     mx.eval(logits)
     return logits
 
 
-def _lazy(checkpoint: Checkpoint) -> DiffusionGemma:
-    """The model with float32 weights that are read when they are needed."""
-    packed = source_quantization(checkpoint)
+def _lazy_model(checkpoint: Checkpoint) -> DiffusionGemma:
+    """The model with float32 weights that are read from disk when they are evaluated."""
+    quantized = source_quantization(checkpoint)
     files: dict[Path, Any] = {file: mx.load(str(file)) for file in {info.file for info in checkpoint.tensors.values()}}
     arrays: dict[str, mx.array] = {}
-    for job in make_jobs(checkpoint, packed, None, None):
+    for job in make_jobs(checkpoint, quantized, None, None):
         parts = [files[info.file][name] for name, info in zip(job.names, job.sources)]
         array = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
         arrays[job.target] = array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
-    for path, quantization in packed.items():
+    for path, quantization in quantized.items():
         scales, biases = arrays.pop(f"{path}.scales"), arrays.pop(f"{path}.biases", None)
         weight = mx.dequantize(arrays[f"{path}.weight"], scales, biases, **quantization.as_dict)
         arrays[f"{path}.weight"] = weight.astype(mx.float32)

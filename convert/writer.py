@@ -1,6 +1,6 @@
-"""A streaming safetensors writer: headers first, then bytes in any order, so that no tensor need be whole in memory.
+"""A streaming safetensors writer: headers first, then bytes in any order, so no tensor has to be in memory as a whole.
 
-The format (huggingface/safetensors, README): 8 bytes of header length, a JSON header of dtypes, shapes and
+The format (huggingface/safetensors, README): 8 bytes of header length, a JSON header with dtypes, shapes and
 offsets, then the tensors without gaps.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
-ITEM = {"F32": 4, "U32": 4, "BF16": 2, "F16": 2, "U8": 1}  # bytes of an element
+ITEM = {"F32": 4, "U32": 4, "BF16": 2, "F16": 2, "U8": 1}  # bytes per element
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written; `dtype` is safetensors' name."""
+    """A tensor to be written; `dtype` is safetensors' name for it."""
 
     name: str
     dtype: str
@@ -34,12 +34,14 @@ class Entry:
 
 
 class Writer:
-    """Writes the shards of a checkpoint into a folder, with their index.
+    """Writes the shards of a checkpoint and their index.
+
+    As a context manager it writes the index at the end, unless an error occurred.
 
     Args:
         folder: an empty folder.
-        groups: tensors to come; those of a group (a weight, its scales and biases) share a shard.
-        shard_bytes: the most data in a shard, unless one group is larger.
+        groups: the tensors to come; those of a group (a weight, its scales and biases) go into the same shard.
+        shard_bytes: largest size of a shard's data; only a single larger group may exceed it.
     """
 
     def __init__(self, folder: Path, groups: Iterable[list[Entry]], shard_bytes: int | None = None):
@@ -51,20 +53,29 @@ class Writer:
         shards: list[list[Entry]] = []
         size = 0
         for group in groups:
-            new = sum(entry.nbytes for entry in group)
-            if not shards or size + new > self._limit:
+            group_size = sum(entry.nbytes for entry in group)
+            if not shards or size + group_size > self._limit:
                 shards.append([])
                 size = 0
             shards[-1] += group
-            size += new
+            size += group_size
         names = [_shard_name(i, len(shards)) for i in range(len(shards))]
         for name, entries in zip(names, shards):
-            self._start(folder / name, entries)
+            self._write_header(folder / name, entries)
         self._index = {entry.name: name for name, entries in zip(names, shards) for entry in entries}
         self._total = sum(entry.nbytes for entries in shards for entry in entries)
 
-    def _start(self, file: Path, entries: list[Entry]) -> None:
-        """Write a shard's header; wide elements come first, so that every tensor is aligned to its own."""
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.close()
+
+    def _write_header(self, file: Path, entries: list[Entry]) -> None:
+        """Write a shard's header. Tensors with wide elements come first, so that every tensor is aligned."""
         header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
         at = 0
         for entry in sorted(entries, key=lambda entry: -ITEM[entry.dtype]):
@@ -81,7 +92,7 @@ class Writer:
             self._place[entry.name] = (file, 8 + len(text) + header[entry.name]["data_offsets"][0])
 
     def write(self, name: str, offset: int, data: Any) -> None:
-        """Write `data` (any contiguous buffer) `offset` bytes into the tensor."""
+        """Write `data` (any contiguous buffer) into the tensor, `offset` bytes after its start."""
         file, start = self._place[name]
         if file != self._file:
             self.close()
@@ -89,8 +100,8 @@ class Writer:
         view = memoryview(data).cast("B")
         at = start + offset
         while len(view):
-            done = os.pwrite(self._handle, view, at)
-            view, at = view[done:], at + done
+            written = os.pwrite(self._handle, view, at)
+            view, at = view[written:], at + written
 
     def finish(self) -> None:
         """Write the index and close the last shard."""
@@ -99,7 +110,7 @@ class Writer:
         write_json(self._folder / INDEX, index)
 
     def close(self) -> None:
-        """Close the shard that is open, if any."""
+        """Close the open shard, if there is one."""
         if self._handle is not None:
             os.close(self._handle)
         self._file = self._handle = None

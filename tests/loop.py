@@ -9,11 +9,11 @@ import numpy as np
 from naive import two_levels
 from support import small_model
 
+from mlx_dgemma.decoding.events import Finished
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
-from mlx_dgemma.decoding.prefill import encoding
-from mlx_dgemma.decoding.request import Job, Row
-from mlx_dgemma.decoding.session import Session
+from mlx_dgemma.decoding.request import Request
+from mlx_dgemma.decoding.session import PromptTokens, Session
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.model import head
 
@@ -26,47 +26,63 @@ OPTIONS = GenerationOptions(
 class Reader:
     """Takes blocks until there are `blocks` of them, whatever their text has room for."""
 
+    text, thinking, tool_calls = "", "", ()
+
     def __init__(self, blocks, room=10**6):
-        self.blocks, self.room, self.taken, self.reason = blocks, room, [], None
+        self.blocks, self.room, self.taken, self.reason, self.log_probs = blocks, room, [], None, []
+
+    @property
+    def tokens(self):
+        return [token for block in self.taken for token in block]
+
+    @property
+    def finish_reason(self):
+        return "length" if len(self.taken) == self.blocks else self.reason
 
     @property
     def left(self):
-        return max(self.room - sum(map(len, self.taken)), 1)
+        return max(self.room - len(self.tokens), 1)
 
-    def feed(self, tokens):
+    def feed(self, tokens, log_probs):
         self.taken.append(tokens)
+        self.log_probs += log_probs
         return "length" if len(self.taken) == self.blocks else None
 
     def cut(self, reason):
         self.reason = reason
 
+    def take(self):
+        return "", ""
 
-def job_of(model, prompt, reader, seed, options, control=None, chunk=2048):
-    """A job and what encodes its prompt."""
-    job = Job(Row(prompt, prompt, [], [], seed, reader), options, control, drafts=True)
-    job.session = Session(model.new_prefix())
-    return job, encoding(model, job.session.prefix, np.array([prompt], np.int32), chunk)
+    def preview(self, tokens):
+        return ""
+
+
+def request_of(model, prompt, reader, seed, options, control=None, chunk=2048):
+    """A request and the session for it."""
+    asked = PromptTokens(list(prompt), list(prompt))
+    return Request(asked, seed, replace(options, prefill_chunk=chunk), reader, control, drafts=True), Session(model)
 
 
 def run(model, prompts, blocks, seeds, options=OPTIONS, chunk=2048, room=10**6, late=()):
     """Each row's events, and all readers, for prompts of any length; rows in `late` come after so many steps."""
     readers, events = [Reader(n, room) for n in blocks], [[] for _ in prompts]
-    jobs = [job_of(model, *one, options, None, chunk) for one in zip(prompts, readers, seeds)]
+    requests = [request_of(model, *one, options, None, chunk) for one in zip(prompts, readers, seeds)]
     loop, waiting = Loop(model), dict(late)
-    for row, job in enumerate(jobs):
+    for row, request in enumerate(requests):
         if row not in waiting:
-            loop.add(*job)
+            loop.add(*request)
     steps = 0
-    while loop.jobs or waiting:
+    while loop.requests or waiting:
         for row, when in list(waiting.items()):
             if when <= steps:
-                loop.add(*jobs[row])
+                loop.add(*requests[row])
                 del waiting[row]
-        for job, event in loop.step():
+        for request, event in loop.step():
             if isinstance(event, Exception):
                 raise event
-            if event is not None:
-                events[[one for one, _ in jobs].index(job)].append(event)
+            if not isinstance(event, Finished):
+                events[[one for one, _ in requests].index(request)].append(event)
         steps += 1
     return events, readers
 
@@ -143,30 +159,23 @@ def plain_loop(model, prompt, blocks, seed, options=OPTIONS, room=10**6):
 
 
 class Telling(Reader):
-    """A reader as an engine wants it: its text is the tokens' numbers."""
-
-    thinking, tool_calls = "", ()
+    """A reader whose text is the tokens' numbers."""
 
     def __init__(self, blocks):
         super().__init__(blocks)
         self.told = 0
 
     @property
-    def tokens(self):
-        return [token for block in self.taken for token in block]
-
-    @property
     def text(self):
         return spelled(self.tokens)
-
-    @property
-    def finish_reason(self):
-        return "length" if len(self.taken) == self.blocks else self.reason
 
     def take(self):
         new = self.tokens[self.told :]
         self.told += len(new)
         return spelled(new), ""
+
+    def preview(self, tokens):
+        return spelled(tokens)
 
 
 def spelled(tokens, **_):
@@ -174,11 +183,11 @@ def spelled(tokens, **_):
 
 
 def tiny_engine(folder=None):
-    """An engine around a random model, window 5 and canvas 4, for jobs of `tiny_job`; it has no tokenizer."""
+    """An engine around a random model, window 5 and canvas 4, for requests of `tiny_request`; it has no tokenizer."""
     model = small_model(3, scale=0.2, max_position_embeddings=512)
     return Engine(SimpleNamespace(path=folder), model, SimpleNamespace(decode=spelled), OPTIONS)
 
 
-def tiny_job(tokens, blocks=2, seed=0, **options):
+def tiny_request(tokens, blocks=2, seed=0, **options):
     few = {"max_denoising_steps": 3, **options}
-    return Job(Row(list(tokens), list(tokens), [], [], seed, Telling(blocks)), replace(OPTIONS, **few))
+    return Request(PromptTokens(list(tokens), list(tokens)), seed, replace(OPTIONS, **few), Telling(blocks))

@@ -116,7 +116,7 @@ class Naive:
 
     def _attend(self, i, x, at, before, mask):
         name, full = f"decoder.layers.{i}.self_attn", self.config.layer_types[i] == "full_attention"
-        heads, (kv_heads, dim) = self.config.num_attention_heads, self.config.head(self.config.layer_types[i])
+        heads, (kv_heads, dim) = self.config.num_attention_heads, self.config.kv_shape(self.config.layer_types[i])
         theta, share = (1e6, 0.25) if full else (1e4, 1.0)
         q = _norm((x @ self.get(f"{name}.q_proj.weight").T).reshape(-1, heads, dim), self.get(f"{name}.q_norm.weight"))
         raw = (x @ self.get(f"{name}.k_proj.weight").T).reshape(-1, kv_heads, dim)

@@ -1,5 +1,6 @@
 """What several test files share: the demo loaded once, reference files, and a random model of three layers."""
 
+import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from PIL import Image, ImageDraw
 
 import mlx_dgemma
+from mlx_dgemma.checkpoint.headers import INDEX
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_dgemma.prompt.messages import messages_of
 
 DATA = Path(__file__).parent / "data"
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -75,6 +76,22 @@ def small_model(seed: int = 0, scale: float = 0.5, **changes) -> DiffusionGemma:
     return model
 
 
+def write_checkpoint(path: Path, tensors: dict[str, mx.array], config: dict | None = None, shards: int = 1) -> Path:
+    """A checkpoint folder that holds these tensors, in so many shards."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config or small_config()))
+    if shards == 1:
+        mx.save_safetensors(str(path / "model.safetensors"), tensors)
+        return path
+    names, index = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        mx.save_safetensors(str(path / file), {name: tensors[name] for name in names[i::shards]})
+        index.update(dict.fromkeys(names[i::shards], file))
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return path
+
+
 def random_tokens(seed: int, *shape: int, vocab: int = 40) -> mx.array:
     return mx.array(np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32))
 
@@ -97,6 +114,11 @@ def refusal(kind, call, *arguments, **options):
     return str(caught.value)
 
 
-def row_of(engine, prompt, images=(), video=None, **options):
-    """A prompt as it goes into the loop; nothing is computed."""
-    return engine._row(messages_of(prompt, None, images, video), 0, engine.options.override(**options), False, None)
+def prompt_of(engine, prompt, images=(), video=None, **options):
+    """A prompt as the model reads it; nothing is computed."""
+    return engine.prepare(prompt, images=images, video=video, seed=0, **options).prompt
+
+
+def feed(reader, tokens):
+    """Hand a reader tokens whose log-probabilities do not matter."""
+    return reader.feed(tokens, [0.0] * len(tokens))

@@ -11,7 +11,7 @@ from functools import cache as cache_of_calls
 import mlx.core as mx
 import numpy as np
 import pytest
-from loop import tiny_engine, tiny_job
+from loop import tiny_engine, tiny_request
 from support import BLUE, GREEN, RED, engine_of, random_tokens, refusal, strip
 
 from mlx_dgemma.decoding.events import Finished
@@ -25,23 +25,23 @@ STORY = "Once there was a cat named Leo. Leo had a red ball. Every day he played
 ONCE = {"max_tokens": 64, "max_denoising_steps": 1}
 
 
-def run(engine, cache, job):
-    """Generate a job as a scheduler does; returns its result."""
+def run(engine, cache, request):
+    """Generate a request as a scheduler does; returns its result."""
     loop, result = Loop(engine.model), None
-    engine.start(loop, job, *cache.find(job.row.cache_key))
-    while loop.jobs:
-        for _, event in engine.advance(loop):
+    loop.add(request, *cache.find(request.prompt.cache_key))
+    while loop.requests:
+        for _, event in loop.step():
             assert not isinstance(event, Exception), event
             result = event.result if isinstance(event, Finished) else result
-    for session in (job.branch, job.session):
+    for session in (request.session.take_snapshot(), request.session):
         if session is not None:
             cache.put(session)
     return result
 
 
 def ask(engine, cache, tokens, blocks=1):
-    """(tokens reused, answer's tokens) of a tiny job; that the answer is the one without a cache."""
-    result = run(engine, cache, tiny_job(tokens, blocks))
+    """(tokens reused, answer's tokens) of a tiny request; that the answer is the one without a cache."""
+    result = run(engine, cache, tiny_request(tokens, blocks))
     assert (result.tokens, result.stats.denoising_steps) == alone(tuple(tokens), blocks)
     return result.stats.reused_tokens, result.tokens
 
@@ -49,7 +49,7 @@ def ask(engine, cache, tokens, blocks=1):
 @cache_of_calls
 def alone(tokens, blocks=1):
     """(tokens, steps) of the same without a cache."""
-    (*_, finished) = tiny_engine().run(tiny_job(tokens, blocks))
+    (*_, finished) = tiny_engine().run(tiny_request(tokens, blocks))
     return finished.result.tokens, finished.result.stats.denoising_steps
 
 
@@ -116,7 +116,7 @@ def test_the_same_picture_is_reused_and_another_of_its_size_is_not(engine):
         parts = [text, {"type": "image", "image": strip(color)}, *rest]
         said = zip(("user", "assistant", "user"), (parts, *words))
         prompt = [{"role": role, "content": content} for role, content in said]
-        before = [type(one) for one in engine.prepare(prompt).row.cache_key].index(str)
+        before = [type(one) for one in engine.prepare(prompt).prompt.cache_key].index(str)
         return before, same(engine, cache, prompt, **ONCE).stats
 
     before, first = turn(RED)
@@ -216,11 +216,11 @@ def test_a_copy_must_be_worth_it(tiny, cache, shared, branch):
 
 def test_an_interrupted_prompt_serves_those_that_begin_with_its_part(tiny, cache):
     tokens, loop = some(0, 150), Loop(tiny.model)
-    job = tiny_job(tokens, prefill_chunk=100)
-    tiny.start(loop, job)
+    request = tiny_request(tokens, prefill_chunk=100)
+    loop.add(request)
     list(loop.step())
-    loop.remove(job)
-    cache.put(job.session)
+    loop.remove(request)
+    cache.put(request.session)
     assert ask(tiny, cache, tokens)[0] == 100
 
 
@@ -230,7 +230,7 @@ def test_a_scheduler_reuses_what_it_keeps(tiny, tmp_path):
         scheduler = Scheduler(tiny_engine(tiny.checkpoint.path), cache_bytes=PLENTY, cache_dir=tmp_path)
         for tokens in (some(0, 90), [*some(0, 90), 1, 2]):
             told = []
-            scheduler.submit(lambda tokens=tokens: tiny_job(tokens), told.append)
+            scheduler.submit(lambda tokens=tokens: tiny_request(tokens), told.append)
             end = time.monotonic() + 60
             while not (told and isinstance(told[-1], Finished)) and time.monotonic() < end:
                 time.sleep(0.002)
@@ -263,7 +263,7 @@ def test_the_budget_is_never_exceeded(tiny):
     random, cache = np.random.default_rng(0), PrefixCache(tiny, 300_000)
     seen = set()
     for turn in range(12):
-        run(tiny, cache, tiny_job(some(int(random.integers(2)), int(random.integers(60, 300))) + [turn % 39] * 3))
+        run(tiny, cache, tiny_request(some(int(random.integers(2)), int(random.integers(60, 300))) + [turn % 39] * 3))
         assert cache.nbytes <= 300_000
         assert cache.nbytes == sum(session.nbytes for session in cache._kept.values())
         seen.add(len(cache))
@@ -413,7 +413,7 @@ def test_files_of_another_adapter_are_not_taken(tiny, tmp_path):
         (folder / "adapter_model.safetensors").write_bytes(weights)
     engines = [tiny, replace(tiny, adapter=adapter), replace(tiny, adapter=other)]
     cache = PrefixCache(engines[1], PLENTY, tmp_path / "kept")
-    run(engines[1], cache, tiny_job(some(0, 80)))
+    run(engines[1], cache, tiny_request(some(0, 80)))
     assert not cache.save_one()
     assert len(PrefixCache(engines[1], PLENTY, tmp_path / "kept")) == 1
     copied = shutil.copytree(adapter, tmp_path / "copy")

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from support import RED, engine_of, refusal, row_of, small_model, square
+from support import RED, engine_of, prompt_of, refusal, small_model, square
 
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import main
@@ -41,7 +41,7 @@ def canvas_of(engine, seed=0):
 
 def whole(engine, prompt, canvas, **media):
     """[C, V] probabilities of every token at every position, from whole logits."""
-    prefix = engine.encoded(row_of(engine, prompt, **media), engine.options)
+    prefix = choose.encoded(engine.model, prompt_of(engine, prompt, **media))
     logits = np.array(engine.model.logits(engine.model.denoise(mx.array(canvas)[None], prefix)))[0].astype(np.float64)
     p = np.exp(logits - logits.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)
@@ -165,7 +165,7 @@ def test_a_range_has_numbers_as_keys(engine):
 @pytest.mark.usefixtures("quiet")
 def test_bool_sums_up_its_spellings(engine):
     found = engine.choose(LARGER, bool)
-    texts = [text for group in labels.TRUTH.values() for text in group]
+    texts = [text for group in labels.BOOL_TEXTS.values() for text in group]
     each = naive(engine, LARGER, texts)[0]
     assert list(found) == [True, False]
     close(found, [each[:4].sum(), each[4:].sum()])
@@ -192,7 +192,9 @@ def test_calibration_divides_by_what_labels_get_unasked(engine):
 
 
 def test_calibration_keeps_the_system_message_and_no_picture(engine):
-    choice = choose.choose(engine, COLOR, ["red", "blue"], images=[square(RED)], system="Be brief.", calibrate=True)
+    choice = choose.choose(
+        engine.model, engine.builder, COLOR, ["red", "blue"], images=[square(RED)], system="Be brief.", calibrate=True
+    )
     assert (choice.canvases, choice.images) == (2, 1)
     assert choice.probabilities["red"] > 0.9
 
@@ -240,16 +242,18 @@ def test_a_slot_is_what_whole_logits_give(engine, prompt, answer, labels):
 def test_a_space_before_a_slot_belongs_to_the_label(engine):
     encode = engine.tokenizer.encode
     question = labels.questions_of(["Paris", "Rome"])
-    plan = choose._plan(engine, question, "The capital of France is {}.")
+    plan = choose._plan(engine.tokenizer, engine.config, question, "The capital of France is {}.")
     wanted = [encode(" Paris", add_special_tokens=False), encode(" Rome", add_special_tokens=False)]
-    assert [list(one.tokens) for one in plan.spellings[0]] == wanted
-    assert [list(one) for one in plan.pinned] == [
+    assert [list(one.tokens) for one in plan.labels[0]] == wanted
+    assert [list(one) for one in plan.fixed] == [
         [*encode("The capital of France is", add_special_tokens=False), None, *encode(".", add_special_tokens=False)]
     ]
 
 
 def test_labels_of_several_lengths_have_a_canvas_each(engine):
-    choice = choose.choose(engine, JSON, ["3", "31", "317", "29"], answer='{{"name": "Anna", "age": {}, ')
+    choice = choose.choose(
+        engine.model, engine.builder, JSON, ["3", "31", "317", "29"], answer='{{"name": "Anna", "age": {}, '
+    )
     assert choice.canvases == 3
     assert choice.probabilities["31"] > 0.99
     short = engine.choose("Which is larger, 5 or 51?", ["5", "51"], answer="{} is larger")
@@ -264,13 +268,13 @@ def test_a_template_may_end_in_its_slot(engine):
 def test_more_canvases_than_fit_together_change_nothing(engine, monkeypatch):
     labels, answer = ["3", "31", "317", "29"], '{{"name": "Anna", "age": {}, '
     together = engine.choose(JSON, labels, answer=answer)
-    monkeypatch.setattr(choose, "ROWS", 2)
+    monkeypatch.setattr(choose, "MAX_ROWS", 2)
     close(engine.choose(JSON, labels, answer=answer), together.values())
 
 
 def test_several_questions_share_a_canvas(engine):
     asked = {"age": range(29, 34), "city": ["Oslo", "Rome"]}
-    choice = choose.choose(engine, JSON, asked, answer=FORM)
+    choice = choose.choose(engine.model, engine.builder, JSON, asked, answer=FORM)
     found = choice.probabilities
     assert choice.canvases == 1
     assert list(found) == ["age", "city"]
@@ -283,7 +287,7 @@ def test_several_questions_share_a_canvas(engine):
 
 def test_a_question_of_other_lengths_adds_canvases_of_its_own(engine):
     asked = {"age": ["3", "31", "29"], "city": ["Oslo", "Rome"]}
-    choice = choose.choose(engine, JSON, asked, answer=FORM)
+    choice = choose.choose(engine.model, engine.builder, JSON, asked, answer=FORM)
     assert choice.canvases == 2
     assert choice.probabilities["age"]["31"] > 0.99
     assert choice.probabilities["city"]["Oslo"] > 0.99
@@ -301,7 +305,7 @@ def test_the_reading_does_not_depend_on_its_chunks(engine, nbytes):
     model = engine.model
     hidden = mx.random.normal((2, 5, 192), key=mx.random.key(0)) * 3
     marks = np.random.default_rng(0).integers(0, 2, (2048, 3)).astype(np.float32)
-    log_p, mass = choose.read(model, hidden, [0, 3, 1000, 2047], marks, nbytes)
+    log_p, mass = choose.read_probabilities(model, hidden, [0, 3, 1000, 2047], marks, nbytes)
     logits = np.array(model.logits(hidden)).astype(np.float64)
     p = np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
     np.testing.assert_allclose(np.exp(log_p), p[..., [0, 3, 1000, 2047]], atol=1e-6)
@@ -309,14 +313,14 @@ def test_the_reading_does_not_depend_on_its_chunks(engine, nbytes):
 
 
 def test_words_of_the_vocabulary(engine):
-    words = labels.vocabulary(engine.tokenizer, 2048)
+    edges = labels.token_edges(engine.tokenizer, 2048)
     token = dict(engine.tokenizer.get_vocab())
-    assert words.marks[token["1"]].tolist() == [1, 0, 1, 0]
-    assert words.marks[token["▁Paris"]].tolist() == [0, 0, 0, 1]
-    assert words.marks[token["Paris"]].tolist() == [0, 1, 0, 1]
-    assert not words.marks[token["<0x41>"]].any()
-    assert {0, 1, 9, 16, 18} <= words.special
-    assert not words.marks[sorted(words.special)].any()
+    assert edges.flags[token["1"]].tolist() == [1, 0, 1, 0]
+    assert edges.flags[token["▁Paris"]].tolist() == [0, 0, 0, 1]
+    assert edges.flags[token["Paris"]].tolist() == [0, 1, 0, 1]
+    assert not edges.flags[token["<0x41>"]].any()
+    assert {0, 1, 9, 16, 18} <= edges.special
+    assert not edges.flags[sorted(edges.special)].any()
 
 
 # Mistakes

@@ -465,7 +465,7 @@ def test_convert_then_info(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.stderr
     seen = []
     check = memory.check
-    monkeypatch.setattr(memory, "check", lambda checkpoint, need: seen.append(need) or check(checkpoint, need))
+    monkeypatch.setattr(memory, "check", lambda held, need, sizes: seen.append(need) or check(held, need, sizes))
     engine.load(small)
     told = json.loads(run("info", small, "--json").stdout)
     assert told["memory"]["total"] == seen[0].total

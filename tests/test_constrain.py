@@ -12,11 +12,11 @@ from support import engine_of, refusal
 
 from mlx_dgemma.constraints import dfa
 from mlx_dgemma.constraints import language as language_module
-from mlx_dgemma.constraints.dfa import automaton
-from mlx_dgemma.constraints.language import Language, covers_lines
-from mlx_dgemma.constraints.patterns import translate
+from mlx_dgemma.constraints.dfa import build_dfa
+from mlx_dgemma.constraints.language import Language, accepts_every_line
+from mlx_dgemma.constraints.patterns import python_regex_to_plain
 from mlx_dgemma.constraints.search import FRESH, THINKING, Marginals, best_text, exact_text
-from mlx_dgemma.constraints.tokens import LONGEST, Spelling
+from mlx_dgemma.constraints.tokens import MAX_TOKEN_BYTES, TokenBytes
 from mlx_dgemma.errors import OptionError
 from mlx_dgemma.tasks.constrained import Constrained
 
@@ -38,12 +38,12 @@ class Pieces:
         return [self.pieces[i] for i in ids]
 
 
-SMALL = Spelling(Pieces(*PIECES, special=5), len(PIECES))
+SMALL = TokenBytes(Pieces(*PIECES, special=5), len(PIECES))
 
 
 @lru_cache(maxsize=64)
 def language_of(pattern, spelling=SMALL):
-    return Language(translate(pattern), spelling)
+    return Language(python_regex_to_plain(pattern), spelling)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def spelling(demo):
     return engine_of(demo).spelling
 
 
-# Spelling.
+# TokenBytes.
 
 
 def test_tokens_spell_what_the_tokenizer_decodes(tokenizer, spelling):
@@ -65,9 +65,9 @@ def test_tokens_spell_what_the_tokenizer_decodes(tokenizer, spelling):
     for token in spelt:
         piece = tokenizer.convert_ids_to_tokens(int(token))
         if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # alone most are no text
-            assert spelling.spell([token]) == bytes([int(piece[3:5], 16)])
+            assert spelling.to_bytes([token]) == bytes([int(piece[3:5], 16)])
         else:
-            assert spelling.spell([token]) == tokenizer.decode([int(token)]).encode()
+            assert spelling.to_bytes([token]) == tokenizer.decode([int(token)]).encode()
 
 
 def test_texts_are_spelt_as_they_are_encoded(tokenizer, spelling):
@@ -77,7 +77,7 @@ def test_texts_are_spelt_as_they_are_encoded(tokenizer, spelling):
         "  Größe 日本 \U0001f600",
         "\t\n\n ",
     ):
-        assert spelling.spell(tokenizer.encode(text, add_special_tokens=False)).decode() == text
+        assert spelling.to_bytes(tokenizer.encode(text, add_special_tokens=False)).decode() == text
 
 
 def test_special_and_unused_tokens_spell_nothing(tokenizer, spelling):
@@ -87,14 +87,14 @@ def test_special_and_unused_tokens_spell_nothing(tokenizer, spelling):
     added = [token for token, one in tokenizer.added_tokens_decoder.items() if one.special]
     silent = {*tokenizer.all_special_ids, *unused, *added, 1, 16, 9}
     assert set(np.flatnonzero(spelling.length == 0).tolist()) == silent
-    assert spelling.spell(sorted(silent)) == b""
-    starting = np.concatenate([spelling.starting(byte) for byte in range(256)])
+    assert spelling.to_bytes(sorted(silent)) == b""
+    starting = np.concatenate([spelling.starting_with(byte) for byte in range(256)])
     assert sorted(starting.tolist()) == np.flatnonzero(spelling.length).tolist()
 
 
 def test_tokens_that_end_an_answer_spell_nothing(demo, spelling):
     """Or a text could hold a token at which its answer ends."""
-    assert spelling.spell(engine_of(demo).options.end_tokens) == b""
+    assert spelling.to_bytes(engine_of(demo).options.end_tokens) == b""
 
 
 def test_pieces_of_a_tokenizer_are_spelt():
@@ -103,15 +103,15 @@ def test_pieces_of_a_tokenizer_are_spelt():
         "<s>", "▁a▁", "<0xC3>", "<0x61>", "a", "<0xc3>", "<unused7>", "<unusedx>", None, long, longer, ""
     )
     tokenizer.all_special_ids = [0]
-    spelling = Spelling(tokenizer, 14)  # the vocabulary may be longer than the tokenizer
+    spelling = TokenBytes(tokenizer, 14)  # the vocabulary may be longer than the tokenizer
     expected = [b"", b" a ", b"\xc3", b"a", b"a", b"<0xc3>", b"", b"<unusedx>", b"", long.encode(), b"", b"", b"", b""]
-    assert [spelling.spell([token]) for token in range(14)] == expected
+    assert [spelling.to_bytes([token]) for token in range(14)] == expected
     assert spelling.length.tolist() == [len(one) for one in expected]
-    assert LONGEST == 64 == len(long.encode())
-    assert spelling.starting(ord("a")).tolist() == [4, 3]  # a bare byte comes last
-    assert spelling.starting(0xC3).tolist() == [9, 2]
-    assert spelling.spell([4, 1, 9, 0, 2]) == b"a a " + long.encode() + b"\xc3"
-    assert Spelling(tokenizer, 3).length.tolist() == [0, 3, 1]  # or shorter
+    assert MAX_TOKEN_BYTES == 64 == len(long.encode())
+    assert spelling.starting_with(ord("a")).tolist() == [4, 3]  # a bare byte comes last
+    assert spelling.starting_with(0xC3).tolist() == [9, 2]
+    assert spelling.to_bytes([4, 1, 9, 0, 2]) == b"a a " + long.encode() + b"\xc3"
+    assert TokenBytes(tokenizer, 3).length.tolist() == [0, 3, 1]  # or shorter
 
 
 # Automata.
@@ -142,7 +142,7 @@ def accepts(table, accepting, text):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_an_automaton_accepts_what_re_matches(pattern):
-    table, accepting = automaton(translate(pattern))
+    table, accepting = build_dfa(python_regex_to_plain(pattern))
     texts = PATTERNS[pattern]
     expected = [re.fullmatch(pattern, text) is not None for text in texts]
     assert [accepts(table, accepting, text.encode()) for text in texts] == expected
@@ -158,7 +158,7 @@ def test_an_automaton_accepts_what_re_matches(pattern):
     "pattern", ["a|ab", "(?:a|ab)(?:c|bcd)*", "a*b|c{2}", "(?:ab|a)*c?", "[^a]b?|", "a{2,3}(?:b|)"]
 )
 def test_an_automaton_accepts_every_short_text_as_re_does(pattern):
-    table, accepting = automaton(translate(pattern))
+    table, accepting = build_dfa(python_regex_to_plain(pattern))
     for length in range(6):
         for characters in product("abcd", repeat=length):
             text = "".join(characters)
@@ -166,13 +166,13 @@ def test_an_automaton_accepts_every_short_text_as_re_does(pattern):
 
 
 def test_too_large_automata_are_refused(monkeypatch):
-    assert refusal(OptionError, automaton, "a{20000}") == (
+    assert refusal(OptionError, build_dfa, "a{20000}") == (
         "The constraint takes an automaton of about 20,001 states, and 20,000 are the most: ask for smaller bounds "
         "(maxLength, maxItems, {m,n})."
     )
-    monkeypatch.setattr(dfa, "STATES", 4)
-    assert len(automaton("ab")[0]) == 4
-    assert refusal(OptionError, automaton, "abcd") == (
+    monkeypatch.setattr(dfa, "MAX_STATES", 4)
+    assert len(build_dfa("ab")[0]) == 4
+    assert refusal(OptionError, build_dfa, "abcd") == (
         "The constraint takes an automaton of about 5 states, and 4 are the most: ask for smaller bounds "
         "(maxLength, maxItems, {m,n})."
     )
@@ -181,20 +181,20 @@ def test_too_large_automata_are_refused(monkeypatch):
 def test_counted_free_text_takes_states_in_proportion():
     """The library's search may begin at any zero byte, so a class with one in it takes a power of two of them."""
     code = "from mlx_dgemma.constraints.dfa import *; from mlx_dgemma.constraints.patterns import *; "
-    code += "print(len(automaton(translate('[^\\\\n]{1,30}'))[0]))"
+    code += "print(len(build_dfa(python_regex_to_plain('[^\\\\n]{1,30}'))[0]))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=5)
     assert 30 < int(done.stdout) < 500
 
 
 def test_what_the_library_refuses_is_told():
-    text = refusal(OptionError, automaton, "(")
+    text = refusal(OptionError, build_dfa, "(")
     assert text.startswith("The pattern cannot be made into an automaton (")
     assert text.endswith("); simplify it.")
 
 
 def test_a_missing_package_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "outlines_core", None)
-    assert refusal(OptionError, automaton, "a") == (
+    assert refusal(OptionError, build_dfa, "a") == (
         'schema, regex, infill and fill need the package outlines-core: pip install "mlx-dgemma[constrain]".'
     )
 
@@ -206,9 +206,9 @@ WALKED = ["a|ab", r'\{"name": "[^"\n]{1,3}", "age": \d+\}', "(?:é|日本)+ ?x",
 
 def plain_walk(language, spelling, tokens):
     """Every (token, state, state behind it), byte by byte."""
-    table, found = language._table, set()
+    table, found = language.table, set()
     for token in tokens:
-        spelt = spelling.spell([token])
+        spelt = spelling.to_bytes([token])
         for source in range(len(table) - 1) if spelt else ():
             state = source
             for byte in spelt:
@@ -218,25 +218,26 @@ def plain_walk(language, spelling, tokens):
     return found
 
 
-def as_set(tokens, ways):
-    return list(zip(np.asarray(tokens)[ways.at].tolist(), ways.source.tolist(), ways.target.tolist()))
+def as_triples(tokens, transitions):
+    columns = np.asarray(tokens)[transitions.index], transitions.source, transitions.target
+    return list(zip(*(column.tolist() for column in columns)))
 
 
 @pytest.mark.parametrize("pattern", WALKED)
 def test_walks_equal_a_walk_byte_by_byte(pattern, spelling):
     language, tokens = language_of(pattern, spelling), np.arange(len(spelling.length))
-    found = as_set(tokens, language.walk(tokens))
+    found = as_triples(tokens, language.transitions_of(tokens))
     assert set(found) == plain_walk(language, spelling, tokens)
     assert len(set(found)) == len(found)
-    assert language.walk(tokens[:0]).at.tolist() == []
-    assert language.walk(np.array([1, 2])).at.tolist() == []  # special tokens
+    assert language.transitions_of(tokens[:0]).index.tolist() == []
+    assert language.transitions_of(np.array([1, 2])).index.tolist() == []  # special tokens
 
 
 @pytest.mark.parametrize("pattern", WALKED)
 def test_distances_are_those_of_a_search_over_anchors(pattern, spelling):
     language = language_of(pattern, spelling)
     into = {}
-    for token, source, target in plain_walk(language, spelling, language.anchors):
+    for token, source, target in plain_walk(language, spelling, language.always_scored_tokens):
         into.setdefault(target, []).append((source, token))
     distance, edge, onward = dict.fromkeys(np.flatnonzero(language.accepting).tolist(), 0), True, {}
     while edge:
@@ -253,7 +254,7 @@ def test_distances_are_those_of_a_search_over_anchors(pattern, spelling):
             token, at = onward[at]
             tokens.append(token)
         assert len(tokens) == language.distance[state]
-        assert language.accepting[language.after(tokens, state)]
+        assert language.accepting[language.state_after(tokens, state)]
     assert np.isinf(language.distance[-1])
     assert np.isfinite(language.distance[0])
 
@@ -269,17 +270,17 @@ def test_the_shortest_text_is_spelt_with_long_tokens(tokenizer, spelling):
 def test_states_after_tokens(tokenizer, spelling):
     language = language_of("(?:ab)*c?", spelling)
     tokens = tokenizer.encode("ababc", add_special_tokens=False)
-    assert language.accepting[language.after(tokens)]
-    assert language.after(tokens[1:], language.after(tokens[:1])) == language.after(tokens)
-    assert language.after([*tokens, *tokens]) == len(language.distance) - 1  # dead
-    assert language.after([]) == 0
+    assert language.accepting[language.state_after(tokens)]
+    assert language.state_after(tokens[1:], language.state_after(tokens[:1])) == language.state_after(tokens)
+    assert language.state_after([*tokens, *tokens]) == len(language.distance) - 1  # dead
+    assert language.state_after([]) == 0
 
 
 def test_what_cannot_be_spelt_is_refused():
-    assert refusal(OptionError, Language, translate("z+"), SMALL) == (
+    assert refusal(OptionError, Language, python_regex_to_plain("z+"), SMALL) == (
         "The constraint has no text that this tokenizer can spell; change it."
     )
-    assert refusal(OptionError, Language, translate("az|é"), SMALL, "The regex 'az|é'") == (
+    assert refusal(OptionError, Language, python_regex_to_plain("az|é"), SMALL, "The regex 'az|é'") == (
         "The regex 'az|é' has no text that this tokenizer can spell; change it."
     )
     assert language_of("z|a").distance[0] == 1
@@ -288,10 +289,10 @@ def test_what_cannot_be_spelt_is_refused():
 def test_characters_without_a_token_are_spelt_in_bytes():
     """Behind free text too, where nothing leads from a narrow state into them."""
     pieces = Pieces("<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "é", special=1)
-    spelling = Spelling(pieces, 258)
-    assert Language(translate("é"), spelling).distance[0] == 1
-    assert Language(translate("日é"), spelling).distance[0] == 4
-    assert 1 <= Language(translate("[^x]*é"), spelling).distance[0] <= 2
+    spelling = TokenBytes(pieces, 258)
+    assert Language(python_regex_to_plain("é"), spelling).distance[0] == 1
+    assert Language(python_regex_to_plain("日é"), spelling).distance[0] == 4
+    assert 1 <= Language(python_regex_to_plain("[^x]*é"), spelling).distance[0] <= 2
 
 
 # The best text of a canvas against all canvases.
@@ -307,7 +308,7 @@ def marginals(language, log_p, likely=None):
         np.take_along_axis(log_p, likely, axis=1),
         best,
         log_p.max(axis=1),
-        log_p[:, language.anchors],
+        log_p[:, language.always_scored_tokens],
         log_p[:, list(ENDS)],
         log_p[:, list(MARKS)],
     )
@@ -364,7 +365,7 @@ def state_of(pattern, before):
         return before
     language, state = language_of(pattern), 0
     for byte in before.replace("▁", " ").encode():
-        state = int(language._table[state, byte])
+        state = int(language.table[state, byte])
     return state
 
 
@@ -439,7 +440,7 @@ def test_likely_tokens_and_anchors_are_looked_at(pattern, before):
         offered = np.zeros(log_p.shape, bool)
         np.put_along_axis(offered, likely, True, axis=1)
         reached = offered.copy()
-        reached[:, language.anchors] = True
+        reached[:, language.always_scored_tokens] = True
 
         def can_be(canvas, log_p=log_p, offered=offered, reached=reached):
             inside, at = False, 0
@@ -465,7 +466,7 @@ def test_likely_tokens_and_anchors_are_looked_at(pattern, before):
 def test_faint_tokens_are_anchors_or_not_looked_at():
     """Of two texts the one without a token below the bound, unless nothing else is allowed."""
     language = language_of("[^a]*|ab ab")
-    assert C_BLANK not in language.anchors.tolist()
+    assert C_BLANK not in language.always_scored_tokens.tolist()
     for p, expected in ((1.1e-5, C_BLANK), (0.9e-5, B)):
         values = np.full((2, len(PIECES)), 1e-9)
         values[0, [C_BLANK, B]], values[1, END] = (p, 1e-7), 1
@@ -490,7 +491,13 @@ def test_states_are_carried_over_canvases(pattern):
             guide = control.guide(left - len(said))
             asked = log_p[:, np.array(guide.tokens)]
             seen = marginals(language, log_p)
-            reading = {"likely": seen.likely, "log_p": seen.log_p, "best": seen.best, "top": seen.top, "asked": asked}
+            reading = {
+                "likely": seen.likely,
+                "log_p": seen.likely_log_p,
+                "best": seen.argmax,
+                "top": seen.argmax_log_p,
+                "asked": asked,
+            }
             tokens = guide.choose(0, reading).tolist()
             ends = [i for i, token in enumerate(tokens) if token in ENDS]
             if ends:
@@ -500,7 +507,7 @@ def test_states_are_carried_over_canvases(pattern):
             control.commit(tokens)
         over.add(len(said) // 3)
         assert len(said) < left
-        assert re.fullmatch(pattern, SMALL.spell(said).decode())
+        assert re.fullmatch(pattern, SMALL.to_bytes(said).decode())
     assert len(over) > 1
 
 
@@ -516,7 +523,13 @@ def test_thoughts_are_carried_over_canvases():
             guide = control.guide(left - len(said))
             seen = marginals(language, log_p)
             asked = log_p[:, np.array(guide.tokens)]
-            reading = {"likely": seen.likely, "log_p": seen.log_p, "best": seen.best, "top": seen.top, "asked": asked}
+            reading = {
+                "likely": seen.likely,
+                "log_p": seen.likely_log_p,
+                "best": seen.argmax,
+                "top": seen.argmax_log_p,
+                "asked": asked,
+            }
             tokens = guide.choose(0, reading).tolist()
             said += tokens
             control.commit(tokens)
@@ -527,7 +540,7 @@ def test_thoughts_are_carried_over_canvases():
             assert OPEN not in said[1:close]
             over.add(close // 3)
             said = said[close + 1 :]
-        assert SMALL.spell(said) in (b"a", b"ab")
+        assert SMALL.to_bytes(said) in (b"a", b"ab")
         assert OPEN not in said
     assert {0, 1, 2} <= over
 
@@ -545,10 +558,10 @@ def test_exact_texts_are_the_best_of_all(pattern, start, stop, room):
         texts = [
             tokens
             for tokens in product(range(A, len(PIECES)), repeat=stop - start)
-            if language.distance[language.after(tokens, state)] <= room
+            if language.distance[language.state_after(tokens, state)] <= room
         ]
         if room == 0:
-            spelt = [(before + SMALL.spell(tokens).decode()) for tokens in texts]
+            spelt = [(before + SMALL.to_bytes(tokens).decode()) for tokens in texts]
             assert all(re.fullmatch(pattern, text) for text in spelt)
         for seed in range(6):
             log_p = random_log_p(np.random.default_rng(seed), 5)
@@ -597,7 +610,7 @@ def test_exact_texts_cover_both_cases():
     ],
 )
 def test_languages_of_every_line(pattern, covers, spelling):
-    assert covers_lines(language_of(pattern, spelling)) is covers
+    assert accepts_every_line(language_of(pattern, spelling)) is covers
 
 
 # Forgetting.
@@ -606,9 +619,9 @@ def test_languages_of_every_line(pattern, covers, spelling):
 @pytest.mark.parametrize("known", [0, 1, 3, 7])
 def test_what_is_forgotten_is_learned_again(monkeypatch, known):
     expected, got = [], []
-    for results, limit in ((expected, language_module.KNOWN), (got, known)):
-        monkeypatch.setattr(language_module, "KNOWN", limit)
-        language = Language(translate("[ab ]{2,}|(?:a|b)c ?a*"), SMALL)
+    for results, limit in ((expected, language_module.MAX_CACHED_TOKENS), (got, known)):
+        monkeypatch.setattr(language_module, "MAX_CACHED_TOKENS", limit)
+        language = Language(python_regex_to_plain("[ab ]{2,}|(?:a|b)c ?a*"), SMALL)
         for seed in range(40):
             random = np.random.default_rng(seed)
             log_p = random_log_p(random, 4)

@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 from outlines_core import Index, Vocabulary
 
-from mlx_dgemma.constraints.patterns import characters, literal, translate, without
+from mlx_dgemma.constraints.patterns import character_class, literal, python_regex_to_plain, subtract
 from mlx_dgemma.errors import OptionError
 
 BYTES = Vocabulary(256, {bytes([value]): [value] for value in range(256)})
@@ -64,7 +64,7 @@ class Automaton:
             text.append(byte)
 
 
-EVERYTHING = "".join(
+ALL_CODE_POINTS = "".join(
     map(chr, [*range(0xD800), *range(0xE000, sys.maxunicode - 1)])
 )  # without the noncharacters at its end
 
@@ -131,7 +131,7 @@ TEXTS = [
 @pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_automaton_accepts_what_re_matches(pattern, search):
-    automaton = Automaton(translate(pattern, search=search))
+    automaton = Automaton(python_regex_to_plain(pattern, search=search))
     match = re.compile(pattern).search if search else re.compile(pattern).fullmatch
     rng = random.Random(1)
     samples = [automaton.sample(rng, 12) for _ in range(40)]
@@ -150,7 +150,7 @@ def test_the_automaton_accepts_what_re_matches(pattern, search):
 def test_safe_leaves_out_what_json_strings_escape(pattern, search):
     match = re.compile(pattern).search if search else re.compile(pattern).fullmatch
     try:
-        automaton = Automaton(translate(pattern, safe=True, search=search))
+        automaton = Automaton(python_regex_to_plain(pattern, json_safe=True, search=search))
     except OptionError as error:
         assert "needs characters that JSON strings escape" in str(error)
         automaton = None
@@ -166,19 +166,19 @@ def test_safe_leaves_out_what_json_strings_escape(pattern, search):
 )
 def test_a_class_is_exact(pattern):
     def spans(of):
-        return [match.span() for match in re.finditer(f"{of}+", EVERYTHING)]
+        return [match.span() for match in re.finditer(f"{of}+", ALL_CODE_POINTS)]
 
-    assert spans(as_python(translate(pattern))) == spans(pattern)
+    assert spans(as_python(python_regex_to_plain(pattern))) == spans(pattern)
 
 
 def test_plain_patterns():
-    assert translate("a.b|c") == r"(?:a[\x{0}-\x{9}\x{b}-\x{d7ff}\x{e000}-\x{10fffd}]b|c)"
-    assert translate(r"^x+?[a-c_]{2,}\$") == r"(?:x)+(?:[\x{5f}a-c]){2,}\x{24}"
+    assert python_regex_to_plain("a.b|c") == r"(?:a[\x{0}-\x{9}\x{b}-\x{d7ff}\x{e000}-\x{10fffd}]b|c)"
+    assert python_regex_to_plain(r"^x+?[a-c_]{2,}\$") == r"(?:x)+(?:[\x{5f}a-c]){2,}\x{24}"
     safe = r"[\x{20}-\x{21}\x{23}-\x{5b}\x{5d}-\x{d7ff}\x{e000}-\x{10fffd}]*"
-    assert translate("a", safe=True, search=True) == f"{safe}a{safe}"
+    assert python_regex_to_plain("a", json_safe=True, search=True) == f"{safe}a{safe}"
     assert literal('a "é"\n{') == r'a "\x{e9}"\x{a}\x{7b}'
-    assert characters([(0, 9), (97, 97), (98, 100)]) == r"[\x{0}-\x{9}ab-d]"
-    assert without([(0, 10), (20, 30)], (5, 6), (9, 25)) == [(0, 4), (7, 8), (26, 30)]
+    assert character_class([(0, 9), (97, 97), (98, 100)]) == r"[\x{0}-\x{9}ab-d]"
+    assert subtract([(0, 10), (20, 30)], (5, 6), (9, 25)) == [(0, 4), (7, 8), (26, 30)]
 
 
 UNSUPPORTED = {
@@ -206,14 +206,14 @@ if sys.version_info >= (3, 11):
 @pytest.mark.parametrize("pattern", UNSUPPORTED)
 def test_what_is_not_supported_is_refused_by_name(pattern):
     with pytest.raises(OptionError) as error:
-        translate(pattern)
+        python_regex_to_plain(pattern)
     assert str(error.value) == (
         f"The pattern {pattern!r} has {UNSUPPORTED[pattern]}, which is not supported; write it without."
     )
 
 
 @pytest.mark.parametrize(
-    ("pattern", "safe", "message"),
+    ("pattern", "json_safe", "message"),
     [
         (
             "a(",
@@ -242,12 +242,12 @@ def test_what_is_not_supported_is_refused_by_name(pattern):
         ),
     ],
 )
-def test_errors(pattern, safe, message):
+def test_errors(pattern, json_safe, message):
     with pytest.raises(OptionError) as error:
-        translate(pattern, safe=safe)
+        python_regex_to_plain(pattern, json_safe=json_safe)
     assert str(error.value) == message
 
 
 def test_what_matches_nothing_may_be_a_part():
-    assert Automaton(translate(r"a|[^\s\S]b|(?:[^\s\S])*c{0}")).matches("")
-    assert translate(r'a|b"', safe=True) == translate(r"a|b[^\s\S]") == "(?:a)"
+    assert Automaton(python_regex_to_plain(r"a|[^\s\S]b|(?:[^\s\S])*c{0}")).matches("")
+    assert python_regex_to_plain(r'a|b"', json_safe=True) == python_regex_to_plain(r"a|b[^\s\S]") == "(?:a)"

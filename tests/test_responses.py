@@ -14,7 +14,7 @@ from support import RED, engine_of, square
 import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.decoding.events import Block
-from mlx_dgemma.prompt.images import BUDGETS
+from mlx_dgemma.model.patches import BUDGETS
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.openapi import document

@@ -10,12 +10,13 @@ from collections import deque
 from functools import partial
 
 import pytest
-from loop import tiny_engine, tiny_job
+from loop import tiny_engine, tiny_request
 from serving import WEATHER
 from support import RED, engine_of, random_tokens, strip
 
 import mlx_dgemma
 from mlx_dgemma.decoding.events import Block, Draft, Finished
+from mlx_dgemma.decoding.session import Session
 from mlx_dgemma.errors import OptionError, PromptError
 from mlx_dgemma.serving.prefix_cache import PrefixCache
 from mlx_dgemma.serving.scheduler import COUNTERS, Accepted, Busy, Failed, Scheduler, Stopping
@@ -65,15 +66,15 @@ def tokens_of(n, length=9):
 
 
 def ask(scheduler, n=1, *stops, drafts=False, **options):
-    """Submit a tiny job with its own prompt and seed."""
+    """Submit a tiny request with its own prompt and seed."""
     listener = Listener(*stops)
-    listener.ticket = scheduler.submit(lambda: tiny_job(tokens_of(n), seed=n, **options), listener, drafts)
+    listener.ticket = scheduler.submit(lambda: tiny_request(tokens_of(n), seed=n, **options), listener, drafts)
     return listener
 
 
 def alone(n=1, **options):
-    """(tokens, steps) of that job by itself."""
-    (*_, finished) = tiny_engine().run(tiny_job(tokens_of(n), seed=n, **options))
+    """(tokens, steps) of that request by itself."""
+    (*_, finished) = tiny_engine().run(tiny_request(tokens_of(n), seed=n, **options))
     return told(finished)
 
 
@@ -130,7 +131,7 @@ def demo_scheduler(demo):
 
 def submit(scheduler, way, arguments, options, seed, drafts=False):
     listener, engine = Listener(), scheduler.engine
-    prepare = partial(infill.infill, engine) if way == "infill" else engine.prepare
+    prepare = partial(infill.infill, engine.builder) if way == "infill" else engine.prepare
     listener.ticket = scheduler.submit(partial(prepare, *arguments, seed=seed, **options), listener, drafts)
     return listener
 
@@ -158,7 +159,7 @@ def test_many_kinds_of_requests_at_once_give_what_each_gives_alone(demo, demo_sc
         "cached_tokens": 0,
         **{name: sum(getattr(one, name) for one in stats) for name in COUNTERS[3:] if name != "cached_tokens"},
     }
-    assert load.cache_entries == sum(len(one.ticket.job.session.cache_key) >= 64 for one in listeners) > 0
+    assert load.cache_entries == sum(len(one.ticket.request.session.cache_key) >= 64 for one in listeners) > 0
     assert load.cache_bytes == demo_scheduler._cache.nbytes > 0
 
 
@@ -202,14 +203,14 @@ def test_a_mistake_fails_alone(tiny):
 
 
 def test_a_mistake_that_shows_while_it_runs_fails_alone(tiny):
-    job, listener = tiny_job(tokens_of(1)), Listener()
+    request, listener = tiny_request(tokens_of(1)), Listener()
 
-    def feed(tokens):
+    def feed(tokens, log_probs):
         raise OptionError("too much")
 
-    job.row.answer.feed = feed
+    request.reader.feed = feed
     other = ask(tiny, 2)
-    tiny.submit(lambda: job, listener)
+    tiny.submit(lambda: request, listener)
     assert str(listener.last.error) == "too much"
     assert listener.kinds == [Accepted, Failed]
     assert told(other.last) == alone(2)
@@ -241,7 +242,7 @@ def test_what_is_being_prepared_counts_as_waiting(tiny):
     def slow():
         preparing.set()
         assert go_on.wait(LIMIT)
-        return tiny_job(tokens_of(0))
+        return tiny_request(tokens_of(0))
 
     tiny.submit(slow, Listener())
     assert preparing.wait(LIMIT)
@@ -279,7 +280,7 @@ def test_who_is_cancelled_while_prepared_hears_nothing(tiny):
 
     def prepare():
         tickets[0].cancel()
-        return tiny_job(tokens_of(2))
+        return tiny_request(tokens_of(2))
 
     def mistaken():
         tickets[1].cancel()
@@ -294,14 +295,14 @@ def test_who_is_cancelled_while_prepared_hears_nothing(tiny):
 
 
 def test_who_is_cancelled_while_encoded_hears_nothing_more(tiny, monkeypatch):
-    encode, encoded = tiny.engine._encode, Listener(int)
+    encode, encoded = Session.encode, Listener(int)
 
-    def watched(job, branch):
-        for step in encode(job, branch):
-            encoded(job.session.prefix.offset)
-            yield step
+    def watched(session, *arguments):
+        for chunk in encode(session, *arguments):
+            encoded(session.prefix.offset)
+            yield chunk
 
-    monkeypatch.setattr(tiny.engine, "_encode", watched)
+    monkeypatch.setattr(Session, "encode", watched)
     listener = ask(tiny, 1, prefill_chunk=4)
     encoded.wait()
     assert load_of(tiny) == (1, 0)
@@ -318,7 +319,7 @@ def test_who_is_cancelled_while_denoised_hears_nothing_more_and_is_let_go(tiny, 
     listener, other = ask(tiny, 1, when, drafts=True), ask(tiny, 2)
     listener.wait()
     assert load_of(tiny)[0] >= 1
-    prefix = weakref.ref(listener.ticket.job.session.prefix)
+    prefix = weakref.ref(listener.ticket.request.session.prefix)
     heard = len(listener.events)
     listener.ticket.cancel()
     listener.go_on()
@@ -329,7 +330,7 @@ def test_who_is_cancelled_while_denoised_hears_nothing_more_and_is_let_go(tiny, 
     counters = tiny.load().counters
     assert [counters[name] for name in COUNTERS[:3]] == [2, 1, 0]
     assert counters["generated_tokens"] == len(alone(2)[0])  # of those who were told
-    assert tiny._loop.jobs == []
+    assert tiny._loop.requests == []
     del listener
     gc.collect()
     assert prefix() is None
@@ -416,7 +417,7 @@ def test_what_fails_a_whole_batch_fails_all_that_run_and_no_other(tiny, monkeypa
     assert told(third.last) == alone(3)
     until(lambda: load_of(tiny) == (0, 0))
     assert tiny.load().counters["failed"] == 2
-    assert tiny._loop.jobs == []
+    assert tiny._loop.requests == []
 
 
 SCRIPT = """

@@ -1,1 +1,1 @@
-"""LoRA and DoRA: changes of a model's weights, PEFT's file layout, and fusing them into a checkpoint."""
+"""LoRA and DoRA adapters: in a model, in PEFT's file layout, and fused into a checkpoint."""

@@ -1,4 +1,4 @@
-"""Adapters: low-rank changes of linear maps (LoRA, DoRA), put into a model and taken out of it."""
+"""Adapters: low-rank changes of linear layers (LoRA, DoRA), added to a model and extracted from it."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ GROUPS = {
     "experts": ("experts.gate_up_proj", "experts.down_proj"),
     "router": ("router.proj",),
 }
-"""What can be adapted in every layer; "self-conditioning" is the decoder's, once."""
+"""Modules of each layer by target group. The group "self-conditioning" is separate: the decoder has it once."""
 SELF_CONDITIONING = tuple(f"model.decoder.self_conditioning.{name}_proj" for name in ("gate", "up", "down"))
 _ADAPTED = (LoRALinear, DoRALinear, LoRASwitchLinear)
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What an adapter adds to one linear map W [out, in]: scale * b @ a.
+    """The change of one linear layer with the weight W [out, in]: W + scale * b @ a.
 
-    With a magnitude the result is DoRA's (arXiv 2402.09353): every row of W + scale * b @ a is brought to its length.
+    With a magnitude it is DoRA (arXiv 2402.09353): each row of W + scale * b @ a is scaled to its norm in `magnitude`.
 
     Attributes:
-        a: [r, in] float32; of experts [E, r, in].
-        b: [out, r] float32; of experts [E, out, r].
-        scale: factor of the product.
-        magnitude: [out] float32, or None.
+        a: [r, in] float32; for experts [E, r, in].
+        b: [out, r] float32; for experts [E, out, r].
+        scale: factor of b @ a.
+        magnitude: [out] float32 row norms, or None for LoRA.
     """
 
     a: mx.array
@@ -48,18 +48,18 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its arrays."""
+        """Size of its arrays in bytes."""
         return self.a.nbytes + self.b.nbytes + (0 if self.magnitude is None else self.magnitude.nbytes)
 
-    def on(self, weight: mx.array) -> mx.array:
-        """The changed weight, float32, of W [out, in] or of experts' [E, out, in]."""
+    def apply_to(self, weight: mx.array) -> mx.array:
+        """The changed weight in float32; `weight` is W [out, in], or [E, out, in] for experts."""
         weight = weight.astype(mx.float32) + self.scale * (self.b @ self.a)
         if self.magnitude is not None:
             weight = weight * (self.magnitude / mx.linalg.norm(weight, axis=1))[:, None]
         return weight
 
-    def same(self, other: Delta | None) -> bool:
-        """Whether the other one is equal, bit for bit."""
+    def equals(self, other: Delta | None) -> bool:
+        """True if the other delta is equal bit for bit."""
         if other is None or self.scale != other.scale or (self.magnitude is None) != (other.magnitude is None):
             return False
         pairs = [(self.a, other.a), (self.b, other.b)]
@@ -70,10 +70,14 @@ class Delta:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Changes by the path of the module that they belong to, such as "model.decoder.layers.0.self_attn.q_proj".
+    """Deltas by module path, such as "model.decoder.layers.0.self_attn.q_proj", for each of the two modes.
 
-    The encoder and the decoder share their layers' weights, but what is added to them may differ by mode. Both dicts
-    name the layers by the decoder's paths.
+    The encoder and the decoder share the weights of their layers, but may have different deltas. Both dicts use the
+    decoder's paths for these layers.
+
+    Attributes:
+        encode: deltas used when a prompt is encoded.
+        denoise: deltas used when a canvas is denoised.
     """
 
     encode: dict[str, Delta]
@@ -81,75 +85,99 @@ class Adapter:
 
     @property
     def shared(self) -> bool:
-        """Whether both modes change their layers alike."""
+        """True if both modes have the same deltas for the shared layers."""
         paths = {path for path in (*self.encode, *self.denoise) if path.startswith(LAYERS)}
-        return all(path in self.encode and self.encode[path].same(self.denoise.get(path)) for path in paths)
+        return all(path in self.encode and self.encode[path].equals(self.denoise.get(path)) for path in paths)
 
     @property
     def changes(self) -> dict[str, Delta]:
-        """Those of both modes by path; the encoder's where they differ."""
+        """Deltas of both modes by path; where the modes differ, the encoder's."""
         return {**self.denoise, **self.encode}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays; what is shared counts once."""
-        return sum({id(one): one.nbytes for mode in (self.encode, self.denoise) for one in mode.values()}.values())
+        """Size of all arrays in bytes; deltas that both modes share count once."""
+        unique = {id(delta): delta for deltas in (self.encode, self.denoise) for delta in deltas.values()}
+        return sum(delta.nbytes for delta in unique.values())
 
 
 def apply(model: DiffusionGemma, adapter: Adapter) -> None:
-    """Put an adapter into a model, for generation.
+    """Add an adapter to a model, for generation.
 
-    Where the modes differ, the encoder gets layers of its own, which share every weight with the decoder's.
+    If the modes differ, the encoder gets its own layers, which share all weights with the decoder's layers.
 
     Raises:
-        CheckpointError: a change that belongs to no module of this model, or a DoRA that it cannot take.
+        CheckpointError: the model lacks a module that the adapter changes, or a module cannot take a DoRA.
     """
     decoder = model.model.decoder
 
-    def layers(changes: dict[str, Delta]) -> list[Any]:
-        own = {path.removeprefix(LAYERS): delta for path, delta in changes.items() if path.startswith(LAYERS)}
-        parts = [
-            {p[len(f"{i}.") :]: d for p, d in own.items() if p.startswith(f"{i}.")} for i in range(len(decoder.layers))
+    def layers_with(deltas: dict[str, Delta]) -> list[Any]:
+        by_layer: list[dict[str, Delta]] = [{} for _ in decoder.layers]
+        for path, delta in deltas.items():
+            if path.startswith(LAYERS):
+                index, _, name = path.removeprefix(LAYERS).partition(".")
+                by_layer[int(index)][name] = delta
+        return [
+            _with_deltas(layer, own, f"{LAYERS}{i}.") for i, (layer, own) in enumerate(zip(decoder.layers, by_layer))
         ]
-        return [_changed(layer, part, f"{LAYERS}{i}.") for i, (layer, part) in enumerate(zip(decoder.layers, parts))]
 
-    both = adapter.changes
-    for path in both:
+    changes = adapter.changes
+    for path in changes:
         _module(model, path)
-    encoder = None if adapter.shared else tuple(layers(adapter.encode))
-    decoder.layers, model._encoder_layers = layers(adapter.denoise), encoder
-    alone = {path: adapted(_module(model, path), d, path) for path, d in both.items() if not path.startswith(LAYERS)}
-    model.update_modules(tree_unflatten(list(alone.items())))
-    mx.eval(model.parameters(), [layer.parameters() for layer in encoder or ()])
+    encoder_layers = None if adapter.shared else tuple(layers_with(adapter.encode))
+    decoder.layers, model._encoder_layers = layers_with(adapter.denoise), encoder_layers
+    others = {path: delta for path, delta in changes.items() if not path.startswith(LAYERS)}
+    modules = [(path, adapted_module(_module(model, path), delta, path)) for path, delta in others.items()]
+    model.update_modules(tree_unflatten(modules))
+    mx.eval(model.parameters(), [layer.parameters() for layer in encoder_layers or ()])
 
 
 def _module(model: nn.Module, path: str) -> Any:
+    """The module at a path.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     found: Any = model
     try:
         for name in path.split("."):
             found = found[int(name)] if isinstance(found, list) else found[name]
     except (KeyError, IndexError, ValueError, TypeError):
         raise CheckpointError(
-            f"The adapter changes {path}, which this model does not have; it is another one's."
+            f"The adapter changes {path}, which this model does not have; it belongs to another model."
         ) from None
     return found
 
 
-def _changed(module: nn.Module, deltas: dict[str, Delta], path: str) -> nn.Module:
-    """A module with changes inside, by relative path; it shares everything else with the one given."""
-    new = copy(module) if deltas else module
-    for name in {one.partition(".")[0] for one in deltas}:
-        own = {rest: d for p, d in deltas.items() if (rest := p.partition(".")[2]) and p.partition(".")[0] == name}
-        inner = f"{path}{name}"
-        setattr(new, name, _changed(new[name], own, f"{inner}.") if own else adapted(new[name], deltas[name], inner))
+def _with_deltas(module: nn.Module, deltas: dict[str, Delta], path: str) -> nn.Module:
+    """A copy of a module with deltas added to its submodules; everything else is shared with the original.
+
+    Args:
+        module: the original, which stays as it is.
+        deltas: by the submodules' paths relative to the module.
+        path: path of the module with a dot at its end, for error messages.
+    """
+    if not deltas:
+        return module
+    new = copy(module)
+    for name in {relative.partition(".")[0] for relative in deltas}:
+        inner = {
+            rest: delta
+            for relative, delta in deltas.items()
+            if (rest := relative.partition(".")[2]) and relative.partition(".")[0] == name
+        }
+        if inner:
+            setattr(new, name, _with_deltas(new[name], inner, f"{path}{name}."))
+        else:
+            setattr(new, name, adapted_module(new[name], deltas[name], f"{path}{name}"))
     return new
 
 
-def adapted(module: nn.Module, delta: Delta, path: str, dropout: float = 0.0) -> nn.Module:
-    """A linear map with a change beside it, as a module of mlx-lm's.
+def adapted_module(module: nn.Module, delta: Delta, path: str, dropout: float = 0.0) -> nn.Module:
+    """A linear layer with a delta, as one of mlx-lm's LoRA or DoRA modules.
 
     Raises:
-        CheckpointError: the module is no linear map, or one whose packing DoRA cannot be computed with.
+        CheckpointError: the module is not linear, or it is quantized in a mode that DoRA does not support.
     """
     if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)) and delta.magnitude is None:
         experts, rank, width = delta.a.shape
@@ -157,9 +185,11 @@ def adapted(module: nn.Module, delta: Delta, path: str, dropout: float = 0.0) ->
         new.linear, new.lora_a, new.lora_b = module, delta.a, delta.b
         return new
     if not isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-        raise CheckpointError(f"The adapter changes {path}, which takes no such change.")
+        raise CheckpointError(f"The adapter changes {path}, which does not support this kind of change.")
     if delta.magnitude is not None and getattr(module, "mode", "affine") != "affine":
-        raise CheckpointError(f"The adapter is a DoRA, which {path} in {module.mode} cannot take; use affine weights.")
+        raise CheckpointError(
+            f"The adapter is a DoRA, which {path} does not support in {module.mode}; use affine weights."
+        )
     kind = LoRALinear if delta.magnitude is None else DoRALinear
     new = kind(delta.a.shape[1], delta.b.shape[0], delta.a.shape[0], dropout, delta.scale)
     if delta.magnitude is None:
@@ -171,70 +201,86 @@ def adapted(module: nn.Module, delta: Delta, path: str, dropout: float = 0.0) ->
     return new
 
 
-def targets(model: DiffusionGemma, groups: tuple[str, ...], layers: int | None = None) -> list[str]:
-    """Paths of the modules of some `GROUPS`, in the last `layers` layers (None: all), self-conditioning included.
+def target_paths(model: DiffusionGemma, groups: tuple[str, ...], layers: int | None = None) -> list[str]:
+    """Paths of the modules in some target groups.
+
+    Args:
+        model: the model to look in.
+        groups: names in `GROUPS`, or "self-conditioning".
+        layers: only the last so many layers; None for all. Self-conditioning is always included.
 
     Raises:
-        OptionError: an unknown group, or more layers than there are.
+        OptionError: an unknown group, or more layers than the model has.
     """
     known = (*GROUPS, "self-conditioning")
     for group in groups:
         if group not in known:
-            raise OptionError(f"There is no target {group!r}; take some of {', '.join(known)}.")
-    held = model.model.decoder.layers
-    if layers is not None and not 1 <= layers <= len(held):
-        raise OptionError(f"layers is {layers}; the model has {len(held)}.")
-    found = []
-    for i in range(len(held) - (layers or len(held)), len(held)):
+            raise OptionError(f"There is no target {group!r}; choose from {', '.join(known)}.")
+    all_layers = model.model.decoder.layers
+    if layers is not None and not 1 <= layers <= len(all_layers):
+        raise OptionError(f"layers is {layers}; the model has {len(all_layers)}.")
+    paths = []
+    for i in range(len(all_layers) - (layers or len(all_layers)), len(all_layers)):
         for name in (name for group in groups for name in GROUPS.get(group, ())):
             parent, _, leaf = name.partition(".")
-            if leaf in held[i][parent]:  # full layers have no v_proj
-                found.append(f"{LAYERS}{i}.{name}")
-    return found + (list(SELF_CONDITIONING) if "self-conditioning" in groups else [])
+            if leaf in all_layers[i][parent]:  # layers with full attention have no v_proj
+                paths.append(f"{LAYERS}{i}.{name}")
+    return paths + (list(SELF_CONDITIONING) if "self-conditioning" in groups else [])
 
 
-def start(
+def add_adapter(
     model: DiffusionGemma, paths: list[str], rank: int, scale: float, dropout: float, dora: bool, key: mx.array
 ) -> None:
-    """Put an adapter that changes nothing yet into a model: a is uniform within 1 / sqrt(in), b is zero.
+    """Add a new adapter to a model, for training.
+
+    At first it changes nothing: a is uniform in +-1 / sqrt(in), b is zero.
+
+    Args:
+        model: changed in place.
+        paths: of the modules to adapt, see `target_paths`.
+        rank: r of the deltas.
+        scale: factor of b @ a.
+        dropout: probability with which an input of a is dropped.
+        dora: True for DoRA, False for LoRA.
+        key: random key for a.
 
     Raises:
-        OptionError: DoRA of modules that it cannot be computed for, or a model that has an adapter already.
+        OptionError: DoRA of modules that do not support it, or a model that already has an adapter.
     """
     if model._encoder_layers is not None or any(isinstance(module, _ADAPTED) for module in model.modules()):
-        raise OptionError("The model has an adapter already; load it without one.")
+        raise OptionError("The model already has an adapter; load it without one.")
     changes = {}
-    for path, own in zip(paths, mx.random.split(key, len(paths))):
+    for path, own_key in zip(paths, mx.random.split(key, len(paths))):
         module = _module(model, path)
-        switch = isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
-        packed = module.bits if hasattr(module, "bits") else None
         *experts, out, width = module.weight.shape
-        width = width * 32 // packed if packed else width
+        if hasattr(module, "bits"):  # quantized: 32 bits per stored element
+            width = width * 32 // module.bits
         bound = width**-0.5
-        a = mx.random.uniform(-bound, bound, (*experts, rank, width), key=own)
-        if dora and switch:
-            raise OptionError("DoRA is not defined for experts here; leave experts out of --targets, or take lora.")
-        magnitude = mx.linalg.norm(plain_weight(module).astype(mx.float32), axis=1) if dora else None
-        changes[path] = adapted(module, Delta(a, mx.zeros((*experts, out, rank)), scale, magnitude), path, dropout)
+        a = mx.random.uniform(-bound, bound, (*experts, rank, width), key=own_key)
+        if dora and isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
+            raise OptionError("DoRA does not support experts; leave experts out of --targets, or use lora.")
+        magnitude = mx.linalg.norm(dequantized_weight(module).astype(mx.float32), axis=1) if dora else None
+        delta = Delta(a, mx.zeros((*experts, out, rank)), scale, magnitude)
+        changes[path] = adapted_module(module, delta, path, dropout)
     model.update_modules(tree_unflatten(list(changes.items())))
 
 
-def taken(model: DiffusionGemma) -> Adapter:
-    """The adapter that `start` put into a model, as it is now: the same in both modes."""
-    found = {path: _delta(module) for path, module in model.named_modules() if isinstance(module, _ADAPTED)}
-    return Adapter({path: d for path, d in found.items() if path.startswith(LAYERS)}, found)
+def extract_adapter(model: DiffusionGemma) -> Adapter:
+    """The current state of the adapter that `add_adapter` added to a model; it is the same in both modes."""
+    deltas = {path: _delta(module) for path, module in model.named_modules() if isinstance(module, _ADAPTED)}
+    return Adapter({path: delta for path, delta in deltas.items() if path.startswith(LAYERS)}, deltas)
 
 
 def _delta(module: Any) -> Delta:
-    """What an adapted module adds."""
+    """The delta of an adapted module."""
     a, b = module.lora_a, module.lora_b
     if not isinstance(module, LoRASwitchLinear):
         a, b = a.T, b.T
     return Delta(a, b, module.scale, module.m if isinstance(module, DoRALinear) else None)
 
 
-def plain_weight(module: Any) -> mx.array:
-    """The weight of a linear map, unpacked."""
+def dequantized_weight(module: Any) -> mx.array:
+    """The weight of a linear layer, dequantized if necessary."""
     if "scales" not in module:
         return module.weight
     return mx.dequantize(

@@ -1,5 +1,7 @@
-"""New weights in a checkpoint's place, all or nothing: `fuse()` puts an adapter's changes into them, in bounded memory;
-`write_checkpoint()` takes a trained model's."""
+"""Write changed weights into a new checkpoint, all or nothing.
+
+`fuse()` adds an adapter to the weights, in bounded memory. `write_checkpoint()` writes the weights of a trained model.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -16,8 +19,8 @@ from mlx.utils import tree_flatten
 from ..checkpoint.find import find
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.headers import FLOATS
-from ..convert.folder import carry, created, vacant
-from ..convert.jobs import DTYPES, Job, make_jobs, read, source_quantization, to_array, to_bytes
+from ..convert.folder import atomic_folder, copy_metadata, require_absent
+from ..convert.jobs import DTYPES, Job, float_dtype, make_jobs, read_ranges, source_quantization, to_array, to_bytes
 from ..convert.recipes import Quantization
 from ..convert.writer import Entry, Writer
 from ..errors import CheckpointError
@@ -25,18 +28,28 @@ from ..model.diffusion_gemma import DiffusionGemma
 from . import peft
 from .deltas import Delta
 
-OPTION = "OUT"  # what names the target, for messages
+OPTION = "OUT"  # the argument that sets the target, for error messages
 
 
 @dataclass(frozen=True)
-class Report:
-    """What fusing did."""
+class FuseReport:
+    """The result of `fuse()`.
+
+    Attributes:
+        source: folder of the checkpoint.
+        adapter: folder of the adapter.
+        target: the folder that was made.
+        modules: paths of the modules whose weights were changed.
+        requantized: those of them that were quantized again, which rounds them.
+        nbytes: stored size in bytes.
+        seconds: duration.
+    """
 
     source: Path
     adapter: Path
     target: Path
-    modules: tuple[str, ...]  # paths of those whose weights were changed
-    packed: tuple[str, ...]  # those of them that were packed again, which rounds
+    modules: tuple[str, ...]
+    requantized: tuple[str, ...]
     nbytes: int
     seconds: float
 
@@ -47,144 +60,147 @@ def fuse(
     model: str | os.PathLike | None = None,
     dequantize: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
-    """Write a checkpoint whose weights hold an adapter's changes.
+) -> FuseReport:
+    """Write a checkpoint with an adapter added to its weights.
 
-    Every tensor keeps its dtype, and what the adapter does not change its bytes. The sum is computed in float32 and
-    then rounded: to the weight's dtype, or to the bits that it is packed in. Peak memory is that of the largest weight
-    that is not experts', of one expert, and of the adapter.
+    Every tensor keeps its dtype, and tensors that the adapter does not change keep their bytes. Sums are computed in
+    float32 and then rounded to the weight's dtype or quantization. Peak memory is one weight (of the experts, one
+    expert) and the adapter.
 
     Args:
         adapter: a folder in PEFT's layout or a Hub id.
-        target: the folder to make; it appears when it is whole.
-        model: a folder or a Hub id; None takes $MLX_DGEMMA_MODEL, else the bundled demo.
-        dequantize: leave changed weights unpacked, in the dtype of the checkpoint's floats.
-        progress: called with the bytes done and the bytes in all.
+        target: the folder to make; it only appears when it is complete.
+        model: a folder or a Hub id; None is $MLX_DGEMMA_MODEL, or the bundled demo if that is not set.
+        dequantize: store changed weights unquantized, in the dtype of the checkpoint's floats.
+        progress: called with the bytes done so far and in total.
 
     Raises:
-        OptionError: a target that exists.
-        CheckpointError: a checkpoint or an adapter that is broken or another model's, or an adapter that changes
+        OptionError: the target exists.
+        CheckpointError: the checkpoint or the adapter is broken or belongs to another model, or the adapter changes
             encoder and decoder differently.
-        DgemmaError: a target that cannot be written, or a full disk.
+        DgemmaError: the target cannot be written, or the disk is full.
     """
     start = time.perf_counter()
-    path = vacant(target, OPTION)
+    path = require_absent(target, OPTION)
     checkpoint, folder = Checkpoint.open(find(model)), peft.find(adapter)
-    changes = peft.read(folder, checkpoint.shapes)
-    if not changes.shared:
+    adapter_deltas = peft.read(folder, checkpoint.shapes)
+    if not adapter_deltas.shared:
         raise CheckpointError(
-            "This adapter changes encoder and decoder differently, and they share their weights; use it with --adapter."
+            "This adapter changes encoder and decoder differently, but they share their weights; use it with --adapter."
         )
-    plan = _Plan(checkpoint, changes.changes, dequantize)
-    entries = [entries for job in plan.jobs if (entries := plan.entries(job))]
-    nbytes = sum(entry.nbytes for group in entries for entry in group)
-    with created(path, nbytes, OPTION) as made:
-        writer, done, total = Writer(made, entries), 0, sum(job.nbytes for job in plan.jobs)
-        try:
-            for job in plan.jobs:
-                plan.write(job, writer)
+    fusion = _Fusion(checkpoint, adapter_deltas.changes, dequantize)
+    groups = [entries for job in fusion.jobs if (entries := fusion.entries(job))]
+    nbytes = sum(entry.nbytes for entries in groups for entry in entries)
+    with atomic_folder(path, nbytes, OPTION) as partial:
+        done, total = 0, sum(job.nbytes for job in fusion.jobs)
+        with Writer(partial, groups) as writer:
+            for job in fusion.jobs:
+                fusion.write(job, writer)
                 done += job.nbytes
                 if progress:
                     progress(done, total)
-            writer.finish()
-        finally:
-            writer.close()
-        carry(checkpoint, made, DTYPES[plan.floats], plan.packed)
-    modules = tuple(changes.changes)
-    again = tuple(path for path in modules if path in plan.packed)
-    return Report(checkpoint.path, folder, path, modules, again, nbytes, time.perf_counter() - start)
+        copy_metadata(checkpoint, partial, DTYPES[fusion.float_dtype], fusion.quantized)
+    modules = tuple(adapter_deltas.changes)
+    requantized = tuple(path for path in modules if path in fusion.quantized)
+    return FuseReport(checkpoint.path, folder, path, modules, requantized, nbytes, time.perf_counter() - start)
 
 
-class _Plan:
-    """What becomes of every tensor.
+class _Fusion:
+    """The tensors of a fused checkpoint.
 
     Args:
         checkpoint: the source.
-        changes: by module path, the same for encoder and decoder.
-        dequantize: leave changed weights unpacked.
+        changes: deltas by module path, the same for encoder and decoder.
+        dequantize: store changed weights unquantized.
+
+    Attributes:
+        jobs: one for each tensor of the source.
+        quantized: {module path: its quantization} of the result.
+        float_dtype: safetensors dtype of the weights that are not quantized.
     """
 
     def __init__(self, checkpoint: Checkpoint, changes: dict[str, Delta], dequantize: bool):
-        found = source_quantization(checkpoint)
-        self.jobs = make_jobs(checkpoint, found, None, None)
-        self.packed = {path: q for path, q in found.items() if not (dequantize and path in changes)}
-        self._shapes, self._changes, self._found = checkpoint.shapes, changes, found
+        source = source_quantization(checkpoint)
+        self.jobs = make_jobs(checkpoint, source, None, None)
+        self.quantized = {path: q for path, q in source.items() if not (dequantize and path in changes)}
+        self.float_dtype = float_dtype(self.jobs)
+        self._shapes, self._changes, self._source = checkpoint.shapes, changes, source
         self._by_name = {job.target: job for job in self.jobs}
-        self.floats = self._by_name["model.decoder.norm.weight"].dtype
 
     def entries(self, job: Job) -> list[Entry]:
-        """The tensors that a job's becomes: itself, or with the weight of a changed module all of that module's."""
+        """The tensors to write for a job.
+
+        That is the job's own tensor, except for a module that is dequantized: then its weight only.
+        """
         path = job.target.rpartition(".")[0]
-        if path not in self._changes or path in self.packed or path not in self._found:
+        if path not in self._changes or path in self.quantized or path not in self._source:
             return job.entries
         return [Entry(job.target, self._dtype(path), self._shapes[job.target])] if job.target in self._shapes else []
 
     def write(self, job: Job, writer: Writer) -> None:
-        """Write what becomes of a job's tensor; that of a changed module's scales is written with its weight."""
+        """Write a job's tensor. The scales and biases of a changed module are written together with its weight."""
         path, _, part = job.target.rpartition(".")
         if path not in self._changes:
             offset = 0
-            for piece in job.slices():
-                data = read(piece)
+            for ranges in job.slices():
+                data = read_ranges(ranges)
                 writer.write(job.target, offset, data)
                 offset += len(data)
         elif part == "weight":
-            self._change(path, self._changes[path], writer)
+            self._write_changed(path, self._changes[path], writer)
 
-    def _change(self, path: str, delta: Delta, writer: Writer) -> None:
-        """Write a changed module, expert by expert."""
+    def _write_changed(self, path: str, delta: Delta, writer: Writer) -> None:
+        """Write a changed module; experts one by one."""
         jobs = [job for part in ("weight", "scales", "biases") if (job := self._by_name.get(f"{path}.{part}"))]
-        pairs, packing = [(delta.a, delta.b)], self._found.get(path)
-        if delta.a.ndim == 3:
-            pairs = list(zip(delta.a, delta.b))
+        quantization = self._source.get(path)
+        pairs = list(zip(delta.a, delta.b)) if delta.a.ndim == 3 else [(delta.a, delta.b)]
         for i, (a, b) in enumerate(pairs):
-            held = [to_array(read(job.part(i, len(pairs))), job.dtype).reshape(job.shape[-2:]) for job in jobs]
-            held = [one.astype(mx.float32) if mx.issubdtype(one.dtype, mx.floating) else one for one in held]
-            weight = mx.dequantize(*held, **packing.as_dict) if packing else held[0]
-            changed = Delta(a, b, delta.scale, delta.magnitude).on(weight).astype(FLOATS[self._dtype(path)])
-            new = _packed(changed, self.packed.get(path))
+            parts: list[Any] = []
+            for job in jobs:
+                stored = to_array(read_ranges(job.equal_part(i, len(pairs))), job.dtype).reshape(job.shape[-2:])
+                parts.append(stored.astype(mx.float32) if mx.issubdtype(stored.dtype, mx.floating) else stored)
+            weight = mx.dequantize(*parts, **quantization.as_dict) if quantization else parts[0]
+            changed = Delta(a, b, delta.scale, delta.magnitude).apply_to(weight).astype(FLOATS[self._dtype(path)])
+            new = _quantize(changed, self.quantized.get(path))
             mx.eval(new)
             for job, array in zip(jobs, new):
                 writer.write(job.target, i * array.nbytes, to_bytes(array))
 
     def _dtype(self, path: str) -> str:
-        """Of a module's floats: its weight's, its scales', or where those are no floats the other weights'."""
-        own = self._by_name[f"{path}.scales" if path in self._found else f"{path}.weight"].dtype
-        return own if own in FLOATS else self.floats
+        """Dtype of a changed module's floats: of its weight or scales, or the default if these are integers."""
+        own = self._by_name[f"{path}.scales" if path in self._source else f"{path}.weight"].dtype
+        return own if own in FLOATS else self.float_dtype
 
 
-def _packed(weight: mx.array, packing: Quantization | None) -> list[mx.array]:
-    return list(mx.quantize(weight, **packing.as_dict)) if packing else [weight]
+def _quantize(weight: mx.array, quantization: Quantization | None) -> list[mx.array]:
+    return list(mx.quantize(weight, **quantization.as_dict)) if quantization else [weight]
 
 
 def write_checkpoint(model: DiffusionGemma, checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a model's weights, which are not packed, with the other files of the checkpoint that it was loaded from.
+    """Write the weights of a model, with the other files of the checkpoint that it was loaded from.
 
-    They get the dtypes that the checkpoint stores; what it packs, that of its floats.
+    Each weight gets the dtype in which the checkpoint stores it. Weights that are quantized in the checkpoint get the
+    dtype of its floats.
 
     Args:
-        model: all its arrays are plain.
+        model: none of its weights is quantized.
         checkpoint: the source of configuration and tokenizer.
-        folder: appears when it is whole; one that is there is replaced.
+        folder: the folder to make; it only appears when it is complete, and replaces an existing one.
 
     Raises:
-        DgemmaError: a folder that cannot be written, or a full disk.
+        DgemmaError: the folder cannot be written, or the disk is full.
     """
-    stored = {job.target: job.dtype for job in make_jobs(checkpoint, source_quantization(checkpoint), None, None)}
-    floats = stored["model.decoder.norm.weight"]
+    jobs = make_jobs(checkpoint, source_quantization(checkpoint), None, None)
+    stored, default = {job.target: job.dtype for job in jobs}, float_dtype(jobs)
     arrays = dict(tree_flatten(model.parameters()))
-    dtypes = {name: stored[name] if stored[name] in FLOATS else floats for name in arrays}
+    dtypes = {name: stored[name] if stored[name] in FLOATS else default for name in arrays}
     entries = [Entry(name, dtypes[name], array.shape) for name, array in arrays.items()]
     old = folder.with_name(f".{folder.name}.old")
-    with created(folder, sum(entry.nbytes for entry in entries), "--output") as made:
-        writer = Writer(made, [[entry] for entry in entries])
-        try:
+    with atomic_folder(folder, sum(entry.nbytes for entry in entries), "--output") as partial:
+        with Writer(partial, [[entry] for entry in entries]) as writer:
             for name, array in arrays.items():
                 writer.write(name, 0, to_bytes(array.astype(FLOATS[dtypes[name]])))
-            writer.finish()
-        finally:
-            writer.close()
-        carry(checkpoint, made, DTYPES[floats], {})
+        copy_metadata(checkpoint, partial, DTYPES[default], {})
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)

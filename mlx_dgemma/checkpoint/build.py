@@ -1,4 +1,4 @@
-"""Find a checkpoint (a folder or a Hub id), read and check it, build the model."""
+"""Build the model of a checkpoint: modules as its quantization asks for, weights as the device computes fastest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..model.config import ModelConfig
 from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
 from . import weights
-from .folder import Checkpoint, _shapes
+from .folder import Checkpoint, parameter_shapes
 from .headers import FLOATS, TensorInfo
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -26,14 +26,13 @@ def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = F
 
     Args:
         checkpoint: what to build.
-        dtype: of activations and unquantized weights ("float32", "bfloat16", "float16"); None keeps
-            what is stored. On the CPU unquantized experts are float32 all the same: MLX has no
-            other kernel for them there.
+        dtype: of activations and unquantized weights ("float32", "bfloat16", "float16"); None keeps the stored one.
+            On the CPU unquantized experts are always float32, because MLX has no other kernel for them there.
         dequantize: unpack quantized weights.
 
     Raises:
         OptionError: an unknown dtype.
-        CheckpointError: a tensor missing, unknown, or of a wrong shape or dtype.
+        CheckpointError: a tensor is missing or unknown, or has a wrong shape or dtype.
     """
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype!r}; it should be one of {', '.join(DTYPES)}.")
@@ -43,7 +42,7 @@ def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = F
         _quantize(model, checkpoint.quantization, stored, checkpoint.config)
     elif stored:
         raise CheckpointError(f"The checkpoint holds {min(stored)}, but config.json has no quantization entry.")
-    shapes = _shapes(model)
+    shapes = parameter_shapes(model)
     plan = weights.plan(list(checkpoint.tensors), checkpoint.config, set(shapes))
     cast = DTYPES[dtype] if dtype else None
     model.load_weights(list(_arrays(checkpoint, plan, shapes, cast)), strict=True)
@@ -55,9 +54,9 @@ def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = F
 
 
 def suit_device(model: nn.Module) -> None:
-    """Lay weights out as MLX's default device computes fastest: on the CPU column by column.
+    """Store weights in the layout that MLX's default device computes fastest: on the CPU column by column.
 
-    The CPU wheels' BLAS takes half the time for those, and has experts in float32 only.
+    The BLAS of the CPU wheels takes half the time for columns. It computes experts in float32 only.
     """
     if not on_cpu():
         return
@@ -69,7 +68,7 @@ def suit_device(model: nn.Module) -> None:
 
 
 def _quantize(model: nn.Module, quantization: dict, stored: set[str], config: ModelConfig) -> None:
-    """Give quantized modules to every path whose scales are stored, with its own parameters."""
+    """Quantize every module whose scales are stored, with the parameters that config.json has for its path."""
     paths = {
         target.removesuffix(".scales") for name in stored if (m := weights.match(name, config)) and (target := m[0])
     }
@@ -118,10 +117,10 @@ def _check(info: TensorInfo, source: weights.Source, shape: tuple[int, ...], pac
 
 
 def _dequantize(model: nn.Module, cast: mx.Dtype | None) -> None:
-    """Replace every quantized module by its plain twin."""
+    """Replace every quantized module by a plain one."""
+    kinds = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
 
     def plain(module: nn.Module) -> nn.Module:
-        twin = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
         weight = mx.dequantize(
             module.weight,
             module.scales,
@@ -130,12 +129,11 @@ def _dequantize(model: nn.Module, cast: mx.Dtype | None) -> None:
             bits=module.bits,
             mode=module.mode,
         )
-        kind = twin[type(module)]
+        kind = kinds[type(module)]
         new = kind(1, 1, 1, False) if kind is SwitchLinear else kind(1, 1)
         new.pop("bias", None)
         new.weight = weight if cast is None else weight.astype(cast)
         return new
 
-    quantized = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
-    leaves = [(path, plain(m)) for path, m in model.named_modules() if isinstance(m, quantized)]
+    leaves = [(path, plain(module)) for path, module in model.named_modules() if type(module) in kinds]
     model.update_modules(tree_unflatten(leaves))

@@ -1,4 +1,4 @@
-"""Find a checkpoint (a folder or a Hub id), read and check it, build the model."""
+"""Find a folder by path or Hub id; snapshots on this machine are looked for before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ DEMO = Path(__file__).parent.parent / "demo"
 
 
 def find(name: str | os.PathLike | None = None) -> Path:
-    """The folder of a checkpoint: a path, else a Hub id, looked for on this machine first.
+    """The folder of a checkpoint.
 
     Args:
-        name: None takes $MLX_DGEMMA_MODEL, else the bundled demo.
+        name: a path or a Hub id; None takes $MLX_DGEMMA_MODEL, else the bundled demo.
 
     Raises:
         CheckpointError: no such folder, no such Hub id, or no network to ask.
     """
     text = str(name or os.environ.get("MLX_DGEMMA_MODEL") or DEMO)
-    give = "give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it"
-    return fetch(text, ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"), _whole, give)
+    hint = "give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it"
+    return fetch(text, ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"), _is_complete, hint)
 
 
-def _whole(folder: Path) -> bool:
-    """Whether a snapshot is a checkpoint; a shard that is missing raises."""
+def _is_complete(folder: Path) -> bool:
+    """Whether a snapshot is a complete checkpoint; raises CheckpointError if a shard is missing."""
     return (folder / "config.json").exists() and any(folder.glob("*.safetensors")) and bool(read_tensors(folder))
 
 
 def fetch(
     name: str,
     patterns: Sequence[str],
-    whole: Callable[[Path], bool],
-    give: str,
+    is_complete: Callable[[Path], bool],
+    hint: str,
     kinds: tuple[str, str] = ("folder", "repository"),
     error: type[DgemmaError] = CheckpointError,
     **wanted: str,
 ) -> Path:
-    """A path of this machine, else a Hub id's snapshot, looked for on this machine first.
+    """An existing path, or the snapshot of a Hub id, which is downloaded if it is not complete on this machine.
 
     Args:
         name: path or id.
         patterns: names of the files to download.
-        whole: whether a snapshot holds all that is needed; what does not, or raises CheckpointError, is downloaded.
-        give: what to do about a path that does not exist, for the message.
-        kinds: what it is on this machine and on the Hub, for messages.
-        error: what is raised.
+        is_complete: whether a snapshot holds all that is needed. If not, or on CheckpointError, it is downloaded.
+        hint: what to do if the path does not exist; part of the message.
+        kinds: what is looked for on this machine and on the Hub, for messages.
+        error: the exception that is raised.
         wanted: further arguments of `snapshot_download`.
     """
     path = Path(name).expanduser()
     if path.exists():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise error(f"{name} does not exist; {give}.")
+        raise error(f"{name} does not exist; {hint}.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -71,7 +71,7 @@ def fetch(
     try:
         try:
             found = Path(snapshot_download(name, local_files_only=True, **asked))
-            if whole(found):  # an interrupted download is completed below
+            if is_complete(found):  # an interrupted download is completed below
                 return found
         except (LocalEntryNotFoundError, CheckpointError):
             pass

@@ -1,4 +1,4 @@
-"""Find a checkpoint (a folder or a Hub id), read and check it, build the model."""
+"""`Checkpoint`: a folder whose configuration and headers were read and checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .headers import TensorInfo, read_tensors
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that was read and found whole. No weight is in memory yet."""
+    """A complete checkpoint folder. No weights are in memory."""
 
     path: Path
     config: ModelConfig
@@ -32,7 +32,7 @@ class Checkpoint:
         """Read configuration and headers.
 
         Raises:
-            CheckpointError: whatever is missing, broken or of another model.
+            CheckpointError: a file is missing or broken, or belongs to another model.
         """
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a folder; point at the folder that holds config.json.")
@@ -61,11 +61,11 @@ class Checkpoint:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{parameter: shape} of the unquantized model."""
-        return _shapes(DiffusionGemma(self.config))
+        return parameter_shapes(DiffusionGemma(self.config))
 
     @property
     def parameters(self) -> int:
-        """Number of weights, whatever bits hold them."""
+        """Number of weights, independent of quantization."""
         return sum(_size(shape) for shape in self.shapes.values())
 
     @property
@@ -74,7 +74,8 @@ class Checkpoint:
         return self.nbytes * 8 / self.parameters
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape} of a model."""
     return {name: a.shape for name, a in dict(tree_flatten(model.parameters())).items()}
 
 

@@ -1,4 +1,4 @@
-"""Find a checkpoint (a folder or a Hub id), read and check it, build the model."""
+"""The headers of safetensors files: which tensors a checkpoint holds and where, without reading any of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DTYPES = {**FLOATS, "U32": mx.uint32, "U8": mx.uint8}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: its bytes are file[start:end]."""
+    """The place of a tensor: its bytes are file[start:end]."""
 
     file: Path
     dtype: str  # safetensors' name: BF16, F32, U32, ...
@@ -34,10 +34,10 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors that a safetensors file announces, without reading any.
+    """The tensors in the header of a safetensors file.
 
     Raises:
-        CheckpointError: the file is missing, no safetensors file, or shorter than it says.
+        CheckpointError: the file is missing, is no safetensors file, or is shorter than its header says.
     """
     try:
         size = file.stat().st_size
@@ -65,8 +65,8 @@ def read_tensors(path: Path) -> dict[str, TensorInfo]:
     """All tensors of a checkpoint folder, checked against its index.
 
     Raises:
-        CheckpointError: a missing or truncated shard, a shard that the index does not know, or a
-            tensor that stands in the index and in no shard, or the other way round.
+        CheckpointError: a shard is missing, truncated or not in the index, or a tensor is in the index and in no
+            shard, or in a shard and not in the index.
     """
     files = sorted(path.glob("*.safetensors"))
     if not (path / INDEX).exists():

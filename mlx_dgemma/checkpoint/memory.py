@@ -1,17 +1,18 @@
-"""How much memory a checkpoint needs and this machine can give."""
+"""How much memory a checkpoint needs, and whether the device has it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from ..errors import MemoryLimitError
 from ..model import device
-from ..model.attention import SCORES
+from ..model.attention import SCORE_BYTES
 from ..model.config import ModelConfig
 from ..model.device import on_cpu
-from ..model.kv_cache import STEP
+from ..model.kv_cache import BUFFER_STEP
 from .folder import Checkpoint
 
 GB = 1e9
@@ -19,7 +20,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of unified memory: weights, the prefix's KV, and a denoising step's arrays."""
+    """Bytes of memory: of the weights, of the prefix's KV cache, and of the arrays of a step."""
 
     weights: int
     prefix: int
@@ -27,17 +28,17 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of the three."""
         return self.weights + self.prefix + self.workspace
 
 
 def prefix_bytes(config: ModelConfig, context: int, itemsize: int, batch_size: int = 1) -> int:
-    """KV of `context` positions: all of them in full layers, what the window sees in sliding ones."""
+    """Bytes of the KV of `context` positions: full layers hold all of them, sliding layers those in the window."""
     text, total = config.text, 0
     for kind in text.layer_types:
-        heads, dim = text.head(kind)
-        held = context if kind == "full_attention" else min(context, text.sliding_window - 1)
-        slots = -(-(held + config.canvas_length) // STEP) * STEP
+        heads, dim = text.kv_shape(kind)
+        positions = context if kind == "full_attention" else min(context, text.sliding_window - 1)
+        slots = -(-(positions + config.canvas_length) // BUFFER_STEP) * BUFFER_STEP
         total += 2 * heads * dim * slots * itemsize * batch_size
     return total
 
@@ -45,10 +46,10 @@ def prefix_bytes(config: ModelConfig, context: int, itemsize: int, batch_size: i
 def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False) -> Need:
     """Estimate from the headers what loading and a prompt of `context` tokens take.
 
-    The workspace is the larger of a denoising step's and a prefill chunk's, bounds of peaks measured at the
-    release's shape (bench/RESULTS.md): eight float32 arrays of [canvas, vocabulary], which exact mode may take and
-    the others do not, and eight of [heads, chunk, context] attention scores, which come in chunks of at
-    most `layers.SCORES`; the experts' rows are among them.
+    The workspace is the larger of two bounds of peaks, which were measured at the release's size (bench/RESULTS.md):
+    a denoising step takes at most eight float32 arrays of [canvas, vocabulary] (exact mode; other modes take less), and
+    a prefill chunk eight arrays of [heads, chunk, context] attention scores, each at most `attention.SCORE_BYTES`; the
+    rows of the experts are counted in.
     """
     itemsize = 4 if dtype == "float32" else 2
     if dequantize or (not checkpoint.quantization and dtype is not None):
@@ -57,39 +58,46 @@ def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequant
         weights = checkpoint.nbytes
     config = checkpoint.config
     step = 8 * 4 * config.canvas_length * config.text.vocab_size
-    scores = 8 * min(itemsize * config.text.num_attention_heads * min(1024, context) * context, SCORES)
+    scores = 8 * min(itemsize * config.text.num_attention_heads * min(1024, context) * context, SCORE_BYTES)
     workspace = max(step, scores)
     return Need(weights, prefix_bytes(config, context, itemsize), workspace)
 
 
 def context(checkpoint: Checkpoint) -> int:
-    """Tokens of context that loading makes sure of: 4,096, or all that a smaller model has."""
+    """Tokens of context that must fit for loading: 4,096, or the longest context of the model if that is shorter."""
     return min(4096, checkpoint.config.text.max_position_embeddings)
 
 
-def settle(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool | None = None) -> tuple[str | None, bool]:
-    """(dtype, dequantize) as loading takes them where None leaves the choice.
+def resolve_dtype(
+    checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool | None = None
+) -> tuple[str | None, bool]:
+    """The (dtype, dequantize) that loading uses; None leaves the choice to this function.
 
-    On the CPU quantized matrix products are slow and float32 is fastest, so weights are unpacked to it
-    where they fit; on a GPU they stay as stored.
+    On the CPU quantized matrix products are slow and float32 is fastest, so weights are unpacked to float32 if they
+    fit. On a GPU they stay as stored.
     """
     if on_cpu() and dtype is None and (dequantize is not False or not checkpoint.quantization):
         dtype = "float32"
     if dequantize is None:
-        packed = on_cpu() and checkpoint.quantization is not None
-        dequantize = packed and need(checkpoint, context(checkpoint), dtype, True).total <= device.available()
+        slow = on_cpu() and checkpoint.quantization is not None
+        dequantize = slow and need(checkpoint, context(checkpoint), dtype, True).total <= device.available()
     return dtype, dequantize
 
 
-def spare(checkpoint: Checkpoint, rows: int) -> int:
-    """Bytes left beside a loaded checkpoint and so many prompts of `context` tokens; 0 where nothing is."""
-    dtype, dequantize = settle(checkpoint)
+def free_bytes_beside(checkpoint: Checkpoint, rows: int) -> int:
+    """Bytes left beside a loaded checkpoint and `rows` prompts of `context` tokens, at least 0."""
+    dtype, dequantize = resolve_dtype(checkpoint)
     needed = need(checkpoint, context(checkpoint), dtype, dequantize)
     return max(device.available() - needed.total - (rows - 1) * needed.prefix, 0)
 
 
-def check(checkpoint: Checkpoint, needed: Need) -> None:
-    """Refuse what does not fit.
+def check(checkpoint: Checkpoint, needed: Need, recipe_sizes: Callable[[], Mapping[str, int]]) -> None:
+    """Refuse a checkpoint that does not fit.
+
+    Args:
+        checkpoint: for its name.
+        needed: bytes that it takes.
+        recipe_sizes: gives the bytes of the weights under each conversion recipe; called only to refuse.
 
     Raises:
         MemoryLimitError: says how much is missing, which recipe would fit, and what to try.
@@ -97,10 +105,7 @@ def check(checkpoint: Checkpoint, needed: Need) -> None:
     have = device.available()
     if needed.total <= have:
         return
-    from ..convert.recipes import RECIPES
-
-    rest = needed.total - needed.weights
-    sizes = {name: recipe.nbytes(checkpoint.shapes) for name, recipe in RECIPES.items()}
+    rest, sizes = needed.total - needed.weights, recipe_sizes()
     fitting = [name for name, size in sizes.items() if size + rest <= have]
     if fitting:
         best = max(fitting, key=sizes.__getitem__)

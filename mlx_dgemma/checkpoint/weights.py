@@ -1,8 +1,8 @@
-"""The weight map: which tensor of a checkpoint fills which parameter, for loading and converting alike.
+"""The weight map: which tensor of a checkpoint fills which parameter. Loading and converting use it.
 
-Three layouts are read: Hugging Face's (experts as bare 3-D tensors), the one mlx-vlm writes and
-mlx-community holds (experts as modules, gate and up fused), and its older form (gate and up apart).
-Every source tensor is used or on the ignore list, every parameter is filled, or both are named.
+Three layouts are read: Hugging Face's (experts as bare 3-D tensors), the one that mlx-vlm writes and mlx-community
+holds (experts as modules, gate and up fused), and its older form (gate and up apart). Every source tensor must be used
+or be in `IGNORED`, and every parameter must be filled; otherwise an error names the tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..model.config import ModelConfig
 _EXPERTS = r"(model\.decoder\.layers\.\d+\.experts)"
 _PARTS = r"(weight|scales|biases)"
 
-# (source, target, half): `half` 0 or 1 says which half of the target's rows the source fills.
+# (source, target, half): the source fills half 0 or 1 of the target's rows, or all of them (None).
 RULES: tuple[tuple[str, str, int | None], ...] = (
     (_EXPERTS + r"\.(gate_up_proj|down_proj)", r"\1.\2.weight", None),
     (_EXPERTS + r"\.gate_proj\." + _PARTS, r"\1.gate_up_proj.\2", 0),
@@ -24,13 +24,13 @@ RULES: tuple[tuple[str, str, int | None], ...] = (
     (r"(model\.encoder\.language_model\.layers\.\d+\.layer_scalar)", r"\1", None),
     (r"(model\.(?:decoder|encoder\.vision_tower|encoder\.embed_vision)\..+)", r"\1", None),
 )
-# Tensors that repeat others or carry nothing: tied copies, tables made anew.
+# Tensors that are not read: copies of tied weights, and tables that are computed.
 IGNORED = (
     r"lm_head\.weight",
     r".*rotary_emb\..*",
     r"model\.encoder\.language_model\.(?!layers\.\d+\.layer_scalar$).*",
 )
-_CLIP_BOUND = r".*\.(input|output)_(min|max)"  # written by towers that do not clip, too
+_CLIP_BOUND = r".*\.(input|output)_(min|max)"  # also written by towers that do not clip
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Source:
 
 
 def match(name: str, config: ModelConfig) -> tuple[str, int | None] | None:
-    """(target, half) of a source tensor, or None where it is ignored.
+    """(target, half) of a source tensor, or None if it is ignored.
 
     Raises:
-        CheckpointError: no rule knows the name.
+        CheckpointError: no rule matches the name.
     """
     vision = name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision."))
     clipped = config.vision is not None and config.vision.use_clipped_linears
@@ -68,10 +68,10 @@ def plan(names: list[str], config: ModelConfig, targets: set[str]) -> dict[str, 
         targets: parameters to be filled.
 
     Returns:
-        {target: its sources}, two of them where gate and up lie apart.
+        {target: its sources}; a target has two sources where gate and up are stored apart.
 
     Raises:
-        CheckpointError: names a source without target, a target without source, or one filled twice.
+        CheckpointError: a source has no target, or a target has no source or several.
     """
     assigned: dict[str, list[Source]] = {}
     for name in names:

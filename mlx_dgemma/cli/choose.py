@@ -81,7 +81,8 @@ def choose(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         choice = choose_(
-            engine,
+            engine.model,
+            engine.builder,
             messages,
             wanted,
             answer=utf8(answer, "--answer"),

@@ -20,7 +20,7 @@ from .terminal import Terminal
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..tune.data import Example
-    from ..tune.evaluate import Evaluation, Marked, Score
+    from ..tune.evaluate import Evaluation, ScoredAnswer, ScoreSummary
     from ..tune.likelihood import Bound
 
 
@@ -92,7 +92,7 @@ def evaluate(
 
             right = done = 0.0
 
-            def watch(one: Marked) -> None:
+            def watch(one: ScoredAnswer) -> None:
                 nonlocal right, done
                 right, done = right + one.score, done + 1
                 terminal.draw([], f"answer {done:.0f} of {len(examples)}, {right:g} right")
@@ -137,10 +137,10 @@ def _created(path: Path | None) -> Iterator[TextIO | None]:
 def _bound(engine: Engine, examples: list[Example], draws: int, seed: int, terminal: Terminal) -> Bound:
     from ..tune.likelihood import bound
     from ..tune.objective import VARIANTS
-    from ..tune.run import habit
+    from ..tune.run import infer_fill_token
 
     terminal.draw([], f"bounding the likelihood of {count(len(examples), 'answer')}")
-    return bound(engine, examples, habit(engine, examples, VARIANTS["google"], seed), draws, seed)
+    return bound(engine, examples, infer_fill_token(engine, examples, VARIANTS["google"], seed), draws, seed)
 
 
 def _as_json(outcome: Evaluation, likelihood: Bound | None) -> str:
@@ -163,7 +163,7 @@ def _table(outcome: Evaluation, likelihood: Bound | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(score: Score) -> list[str]:
+def _cells(score: ScoreSummary) -> list[str]:
     return [
         f"{score.right:g}",
         str(score.of),

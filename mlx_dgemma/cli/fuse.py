@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..convert.cli import bar, stoppable
+from ..convert.cli import progress_bar, sigterm_exits
 from ..errors import count, human
 from .common import DEMO_NOTICE, model_option
 from .terminal import Terminal
@@ -36,10 +36,10 @@ def fuse(out: Path, adapter: str, model: str | None, dequantize: bool) -> None:
         terminal.warn(DEMO_NOTICE)
     from ..adapters.fuse import fuse as fuse_
 
-    with stoppable(), bar("Fusing") as progress:
+    with sigterm_exits(), progress_bar("Fusing") as progress:
         report = fuse_(adapter, out, model, dequantize, progress)
     terminal.say(f"{report.source} with {report.adapter} -> {report.target}\n")
     terminal.say(f"{count(len(report.modules), 'changed weight')}, {human(report.nbytes)}, {report.seconds:.1f} s.\n")
-    if report.packed:
-        again = count(len(report.packed), "changed weight")
+    if report.requantized:
+        again = count(len(report.requantized), "changed weight")
         terminal.warn(f"Packed again, which rounds: {again}; --dequantize leaves them unpacked.")

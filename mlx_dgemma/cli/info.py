@@ -50,7 +50,7 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
     context = memory.context(checkpoint) if context is None else context
     if not 1 <= context <= longest:
         raise OptionError(f"context is {context}; it should be from 1 to {longest}, this model's longest.")
-    loaded = memory.settle(checkpoint)
+    loaded = memory.resolve_dtype(checkpoint)
     need = memory.need(checkpoint, context, *loaded)
     available = device.available()
     sampler = asdict(checkpoint.generation)
@@ -88,8 +88,8 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
         "sliding_window": text.sliding_window,
         "hidden_size": text.hidden_size,
         "attention_heads": text.num_attention_heads,
-        "sliding_kv_heads": list(text.head("sliding_attention")),
-        "full_kv_heads": list(text.head("full_attention")),
+        "sliding_kv_heads": list(text.kv_shape("sliding_attention")),
+        "full_kv_heads": list(text.kv_shape("full_attention")),
         "experts": text.num_experts,
         "experts_per_token": text.top_k_experts,
         "vocabulary": text.vocab_size,

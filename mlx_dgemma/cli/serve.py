@@ -93,11 +93,11 @@ def serve(
         return
     with _listen(host, port) as listening:
         engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
-        from ..checkpoint.memory import spare
+        from ..checkpoint.memory import free_bytes_beside
         from ..server.app import create_app
         from ..serving.scheduler import Scheduler
 
-        free = min(spare(engine.checkpoint, rows) // 4, MOST_CACHE)
+        free = min(free_bytes_beside(engine.checkpoint, rows) // 4, MOST_CACHE)
         kept = free if cache_size is None else round(cache_size * 2**30)
         scheduler = Scheduler(engine, rows=rows, waiting=waiting, cache_bytes=kept, cache_dir=cache_dir)
         app = create_app(scheduler, settings)

@@ -88,8 +88,8 @@ def infill(
     options = given(options)
     terminal = Terminal()
     engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
-    job = infill_.infill(engine, prefix, suffix, prompt=utf8(prompt, "--prompt"), **options)
-    heard = listen(engine, partial(engine.run, job), terminal, silent=True)
+    request = infill_.infill(engine.builder, prefix, suffix, prompt=utf8(prompt, "--prompt"), **options)
+    heard = listen(engine, partial(engine.run, request), terminal, silent=True)
     if heard.result is None:
         ctx.exit(130)
     if verbose:
@@ -154,8 +154,8 @@ def edit(
     draft, options = _read(file or "-"), given(options)
     terminal = Terminal()
     engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
-    job = edit_.edit(engine, draft, utf8(instruction, "The instruction") or "", **options)
-    heard = listen(engine, partial(engine.run, job), terminal, silent=True)
+    request = edit_.edit(engine.builder, draft, utf8(instruction, "The instruction") or "", **options)
+    heard = listen(engine, partial(engine.run, request), terminal, silent=True)
     if heard.result is None:
         ctx.exit(130)
     if verbose:

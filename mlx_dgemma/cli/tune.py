@@ -153,12 +153,12 @@ def tune(data: str, model: str | None, dtype: str | None, ignore_memory: bool, r
     """
     terminal = Terminal()
     engine = load_engine(model, dtype, ignore_memory, terminal)
-    from ..tune.run import Plan, tune
-    from ..tune.trainer import Method
+    from ..tune.config import RunConfig, TrainerConfig
+    from ..tune.run import tune
 
     given = {name: value for name, value in options.items() if value is not None}
-    method = Method(**{one.name: given[one.name] for one in fields(Method) if one.name in given})
-    plan = Plan(data, **{one.name: given[one.name] for one in fields(Plan) if one.name in given})
+    method = TrainerConfig(**{one.name: given[one.name] for one in fields(TrainerConfig) if one.name in given})
+    plan = RunConfig(data, **{one.name: given[one.name] for one in fields(RunConfig) if one.name in given})
     with warnings.catch_warnings(record=True) as caught, _asked_to_stop(terminal) as asked:
         warnings.simplefilter("always", UserWarning)
         terminal.draw([], f"reading {data}")
@@ -185,7 +185,7 @@ def tune(data: str, model: str | None, dtype: str | None, ignore_memory: bool, r
 
 def _tell(at: Progress, terminal: Terminal) -> None:
     """A line for every validation, for every tenth step where nobody watches, and a bar where somebody does."""
-    line = f"step {at.step} of {at.steps}, loss {at.told.total:.4f} (canvas {at.told.canvas:.4f})"
+    line = f"step {at.step} of {at.steps}, loss {at.metrics.total:.4f} (canvas {at.metrics.canvas:.4f})"
     if at.valid_loss is not None:
         line += f", validation {at.valid_loss:.4f}"
         if at.valid_right is not None:

@@ -1,9 +1,8 @@
-"""Regular languages over the canvas: the most probable text of a language, given every position's distribution.
+"""A regular language as one tokenizer's tokens spell it.
 
-A denoiser's positions are independent given the canvas, so the best string of a language is found by dynamic
-programming over positions and automaton states (DINGO, arXiv 2505.23061). The automaton reads bytes; tokens walk
-through it. Only tokens that matter are looked at: the likely ones of each position, and for every state the tokens
-that a narrow way through the language is spelt with, so that there is always a way to its end.
+The automaton reads bytes, and a token moves it by all of its bytes. Of a large vocabulary only two kinds of tokens are
+looked at: the likely ones of each position, and the `always_scored_tokens`. The latter alone can spell a text from
+every state to the end, so that there is always a way out.
 """
 
 from __future__ import annotations
@@ -11,211 +10,248 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import OptionError
-from .dfa import automaton
-from .patterns import EVERYTHING, SURROGATES, characters, without
-from .tokens import LONGEST, Spelling
+from .dfa import build_dfa
+from .patterns import ALL_CODE_POINTS, SURROGATES, character_class, subtract
+from .tokens import MAX_TOKEN_BYTES, TokenBytes
 
-BROAD = 32  # bytes that may follow: a state of more is inside free text
-
-KNOWN = 2**18  # tokens whose ways through an automaton are remembered
-FAINT = 1e-5  # probability below which a position's token is not looked at
+BROAD_STATE = 32  # a state from which more bytes than this may follow lies inside free text
+MAX_CACHED_TOKENS = 2**18  # tokens whose transitions are kept
+MIN_PROBABILITY = 1e-5  # a position's tokens below it are not looked at
 
 
 @dataclass(frozen=True)
-class Ways:
-    """Walks of tokens through an automaton, as parallel arrays: token `at[i]` (an index) leads `source` to `target`."""
+class Transitions:
+    """Moves of tokens through an automaton, as parallel arrays int32."""
 
-    at: np.ndarray
+    index: np.ndarray  # which of the tokens that were asked about
+    source: np.ndarray  # the state before it
+    target: np.ndarray  # the state behind it
+
+
+class LikelyTransitions(NamedTuple):
+    """Moves of one position's likely tokens, as parallel arrays."""
+
     source: np.ndarray
     target: np.ndarray
+    log_p: np.ndarray
+    token: np.ndarray
 
 
 class Language:
-    """A regular language as one tokenizer's tokens spell it. States are numbered; 0 is the start.
+    """A regular language over a tokenizer's tokens. States are numbered; 0 is the start, the last one is dead.
 
     Args:
-        pattern: in the plain subset that `regular.translate` writes.
-        spelling: of the tokenizer.
+        pattern: in the plain syntax of `patterns.python_regex_to_plain`.
+        token_bytes: of the tokenizer.
         what: how an error names the pattern.
 
     Attributes:
-        anchors: [S] int32, tokens whose probability is needed at every position.
-        distance: [states] tokens from each state to the language's end, infinite where it is out of reach.
+        table: [states, 256] int32, the next state for each byte.
+        accepting: [states] bool.
+        always_scored_tokens: [S] int32, tokens whose probability is needed at every position: all that fit into fixed
+            text, and each that is a single character.
+        distance: [states] tokens from each state to the end, of the always scored ones; infinite if there is no way.
 
     Raises:
-        OptionError: no text of the language can be spelt, or the automaton is too large.
+        OptionError: the tokenizer can spell no text of the language, or the automaton is too large.
     """
 
-    def __init__(self, pattern: str, spelling: Spelling, what: str = "The constraint"):
-        self._table, self.accepting = automaton(pattern)
-        self._spelling, self._dead = spelling, len(self._table) - 1
-        live = self._table != self._dead
-        self._sources = [np.flatnonzero(live[:, byte]) for byte in range(256)]
-        self._broad = live.sum(axis=1) > BROAD
-        self.anchors = self._find_anchors(live)
-        ways = self.walk(self.anchors)
-        self.distance = self._distances(ways)
+    def __init__(self, pattern: str, token_bytes: TokenBytes, what: str = "The constraint"):
+        self.table, self.accepting = build_dfa(pattern)
+        self._token_bytes, self._dead = token_bytes, len(self.table) - 1
+        live = self.table != self._dead
+        self._states_taking = [np.flatnonzero(live[:, byte]) for byte in range(256)]
+        self._broad = live.sum(axis=1) > BROAD_STATE
+        self.always_scored_tokens = self._find_always_scored(live)
+        transitions = self.transitions_of(self.always_scored_tokens)
+        self.distance = self._distances(transitions)
         if np.isinf(self.distance[0]):
             raise OptionError(f"{what} has no text that this tokenizer can spell; change it.")
-        ways = self._reaching(ways)
-        order = np.argsort(ways.target, kind="stable")
-        self._ways = Ways(ways.at[order], ways.source[order], ways.target[order])
-        self._ends, self._starts = np.unique(self._ways.target, return_index=True)
-        self._slot = np.full(len(spelling.length), -1, np.int32)
-        self._known = Ways(*(np.zeros(0, np.int32) for _ in range(3)))
-        self._bounds = np.zeros(1, np.int64)  # of each slot's ways in `_known`
+        transitions = self._not_stuck(transitions)
+        order = np.argsort(transitions.target, kind="stable")
+        self._scored = Transitions(transitions.index[order], transitions.source[order], transitions.target[order])
+        self._scored_targets, self._target_starts = np.unique(self._scored.target, return_index=True)
+        self._forget()
 
-    def walk(self, tokens: np.ndarray) -> Ways:
-        """All ways of these tokens from any state to a live one; `at` indexes `tokens`."""
-        spelling = self._spelling
-        at = np.flatnonzero(spelling.length[tokens] > 0)
-        first = spelling.bytes[tokens[at], 0]
-        counts = np.array([len(self._sources[byte]) for byte in first], np.int64)
-        source = np.concatenate([self._sources[byte] for byte in first]) if len(first) else np.zeros(0, np.int64)
-        at = np.repeat(at, counts)
-        state, length = source, spelling.length[tokens]
-        state = self._table[state, spelling.bytes[tokens[at], 0]] if len(at) else state
-        done: list[tuple[np.ndarray, ...]] = []
-        for i in range(1, LONGEST + 1):
-            over = length[at] == i
-            done.append((at[over], source[over], state[over]))
-            at, source, state = at[~over], source[~over], state[~over]
-            if not len(at):
+    def transitions_of(self, tokens: np.ndarray) -> Transitions:
+        """All moves of these tokens from any state to one that is not dead; `index` points into `tokens`."""
+        all_bytes, length = self._token_bytes.bytes[tokens], self._token_bytes.length[tokens]
+        index = np.flatnonzero(length > 0)
+        sources = [self._states_taking[byte] for byte in all_bytes[index, 0]]
+        source = np.concatenate(sources) if sources else np.zeros(0, np.int64)
+        index = np.repeat(index, np.array([len(states) for states in sources], np.int64))
+        state = self.table[source, all_bytes[index, 0]] if len(index) else source
+        finished: list[tuple[np.ndarray, ...]] = []
+        for i in range(1, MAX_TOKEN_BYTES + 1):  # i bytes of each token are read
+            over = length[index] == i
+            finished.append((index[over], source[over], state[over]))
+            index, source, state = index[~over], source[~over], state[~over]
+            if not len(index):
                 break
-            state = self._table[state, spelling.bytes[tokens[at], i]]
+            state = self.table[state, all_bytes[index, i]]
             alive = state != self._dead
-            at, source, state = at[alive], source[alive], state[alive]
-        return Ways(*(np.concatenate(parts).astype(np.int32) for parts in zip(*done)))
+            index, source, state = index[alive], source[alive], state[alive]
+        return Transitions(*(np.concatenate(parts).astype(np.int32) for parts in zip(*finished)))
 
-    def after(self, tokens: Sequence[int], state: int = 0) -> int:
-        """The state that tokens lead to; the dead one where they leave the language."""
-        for byte in self._spelling.spell(tokens):
-            state = int(self._table[state, byte])
+    def state_after(self, tokens: Sequence[int], state: int = 0) -> int:
+        """The state that tokens lead to from `state`. It is the dead one if they leave the language."""
+        for byte in self._token_bytes.to_bytes(tokens):
+            state = int(self.table[state, byte])
         return state
 
     @cached_property
-    def shortest(self) -> int:
-        """Tokens of the shortest text, over all of the vocabulary: `distance` knows the anchors alone."""
-        return int(self._distances(self.walk(np.flatnonzero(self._spelling.length)))[0])
+    def shortest_length(self) -> int:
+        """Tokens of the shortest text, over the whole vocabulary. `distance` uses the always scored tokens alone."""
+        return int(self._distances(self.transitions_of(np.flatnonzero(self._token_bytes.length)))[0])
 
-    def advance(self, before: np.ndarray, after: np.ndarray, log_p: np.ndarray) -> None:
-        """Fill the scores [states] behind a position where it takes an anchor; `log_p` [S] is of the anchors."""
-        ways = self._ways
-        if len(ways.at):
-            after[self._ends] = np.maximum.reduceat(before[ways.source] + log_p[ways.at], self._starts)
+    def extend_scores(
+        self, before: np.ndarray, always_scored_log_p: np.ndarray, likely: LikelyTransitions
+    ) -> np.ndarray:
+        """The best score of every state behind a position.
 
-    def step_back(
-        self, before: np.ndarray, log_p: np.ndarray, likely: tuple[np.ndarray, ...], at: int
+        Args:
+            before: [states] the best scores before it.
+            always_scored_log_p: [S] its log-probabilities of the always scored tokens.
+            likely: the moves of its likely tokens.
+
+        Returns:
+            [states] float64, minus infinity where no token leads.
+        """
+        after = np.full(len(before), -np.inf)
+        if len(self._scored.index):
+            scores = before[self._scored.source] + always_scored_log_p[self._scored.index]
+            after[self._scored_targets] = np.maximum.reduceat(scores, self._target_starts)
+        np.maximum.at(after, likely.target, before[likely.source] + likely.log_p)
+        return after
+
+    def backtrack(
+        self, before: np.ndarray, always_scored_log_p: np.ndarray, likely: LikelyTransitions, state: int
     ) -> tuple[int, int]:
-        """(token, state before it) of the best way to a state, over anchors and a position's likely ways."""
-        source, target, likely_p, token = likely
-        mine, theirs = self._ways.target == at, target == at
-        sources = np.concatenate([self._ways.source[mine], source[theirs]])
-        values = before[sources] + np.concatenate([log_p[self._ways.at[mine]], likely_p[theirs]])
-        tokens = np.concatenate([self.anchors[self._ways.at[mine]], token[theirs]])
-        found = int(values.argmax())
-        return int(tokens[found]), int(sources[found])
+        """One position back from `state`: the token and the previous state with the highest score that lead to it.
 
-    def _find_anchors(self, live: np.ndarray) -> np.ndarray:
-        """Tokens along narrow ways, and single characters everywhere."""
-        spelling, found = self._spelling, []
+        The other arguments are those that `extend_scores` had for the position.
+        """
+        scored, found = self._scored.target == state, likely.target == state
+        index = self._scored.index[scored]
+        tokens = np.concatenate([self.always_scored_tokens[index], likely.token[found]])
+        sources = np.concatenate([self._scored.source[scored], likely.source[found]])
+        log_p = np.concatenate([always_scored_log_p[index], likely.log_p[found]])
+        best = int((before[sources] + log_p).argmax())
+        return int(tokens[best]), int(sources[best])
+
+    def likely_transitions(self, tokens: np.ndarray, log_p: np.ndarray) -> Iterator[LikelyTransitions]:
+        """For each position the moves of its tokens that are not below MIN_PROBABILITY.
+
+        Args:
+            tokens: [C, K] the likely tokens of each position.
+            log_p: [C, K] their log-probabilities.
+        """
+        position, rank = np.nonzero(log_p > np.log(MIN_PROBABILITY))
+        token, token_log_p = tokens[position, rank], log_p[position, rank]
+        self._cache(token)
+        slot = self._cache_slot[token]
+        start, count = self._cache_start[slot], self._cache_start[slot + 1] - self._cache_start[slot]
+        # Each token becomes `count` moves, which lie one behind the other in the cache from `start` on.
+        owner = np.repeat(np.arange(len(token)), count)  # for each move, which token makes it
+        first_move = np.cumsum(count) - count  # for each token, the number of its first move
+        cached = start[owner] + np.arange(len(owner)) - first_move[owner]
+        parts = self._cache_source[cached], self._cache_target[cached], token_log_p[owner], token[owner]
+        borders = np.searchsorted(position[owner], np.arange(1, len(tokens)))
+        for one in zip(*(np.split(part, borders) for part in parts)):
+            yield LikelyTransitions(*one)
+
+    def _forget(self) -> None:
+        """Empty the cache of transitions. A token with slot s has those from start[s] to start[s + 1]."""
+        self._cache_slot = np.full(len(self._token_bytes.length), -1, np.int32)  # -1: not in the cache
+        self._cache_start = np.zeros(1, np.int64)
+        self._cache_source = np.zeros(0, np.int32)
+        self._cache_target = np.zeros(0, np.int32)
+
+    def _cache(self, tokens: np.ndarray) -> None:
+        """Find the moves of tokens that are not in the cache."""
+        if len(self._cache_start) > MAX_CACHED_TOKENS:
+            self._forget()
+        new = np.unique(tokens[self._cache_slot[tokens] < 0])
+        if not len(new):
+            return
+        transitions = self._not_stuck(self.transitions_of(new))
+        order = np.argsort(transitions.index, kind="stable")
+        self._cache_source = np.concatenate([self._cache_source, transitions.source[order]])
+        self._cache_target = np.concatenate([self._cache_target, transitions.target[order]])
+        self._cache_slot[new] = len(self._cache_start) - 1 + np.arange(len(new))
+        count = np.bincount(transitions.index, minlength=len(new))
+        self._cache_start = np.concatenate([self._cache_start, self._cache_start[-1] + np.cumsum(count)])
+
+    def _find_always_scored(self, live: np.ndarray) -> np.ndarray:
+        """All tokens that fit into fixed text, and each that is a single character; see `always_scored_tokens`."""
+        length, found = self._token_bytes.length, []
         for byte in np.flatnonzero(live[:-1].any(axis=0)):
-            tokens = spelling.starting(int(byte))
-            single = tokens[spelling.length[tokens] == 1]
-            found.append(single[:1] if byte < 128 else single[:0])
-            narrow = self._sources[byte][~self._broad[self._sources[byte]]]
-            longer = tokens[spelling.length[tokens] > 1]
-            for state in np.unique(self._table[narrow, byte]):  # where these tokens are after their first byte
-                found.append(self._narrow(longer, int(state)))
-        anchors = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
-        if np.isinf(self._distances(self.walk(anchors))[0]):  # some character has no token of its own
-            every = np.concatenate([spelling.starting(byte) for byte in range(256)])
-            anchors = np.unique(np.concatenate([anchors, every[spelling.length[every] == 1]]))
-        return anchors.astype(np.int32)
+            tokens = self._token_bytes.starting_with(int(byte))
+            if byte < 128:
+                found.append(tokens[length[tokens] == 1][:1])
+            narrow = self._states_taking[byte][~self._broad[self._states_taking[byte]]]
+            for state in np.unique(self.table[narrow, byte]):
+                found.append(self._within_fixed_text(tokens[length[tokens] > 1], int(state)))
+        tokens = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+        if np.isinf(self._distances(self.transitions_of(tokens))[0]):
+            # Some character has no token of its own and is spelt in bytes.
+            every = np.flatnonzero(length == 1)
+            tokens = np.unique(np.concatenate([tokens, every]))
+        return tokens.astype(np.int32)
 
-    def _narrow(self, tokens: np.ndarray, state: int) -> np.ndarray:
-        """Those that, a byte of them read, go on from a state without crossing a broad one."""
-        spelling, kept = self._spelling, []
+    def _within_fixed_text(self, tokens: np.ndarray, state: int) -> np.ndarray:
+        """Those tokens that go on from `state`, which their first byte led to, and cross no broad state."""
+        token_bytes, kept = self._token_bytes, []
         states = np.full(len(tokens), state)
-        for i in range(1, LONGEST):
+        for i in range(1, MAX_TOKEN_BYTES):
             inside = ~self._broad[states]
             tokens, states = tokens[inside], states[inside]
-            states = self._table[states, spelling.bytes[tokens, i]]
-            over = (spelling.length[tokens] == i + 1) & (states != self._dead)
-            kept.append(tokens[over])
-            going = (spelling.length[tokens] > i + 1) & (states != self._dead)
-            tokens, states = tokens[going], states[going]
+            states = self.table[states, token_bytes.bytes[tokens, i]]
+            alive = states != self._dead
+            kept.append(tokens[(token_bytes.length[tokens] == i + 1) & alive])
+            longer = (token_bytes.length[tokens] > i + 1) & alive
+            tokens, states = tokens[longer], states[longer]
             if not len(tokens):
                 break
         return np.concatenate(kept)
 
-    def _distances(self, ways: Ways) -> np.ndarray:
+    def _distances(self, transitions: Transitions) -> np.ndarray:
+        """[states] moves from each state to an accepting one, infinite where there is no way."""
         distance = np.where(self.accepting, 0.0, np.inf)
         while True:
             shorter = distance.copy()
-            np.minimum.at(shorter, ways.source, distance[ways.target] + 1)
+            np.minimum.at(shorter, transitions.source, distance[transitions.target] + 1)
             if (shorter == distance).all():
                 return distance
             distance = shorter
 
-    def _reaching(self, ways: Ways) -> Ways:
-        """Without those that lead where the end is out of reach."""
-        good = np.isfinite(self.distance[ways.target])
-        return Ways(ways.at[good], ways.source[good], ways.target[good])
-
-    def _learn(self, tokens: np.ndarray) -> None:
-        """Remember the ways of tokens that were not met before."""
-        if len(self._bounds) > KNOWN:
-            self._slot[:] = -1
-            self._known, self._bounds = Ways(*(np.zeros(0, np.int32) for _ in range(3))), np.zeros(1, np.int64)
-        new = np.unique(tokens[self._slot[tokens] < 0])
-        if not len(new):
-            return
-        ways = self._reaching(self.walk(new))
-        order = np.argsort(ways.at, kind="stable")
-        self._known = Ways(
-            *(np.concatenate(pair) for pair in zip(
-                (self._known.at, self._known.source, self._known.target),
-                (new[ways.at[order]].astype(np.int32), ways.source[order], ways.target[order]),
-            ))
-        )  # fmt: skip
-        self._slot[new] = len(self._bounds) - 1 + np.arange(len(new))
-        ends = self._bounds[-1] + np.cumsum(np.bincount(ways.at, minlength=len(new)))
-        self._bounds = np.concatenate([self._bounds, ends])
-
-    def _likely_ways(self, tokens: np.ndarray, log_p: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-        """(source, target, log-probability, token) of each position's likely tokens."""
-        where, which = np.nonzero(log_p > np.log(FAINT))
-        flat = tokens[where, which]
-        self._learn(flat)
-        slots = self._slot[flat]
-        counts = self._bounds[slots + 1] - self._bounds[slots]
-        pair = np.repeat(np.arange(len(flat)), counts)
-        index = np.arange(len(pair)) - np.repeat(np.cumsum(counts) - counts, counts) + self._bounds[slots][pair]
-        parts = self._known.source[index], self._known.target[index], log_p[where, which][pair], flat[pair]
-        cuts = np.searchsorted(where[pair], np.arange(1, len(tokens)))
-        yield from zip(*(np.split(part, cuts) for part in parts))
+    def _not_stuck(self, transitions: Transitions) -> Transitions:
+        """Those moves from whose target the end can be reached."""
+        good = np.isfinite(self.distance[transitions.target])
+        return Transitions(transitions.index[good], transitions.source[good], transitions.target[good])
 
 
 @cache
 def _lines() -> tuple[np.ndarray, np.ndarray]:
-    return automaton(characters(without([EVERYTHING], SURROGATES, (10, 10))) + "*")
+    """The automaton of all texts without a line break."""
+    return build_dfa(character_class(subtract([ALL_CODE_POINTS], SURROGATES, (10, 10))) + "*")
 
 
-def covers_lines(language: Language) -> bool:
+def accepts_every_line(language: Language) -> bool:
     """Whether every text without a line break is in the language."""
     table, accepting = _lines()
-    seen, todo = {(0, 0)}, [(0, 0)]
+    seen, todo = {(0, 0)}, [(0, 0)]  # pairs of states of both automata, which the same text leads to
     while todo:
-        line, mine = todo.pop()
-        if accepting[line] and not language.accepting[mine]:
+        line, state = todo.pop()
+        if accepting[line] and not language.accepting[state]:
             return False
         for byte in np.flatnonzero(table[line] != len(table) - 1):
-            pair = int(table[line, byte]), int(language._table[mine, byte])
+            pair = int(table[line, byte]), int(language.table[state, byte])
             if pair not in seen:
                 seen.add(pair)
                 todo.append(pair)

@@ -1,8 +1,10 @@
-r"""Python's regular expressions in a plain subset that every regex library reads alike.
+r"""Python's regular expressions, translated into a plain syntax that every regex library reads in the same way.
 
-The subset has literals (ASCII letters, digits, a few harmless signs, and \x{...}), classes of code point ranges,
-(?:...), | and greedy repeats; no anchors, since a pattern describes the whole text. Python's own parser reads a
-pattern and its own matcher tells what a class holds, so that neither can be read in another way than `re` does.
+The plain syntax has literals (ASCII letters, digits, a few signs without a meaning, and \x{...}), classes of code point
+ranges, (?:...), | and greedy repeats. It has no anchors, because a pattern describes the whole text.
+
+Python's own parser reads a pattern, and Python's own matcher tells which characters a class holds. The translation
+therefore agrees with `re`.
 """
 
 from __future__ import annotations
@@ -13,51 +15,54 @@ import string
 import sys
 from collections.abc import Iterable
 from functools import cache, lru_cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ..errors import OptionError
 
 _PACKAGE = sys.version_info >= (3, 11)
-parser: Any = importlib.import_module("re._parser" if _PACKAGE else "sre_parse")
-_compiler: Any = importlib.import_module("re._compiler" if _PACKAGE else "sre_compile")
+re_parser: Any = importlib.import_module("re._parser" if _PACKAGE else "sre_parse")
+_re_compiler: Any = importlib.import_module("re._compiler" if _PACKAGE else "sre_compile")
 
-Intervals = list[tuple[int, int]]  # code points, both ends included
+Intervals = list[tuple[int, int]]  # of code points, both ends included
 
-EVERYTHING = (0, 0x10FFFD)  # the two noncharacters above it mark where a text begins and ends
+ALL_CODE_POINTS = (0, 0x10FFFD)  # `dfa` uses the last two, which are noncharacters, as marks
 SURROGATES = (0xD800, 0xDFFF)  # UTF-8 has none
-ESCAPED = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))  # what JSON strings escape: control characters, " and \
+JSON_ESCAPED = ((0x00, 0x1F), (0x22, 0x22), (0x5C, 0x5C))  # what JSON strings escape: control characters, " and \
 
 _ALPHANUMERIC = set(string.ascii_letters + string.digits)
-_SIGNS = set(" \"',:;_=@%/!<>-")  # without a meaning outside of classes
+_PLAIN_SIGNS = set(" \"',:;_=@%/!<>-")  # without a meaning outside of classes
 
 _REFUSED = {
     "GROUPREF": "a backreference",
     "GROUPREF_EXISTS": "a condition on a group",
     "ASSERT": "a lookahead or lookbehind",
     "ASSERT_NOT": "a negative lookahead or lookbehind",
-    "FAILURE": "a negative lookahead or lookbehind",  # what some versions make of (?!)
+    "FAILURE": "a negative lookahead or lookbehind",  # what some Python versions make of (?!)
     "ATOMIC_GROUP": "an atomic group",
     "POSSESSIVE_REPEAT": "a possessive repeat",
 }
-_STARTS = {"AT_BEGINNING": "^", "AT_BEGINNING_STRING": r"\A"}
-_ENDS = {"AT_END": "$", "AT_END_STRING": r"\Z"}
+_START_ANCHORS = {"AT_BEGINNING": "^", "AT_BEGINNING_STRING": r"\A"}
+_END_ANCHORS = {"AT_END": "$", "AT_END_STRING": r"\Z"}
 
 
-def translate(pattern: str, safe: bool = False, search: bool = False) -> str:
-    r"""The plain pattern of exactly the texts that Python's `re` matches, U+10FFFE and U+10FFFF left out.
+def python_regex_to_plain(pattern: str, json_safe: bool = False, search: bool = False) -> str:
+    r"""The plain pattern of the texts that a Python pattern matches, except those with U+10FFFE or U+10FFFF.
 
     Args:
-        pattern: with the syntax of `re`; ^, \A, $ and \Z only where a match starts or ends.
-        safe: only the texts without characters that JSON strings escape.
-        search: the texts in which `re.search` finds a match, rather than those that `re.fullmatch` matches.
+        pattern: in the syntax of `re`; ^, \A, $ and \Z only where a match starts or ends.
+        json_safe: leave out the texts that have characters which JSON strings escape.
+        search: take the texts in which `re.search` finds a match, instead of those that `re.fullmatch` matches.
 
     Returns:
-        a pattern for the whole text, which can stand in another as it is; it may match the empty text.
+        A pattern of the whole text, which can be put into another pattern. It may match the empty text.
+
+    Raises:
+        OptionError: the pattern is not a regular expression, has what is not supported, or matches nothing.
     """
     try:
-        tree = parser.parse(pattern)
-        plain = _Translator(pattern, safe).whole(tree, search)
-        if plain is None and safe and _Translator(pattern, False).whole(tree, search) is not None:
+        tree = re_parser.parse(pattern)
+        plain = _Translator(pattern, json_safe).whole(tree, search)
+        if plain is None and json_safe and _Translator(pattern, False).whole(tree, search) is not None:
             raise OptionError(
                 f"The pattern {pattern!r} needs characters that JSON strings escape "
                 '(", \\ or control characters); give one that does without them.'
@@ -75,21 +80,27 @@ def translate(pattern: str, safe: bool = False, search: bool = False) -> str:
 
 def literal(text: str) -> str:
     """The plain pattern of one text."""
-    return "".join(character if character in _SIGNS else _character(character) for character in text)
+    return "".join(character if character in _PLAIN_SIGNS else _character(character) for character in text)
 
 
-def characters(intervals: Iterable[tuple[int, int]]) -> str:
+def character_class(intervals: Iterable[tuple[int, int]]) -> str:
     """The plain pattern of one character from any of the intervals."""
     ends = (chr(low) + chr(high) if low < high else chr(low) for low, high in intervals)
     return "[" + "".join("-".join(map(_character, pair)) for pair in ends) + "]"
+
+
+def any_of(patterns: Iterable[str]) -> str:
+    """The plain pattern of texts that match at least one of these patterns."""
+    different = list(dict.fromkeys(patterns))
+    return different[0] if len(different) == 1 else "(?:" + "|".join(different) + ")"
 
 
 def _character(character: str) -> str:
     return character if character in _ALPHANUMERIC else rf"\x{{{ord(character):x}}}"
 
 
-def without(intervals: Iterable[tuple[int, int]], *holes: tuple[int, int]) -> Intervals:
-    """The intervals less the holes."""
+def subtract(intervals: Iterable[tuple[int, int]], *holes: tuple[int, int]) -> Intervals:
+    """The intervals without the holes."""
     left = list(intervals)
     for low, high in holes:
         pieces = [piece for a, b in left for piece in ((a, min(b, low - 1)), (max(a, high + 1), b))]
@@ -97,79 +108,88 @@ def without(intervals: Iterable[tuple[int, int]], *holes: tuple[int, int]) -> In
     return left
 
 
+class _Context(NamedTuple):
+    """What surrounds a part of a pattern."""
+
+    starts: bool  # the part begins the match, so ^ and \A may stand first in it
+    ends: bool  # it ends the match, so $ and \Z may stand last in it
+    before: str  # the plain pattern to put before it: of the text before the match if it begins the match, else ""
+    after: str  # the same behind it
+
+
+_MIDDLE = _Context(False, False, "", "")
+
+
 class _Translator:
-    """Walks the tree of one pattern; a part that matches nothing is None.
+    """Walks the tree of one parsed pattern. The methods return a plain pattern, or None for what matches nothing."""
 
-    `before` and `after` are what may stand on either side of a part: a pattern, empty where the text starts or
-    ends, or None in the middle of the whole pattern, where no anchor can hold.
-    """
-
-    def __init__(self, pattern: str, safe: bool):
+    def __init__(self, pattern: str, json_safe: bool):
         self.pattern = pattern
-        self.holes = (SURROGATES, *ESCAPED) if safe else (SURROGATES,)
-        self.newline = "" if safe else r"\x{a}?"  # $ also holds before a newline that ends the text
+        self.left_out = (SURROGATES, *JSON_ESCAPED) if json_safe else (SURROGATES,)
+        self.last_newline = "" if json_safe else r"\x{a}?"  # $ also holds before a newline that ends the text
 
     def whole(self, tree: Any, search: bool) -> str | None:
-        rest = characters(without([EVERYTHING], *self.holes)) + "*" if search else ""
-        return self.sequence(tree, tree.state.flags, rest, rest)
+        around = character_class(subtract([ALL_CODE_POINTS], *self.left_out)) + "*" if search else ""
+        return self.sequence(tree, tree.state.flags, _Context(True, True, around, around))
 
-    def sequence(self, items: Any, flags: int, before: str | None, after: str | None) -> str | None:
+    def sequence(self, items: Any, flags: int, context: _Context) -> str | None:
+        """Items one behind the other. An anchor at the edge replaces what may stand outside of the match."""
         items = [(op.name, value) for op, value in items]
-        while items and before is not None and self._anchor(items[0], flags) in _STARTS:
+        starts, ends, before, after = context
+        while items and starts and self._anchor(items[0], flags) in _START_ANCHORS:
             del items[0]
             before = ""
-        while items and after is not None and (anchor := self._anchor(items[-1], flags)) in _ENDS:
+        while items and ends and (anchor := self._anchor(items[-1], flags)) in _END_ANCHORS:
             del items[-1]
-            after = self.newline if after and anchor == "AT_END" else ""
+            after = self.last_newline if after and anchor == "AT_END" else ""
         if not items:
-            return (before or "") + (after or "")
-        last = len(items) - 1
-        parts = [
-            self.item(op, value, flags, before if i == 0 else None, after if i == last else None)
-            for i, (op, value) in enumerate(items)
-        ]
+            return before + after
+        parts = []
+        for i, (op, value) in enumerate(items):
+            first, last = i == 0, i == len(items) - 1
+            edges = _Context(starts and first, ends and last, before if first else "", after if last else "")
+            parts.append(self.item(op, value, flags, edges))
         return None if None in parts else "".join(part for part in parts if part is not None)
 
-    def item(self, op: str, value: Any, flags: int, before: str | None, after: str | None) -> str | None:
+    def item(self, op: str, value: Any, flags: int, context: _Context) -> str | None:
         if op in _REFUSED:
             self._refuse(_REFUSED[op])
         if op == "AT":
-            self._misplaced(value.name)
+            self._refuse_anchor(value.name)
         if op == "SUBPATTERN":
-            _, add, drop, body = value
-            return self.sequence(body, _combined(flags, add, drop), before, after)
+            _, added, dropped, body = value
+            return self.sequence(body, _flags_within(flags, added, dropped), context)
         if op == "BRANCH":
-            branches = [self.sequence(branch, flags, before, after) for branch in value[1]]
-            some = list(dict.fromkeys(branch for branch in branches if branch is not None))
-            return "(?:" + "|".join(some) + ")" if some else None
+            branches = [self.sequence(branch, flags, context) for branch in value[1]]
+            possible = list(dict.fromkeys(branch for branch in branches if branch is not None))
+            return "(?:" + "|".join(possible) + ")" if possible else None
         if op in {"MAX_REPEAT", "MIN_REPEAT"}:  # a lazy repeat matches the same whole texts
-            part = _repeat(self.sequence(value[2], flags, None, None), value[0], value[1])
+            part = _repeat(self.sequence(value[2], flags, _MIDDLE), value[0], value[1])
         else:
-            part = self._one(op, value, flags)
-        return None if part is None else (before or "") + part + (after or "")
+            part = self._one_character(op, value, flags)
+        return None if part is None else context.before + part + context.after
 
-    def _one(self, op: str, value: Any, flags: int) -> str | None:
-        """One character."""
+    def _one_character(self, op: str, value: Any, flags: int) -> str | None:
         if op == "LITERAL" and not flags & re.IGNORECASE:
-            return literal(chr(value)) if without([(value, value)], *self.holes) else None
-        held = _intervals(op, tuple(value) if isinstance(value, list) else value, flags)
-        held = without(held, *self.holes)
-        return characters(held) if held else None
+            return literal(chr(value)) if subtract([(value, value)], *self.left_out) else None
+        intervals = _intervals(op, tuple(value) if isinstance(value, list) else value, flags)
+        intervals = subtract(intervals, *self.left_out)
+        return character_class(intervals) if intervals else None
 
     def _anchor(self, item: tuple[str, Any], flags: int) -> str:
-        """The name of the anchor that an item is, empty for other items."""
+        """The name of the anchor that an item is; "" for other items."""
         if item[0] != "AT":
             return ""
         name = item[1].name
         if flags & re.MULTILINE and name in {"AT_BEGINNING", "AT_END"}:
-            self._refuse(f"{(_STARTS | _ENDS)[name]} with the flag MULTILINE")
+            self._refuse(f"{(_START_ANCHORS | _END_ANCHORS)[name]} with the flag MULTILINE")
         return name
 
-    def _misplaced(self, name: str) -> NoReturn:
-        if name in _STARTS:
-            self._refuse(f"{_STARTS[name]} elsewhere than where a match starts")
-        if name in _ENDS:
-            self._refuse(f"{_ENDS[name]} elsewhere than where a match ends")
+    def _refuse_anchor(self, name: str) -> NoReturn:
+        if name in _START_ANCHORS:
+            self._refuse(f"{_START_ANCHORS[name]} elsewhere than where a match starts")
+        if name in _END_ANCHORS:
+            self._refuse(f"{_END_ANCHORS[name]} elsewhere than where a match ends")
         self._refuse(r"\b" if name == "AT_BOUNDARY" else r"\B")
 
     def _refuse(self, what: str) -> NoReturn:
@@ -180,29 +200,29 @@ def _repeat(body: str | None, low: int, high: Any) -> str | None:
     """`body` from `low` to `high` times."""
     if body is None:
         return None if low else ""
-    upper = "" if high == parser.MAXREPEAT else str(int(high))
+    upper = "" if high == re_parser.MAXREPEAT else str(int(high))
     signs = {(0, ""): "*", (1, ""): "+", (0, "1"): "?"}
     return f"(?:{body})" + signs.get((low, upper), f"{{{low},{upper}}}")
 
 
-def _combined(flags: int, add: int, drop: int) -> int:
-    """The flags within a group that adds and drops some; (?a) and (?u) exclude each other."""
+def _flags_within(flags: int, added: int, dropped: int) -> int:
+    """The flags in a group that adds and drops some. ASCII, LOCALE and UNICODE exclude each other."""
     kinds = re.ASCII | re.LOCALE | re.UNICODE
-    return ((flags & ~kinds if add & kinds else flags) | add) & ~drop
+    return ((flags & ~kinds if added & kinds else flags) | added) & ~dropped
 
 
 @lru_cache(maxsize=256)
 def _intervals(op: str, value: Any, flags: int) -> Intervals:
-    """The code points that one item of a parsed pattern matches, as Python's matcher finds them."""
-    state = parser.State()
+    """The code points that one item of a parsed pattern matches, found by Python's matcher."""
+    state = re_parser.State()
     state.str = ""
-    one = (getattr(parser, op), list(value) if isinstance(value, tuple) else value)
-    run = (parser.MAX_REPEAT, (1, parser.MAXREPEAT, parser.SubPattern(state, [one])))
-    compiled = _compiler.compile(parser.SubPattern(state, [run]), flags)
+    item = (getattr(re_parser, op), list(value) if isinstance(value, tuple) else value)
+    run = (re_parser.MAX_REPEAT, (1, re_parser.MAXREPEAT, re_parser.SubPattern(state, [item])))
+    compiled = _re_compiler.compile(re_parser.SubPattern(state, [run]), flags)
     return [(match.start(), match.end() - 1) for match in compiled.finditer(_all_characters())]
 
 
 @cache
 def _all_characters() -> str:
-    """Every code point at its own position."""
-    return "".join(map(chr, range(EVERYTHING[1] + 1)))
+    """Every code point, each at its own position."""
+    return "".join(map(chr, range(ALL_CODE_POINTS[1] + 1)))

@@ -1,14 +1,34 @@
-"""What a generation comes to."""
+"""What a generation tells: `Draft`, `Block` and `Finished`, whose `Result` has the answer and its statistics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True)
+class Draft:
+    """A canvas after one denoising step. Arrays are [C]; reading them changes nothing."""
+
+    block: int  # from 0
+    step: int  # denoising steps done in this block
+    tokens: mx.array  # int32, the most probable token of every position
+    accepted: mx.array  # bool, positions kept for the next step
+    entropy: mx.array  # float32, nats
+    text: str = ""  # of the tokens before the first end token
+
+
+@dataclass(frozen=True)
+class Block:
+    """A canvas that has settled."""
+
+    block: int  # from 0
+    steps: int  # denoising steps it took
+    tokens: tuple[int, ...]  # the whole canvas, what lies behind an end token included
+    text: str = ""  # answer text that is new and final
+    thinking: str = ""  # thinking text that is new and final
+    log_probs: tuple[float, ...] = ()  # of the tokens, in nats, by the processed logits of the last step
 
 
 @dataclass(frozen=True)
@@ -16,7 +36,7 @@ class Stats:
     """What a generation took; times in seconds."""
 
     prompt_tokens: int
-    reused_tokens: int  # of them, taken from a session's prefix
+    reused_tokens: int  # of the prompt, taken from a session's prefix
     generated_tokens: int
     blocks: int
     denoising_steps: int
@@ -41,32 +61,8 @@ class Result:
     tokens: list[int]
     finish_reason: str  # "stop", "length" or "tool_calls"
     stats: Stats
-    log_probs: list[float] = field(default_factory=list)  # of `tokens`, in nats, as their last step's logits have them
+    log_probs: list[float] = field(default_factory=list)  # one for each of `tokens`, in nats, as in `Block`
     holes: dict[str, str] = field(default_factory=dict)  # what `Engine.fill` put into each
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A canvas after one denoising step. Arrays are [C]; reading them changes nothing."""
-
-    block: int  # from 0
-    step: int  # denoising steps done in this block
-    tokens: mx.array  # int32, the most probable token of every position
-    accepted: mx.array  # bool, positions kept for the next step
-    entropy: mx.array  # float32, nats
-    text: str = ""  # filled in by the engine
-
-
-@dataclass(frozen=True)
-class Block:
-    """A canvas that settled."""
-
-    block: int  # from 0
-    steps: int  # denoising steps it took
-    tokens: tuple[int, ...]  # the whole canvas, also what lies behind an end token
-    text: str = ""  # answer text that is new and final (filled in by the engine)
-    thinking: str = ""  # thinking text that is new and final
-    log_probs: tuple[float, ...] = ()  # of the tokens, in nats, as the last step's processed logits have them
 
 
 @dataclass(frozen=True)
@@ -74,3 +70,6 @@ class Finished:
     """The last event of a generation."""
 
     result: Result
+
+
+Event = Draft | Block | Finished

@@ -1,172 +1,191 @@
-"""The block loop: canvases of noise become blocks of text. It knows no text, terminal or HTTP.
+"""The block loop: canvases of noise become blocks of text.
 
-Three scopes: a step is one forward over the canvas, a block is one canvas until it settles, a commit
-encodes the block into the prefix. Whatever is watched and whoever is beside, the draws are the same: every
-random number comes from a key that depends on the job's seed, the block and the step alone.
+A step is one forward over a canvas. A block is one canvas until it settles. A commit encodes the block into the prefix.
+Every random number comes from a key that depends on the request's seed, the block and the step alone, so neither
+watching nor company changes what is drawn.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from .canvas import Canvases
-from .control import Step
-from .events import Block, Draft
-from .prefill import evaluate
-
-if TYPE_CHECKING:
-    from ..model.diffusion_gemma import DiffusionGemma
-    from .request import Job
+from ..model.diffusion_gemma import DiffusionGemma
+from .canvas import CanvasBatch
+from .events import Block, Draft, Event, Finished
+from .lookahead import Step, advance
+from .request import Request
+from .session import Session
 
 
 @dataclass
 class _Group:
-    """Jobs whose canvases are denoised as one batch."""
+    """Requests whose canvases are denoised as one batch."""
 
-    canvases: Canvases
-    jobs: list[Job]
+    batch: CanvasBatch
+    requests: list[Request]
 
 
 class Loop:
-    """Jobs that are generated together.
+    """Requests that are generated together: continuous batching, a canvas at a time.
 
-    Canvases of jobs with the same sampler options are denoised as one batch. A job joins it with every canvas of its
-    own and leaves when that has settled, so nobody waits for another's; prompts are encoded a chunk at a time between
-    the steps of others.
+    Canvases of requests with the same sampler options are denoised as one batch. A request joins a batch for one
+    canvas and leaves when that has settled, so nobody waits for another's. Prompts are encoded a chunk at a time
+    between the steps of others.
+
+    Args:
+        model: the model.
+        load_seconds: what loading it took, for statistics.
     """
 
-    def __init__(self, model: DiffusionGemma):
-        self.model = model
-        self._encoding: deque[tuple[Job, Iterator[None]]] = deque()
-        self._ready: list[tuple[Any, Job, Canvases]] = []  # whose canvases wait for a border
+    def __init__(self, model: DiffusionGemma, load_seconds: float = 0.0):
+        self.model, self._load_seconds = model, load_seconds
+        self._encoding: deque[tuple[Request, Iterator[None]]] = deque()
+        self._ready: list[tuple[Any, Request, CanvasBatch]] = []  # whose canvases wait to join a group
         self._groups: dict[Any, _Group] = {}
 
     @property
-    def jobs(self) -> list[Job]:
+    def requests(self) -> list[Request]:
         """All that have not ended."""
-        grouped = [job for group in self._groups.values() for job in group.jobs]
-        return [job for job, _ in self._encoding] + [job for _, job, _ in self._ready] + grouped
+        grouped = [request for group in self._groups.values() for request in group.requests]
+        return [one for one, _ in self._encoding] + [one for _, one, _ in self._ready] + grouped
 
-    def add(self, job: Job, encoding: Iterator[None]) -> None:
-        """Take in a job, whose prompt this encodes."""
-        self._encoding.append((job, encoding))
+    def add(self, request: Request, session: Session | None = None, snapshot_at: int = 0) -> None:
+        """Take in a request.
 
-    def remove(self, job: Job) -> None:
-        """Forget a job, wherever it is."""
-        self._encoding = deque(one for one in self._encoding if one[0] is not job)
-        self._ready = [one for one in self._ready if one[1] is not job]
+        Args:
+            request: its control and reader are used up.
+            session: what its prompt and blocks are encoded into; it may hold the prompt's beginning. None: a new one.
+            snapshot_at: position of the prompt at which a copy of the session is kept, as `session.snapshot`; 0: none.
+        """
+        if session is None:
+            canvas = self.model.config.canvas_length  # what is longer than this room grows in steps
+            room = len(request.prompt.tokens) + min(request.options.max_tokens, 4 * canvas) + canvas
+            session = Session(self.model, room)
+        request.session, request.started = session, time.perf_counter()
+        encoding = session.encode(request.prompt, request.options.prefill_chunk, snapshot_at)
+        self._encoding.append((request, encoding))
+
+    def remove(self, request: Request) -> None:
+        """Forget a request, wherever it is."""
+        self._encoding = deque(one for one in self._encoding if one[0] is not request)
+        self._ready = [one for one in self._ready if one[1] is not request]
         for key, group in list(self._groups.items()):
-            if job in group.jobs:
-                self._leave(key, [job])
+            if request in group.requests:
+                self._leave(key, [request])
 
-    def step(self) -> Iterator[tuple[Job, Draft | Block | Exception | None]]:
+    def step(self) -> Iterator[tuple[Request, Event | Exception]]:
         """One chunk of a prompt and one denoising step of every canvas.
 
         Yields:
-            A job and its `Draft` or `Block`, or what it failed with; None where it has ended.
+            A request and its event. `Finished`, or what it failed with, is a request's last.
         """
         if self._encoding:
-            job, rest = self._encoding[0]
+            request, chunks = self._encoding[0]
             try:
-                if next(rest, self) is self:  # no chunk was left
+                if next(chunks, self) is self:  # no chunk was left
                     self._encoding.popleft()
-                    if job.control is not None:
-                        key = mx.random.key(job.row.seed)
-                        prefix = job.session.prefix
-                        job.row.positions += job.control.prepare(self.model, prefix, job.options, key)
-                    yield from self._begin(job)
+                    self._prepare(request)
+                    yield from self._begin_block(request)
             except Exception as error:
-                self.remove(job)
-                yield job, error
+                self.remove(request)
+                yield request, error
         self._join()
         for key in list(self._groups):
             try:
-                yield from self._step(key)
+                yield from self._step_group(key)
             except Exception as error:  # of a whole batch: what it did to whom cannot be told
-                for job in self._groups.pop(key).jobs:
-                    yield job, error
+                for request in self._groups.pop(key).requests:
+                    yield request, error
             self._join()
 
-    def _step(self, key: Any) -> Iterator[tuple[Job, Draft | Block | Exception | None]]:
+    def _prepare(self, request: Request) -> None:
+        """The prompt is encoded: let the control find out what it must know."""
+        request.encoded = time.perf_counter()
+        if request.control is not None:
+            key, prefix = mx.random.key(request.seed), request.session.prefix
+            request.positions += request.control.prepare(self.model, prefix, request.options, key)
+
+    def _step_group(self, key: Any) -> Iterator[tuple[Request, Event | Exception]]:
         group = self._groups[key]
-        step = group.canvases.step(ahead=not any(waiting == key for waiting, _, _ in self._ready))
-        jobs, over = list(group.jobs), []
-        for i, job in enumerate(jobs):
-            if job.drafts:
-                yield job, Draft(job.row.blocks, step.steps[i], step.argmax[i], step.accepted[i], step.entropy[i])
-            if step.done[i] or step.steps[i] == job.options.max_denoising_steps:
+        step = advance(group.batch, ahead=not any(waiting == key for waiting, _, _ in self._ready))
+        requests, over = list(group.requests), []
+        for i, request in enumerate(requests):
+            if request.drafts:
+                text = request.reader.preview(np.asarray(step.argmax[i]).tolist())
+                shown = step.steps[i], step.argmax[i], step.accepted[i], step.entropy[i]
+                yield request, Draft(request.blocks, *shown, text)
+            if step.done[i] or step.steps[i] == request.options.max_denoising_steps:
                 over.append(i)
         if over:
-            self._leave(key, [jobs[i] for i in over])
+            self._leave(key, [requests[i] for i in over])
         for i in over:
             try:
-                yield from self._end_block(jobs[i], step, i)
+                yield from self._end_block(requests[i], step, i)
             except Exception as error:
-                yield jobs[i], error
+                yield requests[i], error
 
-    def _end_block(self, job: Job, step: Step, i: int) -> Iterator[tuple[Job, Block | None]]:
+    def _end_block(self, request: Request, step: Step, i: int) -> Iterator[tuple[Request, Event]]:
         """Take a canvas that has settled, and go on with the next one or end."""
-        row, tokens = job.row, np.asarray(step.argmax[i]).tolist()
-        block, row.blocks = row.blocks, row.blocks + 1
-        row.steps += step.steps[i]
-        row.positions += step.steps[i] * len(tokens)
-        ended = row.answer.feed(tuple(tokens)) is not None
-        log_probs = np.log(np.asarray(step.confidence[i])).tolist()
-        yield job, Block(block, step.steps[i], tuple(tokens), log_probs=tuple(log_probs))
+        reader, tokens = request.reader, tuple(np.asarray(step.argmax[i]).tolist())
+        log_probs = tuple(np.log(np.asarray(step.confidence[i])).tolist())
+        block, request.blocks = request.blocks, request.blocks + 1
+        request.steps += step.steps[i]
+        request.positions += step.steps[i] * len(tokens)
+        ended = reader.feed(tokens, log_probs) is not None
+        request.first_block = request.first_block or time.perf_counter() - request.started
+        yield request, Block(block, step.steps[i], tokens, *reader.take(), log_probs)
         if ended:
-            yield job, None
+            yield request, Finished(request.result(self._load_seconds))
             return
-        if job.control:
-            job.control.commit(tokens)
-        self.model.encode(step.argmax[i : i + 1], job.session.prefix)
-        evaluate(job.session.prefix)
-        job.session.cache_key += tokens
-        mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
-        yield from self._begin(job)
+        if request.control:
+            request.control.commit(tokens)
+        request.session.commit(step.argmax[i : i + 1])
+        yield from self._begin_block(request)
 
-    def _begin(self, job: Job) -> Iterator[tuple[Job, None]]:
-        """Ready a job's next canvas, if the context has room for it."""
-        row, prefix, config = job.row, job.session.prefix, self.model.config
+    def _begin_block(self, request: Request) -> Iterator[tuple[Request, Event]]:
+        """Ready a request's next canvas, if the context has room for it."""
+        prefix, config, control = request.session.prefix, self.model.config, request.control
         if prefix.offset + config.canvas_length > config.text.max_position_embeddings:
-            row.answer.cut("length")
-            yield job, None
+            request.reader.cut("length")
+            yield request, Finished(request.result(self._load_seconds))
             return
-        row.key, key = mx.random.split(mx.random.key(row.seed) if row.key is None else row.key, 2)
-        left = row.answer.left
-        layout, guide = (job.control.layout(), job.control.guide(left)) if job.control else (None, None)
-        # What a step does not depend on is left out, so that more jobs are alike.
+        request.key, key = mx.random.split(mx.random.key(request.seed) if request.key is None else request.key, 2)
+        left = request.reader.left
+        layout, guide = (control.layout(), control.guide(left)) if control else (None, None)
+        # What a step does not depend on is left out, so that more requests are alike.
         options = replace(
-            job.options, max_tokens=1, stop=(), prefill_chunk=None, image_tokens=70, fps=1.0, max_frames=1
+            request.options, max_tokens=1, stop=(), prefill_chunk=None, image_tokens=70, fps=1.0, max_frames=1
         )
-        canvases = Canvases(self.model, [prefix], options, key[None], [left], layout, guide)
-        alike = options, canvases.length, layout is None, guide is None
-        self._ready.append((alike, job, canvases))
+        batch = CanvasBatch(self.model, [prefix], options, key[None], [left], layout, guide)
+        alike = options, batch.length, layout is None, guide is None
+        self._ready.append((alike, request, batch))
 
     def _join(self) -> None:
         """Let canvases that are ready join their groups where no step is under way."""
         waiting = []
-        for key, job, canvases in self._ready:
+        for key, request, batch in self._ready:
             group = self._groups.get(key)
             if group is None:
-                self._groups[key] = _Group(canvases, [job])
-            elif group.canvases.ahead:
-                waiting.append((key, job, canvases))
+                self._groups[key] = _Group(batch, [request])
+            elif group.batch.ahead is not None:
+                waiting.append((key, request, batch))
             else:
-                group.canvases.join(canvases)
-                group.jobs.append(job)
+                group.batch.append(batch)
+                group.requests.append(request)
         self._ready = waiting
 
-    def _leave(self, key: Any, jobs: list[Job]) -> None:
+    def _leave(self, key: Any, requests: list[Request]) -> None:
         group = self._groups[key]
-        rows = [i for i, job in enumerate(group.jobs) if job not in jobs]
+        rows = [i for i, request in enumerate(group.requests) if request not in requests]
         if not rows:
             del self._groups[key]
             return
-        group.canvases.keep(rows)
-        group.jobs = [group.jobs[i] for i in rows]
+        group.batch.select(rows)
+        group.requests = [group.requests[i] for i in rows]

@@ -1,30 +1,56 @@
-"""The block loop: canvases of noise become blocks of text. It knows no text, terminal or HTTP.
-
-Three scopes: a step is one forward over the canvas, a block is one canvas until it settles, a commit
-encodes the block into the prefix. Whatever is watched and whoever is beside, the draws are the same: every
-random number comes from a key that depends on the job's seed, the block and the step alone.
-"""
+"""`GenerationOptions`: how to generate. All options are checked here, once."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
 
 from ..errors import OptionError
 from ..model.config import GenerationConfig, ProcessorConfig
-from ..prompt.images import check_budget
+from ..model.patches import check_budget
 
-if TYPE_CHECKING:
-    pass
-
-
-# How early a canvas is taken, by mode: bench/RESULTS.md has what that costs and saves.
-SETTLE: dict[str, dict[str, Any]] = {
+# The stop rules beside the checkpoint's own, by mode. bench/RESULTS.md has what they cost and save.
+STOP_DEFAULTS: dict[str, dict[str, Any]] = {
     "exact": {"certainty_threshold": 0, "patience": 0},
     "default": {"certainty_threshold": 0.1, "patience": 2},
     "fast": {"certainty_threshold": 0.3, "patience": 2},
 }
+
+_FLAGS = ("exact", "fast")
+_WHOLE_NUMBERS = {  # name: least value
+    "max_tokens": 1,
+    "max_denoising_steps": 1,
+    "stability_threshold": 0,
+    "patience": 0,
+    "prefill_chunk": 1,
+    "max_frames": 1,
+}
+_NUMBERS = ("entropy_bound", "t_min", "t_max", "confidence_threshold", "certainty_threshold", "fps")  # 0 at least
+_ABOVE_ZERO = ("t_max", "fps")
+
+
+class OptionKeywords(TypedDict, total=False):
+    """The fields of `GenerationOptions` as keyword arguments; None leaves an option as it is."""
+
+    max_tokens: int | None
+    stop: str | Sequence[str] | None
+    max_denoising_steps: int | None
+    entropy_bound: float | None
+    t_min: float | None
+    t_max: float | None
+    stability_threshold: int | None
+    confidence_threshold: float | None
+    exact: bool | None
+    fast: bool | None
+    certainty_threshold: float | None
+    patience: int | None
+    end_tokens: int | Sequence[int] | None
+    prefill_chunk: int | None
+    image_tokens: int | None
+    fps: float | None
+    max_frames: int | None
 
 
 @dataclass(frozen=True)
@@ -48,45 +74,25 @@ class GenerationOptions:
     certainty_threshold: float | None = None  # nats; settled where no position is above (0.1, fast 0.3; 0: never)
     patience: int | None = None  # steps without change that settle a canvas (2; 0: never)
     end_tokens: tuple[int, ...] = (1,)  # any of these ends the text
-    prefill_chunk: int | None = None  # prompt tokens encoded at once; None: `fitting_chunk`
+    prefill_chunk: int | None = None  # prompt tokens encoded at once; None: `prefill.fitting_chunk`
     image_tokens: int = 280  # the most soft tokens of a picture: 70, 140, 280, 560 or 1120
-    fps: float = 1.0  # frames looked at in a second of video
-    max_frames: int = 32  # frames looked at in a whole video
+    fps: float = 1.0  # frames taken from a second of video
+    max_frames: int = 32  # frames taken from a whole video
 
     def __post_init__(self):
-        for name in ("exact", "fast"):
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it should be true or false.")
-        mode = "exact" if self.exact else "fast" if self.fast else "default"
-        for name, value in SETTLE[mode].items():
-            given = getattr(self, name)
-            if self.exact and (given or self.fast):
-                other = f"{name} is {given!r}" if given else "fast is True"
-                raise OptionError(f"exact is True and {other}; the reference knows no such thing: leave one out.")
-            object.__setattr__(self, name, value if given is None else given)
-        for name, kind, low in (
-            ("max_tokens", int, 1),
-            ("max_denoising_steps", int, 1),
-            ("entropy_bound", float, 0),
-            ("t_min", float, 0),
-            ("t_max", float, self.t_min),
-            ("stability_threshold", int, 0),
-            ("confidence_threshold", float, 0),
-            ("certainty_threshold", float, 0),
-            ("patience", int, 0),
-            ("prefill_chunk", int, 1),
-            ("max_frames", int, 1),
-            ("fps", float, 0),
-        ):
-            value = getattr(self, name)
-            if name == "prefill_chunk" and value is None:
-                continue
-            number = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-            if not number or not low <= value < float("inf"):
-                noun = "a whole number" if kind is int else "a number"
-                bound = f"t_min = {low}" if name == "t_max" else low
-                raise OptionError(f"{name} is {value!r}; it should be {noun}, at least {bound}.")
-        for name in ("t_max", "fps"):
+        self._set_stop_rules()
+        for name, least in _WHOLE_NUMBERS.items():
+            if not (name == "prefill_chunk" and self.prefill_chunk is None):
+                _check_number(name, getattr(self, name), "a whole number", (int,), least, str(least))
+        for name in _NUMBERS:
+            least, shown = 0.0, "0"
+            if name == "t_max":
+                least, shown = self.t_min, f"t_min = {self.t_min}"
+            _check_number(name, getattr(self, name), "a number", (int, float), least, shown)
+        for name in _ABOVE_ZERO:
             if getattr(self, name) == 0:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it should be above 0.")
         check_budget(self.image_tokens)
@@ -96,6 +102,16 @@ class GenerationOptions:
             if not isinstance(values, (list, tuple)) or not all(type(one) is single and one != "" for one in values):
                 raise OptionError(f"{name} is {given!r}; it should be {noun}.")
             object.__setattr__(self, name, tuple(values))
+
+    def _set_stop_rules(self) -> None:
+        """Fill in the mode's stop rules where none is given."""
+        mode = "exact" if self.exact else "fast" if self.fast else "default"
+        for name, value in STOP_DEFAULTS[mode].items():
+            given = getattr(self, name)
+            if self.exact and (given or self.fast):
+                other = f"{name} is {given!r}" if given else "fast is True"
+                raise OptionError(f"exact is True and {other}; the reference knows no such thing: leave one out.")
+            object.__setattr__(self, name, value if given is None else given)
 
     @classmethod
     def of(cls, config: GenerationConfig, processor: ProcessorConfig) -> GenerationOptions:
@@ -128,5 +144,11 @@ class GenerationOptions:
                 "fast mode accepts by confidence: leave one out."
             )
         if {"exact", "fast"} & set(changes):
-            changes = {**dict.fromkeys(SETTLE["default"]), **changes}  # they follow the mode
+            changes = {**dict.fromkeys(STOP_DEFAULTS["default"]), **changes}  # the stop rules follow the mode
         return replace(self, **changes)
+
+
+def _check_number(name: str, value: Any, noun: str, types: tuple[type, ...], least: float, shown: str) -> None:
+    number = value if isinstance(value, types) and not isinstance(value, bool) else None
+    if not isinstance(number, (int, float)) or not least <= number < float("inf"):
+        raise OptionError(f"{name} is {value!r}; it should be {noun}, at least {shown}.")

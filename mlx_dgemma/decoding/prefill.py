@@ -1,33 +1,26 @@
-"""The block loop: canvases of noise become blocks of text. It knows no text, terminal or HTTP.
-
-Three scopes: a step is one forward over the canvas, a block is one canvas until it settles, a commit
-encodes the block into the prefix. Whatever is watched and whoever is beside, the draws are the same: every
-random number comes from a key that depends on the job's seed, the block and the step alone.
-"""
+"""Encoding a prompt chunk by chunk, so that memory is bounded by the chunk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..model import device
-from ..model.attention import SCORES
-
-if TYPE_CHECKING:
-    from ..model.diffusion_gemma import DiffusionGemma
-    from ..model.kv_cache import Prefix
+from ..model.attention import SCORE_BYTES
+from ..model.diffusion_gemma import DiffusionGemma
+from ..model.kv_cache import Prefix
 
 
 def prefill(*arguments: Any, **named: Any) -> None:
-    """Encode a prompt; takes what `encoding` takes."""
-    for _ in encoding(*arguments, **named):
+    """Encode a prompt at one go; takes what `encode_in_chunks` takes."""
+    for _ in encode_in_chunks(*arguments, **named):
         pass
 
 
-def encoding(
+def encode_in_chunks(
     model: DiffusionGemma,
     prefix: Prefix,
     tokens: np.ndarray,
@@ -35,29 +28,31 @@ def encoding(
     mask: np.ndarray | None = None,
     features: Sequence[mx.array | None] = (),
 ) -> Iterator[None]:
-    """Encode a prompt chunk by chunk, so that memory is bounded by the chunk; others may go on in between.
+    """Encode a prompt and yield after every chunk, so that others may go on in between.
 
     Args:
+        model: the model.
+        prefix: of B rows; extended in place.
         tokens: [B, L] int32.
         chunk: tokens at once, None for `fitting_chunk`; a chunk ends before a picture rather than in it, and a longer
-            picture is whole.
+            picture is encoded whole.
         mask: [B, L], false where the left padding is.
         features: of each row the soft tokens [tokens, H] of its placeholders, or None.
     """
-    held = (
-        tokens == model.config.image_token_id if any(f is not None for f in features) else np.zeros_like(tokens, bool)
-    )
-    for start, end in chunks(held, chunk or fitting_chunk(model, *tokens.shape)):
-        seen = [
-            f[int(row[:start].sum()) : int(row[:end].sum())]
-            for f, row in zip(features, held)
-            if f is not None and row[start:end].any()
+    images = np.zeros_like(tokens, bool)
+    if any(one is not None for one in features):
+        images = tokens == model.config.image_token_id
+    for start, end in chunks(images, chunk or fitting_chunk(model, *tokens.shape)):
+        in_chunk = [
+            one[int(row[:start].sum()) : int(row[:end].sum())]
+            for one, row in zip(features, images)
+            if one is not None and row[start:end].any()
         ]
         model.encode(
             mx.array(tokens[:, start:end]),
             prefix,
             mask=None if mask is None else mask[:, start:end],
-            features=mx.concatenate(seen) if seen else None,
+            features=mx.concatenate(in_chunk) if in_chunk else None,
         )
         evaluate(prefix)
         if end < tokens.shape[1]:
@@ -69,11 +64,11 @@ def fitting_chunk(model: DiffusionGemma, batch_size: int, length: int) -> int:
     """Prompt tokens to encode at once: 512, or 1,024 of a prompt beyond 4,096.
 
     Longer passes read the weights less often but hold more: at the release's shape 2,048 tokens take 2 GiB. Fewer,
-    256 at least, where a sliding layer's scores would exceed `SCORES`.
+    256 at least, where a sliding layer's scores would exceed `SCORE_BYTES`.
     """
     config, size = model.config.text, 512 if length <= 4096 else 1024
-    near = batch_size * config.num_attention_heads * model.dtype.size  # bytes of scores, of a query over a key
-    while size > 256 and near * size * (config.sliding_window - 1 + size) > SCORES:
+    per_score = batch_size * config.num_attention_heads * model.dtype.size  # bytes, of a query over a key
+    while size > 256 and per_score * size * (config.sliding_window - 1 + size) > SCORE_BYTES:
         size //= 2
     return size
 
@@ -85,11 +80,11 @@ def evaluate(prefix: Prefix) -> None:
     queue.finish()
 
 
-def chunks(held: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
+def chunks(images: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
     """Cut [B, L] into (start, end) of about `size` columns, never inside a run of true in any row."""
-    length = held.shape[1]
+    length = images.shape[1]
     inside = np.zeros(length + 1, bool)  # a border here would cut a run
-    inside[1:length] = (held[:, 1:] & held[:, :-1]).any(axis=0)
+    inside[1:length] = (images[:, 1:] & images[:, :-1]).any(axis=0)
     start = 0
     while start < length:
         end = min(start + size, length)

@@ -1,81 +1,110 @@
-"""Prompts on their way through an engine, and conversations that keep what they have encoded."""
+"""`Request`: a prompt that is ready to be generated, and what has become of it so far."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..model.patches import Patches
+from .control import Control
+from .events import Result, Stats
 from .options import GenerationOptions
-from .session import Session
-
-if TYPE_CHECKING:
-    from ..prompt.answer import Answer
-    from ..tasks.infill import Filling
-    from .control import Control
-    from .events import Result
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture or video frame of a prompt."""
-
-    digest: str  # of its pixels and its budget
-    patches: Patches
-
-    @property
-    def tokens(self) -> int:
-        """How many soft tokens it takes."""
-        return self.patches.tokens[0]
-
-
-@dataclass
-class Row:
-    """One prompt on its way through the loop."""
-
-    tokens: list[int]
-    cache_key: list[int | str]  # as `Session.cache_key`
-    pictures: list[Picture]
-    times: list[float]  # of video frames, seconds
-    seed: int
-    answer: Answer | Filling
-    reused: int = 0
-    images_encoded: int = 0  # pictures that were encoded
-    blocks: int = 0
-    steps: int = 0
-    positions: int = 0  # denoised, summed over steps
-    key: mx.array | None = None  # [2], of the draws to come
-    started: float = 0.0  # seconds of a clock
-    encoded: float = 0.0
-    first_block: float = 0.0  # seconds since it started
-    log_probs: list[float] = field(default_factory=list)  # of every token of its blocks
-
-
-@dataclass(eq=False)
-class Job:
-    """A prompt that is ready to be generated; it is used up by that."""
-
-    row: Row
-    options: GenerationOptions
-    control: Control | None = None
-    refine: Callable[[Result], Result] | None = None  # adds to the result what only the asker knows
-    session: Session = field(init=False)  # what its prompt and blocks are encoded into
-    branch: Session | None = None  # a copy of it as it was where the prompt leaves others'
-    drafts: bool = False  # whether they are wanted
+from .session import PromptTokens, Session
 
 
 class Reader(Protocol):
-    """Takes a row's blocks and says when its text has ended."""
+    """Reads a request's blocks into text and says when it has ended. A token and its log-probability stay together."""
+
+    text: str
+    thinking: str
+    tool_calls: list[dict]
+    finish_reason: str | None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of the answer so far, without the end token."""
+
+    @property
+    def log_probs(self) -> list[float]:
+        """Their log-probabilities, in nats."""
 
     @property
     def left(self) -> int:
         """Tokens that the text has room for."""
 
-    def feed(self, tokens: tuple[int, ...]) -> str | None:
-        """Take a block; returns the finish reason once there is one."""
+    def feed(self, tokens: Sequence[int], log_probs: Sequence[float]) -> str | None:
+        """Take a block and its log-probabilities; returns the finish reason once there is one."""
 
     def cut(self, reason: str) -> None:
-        """No further block will come."""
+        """End the text: no further block will come."""
+
+    def take(self) -> tuple[str, str]:
+        """(text, thinking) that is final and was not taken before."""
+
+    def preview(self, tokens: Sequence[int]) -> str:
+        """The text of a canvas that is not final."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt that is ready to be generated. Generating uses it up.
+
+    Attributes:
+        prompt: what the model reads.
+        seed: of every random draw.
+        options: how to generate.
+        reader: makes text of blocks.
+        control: what is asked of the canvases, or None.
+        postprocess: adds to the result what only the asker knows.
+        drafts: whether `Draft` events are wanted.
+        session: what prompt and blocks are encoded into.
+    """
+
+    prompt: PromptTokens
+    seed: int
+    options: GenerationOptions
+    reader: Reader
+    control: Control | None = None
+    postprocess: Callable[[Result], Result] | None = None
+    drafts: bool = False
+    session: Session = field(init=False)
+    # What has become of it.
+    key: mx.array | None = None  # [2], of the draws of the blocks to come
+    blocks: int = 0
+    steps: int = 0
+    positions: int = 0  # denoised, summed over steps
+    started: float = 0.0  # seconds of a clock
+    encoded: float = 0.0  # seconds of the same clock, when the prompt was encoded
+    first_block: float = 0.0  # seconds since it started
+
+    def result(self, load_seconds: float) -> Result:
+        """What was generated; `load_seconds` is what loading the model took."""
+        now, reader, session = time.perf_counter(), self.reader, self.session
+        total = now - self.started
+        seconds = {"load": load_seconds, "prefill": self.encoded - self.started, "denoise": now - self.encoded}
+        tokens: dict[str, Any] = {
+            "prompt_tokens": len(self.prompt.tokens),
+            "reused_tokens": session.reused_tokens,
+            "generated_tokens": len(reader.tokens),
+        }
+        stats = Stats(
+            **tokens,
+            blocks=self.blocks,
+            denoising_steps=self.steps,
+            canvas_positions=self.positions,
+            seconds={**seconds, "total": total},
+            time_to_first_block=self.first_block,
+            tokens_per_second=len(reader.tokens) / total if total else 0.0,
+            peak_memory_bytes=mx.get_peak_memory(),
+            seed=self.seed,
+            images=len(self.prompt.pictures),
+            images_encoded=session.images_encoded,
+            frame_seconds=tuple(self.prompt.frame_seconds),
+        )
+        reason = reader.finish_reason or "length"
+        told = reader.text, reader.thinking, reader.tool_calls, reader.tokens, reason, stats, reader.log_probs
+        result = Result(*told)
+        return self.postprocess(result) if self.postprocess else result

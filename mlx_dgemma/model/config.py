@@ -1,7 +1,7 @@
-"""What a checkpoint's JSON files say, as frozen dataclasses.
+"""The JSON files of a checkpoint as frozen dataclasses.
 
-Reading is strict: a key that is not known may stand for another computation, so it is an error
-with its name. Keys known to change nothing here are listed, and a null is no statement at all.
+Reading is strict: an unknown key may stand for another computation, so it is an error that names the key. Keys that
+change nothing here are listed. A null counts as a missing key.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 
-# Bookkeeping, training and serving hints: none of them reaches a logit.
+# Keys that do not change the computation: bookkeeping, training and serving hints.
 _INERT = frozenset(
     """_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
     default_output_length dtype eos_token_id generation_config global_head_dim id2label
@@ -25,7 +25,7 @@ _INERT = frozenset(
     vision_soft_tokens_per_video_frame audio_token_id boa_token_id eoa_token_id eoa_token_index
     audio_soft_tokens_per_image audio_ms_per_token ignore_index""".split()
 )
-# Keys of Gemma 4's family with the one value that this architecture computes.
+# Keys of the Gemma 4 family with the only value that is computed here.
 _FIXED: dict[str, Any] = {
     "attention_bias": False,
     "attention_k_eq_v": True,
@@ -36,7 +36,7 @@ _FIXED: dict[str, Any] = {
     "tie_word_embeddings": True,
     "use_double_wide_mlp": False,
 }
-# JSON's types for a field, by the type of its default.
+# JSON types of a field, by the type of its default.
 _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     int: ("a whole number", (int,)),
     float: ("a number", (int, float)),
@@ -44,8 +44,8 @@ _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
 }
 
 
-def _understood(file: str) -> Callable:
-    """Whatever trips over a value of an unexpected type is the file's fault, not a traceback."""
+def _refuses_bad_values(file: str) -> Callable:
+    """A decorator that turns errors about values of unexpected types into a CheckpointError that names the file."""
 
     def wrap(function: Callable) -> Callable:
         @wraps(function)
@@ -61,7 +61,7 @@ def _understood(file: str) -> Callable:
 
 
 def _read(cls: type, raw: Any, where: str, **derived: Any):
-    """A dataclass from JSON: every field given or defaulted, every other key inert or refused."""
+    """A dataclass from a JSON object. Missing fields have defaults; other keys must be in `_INERT` or `_FIXED`."""
     if not isinstance(raw, dict):
         raise CheckpointError(f"{where} is not a JSON object but {type(raw).__name__}; download the checkpoint again.")
     known = {f.name: f for f in fields(cls)}
@@ -88,7 +88,7 @@ def _read(cls: type, raw: Any, where: str, **derived: Any):
 
 
 def _rope(raw: Any, where: str, default: dict, *other_types: str) -> dict:
-    """rope_parameters, of the default's type or one that means the same, and without what is not computed."""
+    """rope_parameters, checked: the type is the default's or one of `other_types`, and all factors are computed."""
     rope = {key: value for key, value in (raw or default).items() if value is not None}
     kind, share, factor = rope.get("rope_type"), rope.get("partial_rotary_factor", 1), rope.get("factor", 1)
     if unknown := sorted(set(rope) - {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}):
@@ -103,7 +103,7 @@ def _rope(raw: Any, where: str, default: dict, *other_types: str) -> dict:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text stack, shared by encoder and decoder (sizes in elements, window in positions)."""
+    """The text stack, which encoder and decoder share (sizes in elements, window in positions)."""
 
     vocab_size: int = 262144
     hidden_size: int = 2816
@@ -129,7 +129,7 @@ class TextConfig:
     full_rope: dict | None = None
     model_type: str = "diffusion_gemma_text"
 
-    def head(self, layer_type: str) -> tuple[int, int]:
+    def kv_shape(self, layer_type: str) -> tuple[int, int]:
         """(KV heads, head dimension) of a layer of this type."""
         if layer_type == "full_attention":
             return self.num_global_key_value_heads, self.global_head_dim
@@ -173,7 +173,7 @@ def _text_config(raw: dict) -> TextConfig:
 
 
 def _full_layer_sizes(raw: dict, types: tuple[str, ...], where: str) -> dict[str, int]:
-    """The full layers' head sizes, written as two `global` keys or as `per_layer_config`."""
+    """The head sizes of full layers, from the two `global` keys or from `per_layer_config`."""
     sizes = {
         "global_head_dim": raw.get("global_head_dim") or TextConfig.global_head_dim,
         "num_global_key_value_heads": raw.get("num_global_key_value_heads")
@@ -225,7 +225,7 @@ def _vision_config(raw: dict) -> VisionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole DiffusionGemma; `canvas_length` in tokens."""
+    """config.json; `canvas_length` in tokens."""
 
     text: TextConfig
     vision: VisionConfig | None = None
@@ -237,7 +237,7 @@ class ModelConfig:
     model_type: str = "diffusion_gemma"
 
     @classmethod
-    @_understood("config.json")
+    @_refuses_bad_values("config.json")
     def from_dict(cls, raw: dict) -> ModelConfig:
         """Read config.json's content.
 
@@ -262,24 +262,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """generation_config.json: the checkpoint's own sampler. Its end tokens win over config.json's."""
+    """generation_config.json: the checkpoint's sampler. Its end tokens take precedence over config.json's."""
 
     max_new_tokens: int = 256
     max_denoising_steps: int = 48
     entropy_bound: float = 0.1  # nats
     t_min: float = 0.4
     t_max: float = 0.8
-    stability_threshold: int = 1  # earlier steps whose argmax must be the same
+    stability_threshold: int = 1  # earlier steps that must have the same argmax
     confidence_threshold: float = 0.005  # nats, mean over the canvas
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
-    @_understood("generation_config.json")
+    @_refuses_bad_values("generation_config.json")
     def from_dict(cls, raw: dict, eos_token_ids: tuple[int, ...]) -> GenerationConfig:
-        """Read generation_config.json's content; `eos_token_ids` stand in where it names none.
+        """Read generation_config.json's content; without end tokens of its own it takes `eos_token_ids`.
 
         Raises:
-            CheckpointError: an unknown key or another sampler than the entropy bound's.
+            CheckpointError: an unknown key, or a sampler other than the entropy-bound one.
         """
         raw = dict(raw)
         sampler = dict(raw.pop("sampler_config", None) or {})
@@ -290,7 +290,7 @@ class GenerationConfig:
                 "but only EntropyBoundSamplerConfig with entropy_bound is known."
             )
         raw.update(sampler)
-        # Transformers' own bookkeeping: how it caches and compiles, not what it computes.
+        # Transformers' bookkeeping of caching and compiling; it changes no result.
         for key in (
             "_commit_hash",
             "_from_model_config",
@@ -306,16 +306,16 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class ProcessorConfig:
-    """processor_config.json: the budget of soft tokens that a picture or a video frame takes."""
+    """processor_config.json: soft tokens of a picture and of a video frame at most, and frames of a video at most."""
 
     image_tokens: int = 280
     video_tokens: int = 70
     video_frames: int = 32
 
     @classmethod
-    @_understood("processor_config.json")
+    @_refuses_bad_values("processor_config.json")
     def from_dict(cls, raw: dict) -> ProcessorConfig:
-        """Read processor_config.json's content; what is missing takes Gemma 4's defaults."""
+        """Read processor_config.json's content; missing keys take Gemma 4's defaults."""
         image, video = raw.get("image_processor") or {}, raw.get("video_processor") or {}
         return cls(
             image.get("max_soft_tokens", cls.image_tokens),

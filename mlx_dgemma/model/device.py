@@ -1,4 +1,4 @@
-"""The parts of the text stack. Attribute names are the checkpoint's keys."""
+"""The device that MLX computes on: its kind, its memory, compiled functions, and a queue of evaluations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def on_cpu() -> bool:
 
 
 def fused(function: Callable, shapeless: bool = True) -> Callable:
-    """Compile elementwise chains on a GPU; MLX's CPU compiler needs a C++ compiler that may be missing."""
+    """Compile a chain of elementwise operations, on a GPU only: on the CPU, MLX needs a C++ compiler to do so."""
     compiled = mx.compile(function, shapeless=shapeless)
 
     @wraps(function)
@@ -28,12 +28,12 @@ def fused(function: Callable, shapeless: bool = True) -> Callable:
     return call
 
 
-AHEAD = 2**28  # bytes in flight beyond which nothing is started
-LIMIT = 3 * AHEAD  # bytes in flight beyond which the device may run dry
+SOFT_LIMIT = 2**28  # bytes in flight; above it a queue waits for its oldest stage before it starts another
+HARD_LIMIT = 3 * SOFT_LIMIT  # bytes in flight; above it a queue waits for everything
 
 
 def available() -> int:
-    """Bytes that MLX's default device can hold: Metal's recommended working set, a GPU's or the machine's memory."""
+    """Bytes that MLX's default device can hold: Metal's recommended working set, a GPU's memory or the machine's."""
     info = mx.device_info()
     for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
         if not on_cpu() and isinstance(info.get(key), int):
@@ -42,12 +42,12 @@ def available() -> int:
 
 
 class Queue:
-    """Starts evaluations without running far ahead of the device.
+    """Starts evaluations in stages and limits the memory of those that have not finished.
 
-    MLX enqueues up to a thousand operations, and what they allocate is held until they have run: at the release's
-    shape half the layers of a step, gigabytes. Where `AHEAD` bytes are in flight, a queue waits for the oldest
-    stage, though not for the last: the device should not run dry. What many short stages let go of comes back late
-    and piles up: beyond `LIMIT` it waits for everything all the same.
+    MLX enqueues up to a thousand operations and allocates their results before they run. At the release's size that
+    is half the layers of a step, several gigabytes. Above `SOFT_LIMIT` bytes the queue waits for its oldest stage, but
+    never for the newest one, so that the device always has work. Freed buffers return late when stages are short;
+    above `HARD_LIMIT` bytes the queue therefore waits for everything.
     """
 
     def __init__(self):
@@ -55,24 +55,24 @@ class Queue:
         self._waiting: deque[Any] = deque()
 
     def add(self, *stages: Any) -> None:
-        """Start stages, arrays or trees of them, in the order in which they are computed."""
+        """Start stages (arrays or trees of arrays), in the order in which they are computed."""
         for stage in stages:
-            while len(self._waiting) > 1 and mx.get_active_memory() > self._base + AHEAD:
+            while len(self._waiting) > 1 and mx.get_active_memory() > self._base + SOFT_LIMIT:
                 mx.eval(self._waiting.popleft())
-            if mx.get_active_memory() > self._base + LIMIT:
+            if mx.get_active_memory() > self._base + HARD_LIMIT:
                 mx.synchronize()
             mx.async_eval(stage)
             self._waiting.append(stage)
 
     def finish(self) -> None:
-        """Wait for all of it."""
+        """Wait until all stages are computed."""
         while self._waiting:
             mx.eval(self._waiting.popleft())
 
 
 @contextmanager
 def wired_limit() -> Iterator[None]:
-    """Let Metal keep the model resident while generating, and put the limit back after."""
+    """Let Metal keep the model in memory while the context is open; the earlier limit is restored afterwards."""
     if not mx.metal.is_available() or on_cpu():
         yield
         return

@@ -1,10 +1,10 @@
-"""DiffusionGemma: one stack of weights in two modes.
+"""DiffusionGemma: one stack of layers that runs as encoder and as decoder.
 
-- `encode` runs it causally and extends a `Prefix` (the checkpoint's encoder);
-- `denoise` runs it over a canvas in both directions, reading the prefix (the decoder).
+- `encode` (the encoder) runs the stack causally over tokens and appends them to a `Prefix`.
+- `denoise` (the decoder) runs it in both directions over a canvas; it reads the prefix and does not change it.
 
-The modes differ in attention, in each layer's scalar and in self-conditioning, nothing else.
-Formulas follow Transformers' diffusion_gemma; module names are the checkpoint's keys.
+The two modes differ in attention, in the layers' scalars and in self-conditioning; all other weights are shared.
+Formulas follow Transformers' diffusion_gemma. Names of submodules are the checkpoint's keys.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import PromptError
-from .attention import Keys, View
+from .attention import LayerContext
 from .config import ModelConfig
-from .device import fused
+from .head import Head
 from .kv_cache import Prefix
 from .layers import Layer, SelfConditioning
 from .vision import Projector, VisionTower
@@ -26,13 +26,8 @@ from .vision import Projector, VisionTower
 PATCHES_AT_ONCE = 10240  # patches that the vision tower encodes at once
 
 
-@fused
-def _softcap(x: mx.array, cap: mx.array) -> mx.array:
-    return cap * mx.tanh(x.astype(mx.float32) / cap)
-
-
 class Decoder(nn.Module):
-    """All shared weights; releases store them under the decoder."""
+    """The shared weights. Releases store them under the decoder's key."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -44,7 +39,7 @@ class Decoder(nn.Module):
 
 
 class EncoderScalar(nn.Module):
-    """What an encoder layer has of its own."""
+    """The scalar of an encoder layer, the only weight that it does not share with the decoder."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +47,7 @@ class EncoderScalar(nn.Module):
 
 
 class EncoderText(nn.Module):
-    """The encoder's text half: one scalar per layer."""
+    """The text part of the encoder: one scalar per layer."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -60,7 +55,7 @@ class EncoderText(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What only the encoder has: its scalars and, where the checkpoint sees, tower and projector."""
+    """The encoder's own weights: its scalars and, in checkpoints with vision, the tower and the projector."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -71,7 +66,7 @@ class Encoder(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The checkpoint's `model` key."""
+    """All weights, under the checkpoint's `model` key."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -80,18 +75,18 @@ class Backbone(nn.Module):
 
 
 class DiffusionGemma(nn.Module):
-    """The model. It knows nothing of sampling: see `generate` for the block loop."""
+    """The model. Sampling and the loop over blocks are in `decoding`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self._apply: Callable[..., mx.array] = Layer.__call__  # what takes (layer, h, scalar, view)
-        self._encoder_layers: tuple[Layer, ...] | None = None  # where an adapter changes the modes differently
+        self._apply: Callable[..., mx.array] = Layer.__call__  # called with (layer, h, scalar, context)
+        self._encoder_layers: tuple[Layer, ...] | None = None  # set where an adapter changes the two modes differently
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The dtype of activations: the embedding's, or its scales' where it is quantized."""
+        """The dtype of activations: that of the final norm, or of a quantized embedding's scales if they are floats."""
         table = self.model.decoder.embed_tokens
         return table.scales.dtype if _is_float_scale(table) else self.model.decoder.norm.weight.dtype
 
@@ -113,17 +108,17 @@ class DiffusionGemma(nn.Module):
             tokens: [B, L] int32.
             prefix: of B rows; extended in place.
             images: patches [N, P, 3 * patch_size**2] and positions [N, P, 2] (padded with -1) of the
-                pictures whose placeholders stand in `tokens`, in their order.
-            mask: [B, L], false where the left padding is.
-            features: [tokens, H] from `look`, instead of `images`.
+                pictures whose placeholders are in `tokens`, in the same order.
+            mask: [B, L], false on left padding.
+            features: [N, H] from `encode_images`, instead of `images`.
 
         Returns:
-            Hidden states [B, L, H] after the final norm. They are lazy: who needs only the prefix
-            pays for no more.
+            Hidden states [B, L, H] after the final norm. They are lazy: evaluating the prefix does not compute the
+            rest of the last layer.
 
         Raises:
-            PromptError: the placeholders and the pictures' soft tokens differ in number.
-            OptionError: a mask that is not left padding.
+            PromptError: the number of placeholders is not that of the pictures' soft tokens.
+            OptionError: the mask is not left padding.
         """
         if mask is not None:
             prefix.pad(mask)
@@ -132,7 +127,7 @@ class DiffusionGemma(nn.Module):
         if images is not None:
             features = self.encode_images(images)
         if features is not None:
-            h, spans = self._place(tokens, h, features)
+            h, spans = self._insert_image_features(tokens, h, features)
         masks = prefix.encode_masks(tokens.shape[1], spans)
         scalars = [one.layer_scalar for one in self.model.encoder.language_model.layers]
         h = self._run(h, [prefix], [masks], scalars, canvas=False)
@@ -140,13 +135,13 @@ class DiffusionGemma(nn.Module):
         return h
 
     def encode_images(self, images: tuple[mx.array, mx.array]) -> mx.array:
-        """Soft tokens of pictures, encoded in groups so that memory does not grow with their number.
+        """Soft tokens of pictures. They are encoded in groups, so that memory does not grow with their number.
 
         Args:
             images: patches [N, P, 3 * patch_size**2] in 0..1 and positions [N, P, 2], padded with -1.
 
         Returns:
-            [tokens, H], the pictures one after another, padding left out.
+            [N, H], the soft tokens of one picture after another, without padding.
 
         Raises:
             PromptError: the checkpoint has no vision tower.
@@ -165,12 +160,12 @@ class DiffusionGemma(nn.Module):
     def denoise(
         self, canvas: mx.array, prefix: Prefix | Sequence[Prefix], conditioning: mx.array | None = None
     ) -> mx.array:
-        """Run the stack over a canvas in both directions; the prefix is read, never extended.
+        """Run the stack over a canvas in both directions. The prefix is read and not extended.
 
         Args:
-            canvas: [B, C] int32, at the positions that follow the prefix.
+            canvas: [B, C] int32, at the positions after the prefix.
             prefix: of B rows, or B prefixes of one row each, without padding.
-            conditioning: [B, C, H] from `condition`, or None in a canvas's first step.
+            conditioning: [B, C, H] from `condition`, or None in the first step of a canvas.
 
         Returns:
             Hidden states [B, C, H] after the final norm.
@@ -182,10 +177,16 @@ class DiffusionGemma(nn.Module):
         masks = [one.denoise_masks(canvas.shape[1]) for one in prefixes]
         return self._run(h, prefixes, masks, scalars, canvas=True)
 
+    @property
+    def head(self) -> Head:
+        """The vocabulary: logits, samples and conditioning (the embedding is tied to it)."""
+        text = self.config.text
+        table = self.model.decoder.embed_tokens
+        return Head(table, text.vocab_size, text.final_logit_softcapping, text.hidden_size**0.5, self.dtype)
+
     def logits(self, hidden: mx.array) -> mx.array:
-        """[B, C, H] -> [B, C, V] float32, softcapped, before temperature (the tied embedding is the head)."""
-        cap = mx.array(self.config.text.final_logit_softcapping, mx.float32)
-        return _softcap(self.model.decoder.embed_tokens.as_linear(hidden), cap)
+        """[B, C, H] -> [B, C, V] float32, softcapped, before temperature."""
+        return self.head.logits(hidden)
 
     def condition(self, processed_logits: mx.array) -> mx.array:
         """The expected embedding under a step's processed logits, for the next step.
@@ -196,56 +197,52 @@ class DiffusionGemma(nn.Module):
         Returns:
             [B, C, H]: softmax(logits rounded to the model's dtype) @ embedding * sqrt(H).
         """
-        table, dtype = self.model.decoder.embed_tokens, self.dtype
-        p = mx.softmax(processed_logits.astype(dtype), axis=-1, precise=True)
-        if isinstance(table, nn.QuantizedEmbedding):
-            expected = mx.quantized_matmul(
-                p,
-                table.weight,
-                table.scales,
-                table.get("biases"),
-                transpose=False,
-                group_size=table.group_size,
-                bits=table.bits,
-                mode=table.mode,
-            )
-        else:
-            expected = p @ table.weight
-        return expected * self.embed_scale()
-
-    def embed_scale(self) -> mx.array:
-        """What embeddings are multiplied by, rounded as the reference rounds it."""
-        return mx.array(self.config.text.hidden_size**0.5, self.dtype)
+        return self.head.condition(processed_logits)
 
     def _embed(self, tokens: mx.array) -> mx.array:
-        return self.model.decoder.embed_tokens(tokens).astype(self.dtype) * self.embed_scale()
+        return self.model.decoder.embed_tokens(tokens).astype(self.dtype) * self.head.embed_scale
 
     def _run(
         self, h: mx.array, prefixes: Sequence[Prefix], masks: list[dict], scalars: list[mx.array], canvas: bool
     ) -> mx.array:
-        rope_offset = prefixes[0].rope_offset()
+        offsets, rope_offset = [prefix.offset for prefix in prefixes], prefixes[0].rope_offset()
         if len(prefixes) > 1:
-            rope_offset = mx.array([prefix.offset for prefix in prefixes])
+            rope_offset = mx.array(offsets)
         layers = self.model.decoder.layers if canvas or self._encoder_layers is None else self._encoder_layers
         for i, (layer, scalar) in enumerate(zip(layers, scalars)):
             kind = layer._layer_type
-            keys = [Keys(one.layers[i], one.offset, mask[kind], canvas) for one, mask in zip(prefixes, masks)]
-            h = self._apply(layer, h, scalar, View(keys, rope_offset))
+            caches = [prefix.layers[i] for prefix in prefixes]
+            context = LayerContext(caches, offsets, [mask[kind] for mask in masks], rope_offset, canvas)
+            h = self._apply(layer, h, scalar, context)
         return self.model.decoder.norm(h)
 
-    def _place(self, tokens: mx.array, h: mx.array, features: mx.array) -> tuple[mx.array, np.ndarray | None]:
-        """Put soft tokens on their placeholders; returns them and the spans that see themselves whole."""
-        held = np.asarray(tokens) == self.config.image_token_id
-        if held.sum() != features.shape[0]:
+    def _insert_image_features(
+        self, tokens: mx.array, h: mx.array, features: mx.array
+    ) -> tuple[mx.array, np.ndarray | None]:
+        """Replace the embeddings of image placeholders by image features.
+
+        Args:
+            tokens: [B, L] int32.
+            h: [B, L, H], their embeddings.
+            features: [N, H], one for each placeholder, row by row.
+
+        Returns:
+            The embeddings, and the ids of image spans [B, L], 0 for text; None where spans are attended to causally.
+
+        Raises:
+            PromptError: the number of features is not that of the placeholders.
+        """
+        placeholder = np.asarray(tokens) == self.config.image_token_id
+        if placeholder.sum() != features.shape[0]:
             raise PromptError(
-                f"The prompt has {held.sum()} image placeholders, but its pictures have "
+                f"The prompt has {placeholder.sum()} image placeholders, but its pictures have "
                 f"{features.shape[0]} soft tokens; they must agree."
             )
-        rows = mx.array(np.flatnonzero(held))
+        rows = mx.array(np.flatnonzero(placeholder))
         flat = h.reshape(-1, h.shape[-1])
         flat[rows] = features.astype(h.dtype)
-        starts = held & ~np.pad(held, ((0, 0), (1, 0)))[:, :-1]
-        spans = np.where(held, np.cumsum(starts, axis=1), 0).astype(np.int32)
+        starts = placeholder & ~np.pad(placeholder, ((0, 0), (1, 0)))[:, :-1]
+        spans = np.where(placeholder, np.cumsum(starts, axis=1), 0).astype(np.int32)
         return flat.reshape(h.shape), spans if self.config.text.use_bidirectional_attention == "vision" else None
 
 

@@ -1,4 +1,4 @@
-"""The parts of the text stack. Attribute names are the checkpoint's keys."""
+"""The mixture of experts of a layer and its router. Names of submodules are the checkpoint's keys."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .config import TextConfig
 from .device import fused
 from .functions import geglu, rms_norm
 
-MATMUL_ROWS = 512  # up to here CUDA gathers rows faster as a product with a one-hot matrix
-SORT_FROM = 64  # rows * top_k from which sorting by expert pays: MLX's grouped kernels need it
+MATMUL_ROWS = 512  # up to so many rows CUDA gathers faster by a product with a one-hot matrix
+SORT_FROM = 64  # rows * top_k from which sorting by expert is faster; MLX's grouped kernels need sorted rows
 
 
 class Router(nn.Module):
-    """Chooses the experts of each position."""
+    """Chooses the experts of each position and their weights."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -31,7 +31,7 @@ class Router(nn.Module):
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x [N, H] -> expert indices and weights, both [N, top_k].
 
-        Softmax over the chosen logits equals softmax over all of them, renormalised to the chosen.
+        The softmax over the chosen logits equals the softmax over all logits, renormalised over the chosen ones.
         """
         scores = self.proj(rms_norm(x, self._eps) * self.scale * self._root)
         indices = mx.stop_gradient(mx.argpartition(scores, kth=-self._top_k, axis=-1)[..., -self._top_k :])
@@ -40,7 +40,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The mixture of experts; gate and up lie in one tensor, gate rows first, and take one gather."""
+    """The mixture of experts. Gate and up are one tensor, gate rows first, so that they take one gather."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -53,73 +53,73 @@ class Experts(nn.Module):
         rows, top_k = indices.shape
         flat = indices.flatten()
         if flat.size < SORT_FROM:
-            y = self._feed(x[:, None, None], indices)
-        elif pads_runs():
-            return self._in_runs(x, flat, weights.flatten())
+            y = self._mlp(x[:, None, None], indices)
+        elif uses_padded_runs():
+            return self._in_padded_runs(x, flat, weights.flatten())
         else:
             order = mx.argsort(flat)
-            # The unit axis comes before the gather: MLX's sorted kernels misread rows that get it after.
-            y = self._feed(x[:, None][order // top_k], flat[order], sorted_indices=True)[mx.argsort(order)]
+            # The unit axis is added before the gather: MLX's sorted kernels misread rows that get it afterwards.
+            y = self._mlp(x[:, None][order // top_k], flat[order], sorted_indices=True)[mx.argsort(order)]
         y = y.reshape(rows, top_k, -1)
         return (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
 
-    def _in_runs(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
-        """x [N, H], experts and weights [N * K] in the rows' order -> [N, H], by `runs`."""
+    def _in_padded_runs(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
+        """As `__call__`, by runs of equal length: x [N, H], experts and weights [N * K] in order of rows -> [N, H]."""
         rows, size = x.shape
-        # CUDA compiles a gather_qmm for every length, a minute each: packed weights get a single one.
-        longest = 64 if isinstance(_base(self.gate_up_proj), SwitchLinear) else 16
-        slots, owners, length = runs(chosen, self.gate_up_proj.num_experts, longest)
-        source, share = fill(slots, weights, owners.size * length, rows)
+        # CUDA compiles gather_qmm for every length, which takes a minute: quantized weights use a single length.
+        longest = 64 if isinstance(_without_adapter(self.gate_up_proj), SwitchLinear) else 16
+        slots, owners, length = lay_out_runs(chosen, self.gate_up_proj.num_experts, longest)
+        source, share = slot_contents(slots, weights, owners.size * length, rows)
         if rows <= MATMUL_ROWS:
-            take, mix = one_hot(source, share, rows, x)
-            return mix.T @ self._feed((take @ x).reshape(owners.size, length, size), owners).reshape(-1, size)
-        y = self._feed(x[mx.minimum(source, rows - 1)].reshape(owners.size, length, size), owners)
+            take, mix = gather_matrices(source, share, rows, x)
+            return mix.T @ self._mlp((take @ x).reshape(owners.size, length, size), owners).reshape(-1, size)
+        y = self._mlp(x[mx.minimum(source, rows - 1)].reshape(owners.size, length, size), owners)
         y = y.reshape(-1, size)[slots].reshape(rows, -1, size)
         return (y * weights.reshape(rows, -1, 1)).sum(axis=-2).astype(x.dtype)
 
-    def _feed(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x [..., rows, H] through the expert of each leading index."""
+    def _mlp(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """x [..., rows, H] through the experts of `indices` [...]."""
         dtype = x.dtype
-        if isinstance(base := _base(self.gate_up_proj), SwitchLinear):
-            x = x.astype(base.weight.dtype)  # float32 on the CPU, whatever the rest is
+        if isinstance(base := _without_adapter(self.gate_up_proj), SwitchLinear):
+            x = x.astype(base.weight.dtype)  # on the CPU experts are float32 whatever the dtype of activations
         gate, up = mx.split(self.gate_up_proj(x, indices, sorted_indices=sorted_indices), 2, axis=-1)
         return self.down_proj(geglu(gate, up), indices, sorted_indices=sorted_indices).astype(dtype)
 
 
-def _base(module: nn.Module) -> nn.Module:
-    """The map itself, where an adapter stands around it."""
+def _without_adapter(module: nn.Module) -> nn.Module:
+    """The linear map inside an adapter's module, or the module itself."""
     return module.get("linear", module)
 
 
-def pads_runs() -> bool:
-    """Whether experts are computed in padded runs.
+def uses_padded_runs() -> bool:
+    """Whether experts are computed in padded runs: on CUDA only.
 
-    CUDA's gather kernels read an expert once for every row, so there its rows are padded to runs that
-    read it once each. Metal's sorted kernels tile runs themselves, and on the CPU nothing is gained.
+    CUDA's gather kernels read the expert once for every row. Runs of several rows read it once each. Metal's sorted
+    kernels tile the rows themselves, and the CPU gains nothing.
     """
     return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
-def runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.array, int]:
-    """Lay rows out in runs of equal length, each of one expert.
+def lay_out_runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.array, int]:
+    """Assign rows to the slots of runs of equal length; a run holds rows of one expert, then padding.
 
     Args:
         chosen: [N] expert of each row.
-        experts: how many there are.
-        longest: bound of a run's length, a power of two.
+        experts: number of experts.
+        longest: upper bound of a run's length, a power of two.
 
     Returns:
-        [N] slot of each row, [runs] expert of each run, and the length of a run: a power of two near the
-        mean number of rows an expert, 16 at least, so that padding stays below one run an expert.
+        [N] slot of each row, [runs] expert of each run, and the length of a run. The length is a power of two near the
+        mean number of rows of an expert, at least 16, so that padding stays below one run per expert.
     """
     count = chosen.size
     length = min(max(16, 1 << (max(count // experts, 1).bit_length() - 1)), longest)
-    slots, owners = _lay_out(chosen.astype(mx.int32), experts, length)
+    slots, owners = _assign_slots(chosen.astype(mx.int32), experts, length)
     return slots, owners, length
 
 
 @partial(fused, shapeless=False)
-def _lay_out(chosen: mx.array, experts: int, length: int) -> tuple[mx.array, mx.array]:
+def _assign_slots(chosen: mx.array, experts: int, length: int) -> tuple[mx.array, mx.array]:
     numbers = mx.arange(experts, dtype=mx.int32)
     rank = mx.cumsum((chosen[:, None] == numbers).astype(mx.int32), axis=0)
     needed = (rank[-1] + (length - 1)) // length
@@ -130,8 +130,8 @@ def _lay_out(chosen: mx.array, experts: int, length: int) -> tuple[mx.array, mx.
     return slots, mx.minimum(owners, experts - 1).astype(mx.uint32)
 
 
-def fill(slots: mx.array, weights: mx.array, total: int, rows: int) -> tuple[mx.array, mx.array]:
-    """[total] row that each slot holds, `rows` where it is padding, and its weight, 0 there."""
+def slot_contents(slots: mx.array, weights: mx.array, total: int, rows: int) -> tuple[mx.array, mx.array]:
+    """What each slot holds: [total] its row, or `rows` for padding, and [total] its weight, 0 for padding."""
     source, share = mx.full((total,), rows, mx.int32), mx.zeros((total,), weights.dtype)
     source[slots] = mx.arange(slots.size, dtype=mx.int32) // (slots.size // rows)
     share[slots] = weights
@@ -139,7 +139,10 @@ def fill(slots: mx.array, weights: mx.array, total: int, rows: int) -> tuple[mx.
 
 
 @partial(fused, shapeless=False)
-def one_hot(source: mx.array, share: mx.array, rows: int, like: mx.array) -> tuple[mx.array, mx.array]:
-    """[slots, rows] matrices in the dtype of `like` that gather rows into slots and, transposed, mix slots to rows."""
+def gather_matrices(source: mx.array, share: mx.array, rows: int, like: mx.array) -> tuple[mx.array, mx.array]:
+    """Two [slots, rows] matrices in the dtype of `like`.
+
+    The first times x [rows, H] gathers the rows into slots. The second, transposed, sums the slots of a row by weight.
+    """
     taken = source[:, None] == mx.arange(rows, dtype=mx.int32)
     return taken.astype(like.dtype), mx.where(taken, share[:, None], 0).astype(like.dtype)

@@ -1,4 +1,4 @@
-"""The parts of the text stack. Attribute names are the checkpoint's keys."""
+"""Functions of arrays that several modules of the model share."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
 def rms_norm(x: mx.array, eps: float) -> mx.array:
     """RMS norm without a weight, computed in float32."""
     return mx.fast.rms_norm(x, None, eps)
+
+
+def entropy(logits: mx.array) -> mx.array:
+    """[B, C, V] float32 -> Shannon entropy [B, C] in nats."""
+    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return -(mx.exp(log_p) * log_p).sum(axis=-1)

@@ -1,191 +1,196 @@
-"""The streaming head: what a denoising step asks of the vocabulary, a chunk of it at a time.
+"""The head: what a denoising step asks of the vocabulary, computed a chunk of the vocabulary at a time.
 
-The vocabulary is dealt into about 4,096 tiles. A chunk's logits become a few numbers per tile (its maximum
-and where that is, sums of exponentials) and are dropped; argmax, entropy, the sample and the likely tokens
-are reductions over tiles. No [canvas, vocabulary] array is made, and no result depends on the chunk's size.
+The vocabulary is dealt into about 4,096 tiles. The logits of a chunk are reduced to a few numbers per tile (the
+largest logit, its token, sums of exponentials) and dropped. Argmax, entropy, the sample and the top tokens are
+reductions over tiles. No [canvas, vocabulary] array is made, and no result depends on the size of the chunks.
 
-B is the batch, C the canvas length, V the vocabulary, H the hidden size. `sampler.entropy`, `sampler.sample`
-and `DiffusionGemma.condition` compute the same from whole logits.
+B is the batch, C the canvas length, V the vocabulary, H the hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from . import rng
 from .device import fused, on_cpu
+from .functions import entropy
 
-if TYPE_CHECKING:
-    from .diffusion_gemma import DiffusionGemma
-
-
-TILES = 4096  # about so many: more cost memory, fewer let likely tokens meet in one tile
-STRIDE = 64  # tokens between two of a tile: neighbours such as the digits are likely together
+TILES = 4096  # about so many: more take more memory, fewer let likely tokens fall into the same tile
+STRIDE = 64  # distance of a tile's tokens: neighbouring tokens such as the digits are often likely together
 CHUNK_BYTES = 16 << 20  # of float32 logits at once
-LIKELY = 32  # tokens a position whose embeddings make its conditioning where they suffice
-TAIL = 1e-4  # probability that conditioning may leave out
-NOWHERE = -1e9  # logit of what pads the last tiles: finite, since 0 * -inf is not a number
+TOP_TOKENS = 32  # per position; their embeddings are the conditioning where their probability suffices
+TAIL = 1e-4  # probability that the conditioning may leave out
+PAD_LOGIT = -1e9  # logit of the padding of the last tiles; finite, because 0 * -inf is not a number
 
 
-class Reading(NamedTuple):
-    """A step's processed logits (softcapped, over temperature), read chunk by chunk. Positions are [B, C]."""
+class Prediction(NamedTuple):
+    """What the model predicts at every position, from logits that are softcapped and divided by the temperature.
+
+    Arrays are [B, C] unless a shape is given.
+    """
 
     argmax: mx.array  # int32, the most probable token
     confidence: mx.array  # float32, its probability
     entropy: mx.array  # float32, nats
-    drawn: mx.array  # int32, a sample
-    likely: mx.array  # [B, C, K] int32, the best tokens of the K best tiles
-    probability: mx.array  # [B, C, K] float32, theirs; of logits rounded to the model's dtype, as conditioning is
-    log_mass: mx.array  # float32, log-sum-exp of the logits so rounded
-    hidden: mx.array  # [B, C, H], what was read
-    t: mx.array  # float32, the temperature: of all, or [B, 1, 1]
-    stages: tuple[mx.array, ...]  # evaluated one after the other they take the memory of one chunk
-    expected_embedding: mx.array | None = None  # [B, C, H] float32, the expected embedding under the whole vocabulary
+    sample: mx.array  # int32, a token drawn from the distribution
+    top_tokens: mx.array  # [B, C, K] int32, the best token of each of the K best tiles
+    top_probs: mx.array  # [B, C, K] float32, their probabilities under the logits rounded to the model's dtype
+    logsumexp: mx.array  # float32, of the logits rounded to the model's dtype
+    hidden: mx.array  # [B, C, H], the states that the logits were computed from
+    temperature: mx.array  # float32, a scalar or [B, 1, 1]
+    stages: tuple[mx.array, ...]  # when they are evaluated in order, one chunk is in memory at a time
+    expected_embedding: mx.array | None = None  # [B, C, H] float32, under the whole vocabulary, before scaling
 
     @property
     def carried(self) -> list[mx.array]:
-        """What the next step is made of, to be evaluated with this one."""
+        """The arrays that the next step is computed from; they are evaluated with this step."""
         return [one for one in self if isinstance(one, mx.array)]
 
     @property
     def needs_full_vocab(self) -> mx.array:
-        """[B, C] bool, where the likely tokens leave out more than `TAIL`."""
-        return 1 - self.probability.sum(axis=-1) > TAIL
+        """[B, C] bool, true where the top tokens leave out more probability than `TAIL`."""
+        return 1 - self.top_probs.sum(axis=-1) > TAIL
 
-    def fix(self, tokens: mx.array, where: mx.array) -> Reading:
-        """The same, but certain of these tokens [B, C] at some positions [B, C]."""
-        first = mx.arange(self.likely.shape[-1]) == 0
+    def fix(self, tokens: mx.array, where: mx.array) -> Prediction:
+        """The same prediction with probability 1 for `tokens` [B, C] at the positions of `where` [B, C] bool."""
+        first = mx.arange(self.top_tokens.shape[-1]) == 0
         return self._replace(
             argmax=mx.where(where, tokens, self.argmax),
             confidence=mx.where(where, 1.0, self.confidence),
             entropy=mx.where(where, 0.0, self.entropy),
-            drawn=mx.where(where, tokens, self.drawn),
-            likely=mx.where(where[..., None], tokens[..., None], self.likely),
-            probability=mx.where(where[..., None], first.astype(mx.float32), self.probability),
+            sample=mx.where(where, tokens, self.sample),
+            top_tokens=mx.where(where[..., None], tokens[..., None], self.top_tokens),
+            top_probs=mx.where(where[..., None], first.astype(mx.float32), self.top_probs),
         )
 
-    def map(self, function: Callable[..., mx.array], *others: Reading) -> Reading:
-        """The same with every array changed, together with the arrays of others."""
+    def map(self, function: Callable[..., mx.array], *others: Prediction) -> Prediction:
+        """Apply a function to every array, or to every array and the same arrays of `others`."""
         changed: dict[str, Any] = {"expected_embedding": None, "stages": () if others else self.stages}
         for name in self._fields:
             arrays = [getattr(one, name) for one in (self, *others)]
             if name != "stages" and all(array is not None for array in arrays):
                 changed[name] = function(*arrays)
-        return Reading(**changed)
+        return Prediction(**changed)
 
-    def log_p(self, model: DiffusionGemma, tokens: mx.array) -> mx.array:
-        """[B, C, N] float32 log-probabilities of N tokens at every position."""
-        rows = model.model.decoder.embed_tokens(tokens).astype(model.dtype)
-        cap = mx.array(model.config.text.final_logit_softcapping, mx.float32)
-        return _process(self.hidden @ rows.T, cap, self.t) - self.log_mass[..., None]
+    def log_probs(self, head: Head, tokens: mx.array) -> mx.array:
+        """Log-probabilities of the N given tokens at every position, [B, C, N] float32."""
+        rows = head.table(tokens).astype(head.dtype)
+        return _scaled_softcap(self.hidden @ rows.T, head.cap, self.temperature) - self.logsumexp[..., None]
 
-    def condition(self, model: DiffusionGemma, dense: int, nbytes: int = CHUNK_BYTES) -> mx.array:
-        """The expected embedding under these logits, for the next step.
+    def condition(self, head: Head, full_positions: int, nbytes: int = CHUNK_BYTES) -> mx.array:
+        """The expected embedding, which conditions the next step.
 
-        Where the likely tokens carry all but `TAIL` of the probability, their embeddings make it; what is left
-        out moves it by at most `TAIL` times the largest embedding. Other positions take the whole vocabulary,
-        from the reading's own pass or in a second one that is for them alone.
+        Where the top tokens hold all but `TAIL` of the probability, the embedding is theirs. What is left out changes
+        it by at most `TAIL` times the largest embedding. The other positions use the whole vocabulary, either from
+        `expected_embedding` or in a second pass over these positions alone.
 
         Args:
-            model: the one that was read.
-            dense: positions of the batch that a second pass has room for, at least as many as are diffuse.
-            nbytes: of float32 logits at once.
+            head: the one that made this prediction.
+            full_positions: how many positions of the batch the second pass computes; at least as many as need it.
+            nbytes: bytes of float32 logits at once.
 
         Returns:
-            [B, C, H] as `DiffusionGemma.condition`.
+            [B, C, H] as `Head.condition`.
         """
-        table, dtype = model.model.decoder.embed_tokens, model.dtype
-        weights = self.probability.astype(dtype)[..., None, :]
-        expected = (weights @ table(self.likely).astype(dtype))[..., 0, :]
+        table, dtype = head.table, head.dtype
+        weights = self.top_probs.astype(dtype)[..., None, :]
+        expected = (weights @ table(self.top_tokens).astype(dtype))[..., 0, :]
         if self.expected_embedding is not None:
             expected = mx.where(self.needs_full_vocab[..., None], self.expected_embedding.astype(dtype), expected)
-        elif dense:
+        elif full_positions:
             flat = expected.reshape(-1, expected.shape[-1])
-            diffuse = self.needs_full_vocab.flatten()
-            index = mx.argsort(mx.where(diffuse, 0, 1))[:dense]  # Metal sorts integers, but no bools
-            states, log_mass = self.hidden.reshape(flat.shape)[index], self.log_mass.flatten()[index, None]
-            t = mx.broadcast_to(self.t, (*self.log_mass.shape, 1)).reshape(-1, 1)[index]
-            whole = mx.zeros(states.shape, mx.float32)
-            for start, end in chunks(model.config.text.vocab_size, dense, nbytes):
-                z = _round(processed(model, states, t, start, end), dtype)
-                whole = whole + part(table, mx.exp(z - log_mass).astype(dtype), start, end, transpose=False)
-                states = mx.depends(states, [whole])  # one chunk in memory at a time
-            flat[index] = mx.where(diffuse[index, None], whole.astype(dtype), flat[index])
+            needed = self.needs_full_vocab.flatten()
+            index = mx.argsort(mx.where(needed, 0, 1))[:full_positions]  # Metal sorts integers, but no bools
+            states, logsumexp = self.hidden.reshape(flat.shape)[index], self.logsumexp.flatten()[index, None]
+            t = mx.broadcast_to(self.temperature, (*self.logsumexp.shape, 1)).reshape(-1, 1)[index]
+            total = mx.zeros(states.shape, mx.float32)
+            for start, end in vocab_chunks(head.vocab_size, full_positions, nbytes):
+                z = _round(head.logits_slice(states, t, start, end), dtype)
+                p = mx.exp(z - logsumexp).astype(dtype)
+                total = total + matmul_slice(table, p, start, end, transpose=False)
+                states = mx.depends(states, [total])  # one chunk in memory at a time
+            flat[index] = mx.where(needed[index, None], total.astype(dtype), flat[index])
             expected = flat.reshape(expected.shape)
-        return expected * model.embed_scale()
+        return expected * head.embed_scale
 
 
-class WholeReading(NamedTuple):
-    """The same from whole logits, [B, C, V] float32, in the reference's own way."""
+class FullPrediction(NamedTuple):
+    """A prediction that keeps its logits, computed with the operations of the reference implementation (exact mode).
 
-    logits: mx.array
+    Arrays are [B, C] unless a shape is given; the fields mean what they mean in `Prediction`.
+    """
+
+    logits: mx.array  # [B, C, V] float32, softcapped and divided by the temperature
     argmax: mx.array
     confidence: mx.array
     entropy: mx.array
-    drawn: mx.array
+    sample: mx.array
     stages: tuple[mx.array, ...] = ()
 
-    def map(self, function: Callable[..., mx.array], *others: WholeReading) -> WholeReading:
-        """The same with every array changed, together with the arrays of others."""
+    def map(self, function: Callable[..., mx.array], *others: FullPrediction) -> FullPrediction:
+        """Apply a function to every array, or to every array and the same arrays of `others`."""
         arrays = [function(*some) for some in zip(self[:-1], *(one[:-1] for one in others))]
-        return WholeReading(*arrays)  # type: ignore[arg-type]
+        return FullPrediction(*arrays)  # type: ignore[arg-type]
 
     @property
     def carried(self) -> list[mx.array]:
-        """Nothing: what the next step takes stays lazy, and after the last one nobody pays for it."""
+        """Nothing: the conditioning stays lazy, so that after the last step it is never computed."""
         return []
 
     @property
     def needs_full_vocab(self) -> mx.array:
-        """[B, C] bool; no position needs a second pass."""
+        """[B, C] bool, false everywhere: no position needs a second pass."""
         return mx.zeros(self.argmax.shape, mx.bool_)
 
-    def condition(self, model: DiffusionGemma, dense: int) -> mx.array:
-        """[B, C, H], from all of the vocabulary at every position."""
-        return model.condition(self.logits)
+    def condition(self, head: Head, full_positions: int) -> mx.array:
+        """[B, C, H] as `Head.condition`, from the whole vocabulary at every position."""
+        return head.condition(self.logits)
 
 
-def read_whole(model: DiffusionGemma, hidden: mx.array, t: mx.array | float, keys: mx.array) -> WholeReading:
-    """As `read` with `whole`, but a sample takes a random number for every token of the vocabulary."""
-    logits = model.logits(hidden) / t
-    best = mx.argmax(logits, axis=-1).astype(mx.int32)
-    confidence = mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1))
-    return WholeReading(logits, best, confidence, rng.entropy(logits), rng.sample(logits, keys))
+def placeholder_rows(like: Prediction | FullPrediction, rows: int) -> Prediction | FullPrediction:
+    """Rows for canvases that have not taken a step yet, to be concatenated with the rows of `like`.
 
-
-def blank(like: Reading | WholeReading, rows: int) -> Reading | WholeReading:
-    """A reading of so many rows that is certain everywhere of the first token, to stand beside another."""
+    They predict token 0 with probability 1 everywhere, so no position needs the full vocabulary.
+    """
     empty = like.map(lambda a: mx.zeros((rows, *a.shape[1:]), a.dtype) if a.ndim else a)
-    if isinstance(empty, WholeReading):
+    if isinstance(empty, FullPrediction):
         return empty
     certain = mx.ones((*empty.entropy.shape, 1))
     return empty._replace(
-        probability=mx.concatenate([certain, empty.probability[..., 1:]], axis=-1), t=empty.t + 1, stages=()
+        top_probs=mx.concatenate([certain, empty.top_probs[..., 1:]], axis=-1),
+        temperature=empty.temperature + 1,
+        stages=(),
     )
 
 
 class _Tiles(NamedTuple):
-    """What is kept of a chunk; arrays are [B, C, tiles]."""
+    """What is kept of a chunk's logits; arrays are [B, C, tiles]."""
 
     top: mx.array  # the largest logit
-    where: mx.array  # its token
+    token: mx.array  # its token
     mass: mx.array  # sum of exp(logit - top)
     depth: mx.array  # sum of exp(logit - top) * (logit - top)
     rounded: mx.array  # as `mass`, of logits rounded to the model's dtype
 
 
 @fused
-def _process(x: mx.array, cap: mx.array, t: mx.array) -> mx.array:
-    return cap * mx.tanh(x.astype(mx.float32) / cap) / t
+def _softcap(x: mx.array, cap: mx.array) -> mx.array:
+    return cap * mx.tanh(x.astype(mx.float32) / cap)
+
+
+@fused
+def _scaled_softcap(x: mx.array, cap: mx.array, temperature: mx.array) -> mx.array:
+    return cap * mx.tanh(x.astype(mx.float32) / cap) / temperature
 
 
 @fused
 def _masses(z: mx.array, top: mx.array, like: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """exp(z - top), its product with z - top, and the first again of numbers rounded to the dtype of `like`."""
+    """exp(z - top), its product with z - top, and exp(z - top) of numbers rounded to the dtype of `like`."""
     mass = mx.exp(z - top)
     if like.dtype == mx.float32:
         return mass, mass * (z - top), mass
@@ -198,12 +203,12 @@ def _round(x: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def tile_size(vocab_size: int) -> int:
-    """Tokens of a tile; the sample depends on it, so it depends on the vocabulary alone."""
+    """Tokens of a tile. The sample depends on it, so it depends on nothing but the vocabulary."""
     return max(vocab_size // TILES, 1)
 
 
-def part(table: nn.Module, x: mx.array, start: int, end: int, transpose: bool = True) -> mx.array:
-    """x @ table[start:end].T, or without the transposition, for plain and quantized embeddings."""
+def matmul_slice(table: nn.Module, x: mx.array, start: int, end: int, transpose: bool = True) -> mx.array:
+    """x @ table[start:end].T, or x @ table[start:end] without `transpose`, for plain and quantized embeddings."""
     if isinstance(table, nn.QuantizedEmbedding):
         biases = table.get("biases")
         return mx.quantized_matmul(
@@ -219,110 +224,172 @@ def part(table: nn.Module, x: mx.array, start: int, end: int, transpose: bool = 
     weight = table.weight[start:end]
     if not transpose:
         return x @ weight
-    if on_cpu():  # the CPU wheels' BLAS takes less than half the time for columns
+    if on_cpu():  # the BLAS of the CPU wheels takes less than half the time for columns
         flat = x.reshape(-1, x.shape[-1])
         return (weight @ mx.contiguous(flat.T)).T.reshape(*x.shape[:-1], end - start)
     return x @ weight.T
 
 
-def chunks(vocab_size: int, positions: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the chunks whose float32 logits at so many positions take `nbytes`, or of single blocks."""
+def vocab_chunks(vocab_size: int, positions: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the chunks of the vocabulary.
+
+    A chunk is a multiple of `tile_size` * `STRIDE` tokens, at least one, whose float32 logits at `positions` positions
+    take at most `nbytes`.
+    """
     block = tile_size(vocab_size) * STRIDE
     size = max(nbytes // (4 * block * positions), 1) * block
     for start in range(0, vocab_size, size):
         yield start, min(start + size, vocab_size)
 
 
-def processed(model: DiffusionGemma, hidden: mx.array, t: mx.array, start: int, end: int) -> mx.array:
-    """Logits of a part of the vocabulary, softcapped and over the temperature: [..., H] -> [..., end - start]."""
-    cap = mx.array(model.config.text.final_logit_softcapping, mx.float32)
-    return _process(part(model.model.decoder.embed_tokens, hidden, start, end), cap, t)
+@dataclass(frozen=True)
+class Head:
+    """The embedding table as output projection (the two are tied), with softcap and self-conditioning.
+
+    Attributes:
+        table: [V, H], plain or quantized.
+        vocab_size: V.
+        softcap: logits are softcap * tanh(x / softcap).
+        scale: factor of embeddings, sqrt(H).
+        dtype: of activations.
+    """
+
+    table: nn.Module
+    vocab_size: int
+    softcap: float
+    scale: float
+    dtype: mx.Dtype
+
+    @property
+    def cap(self) -> mx.array:
+        """`softcap` as a float32 array."""
+        return mx.array(self.softcap, mx.float32)
+
+    @property
+    def embed_scale(self) -> mx.array:
+        """`scale` rounded to the dtype of activations, as the reference rounds it."""
+        return mx.array(self.scale, self.dtype)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """[B, C, H] -> [B, C, V] float32, softcapped, before temperature."""
+        return _softcap(self.table.as_linear(hidden), self.cap)
+
+    def logits_slice(self, hidden: mx.array, temperature: mx.array, start: int, end: int) -> mx.array:
+        """Logits of the tokens start..end, softcapped, divided by the temperature: [..., H] -> [..., end - start]."""
+        return _scaled_softcap(matmul_slice(self.table, hidden, start, end), self.cap, temperature)
+
+    def condition(self, processed_logits: mx.array) -> mx.array:
+        """The expected embedding under logits [B, C, V] after temperature, for the next step.
+
+        Returns:
+            [B, C, H]: softmax(logits rounded to `dtype`) @ table * sqrt(H).
+        """
+        p = mx.softmax(processed_logits.astype(self.dtype), axis=-1, precise=True)
+        return matmul_slice(self.table, p, 0, self.vocab_size, transpose=False) * self.embed_scale
+
+    def predict(
+        self,
+        hidden: mx.array,
+        temperature: mx.array | float,
+        keys: mx.array,
+        expected_embedding: bool = False,
+        nbytes: int = CHUNK_BYTES,
+    ) -> Prediction:
+        """Argmax, entropy, a sample and the top tokens of every position, in one pass over the vocabulary.
+
+        The sample is Gumbel-max in two levels, first over the masses of the tiles, then within the tile that won. It
+        is a draw from the softmax that takes TILES + V / TILES random numbers a position instead of V.
+
+        Args:
+            hidden: [B, C, H] from `DiffusionGemma.denoise`.
+            temperature: a scalar or [B, 1, 1].
+            keys: [B, 2], one random key per row of the batch.
+            expected_embedding: compute the expected embedding in the same pass, for all positions. It takes half the
+                time of a second pass over as many positions, so it pays where most of them need the full vocabulary.
+            nbytes: bytes of float32 logits at once; no result depends on it.
+        """
+        t, shape, tall = mx.array(temperature, mx.float32), hidden.shape[:2], tile_size(self.vocab_size)
+        block = tall * STRIDE
+        tile_keys, token_keys = rng.split(keys, 2)
+        noise = rng.gumbel((shape[1], -(-self.vocab_size // block) * STRIDE), tile_keys)
+        kept: list[_Tiles] = []
+        # Of the tile that leads so far: its score, its logits and its first token.
+        lead = [mx.full((*shape, 1), -mx.inf), mx.zeros((*shape, tall)), mx.zeros((*shape, 1), mx.int32)]
+        level, total = mx.full((*shape, 1), PAD_LOGIT), mx.zeros(hidden.shape)  # the sum is total * exp(level)
+        stages = [hidden]
+        for start, end in vocab_chunks(self.vocab_size, shape[0] * shape[1], nbytes):
+            z, blocks = self.logits_slice(stages[-1], t, start, end), -(-(end - start) // block)
+            if padding := blocks * block - (end - start):
+                z = mx.pad(z, [(0, 0), (0, 0), (0, padding)], constant_values=PAD_LOGIT)
+            first = mx.arange(blocks * STRIDE, dtype=mx.int32)  # token of each tile, counted from `start`
+            first = first + first // STRIDE * (block - STRIDE)
+            tiles, shares = _summarise(z.reshape(*shape, blocks, tall, STRIDE), start + first, self.dtype)
+            kept.append(tiles)
+            scores = tiles.top + mx.log(tiles.mass) + noise[..., start // tall : start // tall + blocks * STRIDE]
+            lead = _leading_tile(lead, scores, z, first, start)
+            if expected_embedding:
+                low = _round(tiles.top, self.dtype)
+                higher = mx.maximum(level, low.max(axis=-1, keepdims=True))
+                shares = shares * mx.exp(low - higher).reshape(*shape, blocks, 1, STRIDE)
+                p = shares.reshape(*shape, -1)[..., : end - start].astype(self.dtype)
+                total = total * mx.exp(level - higher) + matmul_slice(self.table, p, start, end, transpose=False)
+                level = higher
+            stages.append(mx.depends(stages[-1], [*tiles, *lead, total]))  # the next chunk waits for this one
+        _, inside, begin = lead
+        sample = mx.argmax(inside + rng.gumbel((shape[1], tall), token_keys), axis=-1, keepdims=True)
+        sample = (begin + sample.astype(mx.int32) * STRIDE)[..., 0]
+        reduced = _reduce(_Tiles(*(mx.concatenate(list(parts), axis=-1) for parts in zip(*kept))), self.dtype)
+        made = Prediction(sample=sample, hidden=hidden, temperature=t, stages=tuple(stages), **reduced)
+        if not expected_embedding:
+            return made
+        return made._replace(expected_embedding=total * mx.exp(level - made.logsumexp[..., None]))
+
+    def predict_full(self, hidden: mx.array, temperature: mx.array | float, keys: mx.array) -> FullPrediction:
+        """As `predict`, from [B, C, V] logits at once; the sample takes a random number for every token."""
+        logits = self.logits(hidden) / temperature
+        argmax = mx.argmax(logits, axis=-1).astype(mx.int32)
+        confidence = mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1))
+        return FullPrediction(logits, argmax, confidence, entropy(logits), rng.sample(logits, keys))
 
 
-def read(
-    model: DiffusionGemma,
-    hidden: mx.array,
-    t: mx.array | float,
-    keys: mx.array,
-    whole: bool = False,
-    nbytes: int = CHUNK_BYTES,
-) -> Reading:
-    """Argmax, entropy, a sample and the likely tokens of every position, in one pass over the vocabulary.
-
-    The sample is Gumbel-max in two levels, over the tiles' masses and then within the tile that won: a draw
-    from the softmax that takes TILES + V / TILES random numbers a position instead of V.
+def _leading_tile(lead: list[mx.array], scores: mx.array, z: mx.array, first: mx.array, start: int) -> list[mx.array]:
+    """The tile with the highest score so far: [its score, its logits, its first token].
 
     Args:
-        hidden: [B, C, H] from `denoise`.
-        t: the temperature, of all or [B, 1, 1].
-        keys: [B, 2], one random key per row of the batch.
-        whole: sum up the expected embedding on the way, for all positions: half the work of a second pass over
-            as many, so it pays where most are diffuse.
-        nbytes: of float32 logits at once; no result depends on it.
+        lead: the leading tile of earlier chunks.
+        scores: [B, C, tiles] of this chunk, Gumbel noise included.
+        z: [B, C, tokens] logits of this chunk.
+        first: [tiles] first token of each tile, counted from `start`.
+        start: first token of this chunk.
     """
-    table = model.model.decoder.embed_tokens
-    temperature, vocab, dtype = mx.array(t, mx.float32), model.config.text.vocab_size, model.dtype
-    shape, tall = hidden.shape[:2], tile_size(vocab)
-    block = tall * STRIDE
-    tile_keys, token_keys = rng.split(keys, 2)
-    noise = rng.gumbel((shape[1], -(-vocab // block) * STRIDE), tile_keys)
-    kept: list[_Tiles] = []
-    # Of the tile that leads so far: its score, its logits and its first token.
-    lead = [mx.full((*shape, 1), -mx.inf), mx.zeros((*shape, tall)), mx.zeros((*shape, 1), mx.int32)]
-    level, total = mx.full((*shape, 1), NOWHERE), mx.zeros(hidden.shape)  # the sum is total * exp(level)
-    stages = [hidden]
-    for start, end in chunks(vocab, shape[0] * shape[1], nbytes):
-        z, blocks = processed(model, stages[-1], temperature, start, end), -(-(end - start) // block)
-        if padding := blocks * block - (end - start):
-            z = mx.pad(z, [(0, 0), (0, 0), (0, padding)], constant_values=NOWHERE)
-        first = mx.arange(blocks * STRIDE, dtype=mx.int32)  # token of each tile, from the chunk's first
-        first = first + first // STRIDE * (block - STRIDE)
-        tiles, shares = _summarise(z.reshape(*shape, blocks, tall, STRIDE), start + first, dtype)
-        scores = tiles.top + mx.log(tiles.mass) + noise[..., start // tall : start // tall + blocks * STRIDE]
-        tile = mx.argmax(scores, axis=-1, keepdims=True)
-        tokens = first[tile] + mx.arange(tall, dtype=mx.int32) * STRIDE
-        found = mx.take_along_axis(scores, tile, axis=-1), mx.take_along_axis(z, tokens, axis=-1), start + first[tile]
-        better = found[0] > lead[0]
-        lead = [mx.where(better, new, old) for new, old in zip(found, lead)]
-        kept.append(tiles)
-        if whole:
-            low = _round(tiles.top, dtype)
-            higher = mx.maximum(level, low.max(axis=-1, keepdims=True))
-            shares = shares * mx.exp(low - higher).reshape(*shape, blocks, 1, STRIDE)
-            p = shares.reshape(*shape, -1)[..., : end - start].astype(dtype)
-            total = total * mx.exp(level - higher) + part(table, p, start, end, transpose=False)
-            level = higher
-        stages.append(mx.depends(stages[-1], [*tiles, *lead, total]))  # the next chunk waits for this one
-    _, inside, begin = lead
-    drawn = mx.argmax(inside + rng.gumbel((shape[1], tall), token_keys), axis=-1, keepdims=True)
-    drawn = (begin + drawn.astype(mx.int32) * STRIDE)[..., 0]
-    tiles = _Tiles(*(mx.concatenate(list(parts), axis=-1) for parts in zip(*kept)))
-    reading = Reading(drawn=drawn, hidden=hidden, t=temperature, stages=tuple(stages), **_reduce(tiles, dtype))
-    if not whole:
-        return reading
-    return reading._replace(expected_embedding=total * mx.exp(level - reading.log_mass[..., None]))
+    tile = mx.argmax(scores, axis=-1, keepdims=True)
+    tokens = first[tile] + mx.arange(lead[1].shape[-1], dtype=mx.int32) * STRIDE
+    found = mx.take_along_axis(scores, tile, axis=-1), mx.take_along_axis(z, tokens, axis=-1), start + first[tile]
+    better = found[0] > lead[0]
+    return [mx.where(better, new, old) for new, old in zip(found, lead)]
 
 
 def _summarise(tiled: mx.array, first: mx.array, dtype: mx.Dtype) -> tuple[_Tiles, mx.array]:
-    """Numbers of each tile, and exp(logit - its tile's largest) of the logits rounded to the model's dtype.
+    """The numbers of each tile, and exp(logit - the tile's largest) of the logits rounded to the model's dtype.
 
     Args:
         tiled: [B, C, blocks, tile, STRIDE] logits.
-        first: the tokens that the tiles begin with.
+        first: [tiles], the first token of each tile.
+        dtype: the model's.
     """
     shape = (*tiled.shape[:2], -1)
     top = tiled.max(axis=-2, keepdims=True)
-    where = mx.argmax(tiled, axis=-2).astype(mx.int32)
+    token = mx.argmax(tiled, axis=-2).astype(mx.int32)
     masses, depths, shares = _masses(tiled, top, mx.zeros((1,), dtype))
     mass, depth = masses.sum(axis=-2), depths.sum(axis=-2)
     rounded = mass if dtype == mx.float32 else shares.sum(axis=-2)
-    where = first + where.reshape(shape) * STRIDE
-    kept = top.reshape(shape), where, mass.reshape(shape), depth.reshape(shape), rounded.reshape(shape)
+    token = first + token.reshape(shape) * STRIDE
+    kept = top.reshape(shape), token, mass.reshape(shape), depth.reshape(shape), rounded.reshape(shape)
     return _Tiles(*kept), shares
 
 
 def _reduce(tiles: _Tiles, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The fields of a `Reading` that are reductions over tiles."""
+    """The fields of a `Prediction` that are reductions over tiles."""
     best = mx.argmax(tiles.top, axis=-1, keepdims=True)
     peak = mx.take_along_axis(tiles.top, best, axis=-1)
     below = tiles.top - peak
@@ -330,14 +397,14 @@ def _reduce(tiles: _Tiles, dtype: mx.Dtype) -> dict[str, mx.array]:
     mass = (share * tiles.mass).sum(axis=-1)
     depth = (share * (tiles.depth + below * tiles.mass)).sum(axis=-1)
     low, low_peak = _round(tiles.top, dtype), _round(peak, dtype)
-    log_mass = low_peak + mx.log((mx.exp(low - low_peak) * tiles.rounded).sum(axis=-1, keepdims=True))
-    count = min(LIKELY, low.shape[-1])
-    likely = mx.argpartition(tiles.top, kth=-count, axis=-1)[..., -count:]
+    logsumexp = low_peak + mx.log((mx.exp(low - low_peak) * tiles.rounded).sum(axis=-1, keepdims=True))
+    count = min(TOP_TOKENS, low.shape[-1])
+    top = mx.argpartition(tiles.top, kth=-count, axis=-1)[..., -count:]
     return {
-        "argmax": mx.take_along_axis(tiles.where, best, axis=-1)[..., 0],
+        "argmax": mx.take_along_axis(tiles.token, best, axis=-1)[..., 0],
         "confidence": 1 / mass,
         "entropy": mx.log(mass) - depth / mass,
-        "likely": mx.take_along_axis(tiles.where, likely, axis=-1),
-        "probability": mx.exp(mx.take_along_axis(low, likely, axis=-1) - log_mass),
-        "log_mass": log_mass[..., 0],
+        "top_tokens": mx.take_along_axis(tiles.token, top, axis=-1),
+        "top_probs": mx.exp(mx.take_along_axis(low, top, axis=-1) - logsumexp),
+        "logsumexp": logsumexp[..., 0],
     }

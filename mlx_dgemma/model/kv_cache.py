@@ -1,10 +1,9 @@
-"""The unified-memory KV cache of the prefix: everything encoded so far.
+"""The KV cache of the prefix: the keys and values of all positions encoded so far.
 
-Full layers keep every position, sliding layers a ring of the `window - 1` positions that the next
-token can still see. Attention does not care about the order of its keys (their positions were
-rotated in), so the ring is never put back into order. A canvas writes its keys and values into the
-slots behind the prefix, where the next canvas overwrites them: the prefix itself is neither copied
-nor changed by a denoising step.
+Full layers keep every position. Sliding layers keep a ring of the last `window - 1` positions, which are all that the
+next token can attend to. Attention does not depend on the order of its keys (RoPE was applied to them), so the ring is
+never reordered. A canvas writes its keys and values into the free slots behind the prefix, and the next canvas
+overwrites them: a denoising step neither copies nor changes the prefix.
 """
 
 from __future__ import annotations
@@ -19,25 +18,39 @@ from ..errors import OptionError
 from .config import TextConfig
 from .masks import Mask
 
-STEP = 256  # slots; buffers grow by multiples of this
+BUFFER_STEP = 256  # slots; buffers grow by multiples of this
 
 
 class LayerKV:
-    """Keys and values of one layer, [B, heads, slots, D]; `ring` slots are kept, or all (None)."""
+    """Keys and values of one layer, [B, heads, slots, D].
+
+    Args:
+        window_slots: slots of the ring of a sliding layer; None for a full layer.
+        capacity: slots that are allocated at once.
+    """
 
     def __init__(self, window_slots: int | None, capacity: int = 0):
         self.window_slots = window_slots
         self.capacity = capacity
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
-        self.stages: list[mx.array] = []  # of the attention to these keys, where it comes in chunks
+        self.stages: list[mx.array] = []  # of the last attention to these keys, if it was computed in chunks
 
     def used(self, offset: int) -> int:
-        """Slots that hold the prefix when `offset` positions were encoded."""
+        """How many slots hold the prefix after `offset` positions."""
         return offset if self.window_slots is None else min(offset, self.window_slots)
 
     def extend(self, keys: mx.array, values: mx.array, offset: int) -> tuple[mx.array, mx.array]:
-        """Append [B, heads, L, D] at `offset`; returns what these L positions may attend to."""
+        """Append L positions.
+
+        Args:
+            keys: [B, heads, L, D].
+            values: [B, heads, L, D].
+            offset: positions that the prefix holds.
+
+        Returns:
+            The keys and values that these positions attend to; a mask decides which of them each position sees.
+        """
         length = keys.shape[2]
         used = self.used(offset)
         if self.window_slots is None or offset + length <= self.window_slots:
@@ -50,7 +63,7 @@ class LayerKV:
             )
         kept = min(length, self.window_slots)
         start = (offset + length - kept) % self.window_slots
-        head = min(kept, self.window_slots - start)  # up to the end of the ring, then from its beginning
+        head = min(kept, self.window_slots - start)  # positions up to the end of the ring; the rest go to its beginning
         tail = length - kept + head
         self._write(keys[:, :, length - kept : tail], values[:, :, length - kept : tail], start)
         if head < kept:
@@ -58,7 +71,7 @@ class LayerKV:
         return seen
 
     def with_canvas(self, keys: mx.array, values: mx.array, offset: int) -> tuple[mx.array, mx.array]:
-        """Prefix and canvas together; the canvas lies in slots that belong to no position."""
+        """Write the canvas into the free slots behind the prefix; returns the keys and values of prefix and canvas."""
         return self._write(keys, values, self.used(offset))
 
     def _write(self, keys: mx.array, values: mx.array, at: int) -> tuple[mx.array, mx.array]:
@@ -73,7 +86,7 @@ class LayerKV:
         have = 0 if self.keys is None else self.keys.shape[2]
         if slots <= have:
             return
-        total = -(-max(slots, self.capacity) // STEP) * STEP
+        total = -(-max(slots, self.capacity) // BUFFER_STEP) * BUFFER_STEP
 
         def grown(old: mx.array | None, like: mx.array) -> mx.array:
             new = mx.zeros((*like.shape[:2], total - have, like.shape[3]), like.dtype)
@@ -83,15 +96,15 @@ class LayerKV:
 
 
 class Prefix:
-    """What was encoded: one `LayerKV` per layer and how far they reach.
+    """The encoded positions of a batch: one `LayerKV` per layer, and how many positions they hold.
 
     Args:
         config: the text stack's sizes.
-        batch_size: rows.
-        capacity: positions that the full layers allocate at once; more grow them in steps.
+        batch_size: number of rows.
+        capacity: positions that the full layers allocate at once; beyond it they grow in steps.
 
     Attributes:
-        offset: positions encoded, left padding included.
+        offset: positions that are encoded, left padding included.
         padding: left padding of each row, [B] int32, or None where no row has any.
     """
 
@@ -109,29 +122,32 @@ class Prefix:
 
     @property
     def state(self) -> list[mx.array]:
-        """Every array held, to be evaluated between chunks."""
+        """All arrays of the cache, to be evaluated after each chunk of a prompt."""
         return [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]
 
     @property
     def stages(self) -> list[mx.array | None]:
-        """The layers' keys and attention chunks, which are computed one after the other: for `memory.Queue`."""
+        """The layers' keys and chunks of attention, in the order in which they are computed, for `device.Queue`."""
         return [stage for layer in self.layers for stage in (_handle(layer.keys), *layer.stages)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of unified memory held, preallocated slots included."""
-        marked = [a for pair in self._rewind_point[1] for a in pair if a is not None] if self._rewind_point else []
-        return sum(a.nbytes for a in [*self.state, *marked])
+        """Bytes of all arrays, preallocated slots and the rewind point included."""
+        saved = [a for pair in self._rewind_point[1] for a in pair if a is not None] if self._rewind_point else []
+        return sum(a.nbytes for a in [*self.state, *saved])
 
     def rope_offset(self) -> int | mx.array:
-        """Position of the next token: an int, or [B] where rows are padded differently."""
+        """Position of the next token for RoPE: an int, or [B] if rows are padded."""
         return self.offset if self.padding is None else self.offset - self.padding
 
     def pad(self, mask: Any) -> None:
-        """Take note of the left padding in a mask [B, L] of the tokens to be encoded next.
+        """Record the left padding of the tokens that are encoded next.
+
+        Args:
+            mask: [B, L], false on padding.
 
         Raises:
-            OptionError: a padded position stands behind a real one, or the shape is another.
+            OptionError: a padded position comes after a real one, or the shape is wrong.
         """
         real = np.asarray(mask).astype(bool)
         if real.ndim != 2 or real.shape[0] != self.batch_size:
@@ -145,20 +161,20 @@ class Prefix:
         self.padding = mx.array((before + count).astype(np.int32))
 
     def _window_positions(self) -> np.ndarray:
-        """The position that each used ring slot holds."""
+        """The position that each used slot of the ring holds."""
         last, used = self.offset - 1, min(self.offset, self._window_slots)
         return last - (last - np.arange(used)) % self._window_slots
 
     def _key_positions(self, length: int, sliding: bool) -> np.ndarray:
-        held = self._window_positions() if sliding else np.arange(self.offset)
-        return np.concatenate([held, np.arange(self.offset, self.offset + length)])
+        earlier = self._window_positions() if sliding else np.arange(self.offset)
+        return np.concatenate([earlier, np.arange(self.offset, self.offset + length)])
 
     def encode_masks(self, length: int, spans: np.ndarray | None = None) -> dict[str, Mask]:
         """Causal masks for `length` new positions, by layer type.
 
         Args:
-            length: L, the new positions.
-            spans: [B, L] ids of image spans, 0 for text; a span attends to itself both ways.
+            length: L, the number of new positions.
+            spans: [B, L] ids of image spans, 0 for text; a span attends to itself in both directions.
         """
         queries = np.arange(self.offset, self.offset + length)
         return {
@@ -167,18 +183,18 @@ class Prefix:
         }
 
     def denoise_masks(self, length: int) -> dict[str, Mask]:
-        """Masks for a canvas of `length` positions, which see all but padding, by layer type."""
+        """Masks for a canvas of `length` positions, which attend to everything but padding, by layer type."""
         return {
             kind: Mask(self._key_positions(length, kind == "sliding_attention"), padding=self._padding())
             for kind in ("full_attention", "sliding_attention")
         }
 
     def handles(self) -> list[tuple[mx.array | None, mx.array | None]]:
-        """What the layers hold now, for `restore`; while it is kept, the next write copies the buffers."""
+        """The layers' present buffers, for `restore`. While they are kept, the next write copies the buffers."""
         return [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers]
 
     def restore(self, handles: list[tuple[mx.array | None, mx.array | None]]) -> None:
-        """Forget what was written since `handles` was taken, as if it had never been asked for."""
+        """Undo all writes since `handles` was called; lazy ones are then never computed."""
         for layer, (keys, values) in zip(self.layers, handles):
             layer.keys, layer.values, layer.stages = keys, values, []
 
@@ -186,24 +202,24 @@ class Prefix:
         return np.zeros(1, np.int32) if self.padding is None else np.asarray(self.padding)
 
     def set_rewind_point(self) -> None:
-        """Remember this state, so that `rewind` can come back here after the rings have moved on."""
+        """Save this state, so that `rewind` can return to it after the rings have been overwritten."""
         rings = [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers if layer.window_slots]
         self._rewind_point = (self.offset, rings)
 
     def rewindable_length(self, offset: int) -> int:
-        """How many positions `rewind` would keep."""
+        """How many positions `rewind(offset)` would keep."""
         if offset >= self.offset or self.offset <= self._window_slots:
             return min(offset, self.offset)
-        marked = self._rewind_point[0] if self._rewind_point else 0
-        if marked <= self._window_slots:  # the rings held every position
-            return min(offset, marked)
-        return marked if marked <= offset else 0
+        saved = self._rewind_point[0] if self._rewind_point else 0
+        if saved <= self._window_slots:  # the saved rings hold every position
+            return min(offset, saved)
+        return saved if saved <= offset else 0
 
     def rewind(self, offset: int) -> int:
-        """Forget positions from `offset` on, or from the nearest earlier state that is still held.
+        """Drop the positions from `offset` on, or more, if the rings do not hold that state any more.
 
         Returns:
-            How many positions are held now, at most `offset`.
+            How many positions are left, at most `offset`.
         """
         kept = self.rewindable_length(offset)
         if kept < self.offset and self.offset > self._window_slots and self._rewind_point:
@@ -215,7 +231,7 @@ class Prefix:
         return kept
 
     def fork(self) -> Prefix:
-        """The same prefix, which can go on by itself; buffers are copied when one of the two writes."""
+        """A copy that can be extended independently; buffers are copied when one of the two writes."""
         other = copy(self)
         other.layers = []
         for layer, (keys, values) in zip(self.layers, self.handles()):
@@ -224,7 +240,7 @@ class Prefix:
         return other
 
     def trim(self) -> None:
-        """Let go of slots that hold nothing, and of a mark that is where the prefix ends."""
+        """Free the unused slots, and a rewind point at the end of the prefix."""
         if self._rewind_point and self._rewind_point[0] == self.offset:
             self._rewind_point = None
         for layer in self.layers:
@@ -234,7 +250,7 @@ class Prefix:
                 mx.eval(layer.keys, layer.values)  # one layer's copy at a time
 
     def to_arrays(self) -> tuple[dict[str, mx.array], int, int]:
-        """(arrays by name, offset, marked offset or 0), for `take`."""
+        """(arrays by name, offset, offset of the rewind point or 0), for `load_arrays`."""
         arrays: dict[str, mx.array] = {}
         rings = iter(self._rewind_point[1] if self._rewind_point else [])
         for i, layer in enumerate(self.layers):
@@ -248,7 +264,12 @@ class Prefix:
         return arrays, self.offset, self._rewind_point[0] if self._rewind_point else 0
 
     def load_arrays(self, arrays: dict[str, mx.array], offset: int, mark: int) -> None:
-        """Hold what `saved` told of a prefix of the same model.
+        """Take over what `to_arrays` returned for a prefix of the same model.
+
+        Args:
+            arrays: by name.
+            offset: positions that they hold.
+            mark: offset of the rewind point, or 0.
 
         Raises:
             KeyError: an array is missing.
@@ -257,11 +278,11 @@ class Prefix:
         for i, layer in enumerate(self.layers):
             layer.keys, layer.values = arrays[f"{i}.keys"], arrays[f"{i}.values"]
         rings = [i for i, layer in enumerate(self.layers) if layer.window_slots]
-        marked = [(arrays[f"mark.{i}.keys"], arrays[f"mark.{i}.values"]) for i in rings] if mark else []
-        self._rewind_point = (mark, marked) if mark else None
+        saved = [(arrays[f"mark.{i}.keys"], arrays[f"mark.{i}.values"]) for i in rings] if mark else []
+        self._rewind_point = (mark, saved) if mark else None
 
     def select_rows(self, rows: list[int]) -> None:
-        """Drop all rows of the batch but these."""
+        """Keep these rows of the batch, in this order, and drop the others and the rewind point."""
         index = mx.array(rows)
         for layer in self.layers:
             if layer.keys is not None and layer.values is not None:
@@ -273,5 +294,5 @@ class Prefix:
 
 
 def _handle(array: mx.array | None) -> mx.array | None:
-    """The same array as another object: assigning to a slice changes the object that it is assigned to."""
+    """The same array as a new object, which assignments to slices of the old object do not change."""
     return None if array is None else mx.array(array)

@@ -1,18 +1,18 @@
-"""The parts of the text stack. Attribute names are the checkpoint's keys."""
+"""A layer of the text stack, its dense branch, and self-conditioning. Names of submodules are the checkpoint's keys."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attention import Attention, View
+from .attention import Attention, LayerContext
 from .config import TextConfig
 from .experts import Experts, Router
 from .functions import geglu, rms_norm
 
 
 class MLP(nn.Module):
-    """The dense branch: a GeGLU."""
+    """The dense branch: a GeGLU MLP."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then a dense branch and a mixture of experts side by side, all sandwich-normed."""
+    """Attention, then a dense branch and a mixture of experts in parallel; norms before and after each."""
 
     def __init__(self, config: TextConfig, layer_type: str):
         super().__init__()
@@ -47,9 +47,9 @@ class Layer(nn.Module):
         ):
             setattr(self, name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
-    def __call__(self, x: mx.array, scalar: mx.array, see: View) -> mx.array:
-        """x [B, L, H] -> [B, L, H]; `scalar` and `see` are the mode's own."""
-        h = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), see))
+    def __call__(self, x: mx.array, scalar: mx.array, context: LayerContext) -> mx.array:
+        """x [B, L, H] -> [B, L, H]; `scalar` is the layer's factor in this mode (encoder or decoder)."""
+        h = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), context))
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
         flat = h.reshape(-1, h.shape[-1])
         sparse = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat)).reshape(h.shape)
@@ -58,7 +58,7 @@ class Layer(nn.Module):
 
 
 class SelfConditioning(nn.Module):
-    """Mixes the previous step's expected embedding into the canvas (decoder only)."""
+    """Adds the expected embedding of the previous step to the canvas (decoder only)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -69,8 +69,8 @@ class SelfConditioning(nn.Module):
         self._eps = config.rms_norm_eps
 
     def __call__(self, embedded: mx.array, conditioning: mx.array | None) -> mx.array:
-        """Both [B, C, H]; None, as in a canvas's first step, is a conditioning of zeros."""
-        if conditioning is not None:  # a bias-free GeGLU of zeros is zero
+        """Both [B, C, H] -> [B, C, H]; None, as in a canvas's first step, means zeros."""
+        if conditioning is not None:  # without one nothing is added: a GeGLU without bias maps zeros to zeros
             n = self.pre_norm(conditioning)
             embedded = embedded + self.down_proj(geglu(self.gate_proj(n), self.up_proj(n)))
         return rms_norm(embedded, self._eps)

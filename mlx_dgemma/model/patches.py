@@ -1,9 +1,4 @@
-"""Pictures to patches: whatever holds a picture is read, scaled to a budget of soft tokens and cut up.
-
-Pixels are those of Transformers' Pillow-based image processor, bit for bit: bicubic, rounded to bytes, divided by 255.
-It differs in three points: orientation is applied, transparency is laid on white, and 16-bit values are scaled.
-Colour profiles are ignored, as there.
-"""
+"""Pictures as the vision tower takes them, and the budgets of soft tokens that they may have."""
 
 from __future__ import annotations
 
@@ -12,10 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import OptionError
+
+BUDGETS = (70, 140, 280, 560, 1120)
+"""Soft tokens that a picture may be given."""
+
+
+def check_budget(budget: int) -> None:
+    """Raise OptionError unless a picture can be given this many soft tokens."""
+    if isinstance(budget, bool) or budget not in BUDGETS:
+        raise OptionError(f"The image budget is {budget!r}; it should be one of {', '.join(map(str, BUDGETS))}.")
+
 
 @dataclass(frozen=True)
 class Patches:
-    """Pictures cut into patches, as the vision tower takes them.
+    """N pictures cut into patches; P is the largest number of patches of a picture.
 
     Attributes:
         patches: [N, P, 3 * patch**2] float32 in 0..1, row by row, channels last in a patch; zeros where padded.
@@ -29,7 +35,7 @@ class Patches:
 
 
 def join(parts: Sequence[Patches]) -> Patches:
-    """All pictures of several Patches (pictures and frames, say), padded to the longest."""
+    """The pictures of several `Patches` in one, padded to the largest number of patches."""
     longest = max((part.patches.shape[1] for part in parts), default=0)
 
     def padded(array: np.ndarray, value: int) -> np.ndarray:

@@ -1,18 +1,12 @@
-"""The checkpoint's sampler as pure functions of arrays: temperature, acceptance, noise, stop rule.
+"""Random draws for each row of a batch from a key of its own: samples, Gumbel noise, random tokens, corruption.
 
-B is the batch, C the canvas length, V the vocabulary. Formulas: the entropy-bound sampler of
-arXiv 2505.24857 as Transformers' diffusion_gemma computes it.
+What a row draws depends on its key alone, not on the rows beside it.
+B is the batch, C the canvas length, V the vocabulary.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
-
-
-def entropy(logits: mx.array) -> mx.array:
-    """[B, C, V] float32 -> Shannon entropy [B, C] in nats."""
-    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return -(mx.exp(log_p) * log_p).sum(axis=-1)
 
 
 def sample(logits: mx.array, keys: mx.array) -> mx.array:
@@ -31,13 +25,13 @@ def noise(length: int, vocab_size: int, keys: mx.array) -> mx.array:
 
 
 def corrupt(tokens: mx.array, shares: mx.array, vocab_size: int, keys: mx.array) -> mx.array:
-    """Uniform-noise corruption, which training learns to undo: some tokens become uniform random ones.
+    """Replace some tokens by uniform random ones: the noise that training learns to undo.
 
     Args:
         tokens: [B, C] int32.
-        shares: [B] float32, probability with which a token of the row is replaced, perhaps by itself.
+        shares: [B] float32, the probability with which a token of the row is replaced; the new token may be the same.
         vocab_size: V.
-        keys: [B, 2]; a row's draws depend on its own alone.
+        keys: [B, 2].
 
     Returns:
         [B, C] int32.

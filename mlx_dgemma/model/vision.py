@@ -9,11 +9,11 @@ import numpy as np
 from .config import VisionConfig
 from .functions import geglu, rms_norm
 
-ROWS = 2560  # queries attended at once: bounds the scores where attention is not fused
+QUERY_CHUNK = 2560  # queries that attend at once; bounds the scores where attention is not fused
 
 
 class ClippedLinear(nn.Module):
-    """A linear layer inside a `linear` key, with the calibrated clipping that some towers carry."""
+    """A linear layer under the key `linear`, with the calibrated clipping that some towers have."""
 
     def __init__(self, inputs: int, outputs: int, clipped: bool):
         super().__init__()
@@ -31,7 +31,7 @@ class ClippedLinear(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Bidirectional attention with 2-D RoPE: the first half of a head turns with x, the second with y."""
+    """Bidirectional attention with 2-D RoPE: the first half of a head is rotated by x, the second half by y."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -47,7 +47,7 @@ class VisionAttention(nn.Module):
         self.k_norm = nn.RMSNorm(self._dim, eps=self._eps)
 
     def __call__(self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: mx.array | None) -> mx.array:
-        """x [N, P, hidden], rotation as `_rotate` takes it, mask [N, 1, 1, P] true for real patches, or None."""
+        """x [N, P, hidden], rotation (cos, sin) as for `_rotate`, mask [N, 1, 1, P] true for real patches, or None."""
         batch, length, _ = x.shape
         q = self.q_norm(self.q_proj(x).reshape(batch, length, self._heads, self._dim))
         k = self.k_norm(self.k_proj(x).reshape(batch, length, self._kv_heads, self._dim))
@@ -55,16 +55,16 @@ class VisionAttention(nn.Module):
         q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
         rows = []
-        for i in range(0, length, ROWS):
-            rows.append(mx.fast.scaled_dot_product_attention(q[:, :, i : i + ROWS], k, v, scale=1.0, mask=mask))
-            if length > ROWS:
-                mx.eval(rows[-1])  # else the scores of all rows would be held at once
+        for i in range(0, length, QUERY_CHUNK):
+            rows.append(mx.fast.scaled_dot_product_attention(q[:, :, i : i + QUERY_CHUNK], k, v, scale=1.0, mask=mask))
+            if length > QUERY_CHUNK:
+                mx.eval(rows[-1])  # otherwise the scores of all queries would be in memory at once
         out = mx.concatenate(rows, axis=2)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 
 def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """x [B, P, heads, D]; cos and sin [B, P, 1, 2, D/4]: rotate-half inside each half of the head."""
+    """x [B, P, heads, D]; cos and sin [B, P, 1, 2, D / 4]; rotate-half within each half of the head."""
     parts = x.reshape(*x.shape[:-1], 2, 2, x.shape[-1] // 4)
     a, b = parts[..., 0, :], parts[..., 1, :]
     turned = mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-2)
@@ -86,7 +86,7 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """Sandwich-normed attention and MLP."""
+    """Attention and MLP, with norms before and after each."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -101,13 +101,13 @@ class VisionLayer(nn.Module):
             setattr(self, name, nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
     def __call__(self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: mx.array | None) -> mx.array:
-        """x [N, P, hidden]; the rest as the attention takes it."""
+        """x [N, P, hidden] -> [N, P, hidden]; rotation and mask as for `VisionAttention`."""
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotation, mask))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class PatchEmbedder(nn.Module):
-    """Linear patch embedding plus a learned row per x and per y."""
+    """Linear patch embedding plus a learned vector for each x and each y."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -123,8 +123,8 @@ class PatchEmbedder(nn.Module):
         return x + (table[0][at[..., 0]] + table[1][at[..., 1]]) * real
 
 
-class Encoder(nn.Module):
-    """The tower's layers, under the checkpoint's `encoder` key."""
+class VisionEncoder(nn.Module):
+    """The layers of the tower, under the checkpoint's `encoder` key."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -132,13 +132,13 @@ class Encoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches to pooled features."""
+    """Patches to pooled features, one for each square of `pooling_kernel_size` x `pooling_kernel_size` patches."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self._config = config
         self.patch_embedder = PatchEmbedder(config)
-        self.encoder = Encoder(config)
+        self.encoder = VisionEncoder(config)
         if config.standardize:
             self.std_bias = mx.zeros((config.hidden_size,))
             self.std_scale = mx.ones((config.hidden_size,))
@@ -151,7 +151,7 @@ class VisionTower(nn.Module):
             positions: [N, P, 2] int32 (x, y) of each patch, -1 where padded.
 
         Returns:
-            [tokens, hidden] features of all pictures one after another, padding left out.
+            [tokens, hidden], the features of one picture after another, without padding.
         """
         config = self._config
         x = self.patch_embedder(patches, positions)
@@ -160,11 +160,11 @@ class VisionTower(nn.Module):
         angles = positions.astype(mx.float32)[:, :, None, :, None] * frequencies
         rotation = mx.cos(angles).astype(x.dtype), mx.sin(angles).astype(x.dtype)
         grid = np.asarray(positions)
-        # Without padding no mask: fused attention kernels want none.
+        # Without padding there is no mask, so that fused attention kernels can be used.
         mask = None if (grid >= 0).all() else mx.array(grid[:, None, None, :, 0] >= 0)
         for layer in self.encoder.layers:
             x = layer(x, rotation, mask)
-        # float32 until standardized: scaled features leave float16's range, and the bias cancels most of them.
+        # float32 until standardized: scaled features exceed the range of float16, and the bias cancels most of them.
         pooled = self._pool(x, grid) * config.hidden_size**0.5
         if config.standardize:
             pooled = (pooled - self.std_bias) * self.std_scale

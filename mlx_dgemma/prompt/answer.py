@@ -1,4 +1,4 @@
-"""Prompts in, answers out: the chat template, and the markers of thinking and tool calls."""
+"""`Answer`: tokens become text, thinking and tool calls."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ def held_back(text: str, stop: Sequence[str]) -> int:
     return max((n for one, n in pairs if text.endswith(one[:n])), default=0)
 
 
+def preview(tokenizer: Any, tokens: Sequence[int], end_tokens: Sequence[int]) -> str:
+    """The text of a canvas up to its first end token, without special tokens."""
+    end = next((i for i, token in enumerate(tokens) if token in end_tokens), len(tokens))
+    return tokenizer.decode(list(tokens[:end]), skip_special_tokens=True)
+
+
 @dataclass
 class Answer:
-    """Reads a row's tokens into text, thinking and tool calls, and knows when the text has ended.
+    """Reads blocks of tokens into text, thinking and tool calls, and knows when the text has ended.
 
     Attributes:
         text: what the user asked for, without any marker.
         thinking: what stood in the thinking channel.
         tool_calls: [{"id", "type": "function", "function": {"name", "arguments"}}].
         tokens: all tokens up to the end, end token left out.
+        log_probs: their log-probabilities, in nats.
         finish_reason: "stop", "length" or "tool_calls", once the text has ended.
     """
 
@@ -38,6 +45,7 @@ class Answer:
     thinking: str = ""
     tool_calls: list[dict] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
 
     def __post_init__(self):
@@ -58,13 +66,14 @@ class Answer:
         """Tokens that the text has room for."""
         return self.max_tokens - len(self.tokens)
 
-    def feed(self, tokens: Sequence[int]) -> str | None:
-        """Take a block; returns the finish reason once there is one."""
-        for token in tokens:
+    def feed(self, tokens: Sequence[int], log_probs: Sequence[float]) -> str | None:
+        """Take a block and its log-probabilities; returns the finish reason once there is one."""
+        for token, log_prob in zip(tokens, log_probs):
             if token in self.end_tokens:
                 self.cut("stop")
             else:
                 self.tokens.append(token)
+                self.log_probs.append(log_prob)
                 self._read(token)
                 if self.finish_reason is None and len(self.tokens) == self.max_tokens:
                     self.cut("length")
@@ -91,6 +100,10 @@ class Answer:
         text, thinking = self.text[self._given[0] : end], self.thinking[self._given[1] :]
         self._given = max(end, self._given[0]), len(self.thinking)
         return text, thinking
+
+    def preview(self, tokens: Sequence[int]) -> str:
+        """The text of a canvas that is not final, up to the first end token."""
+        return preview(self.tokenizer, tokens, self.end_tokens)
 
     def _read(self, token: int) -> None:
         if self._part == "text" and token in self._open:

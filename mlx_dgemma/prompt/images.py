@@ -23,11 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import OptionError, PromptError
-from ..model.patches import Patches, join
-
-BUDGETS = (70, 140, 280, 560, 1120)
-"""Soft tokens that a picture may be given."""
+from ..errors import PromptError
+from ..model.patches import Patches, check_budget, join
 
 MAX_PIXELS = 50_000_000
 """More are refused before decoding. WebP's decoder holds four copies: this keeps one picture below 1 GB."""
@@ -241,12 +238,6 @@ def _on_white(width: int, height: int, rows: Callable[[int, int], Image.Image]) 
         strip = rows(top, min(top + step, height)).convert("RGBA")
         page.paste(strip, (0, top), strip)
     return page
-
-
-def check_budget(budget: int) -> None:
-    """Raise OptionError unless a picture can be given this many soft tokens."""
-    if isinstance(budget, bool) or budget not in BUDGETS:
-        raise OptionError(f"The image budget is {budget!r}; it should be one of {', '.join(map(str, BUDGETS))}.")
 
 
 def target_size(width: int, height: int, budget: int, patch: int = 16, pooling: int = 3) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Prompts in, answers out: the chat template, and the markers of thinking and tool calls."""
+"""Chat messages: checked, with every picture and video in its place."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _call(i: int, call: Any) -> Any:
     return {**call, "function": function}
 
 
-def whole(name: str, text: str) -> None:
+def reject_surrogates(name: str, text: str) -> None:
     """Refuse half of a surrogate pair, which no tokenizer takes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Prompts in, answers out: the chat template, and the markers of thinking and tool calls."""
+"""The checkpoint's chat template: messages become token ids."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import PromptError
-from .messages import Message, whole
+from .messages import Message, reject_surrogates
 
 
 def render(
@@ -39,7 +39,7 @@ def render(
         )
     except Exception as error:  # templates raise what they like
         raise PromptError(f"The chat template refuses these messages: {error}") from None
-    whole("The prompt", text)
+    reject_surrogates("The prompt", text)
     for marker in markers:
         given = sum(one == marker for one, _ in media)
         if text.count(marker) != given:

@@ -7,15 +7,15 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anyio import CapacityLimiter, to_thread
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from ..decoding.events import Block
-from ..decoding.request import Job
+from ..decoding.request import Request
 from ..prompt.messages import parts_of
 from ..serving.scheduler import Accepted
 from ..tasks import constrained
@@ -36,7 +36,7 @@ LONGEST = 20_000  # characters of a regex; to read a million takes seconds
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 
-async def chat_completions(request: Request) -> Response:
+async def chat_completions(request: HttpRequest) -> Response:
     """Answer messages, as a whole or as events."""
     scheduler, settings = request.app.state.scheduler, request.app.state.settings
     asked = read_chat(await read(request), scheduler.engine, settings)
@@ -64,20 +64,20 @@ class Chat:
     forced: list[dict[str, Any]]
     log_probs: bool
 
-    def prepare(self, engine: Engine, i: int) -> Callable[[], Job]:
-        """What makes the job of choice `i`, on the scheduler's thread."""
+    def prepare(self, engine: Engine, i: int) -> Callable[[], Request]:
+        """What makes the request of choice `i`, on the scheduler's thread."""
 
-        def prepare() -> Job:
+        def prepare() -> Request:
             arguments = {**self.arguments, "seed": self.arguments["seed"] + i}
             held = "regex" if "regex" in arguments else "response_format"
             with blamed("messages", schema=held, pattern=held, constraint=held):
-                job = engine.prepare(self.messages, **arguments)
+                request = engine.prepare(self.messages, **arguments)
             if not self.forced:
-                return job
+                return request
             with blamed("messages", schema="tool_choice", pattern="tool_choice", constraint="tool_choice"):
                 schema, thinking = _call_schema(self.forced), arguments["thinking"]
-                control = constrained.constraint(engine, job.row, job.options, schema, None, thinking, None)
-                return replace(job, control=control)
+                constrained.constrain_answer(engine.builder, request, schema, None, thinking, None)
+                return request
 
         return prepare
 
@@ -148,7 +148,7 @@ async def _look(asked: Chat, engine: Engine, looking: CapacityLimiter) -> None:
     budget = asked.arguments.get("image_tokens", engine.options.image_tokens)
     with blamed():
         for part in parts_of(asked.messages, "image"):
-            part["image"] = await to_thread.run_sync(engine.load_image, part["image"], budget, limiter=looking)
+            part["image"] = await to_thread.run_sync(engine.builder.load_image, part["image"], budget, limiter=looking)
 
 
 def _thinking(fields: Fields, given: bool | None) -> bool:

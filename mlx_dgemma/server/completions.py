@@ -9,11 +9,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from ..decoding.events import Block
-from ..decoding.request import Job
+from ..decoding.request import Request
 from ..prompt.answer import held_back
 from ..serving.scheduler import Accepted
 from ..tasks import infill
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 
-async def completions(request: Request) -> Response:
+async def completions(request: HttpRequest) -> Response:
     """Complete a text, as a whole or as events."""
     scheduler, settings = request.app.state.scheduler, request.app.state.settings
     asked = read_completion(await read(request), scheduler.engine, settings)
@@ -55,13 +55,13 @@ class Completion:
     arguments: dict[str, Any]
     stop: list[str]
 
-    def prepare(self, engine: Engine, i: int) -> Callable[[], Job]:
-        """What makes the job of choice `i`, on the scheduler's thread."""
+    def prepare(self, engine: Engine, i: int) -> Callable[[], Request]:
+        """What makes the request of choice `i`, on the scheduler's thread."""
 
-        def prepare() -> Job:
+        def prepare() -> Request:
             with blamed("prompt"):
                 arguments = {**self.arguments, "seed": self.arguments["seed"] + i}
-                return infill.infill(engine, self.prefix, self.suffix, **arguments)
+                return infill.infill(engine.builder, self.prefix, self.suffix, **arguments)
 
         return prepare
 

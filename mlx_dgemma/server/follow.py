@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from ..decoding.events import Block, Draft, Finished
-from ..decoding.request import Job
+from ..decoding.request import Request
 from ..errors import DgemmaError
 from ..serving.scheduler import Accepted, Busy, Event, Failed, Scheduler, Stopping
 from .errors import ApiError
@@ -17,7 +17,7 @@ from .errors import ApiError
 @asynccontextmanager
 async def follow(
     scheduler: Scheduler,
-    prepare: Callable[[], Job],
+    prepare: Callable[[], Request],
     drafts: bool = False,
     translate: Callable[[Draft | Block | Finished], Any] = lambda event: event,
 ) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Any]]]:
@@ -25,7 +25,7 @@ async def follow(
 
     Args:
         scheduler: runs it.
-        prepare: makes the job, on the scheduler's thread; raises DgemmaError or ApiError where the request is wrong.
+        prepare: makes it, on the scheduler's thread; raises DgemmaError or ApiError where the request is wrong.
         drafts: whether `Draft`s are wanted.
         translate: makes of each event what is yielded, on the scheduler's thread, where alone arrays and the
             tokenizer may be used; it must be quick.
@@ -70,7 +70,7 @@ async def follow(
 
 async def follow_all(
     scheduler: Scheduler,
-    prepares: Sequence[Callable[[], Job]],
+    prepares: Sequence[Callable[[], Request]],
     drafts: bool = False,
     translate: Callable[[Draft | Block | Finished], Any] = lambda event: event,
 ) -> AsyncGenerator[tuple[int, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import __version__
 from ..decoding.events import Stats
-from ..prompt.images import BUDGETS
+from ..model.patches import BUDGETS
 from .chat import EFFORTS
 from .fields import WHOLE
 from .items import ROLES, STATUS

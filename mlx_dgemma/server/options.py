@@ -10,7 +10,7 @@ from typing import Any
 
 from ..decoding.options import GenerationOptions
 from ..errors import DgemmaError, OptionError, PromptError
-from ..prompt.images import BUDGETS
+from ..model.patches import BUDGETS
 from .errors import ApiError
 from .fields import WHOLE, Fields, shown
 from .settings import Settings

@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from ..decoding.events import Block
-from ..decoding.request import Job
+from ..decoding.request import Request
 from ..serving.scheduler import Accepted
 from .chat import Chat, read_chat
 from .errors import ApiError
@@ -42,7 +42,7 @@ RENAMED = (  # what a chat request calls otherwise, for errors
 LABELS, NAME, LABEL = 16, 64, 512  # pairs of metadata, characters of a name and of a value
 
 
-async def responses(request: Request) -> Response:
+async def responses(request: HttpRequest) -> Response:
     """Answer input items, as a whole or as events."""
     scheduler, settings = request.app.state.scheduler, request.app.state.settings
     asked, repeated = read_response(await read(request), scheduler.engine, settings)
@@ -135,10 +135,10 @@ def _renamed() -> Iterator[None]:
         raise ApiError("".join(message), param, error.status, error.code, error.headers) from None
 
 
-def _prepare(asked: Chat, engine: Engine) -> Callable[[], Job]:
+def _prepare(asked: Chat, engine: Engine) -> Callable[[], Request]:
     prepare = asked.prepare(engine, 0)
 
-    def renamed() -> Job:
+    def renamed() -> Request:
         with _renamed():
             return prepare()
 

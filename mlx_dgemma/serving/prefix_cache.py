@@ -85,11 +85,11 @@ class PrefixCache:
                 best, reach = name, reached
         while 0 < longest < len(wanted) and isinstance(wanted[longest], str) and isinstance(wanted[longest - 1], str):
             longest -= 1  # not within a picture
-        branch = longest if longest >= max(reach, 1) + WORTH else 0
+        snapshot_at = longest if longest >= max(reach, 1) + WORTH else 0
         if not best:
-            return None, branch
+            return None, snapshot_at
         self._kept[best] = self._kept.pop(best)
-        return self._kept[best].fork(), branch
+        return self._kept[best].fork(), snapshot_at
 
     def put(self, session: Session) -> None:
         """Keep a session that nobody goes on with; what it makes useless goes."""
@@ -170,7 +170,7 @@ class PrefixCache:
             mx.eval(arrays)  # on the thread that they were loaded on
             if about["key"] != self._key:
                 return None
-            session = Session(self._engine.model.new_prefix())
+            session = Session(self._engine.model)
             session.cache_key = json.loads(about["cache_key"])
             features = {n.removeprefix("features."): a for n, a in arrays.items() if n.startswith("features.")}
             session.features = features

@@ -20,7 +20,7 @@ from .prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
     from ..decoding.events import Stats
-    from ..decoding.request import Job
+    from ..decoding.request import Request
     from ..engine import Engine
 
 
@@ -67,10 +67,10 @@ class Stopping(Exception):
 class Ticket:
     """A request's handle."""
 
-    prepare: Callable[[], Job]
+    prepare: Callable[[], Request]
     listener: Callable[[Event], None]
     drafts: bool
-    job: Job | None = None
+    request: Request | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
@@ -115,11 +115,11 @@ class Scheduler:
         self._rows, self._most = rows, waiting
         folder = None if cache_dir is None else cache_dir / engine.checkpoint.path.name  # each model has its own
         self._cache = PrefixCache(engine, cache_bytes, folder)
-        self._loop = Loop(engine.model)
+        self._loop = Loop(engine.model, engine.load_seconds)
         self._woken = threading.Condition()
         self._new: deque[Ticket] = deque()  # submitted; guarded by the condition, as are the next three
         self._waiting: deque[Ticket] = deque()  # accepted
-        self._running: dict[Job, Ticket] = {}
+        self._running: dict[Request, Ticket] = {}
         self._deadline: float | None = None  # of a clock; closing where there is one
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._kept = self._cache.nbytes, len(self._cache)
@@ -127,11 +127,11 @@ class Scheduler:
         self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
         self._thread.start()
 
-    def submit(self, prepare: Callable[[], Job], listener: Callable[[Event], None], drafts: bool = False) -> Ticket:
+    def submit(self, prepare: Callable[[], Request], listener: Callable[[Event], None], drafts: bool = False) -> Ticket:
         """Ask for a generation.
 
         Args:
-            prepare: makes the job; called on the scheduler's thread.
+            prepare: makes the request; called on the scheduler's thread.
             listener: told every event on the scheduler's thread: `Accepted`, `Draft`s if asked for, `Block`s, and
                 `Finished` or `Failed` at last; it must not block.
             drafts: whether drafts are wanted.
@@ -199,10 +199,10 @@ class Scheduler:
         while self._waiting and len(self._running) < self._rows:
             with self._woken:
                 ticket = self._waiting.popleft()
-                assert ticket.job is not None
-                self._running[ticket.job] = ticket
-            session, branch = self._cache.find(ticket.job.row.cache_key)
-            self.engine.start(self._loop, ticket.job, session, branch)
+                assert ticket.request is not None
+                self._running[ticket.request] = ticket
+            session, snapshot_at = self._cache.find(ticket.request.prompt.cache_key)
+            self._loop.add(ticket.request, session, snapshot_at)
 
     def _understand(self, ticket: Ticket) -> None:
         """Prepare what was submitted; until then it is among `_new`, so that it is counted all the while."""
@@ -210,38 +210,38 @@ class Scheduler:
         error = None
         try:
             if not ticket.cancelled.is_set():
-                ticket.job = ticket.prepare()
-                ticket.job.drafts = ticket.drafts
+                ticket.request = ticket.prepare()
+                ticket.request.drafts = ticket.drafts
         except Exception as mistake:
             error = mistake
         with self._woken:
             self._new.popleft()
-            if ticket.job is not None:
+            if ticket.request is not None:
                 self._waiting.append(ticket)
         if error is not None:
             self._fail(ticket, error)
-        elif ticket.job is not None:
-            self._tell(ticket, Accepted(len(ticket.job.row.tokens), ticket.job.row.seed))
+        elif ticket.request is not None:
+            self._tell(ticket, Accepted(len(ticket.request.prompt.tokens), ticket.request.seed))
         else:
             self._counters["cancelled"] += 1
 
     def _advance(self) -> None:
         """One step of everything that runs."""
         try:
-            for job, event in self.engine.advance(self._loop):
-                ticket = self._running[job]
+            for request, event in self._loop.step():
+                ticket = self._running[request]
                 if isinstance(event, Exception):
-                    self._end(job, keep=False)
+                    self._end(request, keep=False)
                     self._fail(ticket, event)
                 elif not ticket.cancelled.is_set():  # else it is forgotten before the next step, even at its end
                     if isinstance(event, Finished):
                         self._count(event.result.stats)
-                        self._end(job)
+                        self._end(request)
                     self._tell(ticket, event)
         except Exception as error:  # of a whole batch: what it did to whom cannot be told
-            for job, ticket in list(self._running.items()):
-                self._loop.remove(job)
-                self._end(job, keep=False)
+            for request, ticket in list(self._running.items()):
+                self._loop.remove(request)
+                self._end(request, keep=False)
                 self._fail(ticket, error)
 
     def _count(self, stats: Stats) -> None:
@@ -251,20 +251,20 @@ class Scheduler:
             self._counters[name] += getattr(stats, told)
 
     def _forget(self, ticket: Ticket) -> None:
-        assert ticket.job is not None
+        assert ticket.request is not None
         self._counters["cancelled"] += 1
-        if ticket.job in self._running:
-            self._loop.remove(ticket.job)
-            self._end(ticket.job)
+        if ticket.request in self._running:
+            self._loop.remove(ticket.request)
+            self._end(ticket.request)
         else:
             with self._woken:
                 self._waiting.remove(ticket)
 
-    def _end(self, job: Job, keep: bool = True) -> None:
-        """A job has left the loop; what it encoded may be of use to others."""
+    def _end(self, request: Request, keep: bool = True) -> None:
+        """A request has left the loop; what it encoded may be of use to others."""
         with self._woken:
-            del self._running[job]
-        for session in (job.branch, job.session) if keep else ():
+            del self._running[request]
+        for session in (request.session.take_snapshot(), request.session) if keep else ():
             try:
                 if session is not None:
                     self._cache.put(session)

@@ -1,25 +1,50 @@
-"""Infill, templates and edits: what an engine does beyond answering. Each becomes a `Job`."""
+"""Text that is in a language: a JSON Schema's, a regular expression's, or a template's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..constraints.language import Language, covers_lines
-from ..constraints.patterns import translate
+from ..constraints.language import Language, accepts_every_line
+from ..constraints.patterns import python_regex_to_plain
 from ..constraints.schema import to_regex
 from ..constraints.search import FRESH, THINKING, Marginals, best_text
 from ..decoding.control import Control
+from ..decoding.options import GenerationOptions, OptionKeywords
+from ..decoding.request import Request
 from ..errors import OptionError, PromptError
 from ..prompt.answer import Answer
+from ..prompt.builder import PromptBuilder
 
-if TYPE_CHECKING:
-    from ..decoding.options import GenerationOptions
-    from ..decoding.request import Row
-    from ..engine import Engine
+
+class LanguageGuide:
+    """A `Guide` that chooses by the log-probabilities of some tokens at every position.
+
+    Args:
+        always_scored: tokens of the language that are scored at every position.
+        end_tokens: tokens that may end the text.
+        thought_tokens: tokens that open and close a thought.
+        choose: text [C] of a row by its number and its `Marginals`.
+    """
+
+    def __init__(
+        self,
+        always_scored: np.ndarray,
+        end_tokens: Sequence[int],
+        thought_tokens: Sequence[int],
+        choose: Callable[[int, Marginals], np.ndarray],
+    ):
+        self.tokens = mx.array([*always_scored.tolist(), *end_tokens, *thought_tokens], mx.int32)
+        self._cuts = [len(always_scored), len(always_scored) + len(end_tokens)]
+        self._choose = choose
+
+    def choose(self, row: int, seen: dict[str, np.ndarray]) -> np.ndarray:
+        """The text of a row, [C] int32."""
+        always, ends, thoughts = np.split(seen.pop("asked"), self._cuts, axis=1)
+        marginals = Marginals(**seen, always_scored_log_p=always, end_log_p=ends, thought_log_p=thoughts)
+        return self._choose(row, marginals)
 
 
 class Constrained(Control):
@@ -29,85 +54,82 @@ class Constrained(Control):
         language: of the text.
         ends: tokens one of which ends the text.
         marks: the tokens that open and close a thought, where one may stand before the text.
-        begun: whether the prompt has opened it.
+        thinks: whether the prompt has opened a thought.
     """
 
-    def __init__(self, language: Language, ends: Sequence[int], marks: Sequence[int] = (), begun: bool = False):
+    def __init__(self, language: Language, ends: Sequence[int], marks: Sequence[int] = (), thinks: bool = False):
         self._language, self._ends, self._marks = language, tuple(ends), tuple(marks)
-        self._state = (THINKING if begun else FRESH) if marks else 0
+        self._state = (THINKING if thinks else FRESH) if marks else 0
 
-    def guide(self, left: int) -> Guide:
-        """The language's best text."""
+    def guide(self, left: int) -> LanguageGuide:
+        """Chooses the most probable text of the language."""
 
         def choose(row: int, seen: Marginals) -> np.ndarray:
             return best_text(self._language, seen, self._state, self._ends, left, self._marks)
 
-        return Guide(self._language.anchors, self._ends, self._marks, choose)
+        return LanguageGuide(self._language.always_scored_tokens, self._ends, self._marks, choose)
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Move on in the language."""
-        state, given = self._state, list(tokens)
-        if state == THINKING or (state == FRESH and given[0] == self._marks[0]):
-            if self._marks[1] not in given:
+        state, text = self._state, list(tokens)
+        if state == THINKING or (state == FRESH and text[0] == self._marks[0]):
+            if self._marks[1] not in text:
                 self._state = THINKING
                 return
-            given, state = given[given.index(self._marks[1]) + 1 :], 0
-        self._state = self._language.after(given, max(state, 0))
+            text, state = text[text.index(self._marks[1]) + 1 :], 0
+        self._state = self._language.state_after(text, max(state, 0))
 
 
-class Guide:
-    """A `denoise.Guide`: asks for anchors, end tokens and marks, and chooses by a function of a row's `Marginals`."""
+def constrain(builder: PromptBuilder, request: Request, language: Language, what: str, thinking: bool = False) -> None:
+    """Let the text of a request be in a language; what cannot be is an error before the first step.
 
-    def __init__(
-        self,
-        anchors: np.ndarray,
-        ends: Sequence[int],
-        marks: Sequence[int],
-        choose: Callable[[int, Marginals], np.ndarray],
-    ):
-        self.tokens = mx.array([*anchors.tolist(), *ends, *marks], mx.int32)
-        self._cuts, self._choose = [len(anchors), len(anchors) + len(ends)], choose
+    Args:
+        builder: that made the request.
+        request: gets a control.
+        language: of the text.
+        what: how an error names it.
+        thinking: whether a thought may stand before the text.
 
-    def choose(self, row: int, reading: dict[str, np.ndarray]) -> np.ndarray:
-        """The text of a row, [C] int32."""
-        asked = np.split(reading["asked"], self._cuts, axis=1)
-        return self._choose(row, Marginals(*(reading[n] for n in ("likely", "log_p", "best", "top")), *asked))
-
-
-def constrained(
-    engine: Engine, row: Row, options: GenerationOptions, language: Language, what: str, thinking: bool = False
-) -> Constrained:
-    """A text in a language; what cannot be is an error before the first step."""
-    least, canvas = int(language.distance[0]) + 1, engine.config.canvas_length
+    Raises:
+        OptionError: `max_tokens` is too small for any text of the language.
+        PromptError: the context is.
+    """
+    options, answer = request.options, request.reader
+    least, canvas = int(language.distance[0]) + 1, builder.config.canvas_length
     if least > options.max_tokens:
         raise OptionError(
             f"{what} needs room for {least} tokens, its end included, but max_tokens is {options.max_tokens}; raise it."
         )
-    # the context must not end in the middle of a text
-    room = (engine.config.text.max_position_embeddings - len(row.tokens)) // canvas * canvas
+    # The context must not end in the middle of a text.
+    room = (builder.config.text.max_position_embeddings - len(request.prompt.tokens)) // canvas * canvas
     if least > room:
         raise PromptError(
             f"{what} needs room for {least} tokens, its end included, but the context leaves room for {room} "
             "behind the prompt; shorten it."
         )
-    if isinstance(row.answer, Answer):
-        row.answer.max_tokens = min(row.answer.max_tokens, room)
-    opened, closed = engine.tokenizer.think_start_tokens, engine.tokenizer.think_end_tokens
-    begun = isinstance(row.answer, Answer) and row.answer.thinks
-    marks = (opened[0], closed[0]) if (thinking or begun) and opened and closed else ()
-    return Constrained(language, options.end_tokens, marks, begun)
+    thinks = False
+    if isinstance(answer, Answer):
+        answer.max_tokens, thinks = min(answer.max_tokens, room), answer.thinks
+    opened, closed = builder.tokenizer.think_start_tokens, builder.tokenizer.think_end_tokens
+    marks = (opened[0], closed[0]) if (thinking or thinks) and opened and closed else ()
+    request.control = Constrained(language, options.end_tokens, marks, thinks)
 
 
-def constraint(
-    engine: Engine,
-    row: Row,
-    options: GenerationOptions,
+def constrain_answer(
+    builder: PromptBuilder,
+    request: Request,
     schema: dict | None,
     regex: str | None,
     thinking: bool,
     tools: list[dict] | None,
-) -> Constrained | None:
-    """What `schema` or `regex` of `Engine.stream` asks for, or None."""
+) -> None:
+    """Let an answer be what `schema` or `regex` of `Engine.generate` ask for, if anything.
+
+    Raises:
+        OptionError: both are given, one is malformed, matches nothing or everything, or is together with an option
+            that it excludes.
+        PromptError: the context has no room for any such text.
+    """
     if schema is not None and regex is not None:
         raise OptionError("Both schema and regex are given; leave one out.")
     if schema is not None:
@@ -117,22 +139,27 @@ def constraint(
     elif regex is not None:
         if not isinstance(regex, str):
             raise OptionError(f"regex is {regex!r}; it should be a text.")
-        name, what, pattern = "regex", f"The regex {regex!r}", translate(regex)
+        name, what, pattern = "regex", f"The regex {regex!r}", python_regex_to_plain(regex)
     else:
-        return None
-    for other, given in (("exact", options.exact), ("stop", options.stop), ("tools", tools)):
+        return
+    for other, given in (("exact", request.options.exact), ("stop", request.options.stop), ("tools", tools)):
         if given:
             raise OptionError(f"{name} is given and {other} is {given!r}; they cannot be together: leave one out.")
-    language = engine.language(pattern, what)
-    if regex is not None and covers_lines(language):
+    language = builder.language(pattern, what)
+    if regex is not None and accepts_every_line(language):
         raise OptionError(f"{what} matches every line of text, so it asks for nothing; leave it out.")
-    return constrained(engine, row, options, language, what, thinking)
+    constrain(builder, request, language, what, thinking)
 
 
-def _effective(engine: Engine, verb: str, options: dict[str, Any]) -> GenerationOptions:
-    effective = engine.options.override(**options)
+def task_options(builder: PromptBuilder, task: str, options: OptionKeywords) -> GenerationOptions:
+    """The options in force for a task that ends its text itself and is unknown to the reference.
+
+    Raises:
+        OptionError: an unknown or malformed option, `exact` or `stop`.
+    """
+    effective = builder.options.override(**options)
     if effective.exact:
-        raise OptionError(f"exact is True, but the reference's sampler knows no {verb}; leave it out.")
+        raise OptionError(f"exact is True, but the reference's sampler knows no {task}; leave it out.")
     if effective.stop:
-        raise OptionError(f"stop is {effective.stop!r}, but {verb} has an end of its own; leave it out.")
+        raise OptionError(f"stop is {effective.stop!r}, but {task} has an end of its own; leave it out.")
     return effective

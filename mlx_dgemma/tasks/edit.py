@@ -1,25 +1,26 @@
-"""What is asked of canvases beyond answering: texts of a language, pinned positions, drafts.
-
-A `Control` is told of every canvas before it is denoised and of every block that came of it.
-"""
+"""Edits: a text is rewritten from itself, with some of it noised, rather than from noise alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
-from ..decoding.control import GROWTH, Control, Layout, fitting_size
-from ..decoding.request import Job
+from ..decoding.control import Control, Layout, fitting_size
+from ..decoding.options import OptionKeywords
+from ..decoding.request import Request
 from ..errors import OptionError
-from ..prompt.messages import messages_of, whole
-from .constrained import _effective
+from ..prompt.builder import PromptBuilder
+from ..prompt.messages import messages_of, reject_surrogates
+from .constrained import task_options
 
 if TYPE_CHECKING:
-    from ..engine import Engine
+    from typing_extensions import Unpack
+
+GROWTH = 4  # a draft's canvas has room for a text that is longer by a quarter
 
 
 class Drafted(Control):
@@ -38,7 +39,7 @@ class Drafted(Control):
         self._random = np.random.default_rng(seed)
 
     def layout(self) -> Layout | None:
-        """The next part of the draft, its end token, and fillers behind it."""
+        """The next part of the draft, its end token, and padding behind it."""
         if not self._draft:
             return None
         given = [*self._draft, self._end][: self._length]
@@ -52,31 +53,38 @@ class Drafted(Control):
         """Go on behind that part of the draft which the canvas answers."""
         matcher = SequenceMatcher(None, self._draft[: 2 * self._length], list(tokens), autojunk=False)
         blocks = [block for block in matcher.get_matching_blocks() if block.size]
-        # What follows the last match on the canvas was rewritten, and stands for as much of the draft.
+        # Text behind the last common part replaces as many tokens of the draft.
         done = blocks[-1].a + len(tokens) - blocks[-1].b if blocks else len(tokens)
         del self._draft[:done]
 
 
+class EditKeywords(OptionKeywords, total=False):
+    """Keyword arguments of `edit`."""
+
+    strength: float
+    seed: int | None
+
+
 def edit(
-    engine: Engine,
+    builder: PromptBuilder,
     text: str,
     instruction: str,
     *,
     strength: float = 0.5,
     seed: int | None = None,
-    **options: Any,
-) -> Job:
-    """The job of `Engine.edit`."""
+    **options: Unpack[OptionKeywords],
+) -> Request:
+    """The request of `Engine.edit`, whose arguments it takes."""
     for name, given in (("text", text), ("instruction", instruction)):
         if not isinstance(given, str) or not given.strip():
             raise OptionError(f"{name} is {given!r}; it should be a text that is not empty.")
-        whole(name, given)
+        reject_surrogates(name, given)
     if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not 0 <= strength <= 1:
         raise OptionError(f"strength is {strength!r}; it should be a number from 0 (the draft) to 1 (all noise).")
-    effective = _effective(engine, "edit", options)
-    draft = engine.tokenizer.encode(text.rstrip(), add_special_tokens=False)
+    effective = task_options(builder, "edit", options)
+    draft = builder.tokenizer.encode(text.rstrip(), add_special_tokens=False)
     if "max_tokens" not in options:
         effective = effective.override(max_tokens=max(effective.max_tokens, 2 * len(draft)))
-    row = engine._row(messages_of(f"{instruction.rstrip().removesuffix(':')}: {text}"), seed, effective)
-    control = Drafted(draft, engine.turn_end, strength, engine.config.canvas_length, row.seed)
-    return Job(row, effective, control)
+    request = builder.request(messages_of(f"{instruction.rstrip().removesuffix(':')}: {text}"), seed, effective)
+    request.control = Drafted(draft, builder.turn_end, strength, builder.config.canvas_length, request.seed)
+    return request

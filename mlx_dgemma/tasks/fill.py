@@ -1,52 +1,63 @@
-"""Infill, templates and edits: what an engine does beyond answering. Each becomes a `Job`."""
+"""Templates: a text whose holes are filled, each with a text of its own language."""
 
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..constraints.patterns import literal, translate
-from ..decoding.request import Job
+from ..constraints.patterns import literal, python_regex_to_plain
+from ..decoding.events import Result
+from ..decoding.options import OptionKeywords
+from ..decoding.request import Request
 from ..errors import OptionError
-from ..prompt.messages import messages_of, whole
-from .constrained import _effective, constrained
+from ..prompt.builder import PromptBuilder
+from ..prompt.messages import Message, messages_of, reject_surrogates
+from .constrained import constrain, task_options
+from .templates import split_template
 
 if TYPE_CHECKING:
-    from ..decoding.events import Result
-    from ..engine import Engine
-
+    from typing_extensions import Unpack
 
 FILL_TEMPLATE = "Write this text with something that fits in the place of every {name}:\n\n"
 Holes = Mapping[str, int | str | Sequence[str]]
 
 
+class FillKeywords(OptionKeywords, total=False):
+    """Keyword arguments of `fill`."""
+
+    prompt: str | Sequence[Message] | None
+    seed: int | None
+
+
 def fill(
-    engine: Engine,
+    builder: PromptBuilder,
     template: str,
     holes: Holes,
     *,
-    prompt: Any = None,
+    prompt: str | Sequence[Message] | None = None,
     seed: int | None = None,
-    **options: Any,
-) -> Job:
-    """The job of `Engine.fill`."""
+    **options: Unpack[OptionKeywords],
+) -> Request:
+    """The request of `Engine.fill`, whose arguments it takes."""
     if not isinstance(template, str) or not isinstance(holes, Mapping):
         raise OptionError(f"template is a text and holes a mapping of their names; these are {template!r}, {holes!r}.")
-    whole("template", template)
+    reject_surrogates("template", template)
     parts, names = _parse(template)
     if unknown := [name for name in holes if name not in names]:
         raise OptionError(f"The template has no hole {unknown[0]!r}; it has {', '.join(names) or 'none'}.")
     if missing := [name for name in names if name not in holes]:
         raise OptionError(f"holes has nothing for {missing[0]!r}, which stands in the template; give its texts.")
     patterns = {name: hole_pattern(name, holes[name]) for name in names}
-    plain = "".join(f"(?:{translate(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts))
-    effective = _effective(engine, "fill", options)
-    row = engine._row(messages_of(FILL_TEMPLATE + template if prompt is None else prompt), seed, effective)
-    control = constrained(engine, row, effective, engine.language(plain, "The template"), "The template")
-    return Job(row, effective, control, lambda result: _with_holes(result, parts, patterns))
+    plain = "".join(
+        f"(?:{python_regex_to_plain(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts)
+    )
+    messages = messages_of(FILL_TEMPLATE + template if prompt is None else prompt)
+    request = builder.request(messages, seed, task_options(builder, "fill", options))
+    constrain(builder, request, builder.language(plain, "The template"), "The template")
+    request.postprocess = lambda result: _with_holes(result, parts, patterns)
+    return request
 
 
 def hole_pattern(name: str, hole: int | str | Sequence[str]) -> str:
@@ -72,19 +83,16 @@ def hole_pattern(name: str, hole: int | str | Sequence[str]) -> str:
 def _parse(template: str) -> tuple[list[str], list[str]]:
     """(text, name, text, name, ..., text) and the names, as str.format reads a template."""
     try:
-        found = list(string.Formatter().parse(template))
+        texts, slots = split_template(template)
     except ValueError as error:
         raise OptionError(f"The template {template!r} is broken ({error}); write {{{{ and }}}} for braces.") from None
-    parts, names = [""], []
-    for text, name, spec, conversion in found:
-        parts[-1] += text
-        if name is None:
-            continue
-        if not name or spec or conversion or name in names:
-            what = "stands twice" if name in names else "should be a name alone, such as {city}"
-            raise OptionError(f"The hole {{{name}}} of the template {what}; change the template.")
-        names.append(name)
-        parts += [name, ""]
+    parts, names = texts[:1], []
+    for slot, text in zip(slots, texts[1:]):
+        if not slot.name or slot.formatting or slot.name in names:
+            what = "stands twice" if slot.name in names else "should be a name alone, such as {city}"
+            raise OptionError(f"The hole {{{slot.name}}} of the template {what}; change the template.")
+        names.append(slot.name)
+        parts += [slot.name, text]
     return parts, names
 
 

@@ -1,79 +1,103 @@
-"""The labels of a choice: what counts as one, its tokens, and where a template has room for it."""
+"""The labels of a choice: which texts count as a label, their tokens, and their place in an answer template."""
 
 from __future__ import annotations
 
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ..errors import OptionError
+from .templates import split_template
 
-MOST_LABELS = 10_000
-TRUTH = {True: ("true", "True", "yes", "Yes"), False: ("false", "False", "no", "No")}
+MAX_LABELS = 10_000
+BOOL_TEXTS = {True: ("true", "True", "yes", "Yes"), False: ("false", "False", "no", "No")}
 
 Labels = Sequence[str] | range | type[bool]
 Encode = Callable[[str], tuple[int, ...]]
+FixedTokens = tuple[int | None, ...]  # what a canvas begins with; None in a slot
 
 
 class Question(NamedTuple):
-    """What is asked: the keys of the result, and for each the texts that count as it."""
+    """The keys of a result, and for each key the texts that count as it."""
 
-    name: str  # "" where there is one question
+    name: str  # "" if there is only one question, which has no name
     keys: tuple[Any, ...]
     texts: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """A label's tokens as they may stand on a canvas, and where."""
+class LabelTokens:
+    """One way to write a label as tokens. Without a template it may stand at any position of canvas 0.
 
-    label: int
+    A label counts as a whole word only. `joins_before` and `joins_behind` are columns of `TokenEdges.flags`: of the
+    tokens that would be part of the label's word if they stood right before it or right behind it.
+    """
+
+    label: int  # index into `Question.keys`
     tokens: tuple[int, ...]
-    first: int | None  # index into `marks` of tokens that, right before it, would be part of its word
-    last: int | None  # of tokens that, right behind it, would be
-    longer: list[tuple[int, ...]] = field(default_factory=list)  # what would make it another label, from its end on
-    canvas: int = 0  # with a template: on which canvas it is read
-    start: int = 0  # where its slot begins there
+    joins_before: int | None  # None: any token may stand there
+    joins_behind: int | None
+    longer: list[tuple[int, ...]] = field(default_factory=list)  # continuations that make it another label
+    # In a template:
+    canvas: int = 0  # index of its canvas
+    start: int = 0  # position at which its slot begins
     tail: tuple[tuple[int, int], ...] = ()  # (position, token) of the fixed text behind the slot
 
 
-class Vocabulary(NamedTuple):
-    """What reading needs of a tokenizer."""
+class TokenEdges(NamedTuple):
+    """The characters at both ends of every token."""
 
-    marks: np.ndarray  # [V, 4] float32: begins with a digit, with a letter; ends with a digit, with a letter
-    special: frozenset[int]
+    flags: np.ndarray  # [V, 4] float32, 0 or 1: begins with a digit, with a letter, ends with a digit, with a letter
+    special: frozenset[int]  # tokens that are not text
 
 
-@lru_cache(maxsize=4)
-def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
-    """Which of `size` tokens are parts of words, and which no text."""
+_BEGINS, _ENDS = 0, 2  # first columns of `flags`; a letter's is the next one
+_KNOWN_EDGES: WeakKeyDictionary[Any, TokenEdges] = WeakKeyDictionary()  # by tokenizer
+
+
+def token_edges(tokenizer: Any, vocab_size: int) -> TokenEdges:
+    """The edges of the first `vocab_size` tokens, computed once for a tokenizer."""
+    known = _KNOWN_EDGES.get(tokenizer)
+    if known is None or len(known.flags) != vocab_size:
+        known = _KNOWN_EDGES[tokenizer] = _read_edges(tokenizer, vocab_size)
+    return known
+
+
+def _read_edges(tokenizer: Any, vocab_size: int) -> TokenEdges:
     special = set(tokenizer.all_special_ids)
     special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    marks = np.zeros((size, 4), np.float32)
-    for token, text in enumerate(tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer.get_vocab())))))):
-        if token not in special and text and not (text.startswith("<0x") and text.endswith(">")):  # no single byte
-            for at, char in ((0, text[0]), (2, text[-1])):
-                if (kind := _kind(char)) is not None:
-                    marks[token, at + kind] = 1
-    return Vocabulary(marks, frozenset(special))
+    flags = np.zeros((vocab_size, 4), np.float32)
+    pieces = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer.get_vocab())))))
+    for token, piece in enumerate(pieces):
+        is_byte = piece and piece.startswith("<0x") and piece.endswith(">")
+        if token in special or not piece or is_byte:
+            continue
+        for edge, character in ((_BEGINS, piece[0]), (_ENDS, piece[-1])):
+            if (column := _column(edge, character)) is not None:
+                flags[token, column] = 1
+    return TokenEdges(flags, frozenset(special))
 
 
-def _kind(char: str) -> int | None:
-    """0 for digits, 1 for letters. Scripts without capitals are often written without spaces: theirs count as none."""
-    return 0 if char.isdigit() else 1 if char.lower() != char.upper() else None
+def _column(edge: int, character: str) -> int | None:
+    """The column of `flags` of tokens with such a character, a digit or a letter, at an edge.
+
+    Letters without capitals have none: many of their scripts are written without spaces between words.
+    """
+    if character.isdigit():
+        return edge
+    return edge + 1 if character.lower() != character.upper() else None
 
 
 def questions_of(labels: Labels | dict[str, Labels]) -> list[Question]:
     """The questions that `labels` ask.
 
     Raises:
-        OptionError: no labels, too many, equal ones, or something that is none.
+        OptionError: there are no labels, too many, equal ones, or something that is not a label.
     """
     if not isinstance(labels, dict):
         return [_question("", labels)]
@@ -88,16 +112,16 @@ def questions_of(labels: Labels | dict[str, Labels]) -> list[Question]:
 def _question(name: str, labels: Any) -> Question:
     what = f"labels of {name}" if name else "labels"
     if labels is bool:
-        return Question(name, tuple(TRUTH), tuple(TRUTH.values()))
+        return Question(name, tuple(BOOL_TEXTS), tuple(BOOL_TEXTS.values()))
     if not isinstance(labels, (list, tuple, range)):
         given = labels.__name__ if isinstance(labels, type) else repr(labels)
         raise OptionError(f"{what} is {given}; give a list of texts, a range, or bool.")
     if not labels:
         raise OptionError(f"{what} is {labels!r}, which is empty; give at least one label.")
-    if len(labels) > MOST_LABELS:
-        raise OptionError(f"{what} has {len(labels)} labels; give at most {MOST_LABELS}.")
+    if len(labels) > MAX_LABELS:
+        raise OptionError(f"{what} has {len(labels)} labels; give at most {MAX_LABELS}.")
     if isinstance(labels, range):
-        return Question(name, tuple(labels), tuple((str(one),) for one in labels))
+        return Question(name, tuple(labels), tuple((str(number),) for number in labels))
     for i, label in enumerate(labels):
         if not isinstance(label, str) or not label.strip():
             raise OptionError(f"Label {i} is {label!r}; it should be a text that is not empty.")
@@ -108,36 +132,34 @@ def _question(name: str, labels: Any) -> Question:
     return Question(name, tuple(labels), tuple((text,) for text in texts))
 
 
-def spellings_of(question: Question, encode: Encode, words: Vocabulary, canvas: int) -> list[Spelling]:
-    """A question's labels as they may stand in free text: as they are, and with a space before.
+def free_text_labels(question: Question, encode: Encode, edges: TokenEdges, canvas_length: int) -> list[LabelTokens]:
+    """A question's labels in free text: each as it is, and with a space before it.
 
     Raises:
-        OptionError: a label longer than the canvas, or one whose tokens are another's.
+        OptionError: a label is longer than the canvas, or has the same tokens as another.
     """
     found = []
     for label, texts in enumerate(question.texts):
         for text in texts:
-            last = _mark(text[-1], 0)
-            found.append(Spelling(label, encode(text), _mark(text[0], 2), last))
-            found.append(Spelling(label, encode(f" {text}"), None, last))
-            if (count := len(found[-2].tokens)) > canvas:
-                raise OptionError(f"The label {text!r} has {count} tokens, more than a canvas of {canvas}; shorten it.")
-    return _linked(_distinct(found, question), words)
+            joins_before, joins_behind = _column(_ENDS, text[0]), _column(_BEGINS, text[-1])
+            bare = LabelTokens(label, encode(text), joins_before, joins_behind)
+            if len(bare.tokens) > canvas_length:
+                raise OptionError(
+                    f"The label {text!r} has {len(bare.tokens)} tokens, more than a canvas of {canvas_length}; "
+                    "shorten it."
+                )
+            found += [bare, LabelTokens(label, encode(f" {text}"), None, joins_behind)]
+    return _with_longer(_by_tokens(found, question), edges)
 
 
-def _mark(char: str, at: int) -> int | None:
-    kind = _kind(char)
-    return None if kind is None else at + kind
-
-
-def _distinct(spellings: Sequence[Spelling], question: Question) -> dict[tuple[int, ...], Spelling]:
-    """Every spelling once, by its tokens.
+def _by_tokens(labels: Sequence[LabelTokens], question: Question) -> dict[tuple[int, ...], LabelTokens]:
+    """Each sequence of tokens once.
 
     Raises:
-        OptionError: two labels that are the same tokens.
+        OptionError: two labels have the same tokens.
     """
-    known: dict[tuple[int, ...], Spelling] = {}
-    for one in spellings:
+    known: dict[tuple[int, ...], LabelTokens] = {}
+    for one in labels:
         other = known.setdefault(one.tokens, one)
         if other.label != one.label:
             first, second = (question.texts[label][0] for label in (other.label, one.label))
@@ -145,114 +167,120 @@ def _distinct(spellings: Sequence[Spelling], question: Question) -> dict[tuple[i
     return known
 
 
-def _linked(known: dict[tuple[int, ...], Spelling], words: Vocabulary) -> list[Spelling]:
-    """Tell spellings which longer ones begin with them; those that begin with a longer one are part of that."""
+def _with_longer(known: dict[tuple[int, ...], LabelTokens], edges: TokenEdges) -> list[LabelTokens]:
+    """For each label fill in the longer labels that it is a prefix of.
+
+    A longer label is attached to its longest proper prefix only. It is left out if `joins_behind` counts it already,
+    because it goes on within the same word.
+    """
     for tokens in known:
-        for end in range(len(tokens) - 1, 0, -1):
+        for end in reversed(range(1, len(tokens))):
             if shorter := known.get(tokens[:end]):
-                if shorter.last is None or not words.marks[tokens[end], shorter.last]:  # else it counts as one word
+                if shorter.joins_behind is None or not edges.flags[tokens[end], shorter.joins_behind]:
                     shorter.longer.append(tokens[end:])
                 break
     return list(known.values())
 
 
-def _parsed(answer: str, questions: Sequence[Question]) -> list[tuple[str, int | None]]:
-    """(text, index of the question whose slot follows it) in order; the last has none."""
+def template_canvases(
+    answer: str, questions: Sequence[Question], encode: Encode, edges: TokenEdges, canvas_length: int
+) -> tuple[list[FixedTokens], list[list[LabelTokens]]]:
+    """The canvases that an answer template needs, and the labels of every question on them.
+
+    The whole answer is tokenised with a label in each slot, because a space before a slot may belong to its token.
+
+    Returns:
+        canvases: one for every layout that some label needs.
+        labels: those of each question.
+
+    Raises:
+        OptionError: slots and questions do not agree, slots touch, or the answer is longer than the canvas.
+    """
+    texts, order = _slots_of(answer, questions)
+    usual = [_label_of_usual_length(question, encode) for question in questions]
+    canvases: dict[FixedTokens, int] = {}  # with their indices
+    found: list[list[LabelTokens]] = []
+    for i, question in enumerate(questions):
+        slot = order.index(i)
+        labels = [(label, text) for label, group in enumerate(question.texts) for text in group]
+        answers = [[text if j == i else usual[j] for j in order] for _, text in labels]
+        tokenised = [_tokens_and_slots(texts, fillings, encode) for fillings in answers]
+        # All labels get the widest slot. Otherwise a fixed token of one canvas would be a label's own on another.
+        before = min(spans[slot][0] for _, spans in tokenised)
+        behind = min(len(tokens) - spans[slot][1] for tokens, spans in tokenised)
+        candidates = []
+        for (label, text), (tokens, spans) in zip(labels, tokenised):
+            start, end = spans[slot] = before, len(tokens) - behind
+            _check_layout(answer, text, len(tokens), spans, canvas_length)
+            canvas: list[int | None] = list(tokens)
+            for first, last in spans:
+                canvas[first:last] = [None] * (last - first)
+            tail = tuple((at, token) for at, token in enumerate(canvas) if at >= end and token is not None)
+            index = canvases.setdefault(tuple(canvas), len(canvases))
+            joins_behind = None if behind else _column(_BEGINS, text[-1])
+            candidates.append(
+                LabelTokens(label, tokens[start:end], None, joins_behind, canvas=index, start=start, tail=tail)
+            )
+        different = _by_tokens(candidates, question)
+        found.append(list(different.values()) if behind else _with_longer(different, edges))
+    return list(canvases), found
+
+
+def _slots_of(answer: str, questions: Sequence[Question]) -> tuple[list[str], list[int]]:
+    """The texts around the slots of an answer template, and for each slot the index of its question."""
     if not isinstance(answer, str):
         raise OptionError(f"answer is {answer!r}; give a text with a slot such as 'It is {{}}.'.")
     try:
-        parts = list(string.Formatter().parse(answer))
+        texts, slots = split_template(answer)
     except ValueError as error:
         raise OptionError(f"The answer template {answer!r} is malformed ({error}); write {{{{ for a brace.") from None
     names = [question.name for question in questions]
-    found: list[tuple[str, int | None]] = []
-    text = ""
-    for literal, name, spec, conversion in parts:
-        text += literal  # braces that stand for themselves come apart from the text around them
-        if name is None:
-            continue
-        if spec or conversion or name not in names:
-            slot = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
-            asked = ", ".join("{" + one + "}" for one in names)
-            raise OptionError(f"The answer template {answer!r} has a slot {slot}; its slots should be {asked}.")
-        found.append((text, names.index(name)))
-        text = ""
-    for i, name in enumerate(names):
-        if (count := sum(index == i for _, index in found)) != 1:
+    for name, formatting in slots:
+        if formatting or name not in names:
+            slot, allowed = "{" + name + formatting + "}", ", ".join("{" + one + "}" for one in names)
+            raise OptionError(f"The answer template {answer!r} has a slot {slot}; its slots should be {allowed}.")
+    found = [slot.name for slot in slots]
+    for name in names:
+        if (count := found.count(name)) != 1:
             slot = "{" + name + "}"
             raise OptionError(f"The answer template {answer!r} has {count} slots {slot}; give it one.")
-    return [*found, (text, None)]
+    return texts, [names.index(name) for name in found]
 
 
-def layouts_of(
-    answer: str, questions: Sequence[Question], encode: Encode, words: Vocabulary, canvas: int
-) -> tuple[list[tuple[int | None, ...]], list[list[Spelling]]]:
-    """The canvases that a template needs, and every question's spellings on them.
-
-    The whole answer is tokenised with a label in its place, so that a space before it may be its own.
-
-    Returns:
-        Canvases as their first tokens, None in slots; for each question its spellings.
-
-    Raises:
-        OptionError: slots and questions do not agree, slots that touch, or an answer longer than the canvas.
-    """
-    parts = _parsed(answer, questions)
-    order = [index for _, index in parts if index is not None]
-    fixed = [text for text, _ in parts]
-    usual = [_usual(question, encode) for question in questions]
-    known: dict[tuple[int | None, ...], int] = {}
-    found: list[list[Spelling]] = []
-    for i, question in enumerate(questions):
-        texts = [(label, text) for label, group in enumerate(question.texts) for text in group]
-        filled = [[text if j == i else usual[j] for j in order] for _, text in texts]
-        cuts = [_cut(fixed, labels, encode) for labels in filled]
-        own = order.index(i)
-        # The same borders for all labels, or one would be weighed by a token that is another's own.
-        before = min(spans[own][0] for _, spans in cuts)
-        behind = min(len(tokens) - spans[own][1] for tokens, spans in cuts)
-        spellings = []
-        for (label, text), (tokens, spans) in zip(texts, cuts):
-            spans[own] = before, len(tokens) - behind
-            if len(tokens) > canvas:
-                raise OptionError(
-                    f"The answer {answer!r} has {len(tokens)} tokens with {text!r}, more than a canvas of {canvas}; "
-                    "shorten it."
-                )
-            if any(end > start for (_, end), (start, _) in pairwise(spans)):
-                raise OptionError(f"The answer template {answer!r} has slots that touch; put a space between them.")
-            pinned: list[int | None] = list(tokens)
-            for start, end in spans:
-                pinned[start:end] = [None] * (end - start)
-            start, end = spans[own]
-            tail = tuple((at, token) for at, token in enumerate(pinned) if at >= end and token is not None)
-            row = known.setdefault(tuple(pinned), len(known))
-            last = None if behind else _mark(text[-1], 0)
-            spellings.append(Spelling(label, tokens[start:end], None, last, canvas=row, start=start, tail=tail))
-        distinct = _distinct(spellings, question)
-        found.append(list(distinct.values()) if behind else _linked(distinct, words))
-    return list(known), found
+def _check_layout(answer: str, text: str, count: int, spans: Sequence[tuple[int, int]], canvas_length: int) -> None:
+    if count > canvas_length:
+        raise OptionError(
+            f"The answer {answer!r} has {count} tokens with {text!r}, more than a canvas of {canvas_length}; "
+            "shorten it."
+        )
+    if any(end > start for (_, end), (start, _) in pairwise(spans)):
+        raise OptionError(f"The answer template {answer!r} has slots that touch; put a space between them.")
 
 
-def _usual(question: Question, encode: Encode) -> str:
-    """A label of the commonest length."""
+def _label_of_usual_length(question: Question, encode: Encode) -> str:
+    """The first label with as many tokens as most have."""
     texts = [text for group in question.texts for text in group]
     lengths = [len(encode(f" {text}")) for text in texts]
     return texts[lengths.index(Counter(lengths).most_common(1)[0][0])]
 
 
-def _cut(fixed: Sequence[str], labels: Sequence[str], encode: Encode) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """Tokens of an answer, and the (start, end) of its slots: what the text before and behind does not account for."""
-    pieces = [fixed[0]]
-    for label, text in zip(labels, fixed[1:]):
-        pieces += [label, text]
+def _tokens_and_slots(
+    texts: Sequence[str], fillings: Sequence[str], encode: Encode
+) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    """The tokens of a filled template, and the (start, end) of its slots.
+
+    A slot has the tokens that differ from those of the text before it alone and of the text behind it alone.
+    """
+    pieces = [texts[0]]
+    for filling, text in zip(fillings, texts[1:]):
+        pieces += [filling, text]
     tokens, spans = encode("".join(pieces)), []
     for at in range(1, len(pieces), 2):
         before, behind = encode("".join(pieces[:at])), encode("".join(pieces[at + 1 :]))
-        spans.append((_shared(tokens, before), len(tokens) - _shared(tokens[::-1], behind[::-1])))
+        spans.append((_common_prefix(tokens, before), len(tokens) - _common_prefix(tokens[::-1], behind[::-1])))
     return tokens, spans
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
     return next((i for i, (one, other) in enumerate(zip(a, b)) if one != other), min(len(a), len(b)))

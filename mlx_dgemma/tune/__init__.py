@@ -1,3 +1,1 @@
-"""Fine-tuning: data, objective, and the loop; `mlx-dgemma tune`."""
-
-from __future__ import annotations
+"""Fine-tuning and evaluation: data, objective, trainer and the whole run behind `mlx-dgemma tune`."""

@@ -1,4 +1,4 @@
-"""What a run was like: a CSV file that grows line by line, and a picture of its curves."""
+"""The metrics of a run: a CSV file that grows line by line, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -16,81 +16,82 @@ COLUMNS = (
 )  # fmt: skip
 SIZE, MARGIN = (900, 500), (70, 40, 20, 50)  # pixels; left, top, right, bottom
 LINES = {"loss": (150, 185, 230), "smoothed": (20, 80, 180), "valid_loss": (200, 60, 40)}
-BEHIND, AXES, TEXT = (255, 255, 255), (190, 190, 190), (60, 60, 60)
-SMOOTH = 0.95  # of the running mean that a step keeps
+BACKGROUND, AXES, TEXT = (255, 255, 255), (190, 190, 190), (60, 60, 60)
+SMOOTH = 0.95  # decay of the running mean per step
 
 Row = Mapping[str, float | None]
 
 
-class Log:
-    """A run's rows, kept in a CSV file; rows beyond a step from which a run goes on are dropped.
+class MetricsLog:
+    """The metrics of every step, in memory and in a CSV file.
 
     Args:
-        file: made with its header where it is missing.
-        step: rows up to it are kept.
+        file: created with a header if it does not exist.
+        step: step from which a run is resumed; later rows are removed from the file.
 
     Raises:
-        DataError: a file that is there and cannot be read.
+        DataError: the file exists, but cannot be read.
     """
 
     def __init__(self, file: Path, step: int = 0):
         self._file = file
         self.rows: list[dict[str, float | None]] = []
         if step and file.exists():
-            with file.open(newline="", encoding="utf-8") as held:
-                rows = list(csv.DictReader(held))
+            with file.open(newline="", encoding="utf-8") as lines:
+                texts = list(csv.DictReader(lines))
             try:
-                read: list[dict[str, float | None]] = [
-                    {name: float(row[name]) if row[name] else None for name in COLUMNS} for row in rows
+                rows: list[dict[str, float | None]] = [
+                    {name: float(row[name]) if row[name] else None for name in COLUMNS} for row in texts
                 ]
             except (KeyError, TypeError, ValueError):
-                raise DataError(f"{file} is broken; remove it, and the curves begin anew.") from None
-            self.rows = [{**row, "step": int(row["step"] or 0)} for row in read if (row["step"] or 0) <= step]
-        beside = file.with_name(f".{file.name}")
-        with beside.open("w", newline="", encoding="utf-8") as new:
-            writer = csv.DictWriter(new, COLUMNS)
+                raise DataError(f"{file} is broken; remove it to start a new log.") from None
+            self.rows = [{**row, "step": int(row["step"] or 0)} for row in rows if (row["step"] or 0) <= step]
+        draft = file.with_name(f".{file.name}")
+        with draft.open("w", newline="", encoding="utf-8") as lines:
+            writer = csv.DictWriter(lines, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(beside, file)
+        os.replace(draft, file)
 
     def add(self, **row: float | None) -> None:
-        """Append a row."""
-        whole = {name: row.get(name) for name in COLUMNS}
-        self.rows.append(whole)
-        with self._file.open("a", newline="", encoding="utf-8") as held:
-            csv.DictWriter(held, COLUMNS).writerow(whole)
+        """Append a row; missing columns are empty."""
+        complete = {name: row.get(name) for name in COLUMNS}
+        self.rows.append(complete)
+        with self._file.open("a", newline="", encoding="utf-8") as lines:
+            csv.DictWriter(lines, COLUMNS).writerow(complete)
 
 
-def draw(rows: Sequence[Row], file: Path) -> None:
-    """Draw the losses over the steps as a PNG: each step's, their running mean, and the validation's."""
+def draw_curves(rows: Sequence[Row], file: Path) -> None:
+    """Plot the losses over the steps as a PNG: the loss of each step, its running mean, and the validation loss."""
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in LINES}
-    mean = held = 0.0
+    mean = weight = 0.0  # of the running mean, and the sum of its weights
     for row in rows:
         step, loss, valid = row["step"] or 0, row.get("loss"), row.get("valid_loss")
         if loss is not None:
-            mean, held = SMOOTH * mean + (1 - SMOOTH) * loss, SMOOTH * held + 1 - SMOOTH
+            mean, weight = SMOOTH * mean + (1 - SMOOTH) * loss, SMOOTH * weight + 1 - SMOOTH
             curves["loss"].append((step, loss))
-            curves["smoothed"].append((step, mean / held))
+            curves["smoothed"].append((step, mean / weight))
         if valid is not None:
             curves["valid_loss"].append((step, valid))
-    image = Image.new("RGB", SIZE, BEHIND)
+    image = Image.new("RGB", SIZE, BACKGROUND)
     pen = ImageDraw.Draw(image)
     values = sorted(y for curve in curves.values() for _, y in curve)
     if values:
-        _axes(pen, curves, values)
-    beside = file.with_name(f".{file.name}")
-    image.save(beside, "PNG")
-    os.replace(beside, file)
+        _plot(pen, curves, values)
+    draft = file.with_name(f".{file.name}")
+    image.save(draft, "PNG")
+    os.replace(draft, file)
 
 
-def _axes(pen: ImageDraw.ImageDraw, curves: Mapping[str, list[tuple[float, float]]], values: list[float]) -> None:
+def _plot(pen: ImageDraw.ImageDraw, curves: Mapping[str, list[tuple[float, float]]], values: list[float]) -> None:
+    """Draw axes, labels and curves; `values` are the sorted losses of all curves."""
     left, top, right, bottom = MARGIN[0], MARGIN[1], SIZE[0] - MARGIN[2], SIZE[1] - MARGIN[3]
     last = max(x for curve in curves.values() for x, _ in curve) or 1
-    low, high = 0.0, values[int(0.99 * (len(values) - 1))] * 1.05 or 1.0  # a few wild steps shall not flatten the rest
+    low, high = 0.0, values[int(0.99 * (len(values) - 1))] * 1.05 or 1.0  # the highest 1 % of the losses are cut off
 
     def at(x: float, y: float) -> tuple[float, float]:
-        share = min(max((y - low) / (high - low), 0), 1)
-        return left + (right - left) * x / last, bottom - (bottom - top) * share
+        height = min(max((y - low) / (high - low), 0), 1)
+        return left + (right - left) * x / last, bottom - (bottom - top) * height
 
     for i in range(5):
         x, y = last * i / 4, low + (high - low) * i / 4
@@ -104,4 +105,4 @@ def _axes(pen: ImageDraw.ImageDraw, curves: Mapping[str, list[tuple[float, float
         for point in curve if name == "valid_loss" else curve[:1]:
             x, y = at(*point)
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=LINES[name])
-        pen.text((left + 160 * i, 14), name.replace("_", " ") + " (nats a token)", fill=LINES[name])
+        pen.text((left + 160 * i, 14), name.replace("_", " ") + " (nats per token)", fill=LINES[name])

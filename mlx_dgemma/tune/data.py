@@ -1,20 +1,21 @@
-"""Data to learn from and to be marked on: JSON lines of chats, of prompts with completions, or of plain texts.
+"""Training and evaluation data: JSON lines with chats, with prompts and completions, or with plain texts.
 
-A prompt is encoded as inference would encode it, and the answer behind it is what the chat template writes there, up to
-the token that ends it. So nothing has to be marked in the template.
+A prompt is encoded exactly as in inference. The answer is what the chat template writes after it, up to the end token.
+Templates therefore need no marks for the trained tokens.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, OptionError, PromptError
 from ..prompt.messages import Message, messages_of, parts_of
+from .records import NEXT_ROLES, check_message, join_or, read_records, thinking_of, tools_of
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -23,31 +24,18 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 TURNS = ("last", "all")
 FORMS = (("messages",), ("prompt", "completion"), ("text",))
-PICTURES = "png jpg jpeg gif webp tif tiff bmp ppm avif".split()
-NEXT = {  # the roles that may follow
-    "": ("system", "developer", "user"),
-    "system": ("user",),
-    "developer": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user",),
-    "call": ("tool",),
-    "tool": ("tool", "assistant"),
-}
-KEYS: dict[str, dict[str, Any]] = {  # what a message of a role may hold besides role and content
-    "assistant": {"tool_calls": list, "reasoning_content": str},
-    "tool": {"tool_call_id": str, "name": str},
-}
+IMAGES = "png jpg jpeg gif webp tif tiff bmp ppm avif".split()
 
 
 @dataclass(frozen=True)
 class Target:
-    """One answer to learn.
+    """One answer to train on.
 
     Attributes:
-        prompt: token ids as inference would encode the conversation up to this turn, the generation prompt and a
-            placeholder for each soft token of a picture included.
-        answer: token ids that the model should emit: thinking, tool calls and text, and the token that ends them.
-        images: sources of the prompt's pictures in their order, paths or `data:` URLs; see `Engine.load_image`.
+        prompt: token ids of the conversation up to this turn as inference encodes them, with the generation prompt and
+            a placeholder for each soft token of an image.
+        answer: token ids to generate: thinking, tool calls, text, and the end token.
+        images: the prompt's images in order, as paths or `data:` URLs; see `PromptBuilder.load_image`.
     """
 
     prompt: list[int]
@@ -61,10 +49,10 @@ class Example:
 
     Attributes:
         where: its place, such as "train.jsonl, line 3".
-        targets: answers of it, one or, of a chat whose every turn is learnt, several.
+        targets: its answers: one, or several if all turns of a chat are used.
         record: the JSON object.
-        chat: its messages as `Engine.generate` takes them, pictures in their places; empty of a plain text.
-        thinking: whether thinking is switched on.
+        chat: its messages in the form that `Engine.generate` takes, with images; empty for a plain text.
+        thinking: True if thinking is switched on.
     """
 
     where: str
@@ -77,19 +65,19 @@ class Example:
 def load(
     engine: Engine, source: str | Path, turns: str = "last", max_length: int | None = None, skip_long: bool = False
 ) -> dict[str, list[Example]]:
-    """The splits of a data set.
+    """Read all splits of a data set.
 
     Args:
-        engine: whose tokenizer and template encode them.
-        source: as `find` takes it; a single file is the split "train".
-        turns, max_length, skip_long: as `read` takes them.
+        engine: with the tokenizer and the chat template.
+        source: see `find`; a single file is the split "train".
+        turns, max_length, skip_long: see `read`.
 
     Returns:
         {"train": [...], "valid": [...], "test": [...]}; a split without a file is empty.
 
     Raises:
-        DataError: there is no train.jsonl, or a file that `read` refuses.
-        OptionError: as `read`.
+        DataError: there is no train.jsonl, or see `read`.
+        OptionError: see `read`.
     """
     files = find(source, ("train",))
     return {
@@ -98,29 +86,29 @@ def load(
 
 
 def find(source: str | Path, needed: Sequence[str] = SPLITS) -> dict[str, Path]:
-    """The files of a data set by their splits; only those that are there.
+    """The files of a data set by split. Splits that do not exist are left out.
 
     Args:
-        source: a folder with train.jsonl, valid.jsonl and test.jsonl; one .jsonl file, which is every split that is
-            needed; or the id of a data set on the Hub, looked for on this machine first.
-        needed: splits of which one has to be there.
+        source: a folder with train.jsonl, valid.jsonl and test.jsonl; one .jsonl file, which is used for every split
+            in `needed`; or the id of a data set on the Hub. Downloads on this machine are used first.
+        needed: at least one of these splits must exist.
 
     Raises:
-        DataError: no such source, or none of the splits in it.
+        DataError: the source does not exist, or has none of the splits.
     """
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix != ".jsonl":
-            raise DataError(f"{path} is no .jsonl file; data are read as JSONL, one object a line.")
+            raise DataError(f"{path} is not a .jsonl file; data files are JSON Lines, one object per line.")
         return dict.fromkeys(needed, path)
     from ..checkpoint.find import fetch  # imports MLX
 
-    patterns = [spelt for kind in ("jsonl", *PICTURES) for spelt in (f"*.{kind}", f"*.{kind.upper()}")]
+    patterns = [pattern for kind in ("jsonl", *IMAGES) for pattern in (f"*.{kind}", f"*.{kind.upper()}")]
     folder = fetch(
         str(source),
         patterns,
-        lambda found: any((found / f"{split}.jsonl").exists() for split in needed),
-        "give a folder with JSONL files, one such file, or a Hub id",
+        lambda folder: any((folder / f"{split}.jsonl").exists() for split in needed),
+        "give a folder with .jsonl files, one such file, or a Hub id",
         ("file", "data set"),
         DataError,
         repo_type="dataset",
@@ -128,26 +116,26 @@ def find(source: str | Path, needed: Sequence[str] = SPLITS) -> dict[str, Path]:
     found = {split: file for split in SPLITS if (file := folder / f"{split}.jsonl").is_file()}
     if not set(found) & set(needed):
         names = " or ".join(f"{split}.jsonl" for split in needed)
-        raise DataError(f"{source} has no {names}; data are read as JSONL, one object a line.")
+        raise DataError(f"{source} has no {names}; data files are JSON Lines, one object per line.")
     return found
 
 
 def read(
     engine: Engine, path: str | Path, turns: str = "last", max_length: int | None = None, skip_long: bool = False
 ) -> list[Example]:
-    """The samples of one file, each a JSON object a line; blank lines are passed over.
+    """Read the samples of one file, one JSON object per line. Blank lines are skipped.
 
     Args:
-        engine: whose tokenizer and template encode them.
-        path: UTF-8. Relative paths of pictures start from its folder.
-        turns: "last" takes a chat's last answer, "all" each of them, every one behind what stands before it.
-        max_length: tokens that a sample may take, the answer rounded up to whole canvases; the context sets a limit
-            of its own.
-        skip_long: leave longer samples out, with a warning that counts them, instead of refusing them.
+        engine: with the tokenizer and the chat template.
+        path: a UTF-8 file. Relative paths of images start in its folder.
+        turns: "last" uses the last answer of a chat, "all" every answer after the messages before it.
+        max_length: largest number of tokens of a sample, with the answer rounded up to whole canvases. The context
+            length is a limit as well.
+        skip_long: leave longer samples out, with a warning, instead of refusing them.
 
     Raises:
-        DataError: what cannot be read, learnt or seen, with its line.
-        OptionError: `turns` is another word, or max_length no whole number from 1.
+        DataError: a line cannot be used; the message names it.
+        OptionError: another value of `turns`, or max_length is not a whole number of at least 1.
     """
     if turns not in TURNS:
         raise OptionError(f"turns is {turns!r}; it should be one of {', '.join(TURNS)}.")
@@ -155,7 +143,7 @@ def read(
         raise OptionError(f"max_length is {max_length!r}; it should be a whole number, at least 1.")
     path = Path(path)
     examples, count = [], 0
-    for where, record in _records(path):
+    for where, record in read_records(path):
         count += 1
         try:
             example = _example(engine, where, record, path.parent, turns)
@@ -167,9 +155,9 @@ def read(
         if not too_long:
             examples.append(example)
     if not count:
-        raise DataError(f"{path.name} holds no samples; write one JSON object a line.")
+        raise DataError(f"{path.name} contains no samples; write one JSON object per line.")
     if not examples:
-        raise DataError(f"{path.name} holds {count} samples, and every one is too long; shorten them.")
+        raise DataError(f"All {count} samples of {path.name} are too long; shorten them.")
     if count > len(examples):
         warnings.warn(
             f"{path.name}: {count - len(examples)} of {count} samples are too long and were left out.", stacklevel=2
@@ -177,44 +165,17 @@ def read(
     return examples
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) of every line that is not blank."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        where = f"{path.name}, line {number}"
-        try:
-            text = line.decode()
-            if not text.strip():
-                continue
-            record = json.loads(text)
-            json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is no character
-        except UnicodeDecodeError as error:
-            byte = f"byte {error.start} is 0x{line[error.start]:02x}"
-            raise DataError(f"{where}: This is not UTF-8: {byte}; convert the file, for example with iconv.") from None
-        except UnicodeEncodeError:
-            raise DataError(f"{where}: This holds half of a surrogate pair; write whole characters.") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}, column {error.colno}: This is no JSON ({error.msg}); mend it.") from None
-        except (ValueError, RecursionError) as error:  # a number of too many digits, lists in lists in lists
-            raise DataError(f"{where}: This cannot be read ({error}); mend it.") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: This is of type {type(record).__name__}; it should be an object.")
-        yield where, record
-
-
 def _example(engine: Engine, where: str, record: dict[str, Any], folder: Path, turns: str) -> Example:
+    """Encode a record; relative paths of images start in `folder`."""
     forms = [form for form in FORMS if all(record.get(key) is not None for key in form)]
     if len(forms) != 1:
         names = " and ".join("/".join(form) for form in forms or FORMS)
         raise DataError(f"This has {'all of ' if forms else 'none of '}{names}; it should have one of them.")
-    thinking, tools = _thinking(record), _tools(record)
+    thinking, tools = thinking_of(record), tools_of(record)
     if forms[0] == ("text",):
         if thinking or tools or record.get("images"):
-            raise DataError("This is a plain text, which takes no thinking, tools or images; write it as messages.")
-        return Example(where, [_plain(engine, record["text"])], record)
+            raise DataError("This is a plain text, which cannot have thinking, tools or images; write it as messages.")
+        return Example(where, [_text_target(engine, record["text"])], record)
     chat = _chat(record)
     sources = []
     for part in parts_of(chat, "image"):
@@ -223,186 +184,155 @@ def _example(engine: Engine, where: str, record: dict[str, Any], folder: Path, t
         if not part["image"].startswith(("data:", "http://", "https://")):
             part["image"] = str(folder / part["image"])
         sources.append(part["image"])
-    seen = _seen(engine, chat)
+    decoded = _with_decoded_images(engine, chat)
     answers = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
     targets = []
     for i in answers if turns == "all" else answers[-1:]:
-        prompt, answer = _turn(engine, seen, i, thinking, tools)
+        prompt, answer = _encode_turn(engine, decoded, i, thinking, tools)
         targets.append(Target(prompt, answer, sources[: len(parts_of(chat[:i], "image"))]))
     return Example(where, targets, record, chat, thinking)
 
 
-def _thinking(record: dict[str, Any]) -> bool:
-    given = {key: value for key in ("thinking", "enable_thinking") if (value := record.get(key)) is not None}
-    for key, value in given.items():
-        if not isinstance(value, bool):
-            raise DataError(f"{key} is {value!r}; it should be true or false.")
-    if len(set(given.values())) > 1:
-        raise DataError("thinking and enable_thinking contradict each other; leave one out.")
-    return any(given.values())
-
-
-def _tools(record: dict[str, Any]) -> list[dict] | None:
-    tools = record.get("tools")
-    if tools is None:
-        return None
-    if not isinstance(tools, list):
-        raise DataError(f"tools is of type {type(tools).__name__}; it should be a list of function declarations.")
-    for i, tool in enumerate(tools):
-        if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
-            raise DataError(
-                f"Tool {i} is no function declaration; it should be "
-                '{"type": "function", "function": {"name": ..., "parameters": {...}}}.'
-            )
-    return tools
-
-
-def _plain(engine: Engine, text: Any) -> Target:
+def _text_target(engine: Engine, text: Any) -> Target:
     if not isinstance(text, str):
-        raise DataError(f"text is of type {type(text).__name__}; it should be a text.")
+        raise DataError(f"text is of type {type(text).__name__}; it should be a string.")
     if not text.strip():
-        raise DataError("The text is empty; there is nothing to learn.")
+        raise DataError("The text is empty; there is nothing to train on.")
     _check_markers(engine, "The text", text, ())
     tokens = engine.tokenizer.encode(text, add_special_tokens=False)
     return Target([engine.tokenizer.bos_token_id], [*tokens, engine.tokenizer.eos_token_id], [])
 
 
 def _chat(record: dict[str, Any]) -> list[Message]:
-    """A record's messages, checked: who speaks after whom, and that every answer says something."""
+    """The messages of a record.
+
+    Raises:
+        DataError: the roles do not alternate as they should, an answer is empty, or a part is not supported.
+    """
     images = [] if record.get("images") is None else record["images"]
     if record.get("messages") is None:
         for key in FORMS[1]:
             if not isinstance(record[key], str):
-                raise DataError(f"{key} is of type {type(record[key]).__name__}; it should be a text.")
+                raise DataError(f"{key} is of type {type(record[key]).__name__}; it should be a string.")
         chat = messages_of(record["prompt"], images=images)
         chat.append({"role": "assistant", "content": record["completion"]})
     else:
         given = record["messages"]
         if not isinstance(given, list) or not given:
             raise DataError(f"messages is {given!r}; it should be a list of messages.")
-        chat = messages_of([_message(i, message) for i, message in enumerate(given)], images=images)
+        chat = messages_of([check_message(i, message) for i, message in enumerate(given)], images=images)
     before = ""
     for i, message in enumerate(chat):
         role = message["role"]
-        if role not in NEXT[before]:
-            stands = {"": "stands first", "call": "stands after a tool call"}.get(before, f"stands after {before}")
-            raise DataError(f"Message {i} has the role {role} and {stands}; there it should be {_or(NEXT[before])}.")
+        if role not in NEXT_ROLES[before]:
+            place = {"": "is the first one", "call": "follows a tool call"}.get(before, f"follows {before}")
+            expected = join_or(NEXT_ROLES[before])
+            raise DataError(f"Message {i} has the role {role} and {place}; its role should be {expected}.")
         if role == "tool" and not message.get("name"):
-            raise DataError(f"Message {i} answers no tool call that was made; give the call's id as tool_call_id.")
+            raise DataError(f"Message {i} does not belong to a tool call; give the call's id as tool_call_id.")
         if parts_of([message], "video"):
-            raise DataError(f"Message {i} has a video, and videos are not read from data; give frames as images.")
+            raise DataError(f"Message {i} has a video, but videos are not supported here; give its frames as images.")
         if role == "assistant" and parts_of([message], "image"):
-            raise DataError(f"Message {i} has a picture, but the assistant answers in text alone; take it out.")
-        if role == "assistant" and not said(message).strip() and not message.get("tool_calls"):
-            raise DataError(f"Message {i} is an empty answer; say something or call a tool.")
+            raise DataError(f"Message {i} has an image, but the assistant can only answer with text; remove it.")
+        if role == "assistant" and not text_of(message).strip() and not message.get("tool_calls"):
+            raise DataError(f"Message {i} is an empty answer; give it text or a tool call.")
         before = "call" if message.get("tool_calls") else role
     if role != "assistant":
-        raise DataError(f"The last message has the role {role}; it should be the assistant's, which is the answer.")
+        raise DataError(f"The last message has the role {role}; it should be assistant, to be the answer.")
     return chat
 
 
-def _message(i: int, given: Any) -> Message:
-    """A message without what is null; what nothing would read is refused."""
-    if not isinstance(given, dict):
-        raise DataError(f"Message {i} is of type {type(given).__name__}; it should be an object.")
-    role = given.get("role")
-    known = {"role": str, "content": (str, list), **(KEYS.get(role, {}) if isinstance(role, str) else {})}
-    message = {key: value for key, value in given.items() if value is not None}
-    for key, value in message.items():
-        if key not in known:
-            raise DataError(f"Message {i} has the key {key}, which has no effect there; leave it out.")
-        if not isinstance(value, known[key]):
-            kinds = {str: "a text", list: "a list"}.get(known[key], "a text or a list of parts")
-            raise DataError(f"Message {i} has {key} of type {type(value).__name__}; it should be {kinds}.")
-    if "reasoning_content" in message:
-        message["reasoning_content"] = message["reasoning_content"].strip()
-    for call in message.get("tool_calls", ()):
-        if not isinstance(call, dict) or not isinstance(call.get("id", ""), (str, type(None))):
-            raise DataError(f"Message {i} has a tool call that cannot be read: {call!r}.")
-    return message
-
-
-def _or(words: Sequence[str]) -> str:
-    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-
-
-def said(message: Message) -> str:
-    """A message's text, the texts of its parts one behind the other."""
+def text_of(message: Message) -> str:
+    """The text of a message; the texts of several parts are concatenated."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in parts_of([message], "text"))
 
 
-def _seen(engine: Engine, chat: list[Message]) -> list[Message]:
-    """The same chat with every picture decoded, which is done once however many turns are encoded."""
+def _with_decoded_images(engine: Engine, chat: list[Message]) -> list[Message]:
+    """The same chat with decoded images, so that they are decoded only once for all turns."""
 
-    def seen(part: Message) -> Message:
+    def decoded(part: Message) -> Message:
         if "image" not in part:
             return part
-        return {**part, "image": engine.load_image(part["image"], engine.options.image_tokens)}
+        return {**part, "image": engine.builder.load_image(part["image"], engine.options.image_tokens)}
 
     return [
-        {**message, "content": [seen(part) for part in message["content"]]}
+        {**message, "content": [decoded(part) for part in message["content"]]}
         if isinstance(message["content"], list)
         else message
         for message in chat
     ]
 
 
-def _turn(
+def _encode_turn(
     engine: Engine, chat: list[Message], i: int, thinking: bool, tools: list[dict] | None
 ) -> tuple[list[int], list[int]]:
-    """(prompt, answer) of message i, an assistant's."""
+    """(prompt, answer) as token ids, where the answer is message i, an assistant's.
+
+    Raises:
+        DataError: the message has markers or thinking that it must not have, or the template does not fit.
+    """
     message, tokenizer = chat[i], engine.tokenizer
     thought = message.get("reasoning_content", "")
     if thought and not (thinking and tokenizer.has_thinking):
-        way = 'add "thinking": true or leave' if tokenizer.has_thinking else "this checkpoint cannot think, so leave"
-        raise DataError(f"Message {i} has thinking, which is not switched on; {way} reasoning_content out.")
-    texts = [said(message), thought, json.dumps(message.get("tool_calls") or [], ensure_ascii=False)]
-    marks = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else ()
-    _check_markers(engine, f"Message {i}", "\n".join(texts), marks)
-    answer = _answer(engine, i, message, thinking, tools)
-    if thought and answer[0] != tokenizer.think_start_tokens[0]:  # the template shows a thought only before a call
+        advice = 'add "thinking": true or' if tokenizer.has_thinking else "this checkpoint does not support it, so"
+        raise DataError(
+            f"Message {i} has reasoning_content, but thinking is not switched on; {advice} remove reasoning_content."
+        )
+    texts = [text_of(message), thought, json.dumps(message.get("tool_calls") or [], ensure_ascii=False)]
+    markers = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else ()
+    _check_markers(engine, f"Message {i}", "\n".join(texts), markers)
+    answer = _encode_answer(engine, i, message, thinking, tools)
+    if thought and answer[0] != tokenizer.think_start_tokens[0]:  # templates may only write it before a tool call
         text = f"{tokenizer.think_start}\n{thought}\n{tokenizer.think_end}"
         answer = [*tokenizer.encode(text, add_special_tokens=False), *answer]
-    prompt = engine.tokens_of(chat[:i], thinking, tools)[0]
-    begun = _empty_thought(tokenizer, prompt)
+    prompt = engine.builder.prompt_tokens(chat[:i], thinking, tools).tokens
+    opened = _empty_thought(tokenizer, prompt)
     end = list(tokenizer.think_end_tokens or ())
-    if begun and begun[-len(end) :] != end:  # the template opens the thought that the model goes on with
-        answer = answer[len(begun) :] if answer[: len(begun)] == begun else [*end, *answer]
+    if opened and opened[-len(end) :] != end:  # the prompt opens a thought, which the answer has to continue
+        answer = answer[len(opened) :] if answer[: len(opened)] == opened else [*end, *answer]
     return prompt, answer
 
 
-def _answer(engine: Engine, i: int, message: Message, thinking: bool, tools: list[dict] | None) -> list[int]:
-    """What the chat template makes of an assistant's message, from where a prompt ends to an end token.
+def _encode_answer(engine: Engine, i: int, message: Message, thinking: bool, tools: list[dict] | None) -> list[int]:
+    """The token ids that the chat template writes for an assistant's message, from the end of a prompt to an end token.
 
-    It is read behind a question of its own: behind a tool's response templates begin a turn that a prompt goes on with.
+    The message is encoded after a short question, because after a tool's response templates start a new turn that a
+    prompt continues.
+
+    Raises:
+        DataError: the template writes the prompt differently before an answer, or does not end the answer.
     """
     ends, question = engine.options.end_tokens, {"role": "user", "content": "-"}
 
     def tokens(*messages: Message) -> list[int]:
-        return engine.tokens_of([question, *messages], thinking, tools)[0]
+        return engine.builder.prompt_tokens([question, *messages], thinking, tools).tokens
 
-    prompt, whole = tokens(), tokens(message)
+    prompt, full = tokens(), tokens(message)
     start = len(prompt) - len(_empty_thought(engine.tokenizer, prompt))
-    if whole[:start] != prompt[:start]:
+    if full[:start] != prompt[:start]:
         raise DataError(
-            f"Message {i} cannot be told from its prompt, which the chat template writes differently before an answer; "
-            "use another template."
+            f"Message {i} cannot be separated from its prompt, because the chat template writes the prompt differently "
+            "before an answer; use another template."
         )
-    end = next((at + 1 for at in range(start, len(whole)) if whole[at] in ends), 0)
-    if not end and (calls := message.get("tool_calls")):  # left open for a response, whose mark ends the answer
+    end = next((at + 1 for at in range(start, len(full)) if full[at] in ends), 0)
+    if not end and (calls := message.get("tool_calls")):
+        # The answer ends with the marker of the tool's response, which is only written with a response.
         name, identifier = calls[0]["function"]["name"], calls[0].get("id")
         longer = tokens(message, {"role": "tool", "content": "-", "name": name, "tool_call_id": identifier})
-        shared = next((at for at, pair in enumerate(zip(whole, longer)) if len(set(pair)) > 1), len(whole))
-        whole, end = longer, shared + 1 if set(longer[shared : shared + 1]) & set(ends) else 0
+        shared = next((at for at, pair in enumerate(zip(full, longer)) if len(set(pair)) > 1), len(full))
+        full, end = longer, shared + 1 if set(longer[shared : shared + 1]) & set(ends) else 0
     if not end:
         names = ", ".join(engine.tokenizer.convert_ids_to_tokens(list(ends)))
-        raise DataError(f"Message {i} is not ended by the chat template with one of {names}; use another template.")
-    return whole[start:end]
+        raise DataError(f"The chat template does not end message {i} with one of {names}; use another template.")
+    return full[start:end]
 
 
 def _empty_thought(tokenizer: Any, prompt: list[int]) -> list[int]:
-    """The thought without words that a prompt ends with: closed where thinking is off, open to be gone on with."""
+    """The empty thought at the end of a prompt, or nothing.
+
+    Templates write a closed thought if thinking is off, or an open one that the answer continues.
+    """
     at = tokenizer.rfind_think_start(prompt) if tokenizer.has_thinking else -1
     if at < 0:
         return []
@@ -412,24 +342,34 @@ def _empty_thought(tokenizer: Any, prompt: list[int]) -> list[int]:
 
 
 def _check_markers(engine: Engine, what: str, text: str, thinking: Sequence[str]) -> None:
-    """Refuse text that would be read as the end of an answer, or as thinking."""
+    """Refuse text with markers that end an answer or delimit thinking.
+
+    Args:
+        engine: with the tokenizer and the end tokens.
+        what: name of the text, for the error message.
+        text: the text to check.
+        thinking: markers of thinking that the text must not contain.
+
+    Raises:
+        DataError: the text contains one of them.
+    """
     names = engine.tokenizer.convert_ids_to_tokens(list(engine.options.end_tokens))
     if name := next((name for name in names if name in text), None):
-        raise DataError(f"{what} holds {name}, which ends an answer; leave it out.")
+        raise DataError(f"{what} contains {name}, which ends an answer; remove it.")
     if name := next((name for name in thinking if name in text), None):
-        raise DataError(f"{what} holds {name}; give its thinking as reasoning_content.")
+        raise DataError(f"{what} contains {name}; give its thinking as reasoning_content.")
 
 
 def _too_long(engine: Engine, example: Example, max_length: int | None) -> str:
-    """Why an example has no room, or nothing."""
+    """An error message if an example is too long; else an empty string."""
     canvas, room = engine.config.canvas_length, engine.config.text.max_position_embeddings
     for target in example.targets:
         answer = -(-len(target.answer) // canvas) * canvas
         total = len(target.prompt) + answer
         if total > min(room, max_length or room):
-            limit = f"the context has room for {room}" if total > room else f"max_length is {max_length}"
+            limit = f"the context length is {room}" if total > room else f"max_length is {max_length}"
             return (
-                f"This takes {total} tokens, {len(target.prompt)} of prompt and {answer} of answer in whole canvases, "
-                f"but {limit}; shorten it or leave it out."
+                f"This has {total} tokens, {len(target.prompt)} of the prompt and {answer} of the answer in whole "
+                f"canvases, but {limit}; shorten it or leave it out."
             )
     return ""

@@ -1,4 +1,4 @@
-"""Steps of training and their state, which goes on after a stop exactly where it was."""
+"""The trainer: optimizer steps, and a state from which training resumes exactly."""
 
 from __future__ import annotations
 
@@ -19,99 +19,22 @@ from ..errors import DataError, OptionError
 from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.layers import Layer
-from .objective import Batch, Losses, Objective, draw, loss, recomputed, split
-from .workers import MODEL, POSITIONS, Workers, differentiate
+from .config import TrainerConfig
+from .objective import Batch, Losses, Objective, checkpointed_layer, draw_noise, loss, split_batch
+from .workers import MAX_MODEL_BYTES, MIN_POSITIONS, GradientWorkers, loss_and_gradients
 
-KINDS = ("lora", "dora", "full")
-OPTIMIZERS = ("adamw", "muon")
 STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
-class Method:
-    """What is trained, and how; the defaults are NVIDIA NeMo's for LoRA.
+class StepMetrics:
+    """The metrics of a step.
 
     Attributes:
-        kind: "lora", "dora", or "full" for the weights themselves, the router only where it is a target.
-        targets: groups of modules, see `deltas.targets`; of "full" alone whether "router" is among them counts.
-        layers: how many layers, from the last one; None: all.
-        rank: of a and b.
-        alpha: b @ a is multiplied by alpha / rank.
-        dropout: of a LoRA's input.
-        optimizer: "adamw", or "muon" (kellerjordan.github.io/posts/muon), which brings every matrix's update to
-            singular values near 1: it learns more from as many samples, and its learning rates are several times
-            greater.
-        learning_rate: the highest; it rises over `warmup` steps and falls to `final` of it along a cosine.
-        final: share of the learning rate that is left in the end.
-        steps: of the optimizer.
-        warmup: steps; None: a twentieth of `steps`.
-        accumulate: batches a step.
-        betas: AdamW's; the first one is Muon's momentum too.
-        weight_decay: decoupled, times the learning rate: float32 hardly feels the references' 1e-4.
-        clip: global norm that gradients are brought to at most; 0: any.
-        seed: of weights, noise and order, below 2**31.
-        recompute: compute layers again for the gradient: less memory, more time.
+        total, canvas, encoder: losses in nats per token.
+        norm: global norm of the gradients before clipping.
+        learning_rate: of this step.
     """
-
-    kind: str = "lora"
-    targets: tuple[str, ...] = ("attention", "mlp")
-    layers: int | None = None
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    optimizer: str = "adamw"
-    learning_rate: float = 1.5e-4
-    final: float = 0.1
-    steps: int = 1000
-    warmup: int | None = None
-    accumulate: int = 1
-    betas: tuple[float, float] = (0.95, 0.99)
-    weight_decay: float = 1e-4
-    clip: float = 1.0
-    seed: int = 0
-    recompute: bool = True
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise OptionError(f"kind is {self.kind!r}; it should be one of {', '.join(KINDS)}.")
-        for name, low in (("rank", 1), ("steps", 1), ("accumulate", 1), ("clip", 0), ("weight_decay", 0)):
-            if not low <= getattr(self, name) < math.inf:
-                raise OptionError(f"{name} is {getattr(self, name)}; it should be at least {low}.")
-        for name in ("alpha", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise OptionError(f"{name} is {getattr(self, name)}; it should be above 0.")
-        if not 0 <= self.final <= 1:
-            raise OptionError(f"final is {self.final}; it should be from 0 to 1.")
-        if not 0 <= self.dropout < 1:
-            raise OptionError(f"dropout is {self.dropout}; it should be at least 0 and below 1.")
-        if self.dropout and self.recompute:
-            raise OptionError(
-                f"dropout is {self.dropout}, and layers computed again would draw another one; give --keep too."
-            )
-        if not 0 <= self.seed < 2**31:
-            raise OptionError(f"seed is {self.seed}; it should be at least 0 and below 2147483648.")
-        if self.warmup is not None and not 0 <= self.warmup < self.steps:
-            raise OptionError(f"warmup is {self.warmup}; it should be below the {self.steps} steps.")
-        if not self.targets:
-            raise OptionError("targets is empty; name at least one group.")
-        if self.optimizer not in OPTIMIZERS:
-            raise OptionError(f"optimizer is {self.optimizer!r}; it should be one of {', '.join(OPTIMIZERS)}.")
-        if self.optimizer == "muon" and (self.kind != "lora" or "experts" in self.targets):
-            what = "the target experts" if self.kind == "lora" else f"kind {self.kind}"
-            raise OptionError(f"optimizer is muon, which takes matrices alone, and {what} has others; take adamw.")
-        if self.kind == "full":
-            for name in ("rank", "alpha", "dropout"):
-                if getattr(self, name) != getattr(Method, name):
-                    raise OptionError(
-                        f"{name} is {getattr(self, name)}, but kind is full, which knows none; leave it out."
-                    )
-            if strange := sorted(set(self.targets) - {"attention", "mlp", "router"}):
-                raise OptionError(f"kind is full, which trains every part; leave the target {strange[0]} out.")
-
-
-@dataclass(frozen=True)
-class Told:
-    """A step's figures: losses in nats a token, the gradients' norm before clipping, and the learning rate."""
 
     total: float
     canvas: float
@@ -120,19 +43,19 @@ class Told:
     learning_rate: float
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
+def usable_cores() -> int:
+    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def flat(tree: Any) -> dict[str, mx.array]:
-    """{path: array} of a tree."""
-    found: Any = tree_flatten(tree)
-    return dict(found)
+def flatten(tree: Any) -> dict[str, mx.array]:
+    """{path: array} of a tree of parameters or optimizer states."""
+    pairs: Any = tree_flatten(tree)
+    return dict(pairs)
 
 
 class _Muon(Muon):
-    """Muon whose weight decay is AdamW's, decoupled; MLX's own is added to the gradient."""
+    """Muon with AdamW's decoupled weight decay; MLX's Muon adds the decay to the gradient."""
 
     def __init__(self, rate: Callable[[mx.array], mx.array], momentum: float, decay: float):
         super().__init__(rate, momentum, weight_decay=0.0)
@@ -143,171 +66,189 @@ class _Muon(Muon):
 
 
 class Trainer:
-    """A model, what of it is trained, and an optimizer.
+    """Trains a model.
 
     Args:
-        model: changed in place: an adapter is put in, everything else is frozen.
-        method: what is trained, and how.
-        objective: what is minimised.
+        model: changed in place: an adapter is added and all other weights are frozen.
+        config: what is trained, and how.
+        objective: the loss.
+
+    Attributes:
+        step: number of steps done.
+
+    Raises:
+        OptionError: the configuration does not fit the model.
     """
 
-    def __init__(self, model: DiffusionGemma, method: Method, objective: Objective):
-        self.model, self.method, self.objective = model, method, objective
+    def __init__(self, model: DiffusionGemma, config: TrainerConfig, objective: Objective):
+        self.model, self.config, self.objective = model, config, objective
         self.step = 0
-        self._prepare()
-        small = sum(a.nbytes for a in flat(model.parameters()).values()) <= MODEL
-        # dropout draws from the state of one process
-        self._cores = cores() if on_cpu() and small and not method.dropout else 1
-        self._workers = Workers(model, objective)
+        self._select_trainable()
+        small = sum(a.nbytes for a in flatten(model.parameters()).values()) <= MAX_MODEL_BYTES
+        # Dropout uses MLX's global random state, so it needs a single process.
+        self._cores = usable_cores() if on_cpu() and small and not config.dropout else 1
+        self._workers = GradientWorkers(model, objective)
         model.train()
-        if method.recompute:
-            model._apply = recomputed
-        warmup = max(method.steps // 20, 1) if method.warmup is None else method.warmup
-        peak, falling = method.learning_rate, max(method.steps - warmup, 1)
-        rising = linear_schedule(peak / max(warmup, 1), peak, max(warmup, 1))
-        rate = join_schedules([rising, cosine_decay(peak, falling, peak * method.final)], [warmup])
-        self.optimizer: AdamW | Muon = (
-            AdamW(rate, list(method.betas), 1e-8, method.weight_decay, bias_correction=True)
-            if method.optimizer == "adamw"
-            else _Muon(rate, method.betas[0], method.weight_decay)
-        )
+        if config.recompute:
+            model._apply = checkpointed_layer
+        self.optimizer = _optimizer(config)
         self.optimizer.init(model.trainable_parameters())
         mx.eval(model.parameters(), self.optimizer.state)
 
-    def done(self) -> None:
-        """Leave the model as generation takes it; nothing is trained after."""
+    def close(self) -> None:
+        """End the worker processes and prepare the model for generation. No training is possible afterwards."""
         self._workers.close()
         self.model.eval()
         self.model._apply = Layer.__call__
 
-    def _prepare(self) -> None:
-        model, method = self.model, self.method
-        paths = deltas.targets(model, method.targets, method.layers)
+    def _select_trainable(self) -> None:
+        """Add the adapter, or unfreeze the weights that full training changes."""
+        model, config = self.model, self.config
+        paths = deltas.target_paths(model, config.targets, config.layers)
         model.freeze()
-        if method.kind != "full":
-            key = mx.random.key(method.seed)
-            deltas.start(
-                model, paths, method.rank, method.alpha / method.rank, method.dropout, method.kind == "dora", key
-            )
+        if config.kind != "full":
+            key = mx.random.key(config.seed)
+            scale, dora = config.alpha / config.rank, config.kind == "dora"
+            deltas.add_adapter(model, paths, config.rank, scale, config.dropout, dora, key)
             return
-        packed = next((path for path, one in model.named_modules() if "scales" in one), None)
-        if packed:
-            raise OptionError(f"kind is full, but {packed} is quantized; take lora, or a checkpoint of floats.")
+        quantized = next((path for path, module in model.named_modules() if "scales" in module), None)
+        if quantized:
+            raise OptionError(f"kind is full, but {quantized} is quantized; use lora, or an unquantized checkpoint.")
         if model.dtype != mx.float32:
-            raise OptionError("kind is full, and 16-bit weights would lose small changes; give --dtype float32.")
-        decoder, chosen = model.model.decoder, method.layers or len(model.model.decoder.layers)
-        for layer in decoder.layers[len(decoder.layers) - chosen :]:
+            raise OptionError("kind is full, but small changes get lost in 16-bit weights; use --dtype float32.")
+        decoder, count = model.model.decoder, config.layers or len(model.model.decoder.layers)
+        for layer in decoder.layers[len(decoder.layers) - count :]:
             layer.unfreeze()
-            if "router" not in method.targets:
+            if "router" not in config.targets:
                 layer.router.freeze()
-        if method.layers is None:
-            for part in (decoder.embed_tokens, decoder.norm, decoder.self_conditioning):
-                part.unfreeze()
+        if config.layers is None:
+            for module in (decoder.embed_tokens, decoder.norm, decoder.self_conditioning):
+                module.unfreeze()
             model.model.encoder.language_model.unfreeze()
 
     @property
     def trainable(self) -> int:
-        """Number of weights that are trained."""
-        return sum(a.size for a in flat(self.model.trainable_parameters()).values())
+        """Number of trainable weights."""
+        return sum(a.size for a in flatten(self.model.trainable_parameters()).values())
 
-    def update(self, batches: Sequence[Batch]) -> Told:
-        """One step of the optimizer over `accumulate` batches; the noise depends on the step's number alone."""
+    def update(self, batches: Sequence[Batch]) -> StepMetrics:
+        """One optimizer step over `accumulate` batches. The noise only depends on the seed and the step's number.
+
+        Raises:
+            DataError: the loss or the gradients are not finite.
+            MemoryLimitError, PromptError: see `GradientWorkers.gradients`.
+        """
+        config = self.config
         sums: Any = None
         losses = []
         for i, batch in enumerate(batches):
-            number = self.step * self.method.accumulate + i
-            if self.method.dropout:  # mlx-lm's layers draw from MLX's own state
-                mx.random.seed((self.method.seed << 32) + number)
+            number = self.step * config.accumulate + i
+            if config.dropout:  # mlx-lm's layers use MLX's global random state
+                mx.random.seed((config.seed << 32) + number)
             scalars, gradients = self._gradients(batch, number)
             sums = gradients if sums is None else tree_map(lambda a, b: a + b, sums, gradients)
             mx.eval(sums, scalars)
-            losses.append([one.item() for one in scalars])
+            losses.append([scalar.item() for scalar in scalars])
         count = len(batches)
-        clipped, norm = clip_grad_norm(tree_map(lambda a: a / count, sums), self.method.clip or math.inf)
+        clipped, norm = clip_grad_norm(tree_map(lambda a: a / count, sums), config.clip or math.inf)
         total, canvas, encoder = (sum(column) / count for column in zip(*losses))
         if not math.isfinite(total + float(norm)):
             raise DataError(
-                f"The loss is {total} and the gradients' norm {float(norm)} at step {self.step + 1}; "
-                f"lower --learning-rate, which is {self.method.learning_rate}."
+                f"The loss is {total} and the norm of the gradients {float(norm)} at step {self.step + 1}; "
+                f"lower --learning-rate, which is {config.learning_rate}."
             )
         self.optimizer.update(self.model, clipped)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         self.step += 1
-        return Told(total, canvas, encoder, float(norm), self.optimizer.learning_rate.item())
+        return StepMetrics(total, canvas, encoder, float(norm), self.optimizer.learning_rate.item())
 
     def _gradients(self, batch: Batch, number: int) -> tuple[tuple[mx.array, ...], Any]:
-        key = mx.random.key((self.method.seed << 32) + number)
-        config, objective = self.model.config, self.objective
-        noise = draw(batch, objective, config.text.vocab_size, key)
-        count = self.parts(*batch.tokens.shape)
+        """Losses and gradients of the batch with this number in the run."""
+        key = mx.random.key((self.config.seed << 32) + number)
+        model, objective = self.model, self.objective
+        noise = draw_noise(batch, objective, model.config.text.vocab_size, key)
+        count = self.process_count(*batch.tokens.shape)
         if count == 1:
-            return differentiate(self.model, objective, batch, noise)
-        parts = split(batch, noise, objective, config.image_token_id, count)
-        return self._workers.gradients(self.model.trainable_parameters(), parts)
+            return loss_and_gradients(model, objective, batch, noise)
+        parts = split_batch(batch, noise, objective, model.config.image_token_id, count)
+        return self._workers.gradients(model.trainable_parameters(), parts)
 
-    def parts(self, rows: int, prefix: int) -> int:
-        """How many processes share a batch of rows and prefix tokens; the bits of its gradients depend on it."""
-        if self._cores == 1 or rows * (prefix + self.model.config.canvas_length) < POSITIONS:
+    def process_count(self, rows: int, prefix: int) -> int:
+        """How many processes share a batch of so many rows and prefix tokens. Gradients depend on it in their bits."""
+        if self._cores == 1 or rows * (prefix + self.model.config.canvas_length) < MIN_POSITIONS:
             return 1
         return min(self._cores, rows)
 
     @property
     def peak_bytes(self) -> int:
-        """Memory that MLX held at most since its peak was reset, other processes included."""
+        """MLX's peak memory since it was reset, worker processes included."""
         return mx.get_peak_memory() + self._workers.peak_bytes
 
-    def measure(self, batch: Batch, number: int) -> Losses:
-        """A batch's loss without learning from it, under noise that depends on `number` alone."""
+    def validation_loss(self, batch: Batch, number: int) -> Losses:
+        """The loss of a batch without training on it. The noise only depends on `number`."""
         key = mx.random.key((1 << 63) + number)
         self.model.eval()
-        losses = loss(
-            self.model, batch, draw(batch, self.objective, self.model.config.text.vocab_size, key), self.objective
-        )
+        noise = draw_noise(batch, self.objective, self.model.config.text.vocab_size, key)
+        losses = loss(self.model, batch, noise, self.objective)
         mx.eval(*losses)
         self.model.train()
         return losses
 
-    def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write what `resume` needs into one file, which is replaced as a whole.
+    def save(self, folder: Path, run: dict[str, Any]) -> None:
+        """Write the state that `resume` needs into one file, which is replaced atomically.
 
         Args:
-            folder: where `STATE` goes.
-            about: whatever must be the same for a run to go on, as JSON.
+            folder: where the file `STATE` is written.
+            run: properties of the run, as JSON; they must be the same when it is resumed.
         """
-        arrays = {f"weights.{name}": a for name, a in flat(self.model.trainable_parameters()).items()}
-        arrays |= {f"optimizer.{name}": a for name, a in flat(self.optimizer.state).items()}
-        told = {"step": str(self.step), "method": json.dumps(asdict(self.method)), "about": json.dumps(about)}
-        beside = folder / f".{STATE}"
-        mx.save_safetensors(str(beside.with_suffix(".part.safetensors")), arrays, told)
-        os.replace(beside.with_suffix(".part.safetensors"), folder / STATE)
+        arrays = {f"weights.{name}": a for name, a in flatten(self.model.trainable_parameters()).items()}
+        arrays |= {f"optimizer.{name}": a for name, a in flatten(self.optimizer.state).items()}
+        metadata = {"step": str(self.step), "method": json.dumps(asdict(self.config)), "about": json.dumps(run)}
+        draft = (folder / f".{STATE}").with_suffix(".part.safetensors")
+        mx.save_safetensors(str(draft), arrays, metadata)
+        os.replace(draft, folder / STATE)
 
-    def resume(self, folder: Path, about: dict[str, Any]) -> None:
-        """Go on from a saved state.
+    def resume(self, folder: Path, run: dict[str, Any]) -> None:
+        """Load a saved state.
 
         Raises:
-            DataError: there is none, it is broken, or it was saved by another run.
+            DataError: there is none, it is broken, or it belongs to a run with other settings.
         """
         file = folder / STATE
         if not file.exists():
-            raise DataError(f"{folder} holds no {STATE} to resume from; start anew without --resume.")
+            raise DataError(f"{folder} has no {STATE} to resume from; start a new run without --resume.")
         try:
             loaded: Any = mx.load(str(file), return_metadata=True)
-            arrays, told = loaded
-            was = {"method": json.loads(told["method"]), "about": json.loads(told["about"])}
-            step = int(told["step"])
+            arrays, metadata = loaded
+            saved = {"method": json.loads(metadata["method"]), "about": json.loads(metadata["about"])}
+            step = int(metadata["step"])
         except (RuntimeError, KeyError, ValueError):
-            raise DataError(f"{file} is broken; start anew without --resume.") from None
-        now = json.loads(json.dumps({"method": asdict(self.method), "about": about}))
-        for part in now:
-            for name in now[part]:
-                if was[part].get(name) != now[part][name]:
+            raise DataError(f"{file} is broken; start a new run without --resume.") from None
+        current = json.loads(json.dumps({"method": asdict(self.config), "about": run}))
+        for part, settings in current.items():
+            for name, value in settings.items():
+                if saved[part].get(name) != value:
                     raise DataError(
-                        f"{file} was trained with {name} {was[part].get(name)!r}, and now it is {now[part][name]!r}; "
-                        "resume with the same, or start anew."
+                        f"{file} was trained with {name} {saved[part].get(name)!r}, and now it is {value!r}; "
+                        "resume with the same value, or start a new run."
                     )
-        weights = [(name.removeprefix("weights."), a) for name, a in arrays.items() if name.startswith("weights.")]
-        state = [(name.removeprefix("optimizer."), a) for name, a in arrays.items() if name.startswith("optimizer.")]
-        self.model.update(tree_unflatten(weights))
-        self.optimizer.state = tree_unflatten(state)
+        self.model.update(tree_unflatten(_with_prefix(arrays, "weights.")))
+        self.optimizer.state = tree_unflatten(_with_prefix(arrays, "optimizer."))
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         self.step = step
+
+
+def _optimizer(config: TrainerConfig) -> AdamW | Muon:
+    """The optimizer, with a learning rate that rises linearly and falls along a cosine."""
+    warmup = max(config.steps // 20, 1) if config.warmup is None else config.warmup
+    peak, falling = config.learning_rate, max(config.steps - warmup, 1)
+    rising = linear_schedule(peak / max(warmup, 1), peak, max(warmup, 1))
+    rate = join_schedules([rising, cosine_decay(peak, falling, peak * config.final)], [warmup])
+    if config.optimizer == "adamw":
+        return AdamW(rate, list(config.betas), 1e-8, config.weight_decay, bias_correction=True)
+    return _Muon(rate, config.betas[0], config.weight_decay)
+
+
+def _with_prefix(arrays: dict[str, mx.array], prefix: str) -> list[tuple[str, mx.array]]:
+    """The arrays whose names start with a prefix, without it."""
+    return [(name.removeprefix(prefix), array) for name, array in arrays.items() if name.startswith(prefix)]

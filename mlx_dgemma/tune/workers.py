@@ -1,7 +1,8 @@
-"""A batch's gradients on all cores: MLX's CPU backend computes on a single one, so each has a process of its own.
+"""Compute the gradients of a batch on all cores, with one process per core.
 
-Threads would not do: MLX bounds the tasks in flight of all streams together, and one starves the other. Nor would
-multiprocessing, which runs a caller's script again in every process unless that guards its main part.
+MLX's CPU backend uses a single core per stream. Threads do not help, because MLX limits the number of tasks in flight
+over all streams, so that one stream blocks the others. `multiprocessing` is not used, because it runs the caller's
+script again in every process unless the script guards its main part.
 """
 
 from __future__ import annotations
@@ -19,63 +20,70 @@ from mlx.utils import tree_map
 
 from ..errors import DgemmaError, MemoryLimitError
 from ..model.diffusion_gemma import DiffusionGemma
-from .objective import Batch, Noise, Objective, Part, loss
+from .objective import Batch, BatchPart, Noise, Objective, loss
 
-MODEL = 2**28  # bytes of weights; larger models are not copied into other processes
-POSITIONS = 512  # of a batch's prefixes and canvases; less is not worth the way to another process
+MAX_MODEL_BYTES = 2**28  # larger models are not copied to other processes
+MIN_POSITIONS = 512  # prefix and canvas positions of a batch; for fewer, the transfer costs more than it gains
 
 
-class Workers:
-    """Processes with a copy of a model each, started when they are needed; they end with `close` or this process.
+class GradientWorkers:
+    """Processes with a copy of the model each. They start when they are needed and end with `close` or this process.
 
     Args:
-        model: what is trained of it goes with every part, the rest stays as it is.
-        objective: what is minimised.
+        model: its trainable weights are sent with every batch; the others must not change.
+        objective: the loss to differentiate.
+
+    Attributes:
+        peak_bytes: largest sum of the processes' peak memory.
     """
 
     def __init__(self, model: DiffusionGemma, objective: Objective):
         self._model, self._objective = model, objective
         self._processes: list[subprocess.Popen] = []
-        self.peak_bytes = 0  # that all of them together held at most
+        self.peak_bytes = 0
 
     def _start(self) -> None:
-        # A BLAS with threads of its own would fight for the cores.
+        # A multi-threaded BLAS would compete for the cores.
         env = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
-        # This package, not one that happens to lie in the working directory.
-        run = f"import sys; sys.path = [*filter(None, sys.path)]; from {__name__} import serve; serve()"
+        # Without the empty path, another package of this name in the working directory is not imported.
+        run = f"import sys; sys.path = [*filter(None, sys.path)]; from {__name__} import worker; worker()"
         command, pipe = [sys.executable, "-c", run], subprocess.PIPE
-        # A session of their own: Ctrl-C stops this process, which finishes its step first.
+        # In a session of its own the process does not receive Ctrl-C, so the current step can be completed.
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, start_new_session=True)
         self._processes.append(process)
         _send((self._model, self._objective), process.stdin)
 
-    def gradients(self, weights: Any, parts: Sequence[Part]) -> tuple[tuple[mx.array, ...], Any]:
-        """Losses and gradients of a batch, a process a part.
+    def gradients(self, weights: Any, parts: Sequence[BatchPart]) -> tuple[tuple[mx.array, ...], Any]:
+        """Losses and gradients of a batch, with one process per part.
+
+        Args:
+            weights: the trainable weights.
+            parts: from `objective.split_batch`.
 
         Raises:
-            MemoryLimitError: a process was ended from outside.
-            PromptError: as `loss`.
+            MemoryLimitError: a process died.
+            PromptError: see `objective.loss`.
         """
         try:
             while len(self._processes) < len(parts):
                 self._start()
-            used = self._processes[: len(parts)]
-            for process, part in zip(used, parts):
+            processes = self._processes[: len(parts)]
+            for process, part in zip(processes, parts):
                 _send((weights, part), process.stdin)
-            found: list[Any] = [_receive(process.stdout) for process in used]
+            replies: list[Any] = [pickle.load(process.stdout) for process in processes]  # type: ignore[arg-type]
         except (EOFError, BrokenPipeError):
             self.close()
             raise MemoryLimitError(
-                "A process that computed gradients has ended, as happens where memory runs out; "
-                "lower --batch-size, and go on with --resume."
+                "A gradient process died, probably because memory ran out; "
+                "lower --batch-size and continue with --resume."
             ) from None
-        for one in found:
-            if isinstance(one, DgemmaError):
-                raise one
-        self.peak_bytes = max(self.peak_bytes, sum(peak for _, peak in found))
-        total = found[0][0]
-        for one, _ in found[1:]:
-            total = tree_map(lambda a, b: a + b, total, one)
+        for reply in replies:
+            if isinstance(reply, DgemmaError):
+                raise reply
+        self.peak_bytes = max(self.peak_bytes, sum(peak for _, peak in replies))
+        total = replies[0][0]
+        for result, _ in replies[1:]:
+            total = tree_map(lambda a, b: a + b, total, result)
         return total
 
     def close(self) -> None:
@@ -86,27 +94,26 @@ class Workers:
         self._processes = []
 
 
-def differentiate(
-    model: DiffusionGemma, objective: Objective, batch: Batch, noise: Noise, shares: tuple[float, float] = (1.0, 1.0)
+def loss_and_gradients(
+    model: DiffusionGemma, objective: Objective, batch: Batch, noise: Noise, weights: tuple[float, float] = (1.0, 1.0)
 ) -> tuple[tuple[mx.array, ...], Any]:
-    """Losses and the gradients of what is trained, see `objective.loss`; lazy."""
-    return nn.value_and_grad(model, lambda: tuple(loss(model, batch, noise, objective, shares)))()
+    """The losses, see `objective.loss`, and the gradients of the trainable weights; lazy."""
+    return nn.value_and_grad(model, lambda: tuple(loss(model, batch, noise, objective, weights)))()
 
 
-def _send(what: Any, pipe: Any) -> None:
-    pickle.dump(what, pipe, pickle.HIGHEST_PROTOCOL)
+def _send(message: Any, pipe: Any) -> None:
+    pickle.dump(message, pipe, pickle.HIGHEST_PROTOCOL)
     pipe.flush()
 
 
-def _receive(pipe: Any) -> Any:
-    return pickle.load(pipe)
+def worker() -> None:
+    """Main function of a process. It reads a model and an objective from stdin, then weights and batch parts.
 
-
-def serve() -> None:
-    """Answer on stdout what comes on stdin: a model and an objective, then weights and parts."""
+    For each part it writes (losses and gradients, peak memory in bytes) or a DgemmaError to stdout.
+    """
     mx.set_default_device(mx.cpu)
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what is printed goes elsewhere
+    os.dup2(2, 1)  # printed text goes to stderr, not into the pipe
     model, objective = pickle.load(source)
     while True:
         try:
@@ -114,11 +121,11 @@ def serve() -> None:
         except EOFError:
             return
         model.update(weights)
-        found: Any
+        reply: Any
         try:
-            found = differentiate(model, objective, *part)
-            mx.eval(found)
-            found = found, mx.get_peak_memory()
+            result = loss_and_gradients(model, objective, *part)
+            mx.eval(result)
+            reply = result, mx.get_peak_memory()
         except DgemmaError as error:
-            found = error
-        _send(found, sink)
+            reply = error
+        _send(reply, sink)

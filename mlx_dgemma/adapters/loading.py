@@ -1,0 +1,51 @@
+"""Build a checkpoint's model with an adapter in it, where the memory suffices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+
+from ..checkpoint import memory
+from ..checkpoint.build import build
+from ..checkpoint.folder import Checkpoint
+from ..convert.recipes import RECIPES
+from ..model.device import on_cpu
+from ..model.diffusion_gemma import DiffusionGemma
+from . import deltas, peft
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: str | None = None,
+    adapter: str | PathLike | None = None,
+    dequantize: bool | None = None,
+    ignore_memory: bool = False,
+) -> tuple[DiffusionGemma, Path | None, list[str]]:
+    """The model, the adapter's folder, and what was chosen, one sentence each; takes what `mlx_dgemma.load` takes.
+
+    Raises:
+        CheckpointError: something broken; an adapter of another model.
+        MemoryLimitError: the machine has too little memory.
+        OptionError: an unknown dtype.
+    """
+    notes = []
+    dtype, dequantize = memory.resolve_dtype(checkpoint, dtype, dequantize)
+    if on_cpu():
+        how = f"{'dequantized to' if dequantize else 'computed in'} {dtype}"
+        how += ", the fastest there" if dtype == "float32" else ""
+        if checkpoint.quantization and not dequantize:
+            how = "kept packed, which is slow there"
+        notes.append(f"CPU device: weights of {checkpoint.bits_per_weight:.1f} bits are {how}.")
+    folder = None if adapter is None else peft.find(adapter)
+    changes = None if folder is None else peft.read(folder, checkpoint.shapes)
+    if not ignore_memory:
+        needed = memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize)
+        needed = replace(needed, weights=needed.weights + (changes.nbytes if changes else 0))
+        memory.check(checkpoint, needed, lambda: {n: one.nbytes(checkpoint.shapes) for n, one in RECIPES.items()})
+    model = build(checkpoint, dtype, dequantize)
+    if changes is not None:
+        deltas.apply(model, changes)
+        modes = "both modes alike" if changes.shared else "encoder and decoder differently"
+        notes.append(f"The adapter {folder} changes {len(changes.changes)} modules, {modes}.")
+    return model, folder, notes

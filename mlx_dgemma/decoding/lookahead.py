@@ -1,0 +1,110 @@
+"""Denoise a batch step by step, with the next step built and started while the device works on this one.
+
+Once a step the host reads two things back: which rows have settled, and how many positions need the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..model import device, head
+from ..model.diffusion_gemma import DiffusionGemma
+from ..model.kv_cache import Prefix
+from .canvas import CanvasBatch, Forward, rounded
+from .control import Guide, Layout
+from .options import GenerationOptions
+from .step import fast_step, guided_step, plain_step
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a denoising step of a batch came to; arrays [B, C], `done` and `steps` one for each row."""
+
+    argmax: mx.array  # int32; a row that has settled keeps its own
+    accepted: mx.array  # bool
+    entropy: mx.array  # float32, nats
+    confidence: mx.array  # float32, largest probability of each position in the processed logits
+    done: list[bool]
+    steps: list[int]
+
+
+def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
+    """Denoise every row once; a row that has settled keeps its argmax while others go on.
+
+    Args:
+        batch: the canvases; it moves on by this step.
+        ahead: start the next step before this one is read, where no row can end with this one.
+    """
+    steps = [done + (not over) for done, over in zip(batch.steps, batch.finished)]
+    if batch.guides:
+        guided, told = guided_step(batch)
+        batch.remember(guided.argmax)
+        batch.advance_to(guided, guided.host_state, steps)
+        return _step(batch, guided, told)
+    build = fast_step if batch.options.fast else plain_step
+    if batch.ahead is None:
+        batch.queue = device.Queue()
+        current = build(batch, batch.rows.last, batch.steps, batch.dense)
+        batch.queue.add(*batch.stages())
+    else:
+        current = batch.ahead
+    batch.remember(current.argmax)
+    following: Forward | None = None
+    guess = batch.dense
+    buffers = [prefix.handles() for prefix in batch.prefixes]
+    if ahead and not any(batch.finished) and max(steps) < batch.options.max_denoising_steps:
+        following = build(batch, current, steps, guess)
+    host_state, prediction = current.host_state, current.prediction
+    shown = [current.argmax, current.accepted, prediction.entropy, prediction.confidence]
+    batch.queue.add(*prediction.stages, [host_state, *shown, *prediction.carried])
+    batch.queue.finish()
+    batch.advance_to(current, host_state, steps)
+    over = any(batch.finished)
+    if following is not None and (over or not _fits(prediction, guess, batch.dense)):
+        # What was built is of no use, and must not be computed for its side effects.
+        for prefix in batch.prefixes:
+            prefix.restore(buffers.pop(0))
+        following = None if over else build(batch, current, steps, batch.dense)
+    del buffers  # or the next write would copy the buffers
+    batch.queue = device.Queue()
+    if following is not None:
+        batch.queue.add(*batch.stages())
+    batch.ahead = following
+    return _step(batch, current, prediction)
+
+
+def denoise_block(
+    model: DiffusionGemma,
+    prefix: Prefix | Sequence[Prefix],
+    options: GenerationOptions,
+    keys: mx.array,
+    room: Sequence[int] | None = None,
+    layout: Layout | None = None,
+    guide: Guide | None = None,
+) -> Iterator[Step]:
+    """Denoise one canvas per row until all rows have settled or the steps are used up; takes what `CanvasBatch` takes.
+
+    Yields:
+        A `Step` per forward; a row that has settled keeps its argmax while others go on.
+    """
+    batch = CanvasBatch(model, prefix, options, keys, room, layout, guide)
+    for _ in range(options.max_denoising_steps):
+        step = advance(batch)
+        yield step
+        if all(step.done):
+            return
+
+
+def _fits(prediction: head.Prediction | head.FullPrediction, guess: int, dense: int) -> bool:
+    """Whether the next step was built for as many dense positions as there are."""
+    if isinstance(prediction, head.Prediction) and prediction.expected_embedding is None:
+        return rounded(guess) == rounded(dense)
+    return True  # one pass over the vocabulary serves all positions
+
+
+def _step(batch: CanvasBatch, forward: Forward, prediction: head.Prediction | head.FullPrediction) -> Step:
+    shown = forward.argmax, forward.accepted, prediction.entropy, prediction.confidence
+    return Step(*shown, list(batch.finished), list(batch.steps))

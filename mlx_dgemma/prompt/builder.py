@@ -1,0 +1,204 @@
+"""`PromptBuilder`: messages, pictures and options become a `Request`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from ..constraints.language import Language
+from ..constraints.tokens import TokenBytes
+from ..decoding.options import GenerationOptions
+from ..decoding.request import Request
+from ..decoding.session import Picture, PromptTokens
+from ..errors import OptionError, PromptError
+from ..model.config import ModelConfig
+from .answer import Answer
+from .images import digest, open_image, patchify
+from .messages import Message, parts_of
+from .template import opens_thought, render
+from .video import sample_frames, stamp
+
+KEPT_LANGUAGES = 16  # of constraints, the last used
+VIDEO = "<|video|>"  # Gemma 4's marker in chat templates; it never reaches the model
+
+
+class PromptBuilder:
+    """Makes requests of prompts, and knows what a tokenizer's tokens are.
+
+    Args:
+        tokenizer: mlx-lm's wrapper around the checkpoint's tokenizer.
+        config: of the model.
+        options: the checkpoint's own.
+        video_tokens: the most soft tokens of a video frame.
+    """
+
+    def __init__(self, tokenizer: Any, config: ModelConfig, options: GenerationOptions, video_tokens: int):
+        self.tokenizer, self.config, self.options = tokenizer, config, options
+        self._video_tokens = video_tokens
+        self._languages: dict[str, Language] = {}
+
+    def request(
+        self,
+        messages: list[Message],
+        seed: int | None,
+        options: GenerationOptions,
+        thinking: bool = False,
+        tools: list[dict] | None = None,
+    ) -> Request:
+        """A request for the assistant's answer to a conversation.
+
+        Args:
+            messages: from `messages_of`.
+            seed: None: one is drawn.
+            options: in force.
+            thinking: whether the template may ask for a thought.
+            tools: function declarations in OpenAI's form.
+
+        Raises:
+            PromptError: the template refuses the messages, a picture cannot be read, or the prompt is too long.
+            OptionError: a seed that is none.
+        """
+        if seed is None:
+            seed = secrets.randbits(32)
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+            raise OptionError(f"seed is {seed!r}; it should be a whole number from 0 to 2**64 - 1.")
+        self._check_characters(messages)
+        prompt = self.prompt_tokens(messages, thinking, tools, options)
+        self.check_room(len(prompt.tokens))
+        thinks = opens_thought(self.tokenizer, prompt.tokens)
+        answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop, thinks=thinks)
+        return Request(prompt, seed, options, answer)
+
+    def prompt_tokens(
+        self,
+        messages: list[Message],
+        thinking: bool = False,
+        tools: list[dict] | None = None,
+        options: GenerationOptions | None = None,
+    ) -> PromptTokens:
+        """A conversation as the model reads it, however long, ready for the assistant's answer.
+
+        Args:
+            messages: from `messages_of`.
+            thinking, tools: as `request` takes them.
+            options: what pictures and videos may take; None takes the checkpoint's.
+
+        Raises:
+            PromptError: the template refuses the messages, or a picture cannot be read.
+        """
+        pictures, spans, times = self._media(messages, options or self.options)
+        placeholder = self.config.image_token_id
+        tokens = render(self.tokenizer, messages, tools, thinking, spans, (self._token(placeholder), VIDEO))
+        digests = iter([picture.digest for picture in pictures for _ in range(picture.tokens)])
+        cache_key = [next(digests) if token == placeholder and pictures else token for token in tokens]
+        return PromptTokens(tokens, cache_key, pictures, times)
+
+    def extend(self, request: Request, tokens: Sequence[int], beside: int) -> None:
+        """Let the answer of a request begin with tokens; `beside` more are to have room on canvases.
+
+        Raises:
+            PromptError: the context has no room for them.
+        """
+        request.prompt.extend(list(tokens))
+        self.check_room(len(request.prompt.tokens) + max(beside - self.config.canvas_length, 0))
+
+    def load_image(self, source: Any, budget: int) -> Picture:
+        """Decode a picture ahead of time, in any thread, so that `request` does not have to.
+
+        Args:
+            source: what `Engine.generate` takes, or such a picture itself.
+            budget: the most soft tokens, one of `patches.BUDGETS`.
+
+        Returns:
+            What may stand in a message's image part.
+
+        Raises:
+            PromptError: it cannot be read, or the checkpoint has no vision tower.
+        """
+        vision = self.config.vision
+        if vision is None:
+            raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
+        if isinstance(source, Picture):
+            return source
+        image = open_image(source)
+        patches = patchify([image], budget, vision.patch_size, vision.pooling_kernel_size)
+        return Picture(f"{digest(image)}/{budget}", patches)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes that each token of this tokenizer stands for."""
+        added = [token for token, one in self.tokenizer.added_tokens_decoder.items() if one.special]
+        return TokenBytes(self.tokenizer, self.config.text.vocab_size, [*added, *self.options.end_tokens])
+
+    @cached_property
+    def turn_end(self) -> int:
+        """The token that ends an answer in this checkpoint's chats."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        return next((t for t in reversed(tokens) if t in self.options.end_tokens), self.options.end_tokens[0])
+
+    def language(self, pattern: str, what: str) -> Language:
+        """The language of a plain pattern, made once; the last few are kept."""
+        found = self._languages.pop(pattern, None) or Language(pattern, self.token_bytes, what)
+        self._languages[pattern] = found
+        for oldest in list(self._languages)[:-KEPT_LANGUAGES]:
+            del self._languages[oldest]
+        return found
+
+    def check_room(self, count: int) -> None:
+        """Raise PromptError where the context has no room for so many tokens and a canvas."""
+        room = self.config.text.max_position_embeddings - self.config.canvas_length
+        if count > room:
+            raise PromptError(
+                f"The prompt has {count} tokens, but the context leaves room for {room} "
+                f"beside a canvas of {self.config.canvas_length}; shorten it."
+            )
+
+    def _check_characters(self, messages: list[Message]) -> None:
+        """Refuse texts that no tokens could make fit, before they are cut into tokens, which takes a second a MB."""
+        texts = [message["content"] for message in messages if isinstance(message["content"], str)]
+        count = sum(map(len, [*texts, *(part["text"] for part in parts_of(messages, "text"))]))
+        room = self.config.text.max_position_embeddings - self.config.canvas_length
+        if count > room * self._longest_token:
+            raise PromptError(
+                f"The prompt has {count} characters, but the context leaves room for {room} tokens of at most "
+                f"{self._longest_token}; shorten it."
+            )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def _token(self, token: int) -> str:
+        return self.tokenizer.convert_ids_to_tokens(token)
+
+    def _media(
+        self, messages: list[Message], options: GenerationOptions
+    ) -> tuple[list[Picture], list[tuple[str, str]], list[float]]:
+        """A prompt's pictures, each part's marker with the placeholders in its place, and the frames' times."""
+        pictures: list[Picture] = []
+        spans: list[tuple[str, str]] = []
+        times: list[float] = []
+        parts = parts_of(messages, "image", "video")
+        if not parts:
+            return pictures, spans, times
+        config, image = self.config, self._token(self.config.image_token_id)
+        begin, end = self._token(config.boi_token_id), self._token(config.eoi_token_id)
+
+        def span(picture: Picture) -> str:
+            pictures.append(picture)
+            return begin + image * picture.tokens + end
+
+        for part in parts:
+            if part["type"] == "image":
+                spans.append((image, span(self.load_image(part["image"], options.image_tokens))))
+                continue
+            frames = []
+            for frame in sample_frames(part["video"], options.fps, options.max_frames):
+                times.append(frame.seconds)
+                frames.append(f"{stamp(frame.seconds)} {span(self.load_image(frame.image, self._video_tokens))}")
+            spans.append((VIDEO, " ".join(frames)))
+        return pictures, spans, times

@@ -1,0 +1,239 @@
+"""Attention in chunks of keys against attention in one piece; masks of ranges of keys against masks of all keys."""
+
+import traceback
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support import FULL, SLIDING, gap, random_tokens, small_model
+
+from mlx_dgemma.model import attention, device
+from mlx_dgemma.model.attention import attend
+from mlx_dgemma.model.masks import Mask
+
+
+@pytest.fixture
+def chunked(monkeypatch):
+    """A function that makes attention take at most so many keys at once."""
+
+    def force(keys):
+        monkeypatch.setattr(attention, "SCORE_BYTES", 1)
+        monkeypatch.setattr(attention, "KEY_CHUNK", keys)
+
+    return force
+
+
+def masks(batch, length, count, seed):
+    """Masks of all kinds for `length` queries after `count - length` earlier positions, in full and sliding layers."""
+    random, earlier = np.random.default_rng(seed), count - length
+    at, queries = np.arange(count), np.arange(earlier, count)
+    spans = np.repeat(random.integers(0, 3, (batch, length)), 2, axis=1)[:, :length].astype(np.int32)
+    padding = random.integers(0, count, batch).astype(np.int32)
+    padding[0] = 0
+    ring = np.concatenate([np.roll(at[:earlier], 2), queries])
+    window = max(2, count // 3)
+    near = at[at > earlier - window]
+    return {
+        "canvas": Mask(at),
+        "padded canvas": Mask(ring, padding=np.minimum(padding, earlier)),
+        "causal": Mask(at, queries),
+        "causal, padded": Mask(at, queries, padding=padding),
+        "causal, spans": Mask(at, queries, spans=spans),
+        "causal, spans, padded": Mask(at, queries, padding=padding, spans=spans),
+        "sliding": Mask(near, queries, window),
+        "sliding, unordered": Mask(ring, queries, window),
+        "sliding, spans, padded": Mask(ring, queries, window, padding, spans),
+        "sliding, all in the window": Mask(at, queries, 2 * count),
+    }
+
+
+def visible(mask, batch, length, row, i, j):
+    """Whether query i may attend to key j, by the definition of the mask."""
+    key = mask.keys[j]
+    padding = mask.padding[row % len(mask.padding)]
+    if mask.queries is None:
+        return key >= padding
+    query = mask.queries[i]
+    seen = key <= query and (mask.window is None or key > query - mask.window)
+    new = j - (len(mask.keys) - length)
+    if mask.spans is not None and new >= 0:
+        seen |= mask.spans[row, i] == mask.spans[row, new] > 0
+    return seen and (key >= padding or key == query)
+
+
+def table(mask, batch, length):
+    return np.array(
+        [
+            [[visible(mask, batch, length, row, i, j) for j in range(len(mask.keys))] for i in range(length)]
+            for row in range(batch)
+        ]
+    )
+
+
+def plain(queries, keys, values, seen):
+    """Softmax attention in float64, head by head."""
+    queries, keys, values = (np.array(a.astype(mx.float32), np.float64) for a in (queries, keys, values))
+    group = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat(group, axis=1), values.repeat(group, axis=1)
+    scores = np.where(seen[:, None], queries @ keys.swapaxes(-1, -2), -np.inf)
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True) @ values
+
+
+def draw(batch, heads, kv_heads, length, count, dim=8, dtype=mx.float32):
+    shapes = (batch, heads, length, dim), (batch, kv_heads, count, dim), (batch, kv_heads, count, dim)
+    return [mx.random.normal(s, key=mx.random.key(i)).astype(dtype) for i, s in enumerate(shapes)]
+
+
+SHAPES = [(1, 4, 2, 6, 23), (3, 4, 1, 5, 17), (2, 2, 2, 1, 9), (2, 6, 2, 8, 8), (1, 1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "count"), SHAPES)
+def test_a_mask_of_ranges_is_the_mask_of_all_keys(batch, heads, kv_heads, length, count):
+    for name, mask in masks(batch, length, count, 1).items():
+        seen = table(mask, batch, length)
+        whole = len(mask.keys)
+        for start, end in {(0, whole), (0, 1), (whole - 1, whole), (whole // 3, whole - whole // 3), (0, whole // 2)}:
+            if start == end:
+                continue
+            part = mask.of_keys(start, end)
+            expected = seen[:, :, start:end]
+            assert (part is None) == expected.all() or name.startswith(("causal, spans", "sliding, spans")), name
+            if part is not None:
+                assert np.array_equal(np.broadcast_to(np.array(part)[:, 0], expected.shape), expected), name
+        if isinstance(mask.all_keys, str):
+            assert mask.all_keys == "causal"
+            assert np.array_equal(seen[0], np.tri(length, count, count - length, dtype=bool)), name
+        else:
+            assert (mask.all_keys is None) == (mask.of_keys(0, whole) is None), name
+
+
+@pytest.mark.parametrize("keys", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "count"), SHAPES)
+def test_attention_in_chunks_equals_a_plain_loop(chunked, batch, heads, kv_heads, length, count, keys):
+    for name, mask in masks(batch, length, count, keys).items():
+        queries, k, v = draw(batch, heads, kv_heads, length, len(mask.keys))
+        expected = plain(queries, k, v, table(mask, batch, length))
+        with pytest.MonkeyPatch.context() as once:
+            once.setattr(attention, "SCORE_BYTES", 2**40)
+            assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
+        chunked(keys)
+        assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
+
+
+@pytest.mark.parametrize("spread", [1.0, 40.0])
+def test_chunks_keep_the_dtype_and_its_precision(chunked, spread):
+    """Scores of several hundred, whose exponentials are infinite without a running maximum."""
+    queries, keys, values = draw(1, 4, 2, 6, 90, dtype=mx.bfloat16)
+    queries = queries * spread
+    mask = Mask(np.arange(90), np.arange(84, 90))
+    expected = plain(queries, keys, values, table(mask, 1, 6))
+    one = attend(queries, keys, values, mask)
+    chunked(16)
+    several = attend(queries, keys, values, mask)
+    assert several.dtype == one.dtype == mx.bfloat16
+    errors = [np.abs(np.array(a.astype(mx.float32)) - expected).max() for a in (one, several)]
+    assert errors[1] < max(1.5 * errors[0], 0.02)
+
+
+def test_scores_within_the_budget_are_computed_in_one_piece(monkeypatch):
+    """One byte less than the scores need, and keys come in chunks: a multiple of 256, at most `MAX_KEY_CHUNK`."""
+    queries, keys, values = draw(2, 4, 2, 3, 5000)
+    asked = []
+    monkeypatch.setattr(Mask, "of_keys", lambda self, start, end: asked.append((start, end)))
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 4 * 3 * 5000 * 4)
+    attend(queries, keys, values, Mask(np.arange(5000)))
+    assert asked == [(0, 5000)]
+    asked.clear()
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 4 * 3 * 5000 * 4 - 1)
+    attend(queries, keys, values, Mask(np.arange(5000)))
+    assert asked == [(0, 2304), (2304, 4608), (4608, 5000)]
+    asked.clear()
+    monkeypatch.setattr(attention, "MAX_KEY_CHUNK", 2048)
+    attend(queries, keys, values, Mask(np.arange(5000)))
+    assert asked == [(0, 2048), (2048, 4096), (4096, 5000)]
+    asked.clear()
+    monkeypatch.setattr(attention, "SCORE_BYTES", 1)
+    attend(queries, keys, values, Mask(np.arange(5000)))
+    assert asked == [(i, min(i + 256, 5000)) for i in range(0, 5000, 256)]
+
+
+def peak(queries, keys, values):
+    mask = Mask(np.arange(keys.shape[2]))
+    mx.eval(queries, keys, values)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    stages = []
+    found = attend(queries, keys, values, mask, stages)
+    queue = device.Queue()
+    queue.add(*stages, found)
+    del stages
+    queue.finish()
+    return mx.get_peak_memory() - before
+
+
+def test_chunks_and_waiting_bound_the_peak(monkeypatch):
+    """64 MiB of scores in chunks of 1 MiB: a few chunks are in memory at once."""
+    arrays = draw(1, 4, 1, 64, 65536)
+    assert peak(*arrays) >= 2**26
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2**20)
+    monkeypatch.setattr(device, "SOFT_LIMIT", 2**20)
+    assert peak(*arrays) < 6 * 2**20
+
+
+@pytest.mark.parametrize("keys", [1, 3, 4, 64])
+@pytest.mark.parametrize("kinds", [(SLIDING, FULL, SLIDING), (FULL, FULL)])
+def test_a_model_in_chunks_gives_the_same_logits(chunked, kinds, keys):
+    """With chunked prefill, padded rows, rings that wrapped, an image span, a commit and a conditioned canvas."""
+    model = small_model(4, layers=kinds)
+    tokens, more, canvas = random_tokens(0, 3, 21), random_tokens(1, 3, 6), random_tokens(2, 3, 4)
+    padded = np.arange(21)[None] >= np.array([[0], [13], [20]])
+    spans = np.zeros((3, 9), np.int32)
+    spans[0, 2:6], spans[1, 4:9], spans[2, :3] = 1, 1, 1
+    conditioning = mx.random.normal((3, 4, 16), key=mx.random.key(0))
+    scalars = [one.layer_scalar for one in model.model.encoder.language_model.layers]
+
+    def logits():
+        prefix = model.new_prefix(3)
+        hidden = [model.encode(tokens[:, a:b], prefix, mask=padded[:, a:b]) for a, b in ((0, 2), (2, 12))]
+        prefix.pad(padded[:, 12:])
+        embedded = model._embed(tokens[:, 12:])
+        hidden.append(model._run(embedded, [prefix], [prefix.encode_masks(9, spans)], scalars, canvas=False))
+        prefix.offset += 9
+        first = model.denoise(canvas, prefix)
+        hidden.append(model.encode(more, prefix))
+        seen = mx.concatenate([*hidden, first, model.denoise(canvas, prefix, conditioning)], axis=1)
+        return model.logits(seen)
+
+    expected = logits()
+    chunked(keys)
+    assert gap(logits(), expected) < 1e-4
+
+
+@pytest.mark.parametrize("budget", [2**40, 1])
+def test_attention_is_computed_in_the_fifth_frame_from_denoise(monkeypatch, budget):
+    """In one piece and in chunks, for a batch and for rows with prefixes of their own."""
+    model, seen = small_model(4), set()
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def watched(*arguments, **named):
+            frames = [frame.name for frame in traceback.extract_stack()[:-1]]
+            if "denoise" in frames:
+                seen.add((name, *frames[frames.index("denoise") :]))
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(module, name, watched)
+
+    monkeypatch.setattr(attention, "SCORE_BYTES", budget)
+    watch(mx.fast, "scaled_dot_product_attention")
+    watch(attention, "_exp_above")
+    prefixes = [model.new_prefix(), model.new_prefix()]
+    for prefix in prefixes:
+        model.encode(random_tokens(0, 1, 7), prefix)
+    model.denoise(random_tokens(1, 1, 4), prefixes[0])
+    model.denoise(random_tokens(1, 2, 4), prefixes)
+    product = "_exp_above" if budget == 1 else "scaled_dot_product_attention"
+    assert seen == {(product, "denoise", "_run", "__call__", "__call__", "attend")}

@@ -1,0 +1,257 @@
+"""Training steps, their state, gradient processes and the memory estimate."""
+
+from dataclasses import astuple, replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.optimizers import clip_grad_norm
+from mlx.utils import tree_flatten, tree_map
+from support import random_tokens, refusal, small_model
+from training import QUICK, batch_of, trainer, weights
+
+import mlx_dgemma
+from mlx_dgemma.adapters import deltas
+from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError, PromptError
+from mlx_dgemma.tune import trainer as trainer_module
+from mlx_dgemma.tune.config import TrainerConfig
+from mlx_dgemma.tune.memory import training_need
+from mlx_dgemma.tune.objective import VARIANTS, Batch
+from mlx_dgemma.tune.trainer import Trainer, flatten
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kind": "dora"},
+        {"kind": "full", "rank": 16, "alpha": 32.0},
+        {"dropout": 0.2, "recompute": False},
+        {"accumulate": 2, "targets": ("experts", "router")},
+        {"optimizer": "muon", "final": 0.0},
+    ],
+    ids=["lora", "dora", "full", "dropout", "accumulated", "muon"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, changes):
+    whole, first, second = (trainer(**changes) for _ in range(3))
+    count = whole.config.accumulate
+    drawn = [[batch_of(step * count + i) for i in range(count)] for step in range(6)]
+    losses = [whole.update(batches).total for batches in drawn]
+    for batches in drawn[:3]:
+        first.update(batches)
+    first.save(tmp_path, {"data": "a"})
+    second.resume(tmp_path, {"data": "a"})
+    assert second.step == 3
+    assert [second.update(batches).total for batches in drawn[3:]] == losses[3:]
+    mine, theirs = weights(second.model), weights(whole.model)
+    assert mine.keys() == theirs.keys()
+    assert all((mine[path] == theirs[path]).all() for path in mine)
+
+
+@pytest.mark.parametrize(
+    "kind, targets", [("lora", ("attention", "mlp")), ("lora", ("experts",)), ("full", ("attention",))]
+)
+def test_training_lowers_the_loss_and_only_changes_trainable_weights(kind, targets):
+    own = {"rank": 16, "alpha": 32.0} if kind == "full" else {}
+    one = trainer(kind=kind, targets=targets, steps=40, learning_rate=0.02, **own)
+    before, batch = weights(one.model), batch_of(1, 4)
+    start = np.mean([one.validation_loss(batch, i).total.item() for i in range(8)])
+    for _ in range(40):
+        one.update([batch])
+    assert np.mean([one.validation_loss(batch, i).total.item() for i in range(8)]) < 0.8 * start
+    after = weights(one.model)
+    changed = {path for path in before if (before[path] != after[path]).any()}
+    trained = {path for path, _ in tree_flatten(one.model.trainable_parameters())}
+    assert changed == trained
+    if kind == "full":
+        assert not [path for path in trained if ".router." in path or "vision" in path]
+        assert "model.decoder.embed_tokens.weight" in trained
+    else:
+        assert trained == {path for path in before if path.endswith(("lora_a", "lora_b"))}
+
+
+def test_only_the_last_layers_are_trained():
+    one = trainer(layers=1, targets=("attention", "self-conditioning"))
+    paths = {path for path, _ in tree_flatten(one.model.trainable_parameters())}
+    assert {path.split(".lora")[0] for path in paths} == {
+        *(f"model.decoder.layers.2.self_attn.{name}_proj" for name in "qkvo"),
+        *deltas.SELF_CONDITIONING,
+    }
+
+
+def test_accumulated_gradients_are_the_mean():
+    one, two = trainer(), trainer(accumulate=2)
+    parts = [batch_of(0, 1), batch_of(1, 1)]
+    (_, first), (_, second) = (two._gradients(parts[i], i) for i in (0, 1))
+    mean, _ = clip_grad_norm(tree_map(lambda a, b: (a + b) / 2, first, second), 1.0)
+    one.optimizer.update(one.model, mean)
+    two.update(parts)
+    mine, theirs = weights(one.model), weights(two.model)
+    assert all(np.allclose(mine[path], theirs[path], atol=1e-6) for path in mine)
+
+
+def test_the_learning_rate_rises_and_falls_to_its_final_share():
+    one = trainer(steps=10, warmup=4, learning_rate=0.1)
+    rates = [one.update([batch_of(0)]).learning_rate for _ in range(10)]
+    assert rates[:4] == sorted(rates[:4]) and rates[4:] == sorted(rates[4:], reverse=True)
+    assert max(rates) == pytest.approx(0.1)
+    assert 0.01 < rates[-1] < 0.02
+    one = trainer(steps=10, warmup=4, learning_rate=0.1, final=0.0)
+    assert 0 < [one.update([batch_of(0)]).learning_rate for _ in range(10)][-1] < 0.01
+
+
+def test_muon_updates_have_equal_singular_values_and_decoupled_weight_decay():
+    one, two = trainer(optimizer="muon", weight_decay=0.0), trainer(optimizer="muon", weight_decay=10.0)
+    before = weights(one.model)
+    rate = one.update([batch_of(0)]).learning_rate
+    two.update([batch_of(0)])
+    mine, theirs = weights(one.model), weights(two.model)
+    before = {path: was for path, was in before.items() if path.endswith(("lora_a", "lora_b"))}
+    for path, was in before.items():
+        change = mine[path] - was
+        if np.abs(change).max() > 0:  # a change of `a` waits for the first one of `b`
+            expected = rate * max(1, was.shape[0] / was.shape[1]) ** 0.5
+            found = np.linalg.svd(change, compute_uv=False)
+            assert found.max() / expected < 1.3 and found.min() / expected > 0.3
+        np.testing.assert_allclose(theirs[path], mine[path] - 10 * rate * was, atol=1e-6)
+    assert any(np.abs(mine[path] - was).max() > 0 for path, was in before.items())
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    one = trainer()
+    one.update([batch_of(0)])
+    assert refusal(DataError, one.resume, tmp_path, {}) == (
+        f"{tmp_path} has no state.safetensors to resume from; start a new run without --resume."
+    )
+    one.save(tmp_path, {"data": "a"})
+    file = tmp_path / "state.safetensors"
+    assert refusal(DataError, one.resume, tmp_path, {"data": "b"}) == (
+        f"{file} was trained with data 'a', and now it is 'b'; resume with the same value, or start a new run."
+    )
+    assert refusal(DataError, trainer(rank=3).resume, tmp_path, {"data": "a"}) == (
+        f"{file} was trained with rank 2, and now it is 3; resume with the same value, or start a new run."
+    )
+    file.write_bytes(file.read_bytes()[:100])
+    assert refusal(DataError, one.resume, tmp_path, {}) == f"{file} is broken; start a new run without --resume."
+
+
+def test_trainer_configs_are_checked():
+    assert (
+        refusal(OptionError, lambda: TrainerConfig(kind="qlora"))
+        == "kind is 'qlora'; it should be one of lora, dora, full."
+    )
+    assert refusal(OptionError, TrainerConfig, rank=0) == "rank is 0; it should be at least 1."
+    assert refusal(OptionError, TrainerConfig, dropout=1.0) == "dropout is 1.0; it should be at least 0 and below 1."
+    assert refusal(OptionError, TrainerConfig, dropout=0.1) == (
+        "dropout is 0.1, but recomputed layers would draw it again; add --keep."
+    )
+    for name, value in (("alpha", 0.0), ("learning_rate", float("nan")), ("learning_rate", float("inf"))):
+        assert refusal(OptionError, TrainerConfig, **{name: value}) == f"{name} is {value}; it should be above 0."
+    assert (
+        refusal(OptionError, TrainerConfig, seed=2**31)
+        == "seed is 2147483648; it should be at least 0 and below 2147483648."
+    )
+    assert refusal(OptionError, TrainerConfig, steps=3, warmup=3) == "warmup is 3; it should be below the 3 steps."
+    assert refusal(OptionError, TrainerConfig, final=1.5) == "final is 1.5; it should be from 0 to 1."
+    assert (
+        refusal(OptionError, TrainerConfig, optimizer="sgd") == "optimizer is 'sgd'; it should be one of adamw, muon."
+    )
+    assert refusal(OptionError, lambda: TrainerConfig(optimizer="muon", kind="dora")) == (
+        "optimizer is muon, which only trains matrices, but kind dora has other arrays; use adamw."
+    )
+    assert refusal(OptionError, TrainerConfig, optimizer="muon", targets=("mlp", "experts")) == (
+        "optimizer is muon, which only trains matrices, but the target experts has other arrays; use adamw."
+    )
+    assert refusal(OptionError, TrainerConfig, targets=()) == "targets is empty; name at least one group."
+    assert refusal(OptionError, lambda: TrainerConfig(kind="full", rank=4)) == (
+        "rank is 4, but kind full has no rank; leave it out."
+    )
+    assert refusal(OptionError, lambda: TrainerConfig(kind="full", targets=("experts",))) == (
+        "kind is full, which trains all modules; leave the target experts out."
+    )
+    one = trainer()
+    assert refusal(OptionError, lambda: Trainer(one.model, one.config, one.objective)) == (
+        "The model already has an adapter; load it without one."
+    )
+    half = small_model(0)
+    half.set_dtype(mx.bfloat16)
+    assert refusal(OptionError, lambda: Trainer(half, TrainerConfig(kind="full"), one.objective)) == (
+        "kind is full, but small changes get lost in 16-bit weights; use --dtype float32."
+    )
+
+
+def test_targets_and_layers_are_checked():
+    assert refusal(OptionError, trainer, targets=("heads",)) == (
+        "There is no target 'heads'; choose from attention, mlp, experts, router, self-conditioning."
+    )
+    assert refusal(OptionError, trainer, layers=9) == "layers is 9; the model has 3."
+    full = {"kind": "full", "rank": 16, "alpha": 32.0}
+    assert refusal(OptionError, lambda: trainer(layers=9, **full)) == "layers is 9; the model has 3."
+
+
+def test_a_loss_of_nan_is_refused_before_weights_change():
+    one = trainer(learning_rate=0.02)
+    one.update([batch_of(0)])
+    before = weights(one.model)
+    one.objective = replace(one.objective, encoder_weight=float("nan"))
+    told = refusal(DataError, one.update, [batch_of(1)])
+    assert told == "The loss is nan and the norm of the gradients nan at step 2; lower --learning-rate, which is 0.02."
+    after = weights(one.model)
+    assert all((before[path] == after[path]).all() for path in before)
+
+
+@pytest.mark.parametrize(
+    "rows, length, parts, recompute",
+    [(1, 40, 1, True), (1, 40, 1, False), (2, 100, 1, True), (2, 100, 1, False), (5, 40, 2, False)],
+)
+def test_the_memory_estimate_bounds_the_peak(rows, length, parts, recompute):
+    """The estimate is between the measured peak and six times the peak."""
+    engine = mlx_dgemma.load(dtype="float32")
+    tokens = np.array(random_tokens(0, rows, length, vocab=2000)) + 20
+    canvas = np.array(random_tokens(1, rows, 64, vocab=2000))
+    batch = Batch(tokens, np.ones(tokens.shape, bool), canvas, np.ones(canvas.shape, bool))
+    method = TrainerConfig(rank=4, steps=10, recompute=recompute)
+    one = Trainer(engine.model, method, VARIANTS["google"])
+    one._cores = 2
+    assert one.process_count(rows, length) == parts
+    held = sum(a.nbytes for a in flatten(engine.model.parameters()).values())
+    mx.synchronize()
+    mx.clear_cache()
+    base = mx.get_active_memory() - held
+    mx.reset_peak_memory()
+    for _ in range(2):
+        one.update([batch])
+    peak = one.peak_bytes - base
+    one.close()
+    needed = training_need(engine.checkpoint, method, rows, length + 64, one.trainable, held, parts).total
+    assert peak <= needed <= 6 * peak
+
+
+@pytest.mark.parametrize("name", ["google", "nemo"])
+def test_gradients_of_several_processes_sum_to_those_of_one(monkeypatch, name):
+    whole, parted, again = (Trainer(small_model(0), TrainerConfig(**QUICK), VARIANTS[name]) for _ in range(3))
+    monkeypatch.setattr(trainer_module, "MIN_POSITIONS", 1)
+    whole._cores, parted._cores, again._cores = 1, 2, 2
+    batch = batch_of(0, 3)
+    batch.mask[0, :2] = batch.supervised[1, 2:] = False
+    told = [[one.update([batch]) for _ in range(2)] for one in (whole, parted, again)]
+    for one in (parted, again):
+        one.close()
+    mine, theirs, same = (weights(one.model) for one in (whole, parted, again))
+    assert astuple(told[0][1]) == pytest.approx(astuple(told[1][1]), rel=1e-5)
+    assert all(np.allclose(mine[path], theirs[path], atol=1e-5) for path in mine)
+    assert told[1] == told[2] and all(np.array_equal(theirs[path], same[path]) for path in theirs)
+
+
+def test_an_error_in_another_process_is_raised_here(monkeypatch):
+    one = trainer()
+    monkeypatch.setattr(trainer_module, "MIN_POSITIONS", 1)
+    one._cores = 2
+    batch = replace(batch_of(0), features=[mx.zeros((1, 1)), None])
+    assert "image placeholders" in refusal(PromptError, one.update, [batch])
+    one._workers._processes[1].kill()
+    assert refusal(MemoryLimitError, one.update, [batch_of(0)]) == (
+        "A gradient process died, probably because memory ran out; lower --batch-size and continue with --resume."
+    )
+    one.update([batch_of(0)])  # others take their places
+    one.close()

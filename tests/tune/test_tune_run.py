@@ -1,0 +1,210 @@
+"""A whole run: the command, saves, resumption, refusals and the curves."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from support import refusal
+from training import batch_of, weights
+
+import mlx_dgemma
+from mlx_dgemma.adapters import deltas
+from mlx_dgemma.cli import tune as cli_tune
+from mlx_dgemma.cli.main import main
+from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError
+from mlx_dgemma.model.layers import Layer
+from mlx_dgemma.tune.config import RunConfig, TrainerConfig
+from mlx_dgemma.tune.curves import COLUMNS, MetricsLog, draw_curves
+from mlx_dgemma.tune.objective import VARIANTS, draw_noise
+from mlx_dgemma.tune.run import tune as run_
+
+
+def test_run_configs_are_checked():
+    for name, value in (("batch_size", 0), ("save_every", 0), ("validate", 0)):
+        assert refusal(OptionError, lambda n=name, v=value: RunConfig("a", Path("b"), **{n: v})) == (
+            f"{name} is {value}; it should be at least 1."
+        )
+    assert refusal(OptionError, lambda: RunConfig("a", Path(""))) == "output is empty; give the folder to make."
+    assert refusal(OptionError, lambda: RunConfig("a", Path("b"), self_conditioning=2.0)) == (
+        "self_conditioning is 2.0; it should be from 0 to 1."
+    )
+    assert refusal(OptionError, lambda: RunConfig("a", Path("b"), noise_min=1.0)) == (
+        "noise_min is 1.0; it should be above 0 and below 0.9999."
+    )
+    chosen = RunConfig("a", Path("b"), "megatron", noise_min=0.2).objective
+    t = np.array(draw_noise(batch_of(0, rows=64), chosen, 40, mx.random.key(0)).t)
+    assert 0.2 <= t.min() < 0.3 and 0.9 < t.max() <= 1
+
+
+def test_a_log_continues_and_is_drawn(tmp_path):
+    log = MetricsLog(tmp_path / "log.csv")
+    for step in range(1, 6):
+        log.add(step=step, seconds=step / 2, loss=1 / step, valid_loss=0.5 if step == 4 else None)
+    again = MetricsLog(tmp_path / "log.csv", step=3)
+    again.add(step=4, seconds=2.5, loss=0.25)
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert lines[0] == ",".join(COLUMNS)
+    assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3", "4"]
+    draw_curves(log.rows, tmp_path / "curves.png")
+    full = (tmp_path / "curves.png").read_bytes()
+    draw_curves([], tmp_path / "curves.png")
+    assert len((tmp_path / "curves.png").read_bytes()) < len(full)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["curves.png", "log.csv"]
+
+
+ANIMALS = "cat dog fox owl bear frog".split()
+QUICKLY = ["--steps", "3", "--batch-size", "2", "--validate-every", "2", "--validate", "2", "--generate", "1"]
+
+
+def data_in(folder, train=ANIMALS, valid=ANIMALS[:2]):
+    """Data with words to say twice."""
+    for name, words in (("train", train), *([("valid", valid)] if valid else [])):
+        lines = [json.dumps({"prompt": f"Say {word} twice.", "completion": f"{word} {word}"}) for word in words]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def tune(*arguments):
+    return CliRunner().invoke(main, ["tune", *map(str, arguments)])
+
+
+def test_a_whole_run_from_the_command_line(tmp_path):
+    """The files, the output, a YAML file, and errors."""
+    data, out, config = data_in(tmp_path), tmp_path / "out", tmp_path / "tune.yaml"
+    config.write_text("rank: 2\nencoder-weight: 0\ntargets: [attention]\nseed: 5\n")
+    told = tune(data, "--output", out, "--config", config, *QUICKLY)
+    assert told.exit_code == 0, told.stderr
+    assert told.stdout == ""
+    assert "weights on 6 samples, validating on 2; canvases are filled with <pad> after an answer." in told.stderr
+    assert "step 2 of 3, loss " in told.stderr and "% of the answers right" in told.stderr
+    assert "expected: 'cat cat'" in told.stderr
+    assert sorted(file.name for file in out.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "curves.png", "log.csv", "state.safetensors",
+    ]  # fmt: skip
+    rows = (out / "log.csv").read_text().splitlines()
+    assert len(rows) == 4
+    assert [row.split(",")[7] != "" for row in rows[1:]] == [False, True, True]
+    held = json.loads((out / "adapter_config.json").read_text())
+    assert (held["r"], held["lora_alpha"]) == (2, 32)
+    assert tune(data, "--output", out).stderr.endswith(
+        f"Error: {out} is not empty; give another --output, or continue its run with --resume.\n"
+    )
+    again = tune(data, "--output", out, "--config", config, *QUICKLY, "--resume")
+    assert again.stderr.endswith(f"{out} is done already: 3 steps.\n")
+    data_in(tmp_path, ANIMALS[:3])
+    more = tune(data, "--output", out, "--config", config, *QUICKLY, "--resume", "--fill", "0")
+    assert "state.safetensors was trained with data " in more.stderr and more.exit_code == 1
+
+
+def test_a_stopped_run_is_saved_and_continues_exactly(tmp_path):
+    """The run stops after a step, as with Ctrl-C."""
+    data = data_in(tmp_path, valid=[])
+    method = TrainerConfig(rank=2, steps=3, learning_rate=0.01, layers=1)
+
+    def train(output, stop, resume=False):
+        engine = mlx_dgemma.load(dtype="float32")
+        plan = RunConfig(data, output, batch_size=1, encoder_weight=0.0, fill=0)
+        return engine, [one.step for one in run_(engine, method, plan, resume, stop)]
+
+    whole, steps = train(tmp_path / "whole", lambda: False)
+    assert steps == [1, 2, 3]
+    _, steps = train(tmp_path / "parts", lambda: True)
+    assert steps == [1]
+    held = (tmp_path / "parts" / "adapter_model.safetensors").read_bytes()
+    rest, steps = train(tmp_path / "parts", lambda: False, resume=True)
+    assert steps == [2, 3]
+    assert (tmp_path / "parts" / "adapter_model.safetensors").read_bytes() != held
+    parts, one = (tmp_path / name / "adapter_model.safetensors" for name in ("parts", "whole"))
+    assert parts.read_bytes() == one.read_bytes()
+    mine, theirs = weights(rest.model), weights(whole.model)
+    assert all((mine[path] == theirs[path]).all() for path in mine)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--variant", "google", "--fill", "4000"], "fill is 4000; it should be a token id below 2048."),
+        (["--layers", "9", "--fill", "0"], "layers is 9; the model has 6."),
+        (["--kind", "dora", "--targets", "experts", "--fill", "0"],
+         "DoRA does not support experts; leave experts out of --targets, or use lora."),
+        (["--resume", "--fill", "0"], "OUT has no state.safetensors to resume from; start a new run without --resume."),
+    ],
+)  # fmt: skip
+def test_runs_that_are_refused(tmp_path, arguments, sentence):
+    out = tmp_path / "out"
+    told = tune(data_in(tmp_path), "--output", out, *arguments)
+    assert told.exit_code == 1
+    last = told.stderr.splitlines()[-1]
+    assert last == "Error: " + sentence.replace("OUT", str(out))
+    assert not out.exists()
+
+
+def test_a_killed_run_can_be_resumed(tmp_path):
+    """Even before its first save, and if it ended between writing two files."""
+    data, out = data_in(tmp_path, valid=[]), tmp_path / "out"
+    engine = mlx_dgemma.load(dtype="float32")
+    plan = RunConfig(data, out, batch_size=1, encoder_weight=0.0, fill=0)
+    method = TrainerConfig(rank=2, steps=2, layers=1)
+    run = run_(engine, method, plan)
+    next(run)
+    run.close()
+    assert (engine.model.training, engine.model._apply) == (False, Layer.__call__)
+    assert "state.safetensors" in {file.name for file in out.iterdir()}
+    again = run_(mlx_dgemma.load(dtype="float32"), method, plan, resume=True)
+    assert [one.step for one in again] == [1, 2]
+    (out / "adapter_model.safetensors").unlink()
+    assert list(run_(mlx_dgemma.load(dtype="float32"), method, plan, resume=True)) == []
+    assert (out / "adapter_model.safetensors").exists()
+
+
+def test_a_run_that_needs_too_much_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_dgemma.model.device.available", lambda: 2**20)
+    engine, plan = mlx_dgemma.load(dtype="float32"), RunConfig(data_in(tmp_path), tmp_path / "out", batch_size=2)
+    told = refusal(MemoryLimitError, list, run_(engine, TrainerConfig(rank=2, steps=1), plan))
+    assert told.startswith("Training needs about 0.")
+    assert told.endswith(
+        " GiB of memory, but this machine has 0.0 GiB; lower --batch-size or --max-length, or try it anyway with "
+        "--ignore-memory."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_log_is_refused(tmp_path):
+    file = tmp_path / "log.csv"
+    file.write_text("step,loss\n1,a\n")
+    assert refusal(DataError, MetricsLog, file, 3) == f"{file} is broken; remove it to start a new log."
+
+
+def test_the_command_knows_every_objective_and_target():
+    assert tuple(VARIANTS) == cli_tune.VARIANTS
+    assert (*deltas.GROUPS, "self-conditioning") == cli_tune.TARGETS
+
+
+def test_yaml_files_are_checked(tmp_path, monkeypatch):
+    config = tmp_path / "tune.yaml"
+    for text, sentence in (
+        ("rank: 2.7", f"{config} sets rank to 2.7; it should be a whole number."),
+        ("rank: [1]", f"{config} sets rank to [1]; it should be a whole number."),
+        ("resume: 1", f"{config} sets resume to 1; it should be true or false."),
+        ("targets: 3", f"{config} sets targets to 3; it should be a list of words."),
+        ("output: 5", f"{config} sets output to 5; it should be a text."),
+        (
+            "learning-rate: 1e-4",
+            f"{config} sets learning_rate to '1e-4'; it should be a number (YAML reads 1e-4 as a word: write 1.0e-4).",
+        ),
+        ("rnak: 3", f"{config} sets rnak, which is no option of tune; see mlx-dgemma tune --help."),
+        ("- 3", f"{config} holds no names with values; write lines such as rank: 16."),
+    ):
+        config.write_text(text)
+        told = tune(tmp_path, "--config", config)
+        assert (told.exit_code, told.stderr) == (1, f"Error: {sentence}\n")
+    monkeypatch.setenv("MLX_DGEMMA_MODEL", "somewhere")
+    config.write_text("model: here")
+    assert tune(tmp_path, "--config", config).stderr == (
+        f"Error: {config} sets model, and so does $MLX_DGEMMA_MODEL; unset one of them.\n"
+    )
+    config.write_text("rank: [")
+    assert tune(tmp_path, "--config", config).stderr.startswith(f"Error: {config} is no YAML (while parsing")
