@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -55,22 +54,22 @@ class Failure(Exception):
     """A block that did something else than its page says."""
 
 
-def blocks(page: str) -> Iterator[Block]:
+def blocks(page: str) -> list[Block]:
     """The marked blocks of a page.
 
     Raises:
         Failure: a mark without a block.
     """
-    found = 0
+    found = []
     for match in BLOCK.finditer(page):
         text = match["text"] if match["hidden"] is None else match["hidden"]
+        kind, word, language = (match[name] or "" for name in ("kind", "word", "language"))
         line = page[: match.start()].count("\n") + 1
-        found += 1
-        yield Block(
-            match["kind"] or "hidden", match["word"] or "", match["language"] or "sh", textwrap.dedent(text), line
-        )
-    if found != len(re.findall(r"^[ ]*<!-- (?:run|output|file|hidden)\b", page, re.MULTILINE)):
-        raise Failure("There is a mark without a block.")
+        found.append(Block(kind or "hidden", word, language, textwrap.dedent(text), line))
+    marks = re.findall(r"^[ ]*<!-- (?:run|output|file|hidden)\b", page, re.MULTILINE)
+    if len(found) != len(marks):
+        raise Failure(f"{len(marks) - len(found)} of {len(marks)} marks have no block.")
+    return found
 
 
 def same(expected: str, printed: str) -> bool:
