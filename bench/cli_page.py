@@ -35,8 +35,16 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def is_current() -> bool | None:
+    """Whether docs/cli.md is what would be made; None where another version of click made it."""
+    made, stored = page(), PAGE.read_text(encoding="utf-8")
+    return made == stored if made.splitlines()[2] == stored.splitlines()[2] else None
+
+
 if __name__ == "__main__":
     if sys.argv[1:] != ["--check"]:
         PAGE.write_text(page(), encoding="utf-8")
-    elif PAGE.read_text(encoding="utf-8") != page():
+    elif (current := is_current()) is None:
+        print("docs/cli.md was made with another version of click, and is not compared.", file=sys.stderr)
+    elif not current:
         sys.exit("docs/cli.md is out of date; run python bench/cli_page.py")
