@@ -1,8 +1,10 @@
 """DiffusionGemma on MLX: `engine = mlx_dgemma.load(); engine.generate("...").text`."""
 
+import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -36,14 +38,29 @@ __all__ = [
     "load",
 ]
 
-# A checkout keeps convert/ beside the package, an installation inside it.
+
+if not TYPE_CHECKING:  # type checkers read the imports above and refuse other names
+
+    def __getattr__(name: str) -> Any:
+        """Names load on first use, so that `mlx-dgemma --help` imports no MLX."""
+        for module, names in _HOME.items():
+            if name in names:
+                return getattr(import_module(f".{module}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def _load_convert() -> None:
+    """Make `mlx_dgemma.convert` of a checkout's convert/, which lies beside the package."""
+    spec = spec_from_file_location(f"{__name__}.convert", Path(__file__).parent.parent / "convert" / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    globals()["convert"] = module
+
+
 if not (Path(__file__).parent / "convert").exists():
-    __path__.append(str(Path(__file__).parent.parent))
-
-
-def __getattr__(name: str):
-    """Names load on first use, so that `mlx-dgemma --help` imports no MLX."""
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load_convert()

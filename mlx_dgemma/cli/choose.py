@@ -1,4 +1,4 @@
-"""`mlx-dgemma choose`: a thin layer over `choose()`. Nothing heavy is imported until it runs."""
+"""`mlx-dgemma choose`: a thin layer over `choose()`. Heavy modules are imported when it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import click
 
 from ..errors import count, human
 from ..prompt.messages import messages_of
-from .common import adapter_option, files_option, load_engine, media_options, model_options, number, read_prompt, utf8
+from .common import (
+    ModelChoice,
+    adapter_option,
+    decode_argument,
+    files_option,
+    media_options,
+    model_options,
+    number_option,
+    read_prompt,
+)
 from .terminal import Terminal
 
 
@@ -19,15 +28,21 @@ from .terminal import Terminal
 @click.argument("prompt", required=False)
 @click.argument("labels", nargs=-1)
 @files_option
-@click.option("--range", "span", type=int, nargs=2, metavar="LOW HIGH", help="The labels are these numbers, both too.")
-@click.option("--bool", "truth", is_flag=True, help="The labels are true and false; yes and no count as them.")
-@click.option("--ask", "asked", metavar="NAME=A,B", multiple=True, help="A named question with labels; repeatable.")
-@click.option("--answer", metavar="TEMPLATE", help='What the answer begins with: "It is {}.", or slots by name.')
-@click.option("--calibrate", is_flag=True, help="Divide by what the labels get where nothing is asked.")
+@click.option(
+    "--range", "span", type=int, nargs=2, metavar="LOW HIGH", help="The labels are the numbers from LOW to HIGH."
+)
+@click.option("--bool", "truth", is_flag=True, help="The labels are true and false; yes and no count as well.")
+@click.option(
+    "--ask", "questions", metavar="NAME=A,B", multiple=True, help="A named question with its labels; repeatable."
+)
+@click.option(
+    "--answer", metavar="TEMPLATE", help='Text of the answer, such as "It is {}.", with a slot or with named slots.'
+)
+@click.option("--calibrate", is_flag=True, help="Divide by the labels' probabilities without a question.")
 @click.option("--system", metavar="TEXT", help="System message.")
-@number("--seed", 0, "Of the canvas's noise.", "0")
+@number_option("--seed", 0, "Seed of the canvas's noise.", "0")
 @media_options
-@number("--prefill-chunk", 1, "Prompt tokens encoded at once.", "512, or 1024 of a prompt beyond 4096")
+@number_option("--prefill-chunk", 1, "Prompt tokens encoded at once.", "512; 1024 for prompts above 4096")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @model_options
 @adapter_option
@@ -37,7 +52,7 @@ def choose(
     files: tuple[str, ...],
     span: tuple[int, int] | None,
     truth: bool,
-    asked: tuple[str, ...],
+    questions: tuple[str, ...],
     answer: str | None,
     calibrate: bool,
     system: str | None,
@@ -46,18 +61,15 @@ def choose(
     video: str | None,
     verbose: bool,
     as_json: bool,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     **options: Any,
 ) -> None:
-    """Tell how probable each label is as the answer.
+    """Compute how probable each label is as the answer.
 
-    One denoising step tells. The first argument is the prompt, - for stdin, and the others are labels. Files or
-    piped stdin come before the prompt, as with generate. A label a line is printed, the most probable first, with a
-    tab and its probability; with --ask, the question's name and a tab come before. --json prints
-    {probabilities, stats}.
+    This takes one denoising step. The first argument is the prompt, - for stdin, and the others are labels. Files or
+    piped stdin come before the prompt, as with generate. Each label is printed on a line of its own with a tab and
+    its probability, the most probable first. With --ask, a line begins with the question's name and a tab. --json
+    prints {probabilities, stats}.
 
     \b
     mlx-dgemma choose "Which is larger, 51 or 23?" 51 23
@@ -73,10 +85,10 @@ def choose(
     sources = [sys.stdin.buffer.read() if one == "-" else one for one in images]
     piped = prompt == "-" or ("-" not in images and not sys.stdin.isatty())
     text = read_prompt(None if prompt == "-" else prompt, files, piped)
-    wanted = _labels(labels, span, truth, asked)
-    messages = messages_of(text, utf8(system, "--system"), sources, video)
+    targets = _parse_labels(labels, span, truth, questions)
+    messages = messages_of(text, decode_argument(system, "--system"), sources, video)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+    engine = model.load(terminal)
     given = {name: value for name, value in options.items() if value is not None}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -84,51 +96,59 @@ def choose(
             engine.model,
             engine.builder,
             messages,
-            wanted,
-            answer=utf8(answer, "--answer"),
+            targets,
+            answer=decode_argument(answer, "--answer"),
             seed=seed or 0,
             calibrate=calibrate,
             **given,
         )
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         terminal.warn(f"Warning: {message}")
-    told = f"{count(choice.prompt_tokens, 'prompt token')}, {choice.seconds:.2f} s"
-    (terminal.warn if verbose else terminal.hint)(f"{told}, {human(choice.peak_memory_bytes)} peak")
+    summary = f"{count(choice.prompt_tokens, 'prompt token')}, {choice.seconds:.2f} s"
+    (terminal.warn if verbose else terminal.hint)(f"{summary}, {human(choice.peak_memory_bytes)} peak")
     terminal.say(_as_json(choice) if as_json else _lines(choice.probabilities))
 
 
-def _labels(labels: tuple[str, ...], span: tuple[int, int] | None, truth: bool, asked: tuple[str, ...]) -> Any:
-    """The one of four ways to give labels that was taken.
+def _parse_labels(
+    labels: tuple[str, ...], span: tuple[int, int] | None, truth: bool, questions: tuple[str, ...]
+) -> Any:
+    """The labels from the one of four ways that the user took.
 
     Raises:
-        click.UsageError: none was, several were, or a question has no name or is given twice.
+        click.UsageError: no labels, labels in several ways, or a question without a name or given twice.
     """
-    if sum(map(bool, (labels, span, truth, asked))) != 1:
+    if sum(map(bool, (labels, span, truth, questions))) != 1:
         raise click.UsageError("Give the labels in one way: as arguments, with --range, with --bool or with --ask.")
     if span and span[0] > span[1]:
         raise click.UsageError(f"--range is {span[0]} {span[1]}; give the lower number first.")
-    if not asked:
-        return range(span[0], span[1] + 1) if span else bool if truth else [utf8(one, "A label") for one in labels]
-    questions: dict[str, list[str]] = {}
-    for one in asked:
-        name, equals, rest = (utf8(one, "--ask") or "").partition("=")
-        if not equals or name in questions:
+    if not questions:
+        return (
+            range(span[0], span[1] + 1)
+            if span
+            else bool
+            if truth
+            else [decode_argument(one, "A label") for one in labels]
+        )
+    by_name: dict[str, list[str]] = {}
+    for one in questions:
+        name, equals, rest = (decode_argument(one, "--ask") or "").partition("=")
+        if not equals or name in by_name:
             why = "is given twice; join its labels" if equals else "has no labels; write NAME=label,label"
             raise click.UsageError(f"--ask {name} {why}.")
-        questions[name] = [label.strip() for label in rest.split(",")]
-    return questions
+        by_name[name] = [label.strip() for label in rest.split(",")]
+    return by_name
 
 
-def _lines(found: dict[Any, Any], before: str = "") -> str:
-    """A label a line with its probability, the most probable first."""
-    if found and all(isinstance(one, dict) for one in found.values()):
-        return "".join(_lines(one, f"{name}\t") for name, one in found.items())
-    ordered = sorted(found.items(), key=lambda one: -one[1])
-    return "".join(f"{before}{_key(label)}\t{probability:.4f}\n" for label, probability in ordered)
+def _lines(probabilities: dict[Any, Any], prefix: str = "") -> str:
+    """A line for each label with its probability, the most probable first."""
+    if probabilities and all(isinstance(one, dict) for one in probabilities.values()):
+        return "".join(_lines(one, f"{name}\t") for name, one in probabilities.items())
+    ordered = sorted(probabilities.items(), key=lambda one: -one[1])
+    return "".join(f"{prefix}{_key(label)}\t{probability:.4f}\n" for label, probability in ordered)
 
 
 def _key(label: Any) -> str:
-    """A label as JSON writes keys."""
+    """A label as a JSON key."""
     return str(label).lower() if isinstance(label, bool) else str(label)
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: options, loading, following an answer, reading prompts."""
+"""Options shared by the commands, loading of the engine, streaming of answers, and reading of prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
+from functools import reduce, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ DEMO_NOTICE = (
 Command = Callable[..., Any]
 
 
-def all_of(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several options as one decorator, listed in this order."""
+def combine(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Combine option decorators into one; `--help` lists them in this order."""
     return lambda command: reduce(lambda inner, one: one(inner), reversed(decorators), command)
 
 
@@ -42,48 +42,116 @@ model_option = click.option(
     show_default="$MLX_DGEMMA_MODEL, else the bundled demo",
     help="Checkpoint folder or Hub id.",
 )
-model_options = all_of(
-    model_option,
-    click.option(
-        "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        show_default="as stored; float32 on a CPU",
-        help="Of activations and unquantized weights.",
-    ),
-    click.option("--ignore-memory", is_flag=True, help="Load even what does not seem to fit."),
-)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The values of `model_options` and of `adapter_option`, if the command has it.
+
+    Attributes:
+        name: checkpoint folder or Hub id; None means the demo.
+        dtype: type of activations and unquantized weights; None keeps the stored one.
+        ignore_memory: whether to skip the check of memory.
+        adapter: folder or Hub id of an adapter.
+    """
+
+    name: str | None
+    dtype: str | None
+    ignore_memory: bool
+    adapter: str | None = None
+
+    def load(self, terminal: Terminal) -> Engine:
+        """Load the checkpoint and the adapter. Without a name, load the demo and print a notice."""
+        if self.name is None:
+            terminal.warn(DEMO_NOTICE)
+        if not terminal.hints:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        terminal.draw([], f"loading {self.name or 'the demo'}")
+        try:
+            from ..engine import load
+
+            engine = load(self.name, self.dtype, adapter=self.adapter, ignore_memory=self.ignore_memory)
+        finally:
+            terminal.erase()
+        for note in engine.notes:
+            terminal.hint(note)
+        return engine
+
+
+def model_options(command: Command) -> Command:
+    """Options that choose the model; the command gets them as `model: ModelChoice`."""
+
+    @wraps(command)
+    def with_model(
+        *, model: str | None, dtype: str | None, ignore_memory: bool, adapter: str | None = None, **options: Any
+    ) -> Any:
+        return command(model=ModelChoice(model, dtype, ignore_memory, adapter), **options)
+
+    return combine(
+        model_option,
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            show_default="as stored; float32 on a CPU",
+            help="Type of activations and unquantized weights.",
+        ),
+        click.option("--ignore-memory", is_flag=True, help="Load the model even if it seems too large for memory."),
+    )(with_model)
 
 
 adapter_option = click.option(
-    "--adapter", metavar="PATH_OR_ID", help="LoRA or DoRA in PEFT's layout, to put into the model."
+    "--adapter", metavar="PATH_OR_ID", help="LoRA or DoRA adapter in PEFT format: folder or Hub id."
 )
 
 
-def number(name: str, low: float, help: str, default: str = "the checkpoint's") -> Callable[[Command], Command]:
-    """An option of a number, at least `low`; whole where that is."""
-    kind: Any = click.IntRange(min=low) if isinstance(low, int) else click.FloatRange(min=low)
+class IntegerRange(click.IntRange):
+    """`click.IntRange` that calls its values whole numbers in error messages."""
+
+    name = "whole number"
+
+
+class NumberRange(click.FloatRange):
+    """`click.FloatRange` that calls its values numbers in error messages."""
+
+    name = "number"
+
+
+def number_option(name: str, low: float, help: str, default: str = "the checkpoint's") -> Callable[[Command], Command]:
+    """An option for a number of at least `low`, which must be an integer if `low` is one."""
+    kind: Any = IntegerRange(min=low) if isinstance(low, int) else NumberRange(min=low)
     return click.option(name, type=kind, metavar="N" if isinstance(low, int) else "X", show_default=default, help=help)
 
 
-sampler_options = all_of(
-    number("--max-denoising-steps", 1, "Steps that a canvas may take."),
-    number("--entropy-bound", 0.0, "Nats accepted at once; more is faster and riskier."),
-    number("--t-min", 0.0, "Temperature at the last step."),
-    number("--t-max", 0.0, "Temperature at the first step."),
-    number("--stability-threshold", 0, "Steps without a change before a canvas settles."),
-    number("--confidence-threshold", 0.0, "Mean nats below which a canvas settles."),
-    number("--certainty-threshold", 0.0, "Nats that no position of a settled answer reaches.", "0.1, --fast 0.3"),
-    number("--patience", 0, "Steps without a change that settle an answer; 0: never.", "2"),
-    click.option("--fast", is_flag=True, default=None, help="Keep confident tokens for good: fewer steps."),
-    number("--prefill-chunk", 1, "Prompt tokens encoded at once.", "512, or 1024 of a prompt beyond 4096"),
+sampler_options = combine(
+    number_option("--max-denoising-steps", 1, "Maximum number of denoising steps of a canvas."),
+    number_option(
+        "--entropy-bound", 0.0, "Nats; a higher value accepts more positions in one step: faster, less accurate."
+    ),
+    number_option("--t-min", 0.0, "Temperature at the last step."),
+    number_option("--t-max", 0.0, "Temperature at the first step."),
+    number_option("--stability-threshold", 0, "Number of previous steps that must have the same text."),
+    number_option("--confidence-threshold", 0.0, "Finish a canvas when its mean entropy is below X nats."),
+    number_option(
+        "--certainty-threshold",
+        0.0,
+        "Finish when each position's entropy is below X nats; 0 disables.",
+        "0.1, --fast 0.3",
+    ),
+    number_option("--patience", 0, "Finish after N steps without a change; 0 disables.", "2"),
+    click.option("--fast", is_flag=True, default=None, help="Fix confident tokens for good: fewer steps."),
+    number_option("--prefill-chunk", 1, "Prompt tokens encoded at once.", "512; 1024 for prompts above 4096"),
 )
-answer_options = all_of(
+answer_options = combine(
     click.option("--system", metavar="TEXT", help="System message."),
-    number("--seed", 0, "The same seed gives the same text.", "drawn"),
-    number("--max-tokens", 1, "Where the answer is cut."),
-    click.option("--thinking/--no-thinking", default=False, show_default=True, help="Let the model think first."),
-    click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; repeatable."),
-    click.option("--exact", is_flag=True, default=None, help="Settle as Transformers does: slower, more memory."),
+    number_option("--seed", 0, "The same seed gives the same text.", "random"),
+    number_option("--max-tokens", 1, "Maximum length of the answer."),
+    click.option(
+        "--thinking/--no-thinking", default=False, show_default=True, help="Let the model think before it answers."
+    ),
+    click.option("--stop", metavar="TEXT", multiple=True, help="End the answer before this text; repeatable."),
+    click.option(
+        "--exact", is_flag=True, default=None, help="Use the stopping rule of Transformers: slower, more memory."
+    ),
     sampler_options,
 )
 
@@ -94,40 +162,48 @@ files_option = click.option(
     "files",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True),
     multiple=True,
-    help="Prompt from a UTF-8 file, - for stdin; repeatable.",
+    help="Read the prompt from a UTF-8 file, - for stdin; repeatable.",
 )
 
 
-media_options = all_of(
+class MediaPath(click.Path):
+    """A path that explains why a web address is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check the path."""
+        if isinstance(value, str) and value.lower().startswith(("http://", "https://")):
+            self.fail(f"{value} is a web address; download the file and give its path.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+media_options = combine(
     click.option(
         "--image",
         "images",
-        type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+        type=MediaPath(exists=True, dir_okay=False, allow_dash=True),
         multiple=True,
-        help="Picture, - for stdin; repeatable.",
+        help="Picture file, - for stdin; repeatable.",
     ),
     click.option(
-        "--video", type=click.Path(exists=True), help="Video file (needs the extra video), or a folder of frames."
+        "--video", type=MediaPath(exists=True), help="Video file (needs the extra video), or a folder of frames."
     ),
-    number("--image-tokens", 1, "Tokens that a picture may take: 70, 140, 280, 560 or 1120."),
-    number("--fps", 0.0, "Frames looked at in a second of video.", "1"),
-    number("--max-frames", 1, "Frames looked at in a whole video."),
-    click.option(
-        "-v", "--verbose", is_flag=True, help="Tell on stderr the options in force, frames chosen, and statistics."
-    ),
+    number_option("--image-tokens", 1, "Maximum tokens of a picture: 70, 140, 280, 560 or 1120."),
+    number_option("--fps", 0.0, "Frames used for a second of video.", "1"),
+    number_option("--max-frames", 1, "Maximum number of frames of a video."),
+    click.option("-v", "--verbose", is_flag=True, help="Print options, frame times and statistics to stderr."),
 )
 
 
 @dataclass
-class Heard:
-    """What came of an answer; without a result it was interrupted."""
+class StreamedAnswer:
+    """An answer as far as it was streamed. Without a result it was interrupted."""
 
     text: str = ""
     thinking: str = ""
     result: Result | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """What --json prints."""
+        """The object that --json prints."""
         result = self.result
         return {
             "text": self.text,
@@ -138,31 +214,13 @@ class Heard:
         }
 
 
-def load_engine(
-    model: str | None, dtype: str | None, ignore_memory: bool, terminal: Terminal, adapter: str | None = None
-) -> Engine:
-    """Load a checkpoint, or the demo with a word about it, and an adapter."""
-    if model is None:
-        terminal.warn(DEMO_NOTICE)
-    if not terminal.hints:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    terminal.draw([], f"loading {model or 'the demo'}")
-    try:
-        from ..engine import load
-
-        engine = load(model, dtype, adapter=adapter, ignore_memory=ignore_memory)
-    finally:
-        terminal.erase()
-    for note in engine.notes:
-        terminal.hint(note)
-    return engine
-
-
-def listen(engine: Engine, stream: Callable[..., Any], terminal: Terminal, silent: bool = False) -> Heard:
-    """Start an answer and follow it; `silent` keeps it from stdout. Ctrl-C ends it, warnings become lines."""
+def stream_answer(
+    engine: Engine, stream: Callable[..., Any], terminal: Terminal, silent: bool = False
+) -> StreamedAnswer:
+    """Start an answer and print it while it is generated, unless `silent`; then print warnings. Ctrl-C stops it."""
     from ..decoding.events import Block, Draft
 
-    heard, blocks = Heard(), 0
+    answer, blocks = StreamedAnswer(), 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         events = stream(drafts=terminal.live)
@@ -174,20 +232,20 @@ def listen(engine: Engine, stream: Callable[..., Any], terminal: Terminal, silen
                     terminal.draw(canvas, f"block {event.block + 1}, step {event.step}")
                 elif isinstance(event, Block):
                     blocks += 1
-                    heard.text, heard.thinking = heard.text + event.text, heard.thinking + event.thinking
+                    answer.text, answer.thinking = answer.text + event.text, answer.thinking + event.thinking
                     terminal.hint(event.thinking)
                     terminal.say("" if silent else event.text)
                 else:
-                    heard.result = event.result
+                    answer.result = event.result
         except KeyboardInterrupt:
             terminal.interrupted()
         finally:
             events.close()
             terminal.erase()
-    result = heard.result
+    result = answer.result
     if not silent:
         calls = result.tool_calls if result else []
-        if not heard.text.endswith("\n") and (heard.text or not calls):
+        if not answer.text.endswith("\n") and (answer.text or not calls):
             terminal.say("\n")
         for call in calls:
             terminal.say(json.dumps(call["function"], ensure_ascii=False) + "\n")
@@ -195,59 +253,60 @@ def listen(engine: Engine, stream: Callable[..., Any], terminal: Terminal, silen
         terminal.warn(f"Warning: {message}")
     if result is None:
         terminal.hint(f"Interrupted after {count(blocks, 'finished block')}.")
-        return heard
+        return answer
     if result.finish_reason == "length":
         terminal.hint(f"Cut at {count(len(result.tokens), 'token')}; --max-tokens N makes room for more.")
     terminal.hint(summary(result.stats))
-    return heard
+    return answer
 
 
-def tell(engine: Engine, result: Result, options: dict[str, Any], terminal: Terminal) -> None:
-    """What --verbose asks for."""
+def print_details(engine: Engine, result: Result, options: dict[str, Any], terminal: Terminal) -> None:
+    """Print what --verbose asks for."""
     known = {name: value for name, value in options.items() if name not in ("seed", "thinking")}
-    told = details(result.stats, engine.options.override(**known))
-    for line in [*engine.notes, *told][: None if not terminal.hints else -1]:  # a terminal had the summary
+    lines = details(result.stats, engine.options.override(**known))
+    for line in [*engine.notes, *lines][: None if not terminal.hints else -1]:  # terminals already show the summary
         terminal.warn(line)
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that were set; the checkpoint decides the others."""
-    stop = tuple(utf8(one, "--stop") for one in options.get("stop") or ()) or None
+def explicit_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user set; the checkpoint decides the others."""
+    stop = tuple(decode_argument(one, "--stop") for one in options.get("stop") or ()) or None
     return {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
 
 
 def read_prompt(argument: str | None, files: Sequence[str], piped: bool) -> str:
-    """Files or piped stdin, then the argument, with blank lines between.
+    """Join files or piped stdin and the argument, in this order, separated by blank lines.
 
     Raises:
-        PromptError: something is not UTF-8.
-        click.UsageError: there is nothing to read.
+        PromptError: an input is not UTF-8.
+        click.UsageError: there is no input.
     """
     if argument is None and not files and not piped:
         raise click.UsageError("There is no prompt: give it as an argument, with --file, or on stdin.")
     parts = []
     for name in files or (["-"] if piped else []):
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        parts.append(decode(data, "stdin" if name == "-" else name).removeprefix("\ufeff").rstrip())
+        parts.append(decode_utf8(data, "stdin" if name == "-" else name).removeprefix("\ufeff").rstrip())
     if argument is not None:
-        parts.append(utf8(argument, "The prompt") or "")
+        parts.append(decode_argument(argument, "The prompt") or "")
     return "\n\n".join(part for part in parts if part.strip())
 
 
-def decode(data: bytes, what: str) -> str:
-    """Text as it is, byte order mark and line ends too.
+def decode_utf8(data: bytes, source: str) -> str:
+    """Decode text unchanged, with any byte order mark and line ends. `source` names it in errors.
 
     Raises:
-        PromptError: not UTF-8.
+        PromptError: it is not UTF-8.
     """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"{what} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; convert it, for example with iconv."
+            f"{source} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; "
+            "convert it, for example with iconv."
         ) from None
 
 
-def utf8(text: str | None, what: str) -> str | None:
-    """Text from the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
-    return text if text is None else decode(os.fsencode(text), what)
+def decode_argument(text: str | None, source: str) -> str | None:
+    """Check text from the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
+    return text if text is None else decode_utf8(os.fsencode(text), source)

@@ -1,4 +1,4 @@
-"""`mlx-dgemma evaluate`: a thin layer over `evaluate()`. Nothing heavy is imported until it runs."""
+"""`mlx-dgemma evaluate`: a thin layer over `evaluate()`. Heavy modules are imported when it runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import click
 
 from ..errors import OptionError, count
 from ..tune.data import SPLITS, find, read
-from .common import adapter_option, given, load_engine, model_options, number, sampler_options, utf8
+from .common import (
+    ModelChoice,
+    adapter_option,
+    decode_argument,
+    explicit_options,
+    model_options,
+    number_option,
+    sampler_options,
+)
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -26,27 +34,30 @@ if TYPE_CHECKING:
 
 @click.command("evaluate", epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
 @click.argument("data")
-@click.option("--split", type=click.Choice(SPLITS), show_default="test, else valid", help="Which file of a folder.")
+@click.option("--split", type=click.Choice(SPLITS), show_default="test, else valid", help="File of the folder to use.")
 @click.option(
     "--metric",
     default="exact",
     show_default=True,
     metavar="NAME",
-    help="exact, contains, regex, or FILE.py:FUNCTION of yours.",
+    help="exact, contains, regex, or your own FILE.py:FUNCTION.",
 )
-@click.option("--by", metavar="FIELD", show_default="task", help="Field of the records to group scores by.")
-@number("--batch-size", 1, "Answers generated together.", "8")
+@click.option("--by", metavar="FIELD", show_default="task", help="Record field to group scores by.")
+@number_option("--batch-size", 1, "Answers generated together.", "8")
 @click.option(
-    "--output", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Write each answer there, one a line."
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help="Write each answer to this file, one a line.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@number("--bound", 1, "Also bound the answers' likelihood, with so many noise draws a canvas.", "not")
+@number_option("--bound", 1, "Also bound the expected answers' likelihood, with N noise draws for each canvas.", "off")
 @model_options
 @adapter_option
-@number("--seed", 0, "Of the first answer; each further one has the next.", "0")
-@number("--max-tokens", 1, "Where an answer is cut.")
-@number("--image-tokens", 1, "Tokens that a picture may take: 70, 140, 280, 560 or 1120.")
-@click.option("--exact", is_flag=True, default=None, help="Settle as Transformers does: slower, more memory.")
+@number_option("--seed", 0, "Seed of the first answer; the others take the following seeds.", "0")
+@number_option("--max-tokens", 1, "Maximum length of an answer.")
+@number_option("--image-tokens", 1, "Maximum tokens of a picture: 70, 140, 280, 560 or 1120.")
+@click.option("--exact", is_flag=True, default=None, help="Use the stopping rule of Transformers: slower, more memory.")
 @sampler_options
 def evaluate(
     data: str,
@@ -56,20 +67,17 @@ def evaluate(
     output: Path | None,
     as_json: bool,
     bound: int | None,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     **options: Any,
 ) -> None:
-    """Mark answers on data whose last answers are the expected ones.
+    """Score the model's answers against the expected answers of a data set.
 
     DATA is a folder with test.jsonl or valid.jsonl, one .jsonl file, or the id of a data set on the Hub. Each line is
-    an object with messages (and tools, thinking), or with prompt and completion. exact asks for the same text,
-    contains for the expected text in the answer, and regex for an answer that matches the expected text as a whole;
-    tool calls must have the same names and arguments. A function gets the record and the answer's text and returns
-    a truth or a number from 0 to 1. The share that is right has a 95 % Wilson interval. --bound tells what the expected
-    answers cost the model at most, in nats a token.
+    an object with messages (and tools, thinking), or with prompt and completion; its last answer is the expected one.
+    The metric exact requires the same text, contains the expected text within the answer, and regex an answer that
+    matches the expected text as a whole. Tool calls must have the same names and arguments. A function gets the
+    record and the answer's text, and returns a boolean or a number from 0 to 1. The accuracy has a 95 % Wilson
+    interval. --bound prints an upper bound of the negative log-likelihood of the expected answers, in nats per token.
 
     \b
     mlx-dgemma evaluate data --model FOLDER
@@ -78,13 +86,13 @@ def evaluate(
     """
     if split and Path(data).is_file():
         raise click.UsageError(f"--split {split} names a file of a folder, but {data} is a file; leave it out.")
-    needed = (split,) if split else ("test", "valid")
-    found = find(data, needed)
-    path = next(found[one] for one in needed if one in found)
+    splits = (split,) if split else ("test", "valid")
+    files = find(data, splits)
+    path = next(files[one] for one in splits if one in files)
     terminal = Terminal()
     with warnings.catch_warnings(record=True) as caught, _created(output) as file:
         warnings.simplefilter("always", UserWarning)
-        engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+        engine = model.load(terminal)
         terminal.draw([], f"reading {path.name}")
         try:
             examples = read(engine, path)
@@ -101,7 +109,14 @@ def evaluate(
                     file.flush()
 
             terminal.draw([], f"answering {count(len(examples), 'question')}")
-            outcome = evaluate_(engine, examples, utf8(metric, "--metric") or "", by=by, watch=watch, **given(options))
+            outcome = evaluate_(
+                engine,
+                examples,
+                decode_argument(metric, "--metric") or "",
+                by=by,
+                watch=watch,
+                **explicit_options(options),
+            )
             likelihood = _bound(engine, examples, bound, options["seed"] or 0, terminal) if bound else None
         finally:
             terminal.erase()
@@ -114,10 +129,10 @@ def evaluate(
 
 @contextmanager
 def _created(path: Path | None) -> Iterator[TextIO | None]:
-    """A new file, if one is wanted; without a line in it it is taken away again.
+    """Create a file if `path` is given, and remove it if nothing was written.
 
     Raises:
-        OptionError: it is there already.
+        OptionError: the file exists already.
     """
     if path is None:
         yield None
@@ -144,14 +159,14 @@ def _bound(engine: Engine, examples: list[Example], draws: int, seed: int, termi
 
 
 def _as_json(outcome: Evaluation, likelihood: Bound | None) -> str:
-    told = {name: value for name, value in vars(outcome).items() if name not in ("answers", "groups")}
-    told["groups"] = {name: asdict(score) for name, score in outcome.groups.items()}
-    told["bound"] = asdict(likelihood) if likelihood else None
-    return json.dumps(told, ensure_ascii=False) + "\n"
+    values = {name: value for name, value in vars(outcome).items() if name not in ("answers", "groups")}
+    values["groups"] = {name: asdict(score) for name, score in outcome.groups.items()}
+    values["bound"] = asdict(likelihood) if likelihood else None
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def _table(outcome: Evaluation, likelihood: Bound | None) -> str:
-    """A row for each group and one for all, in columns, then what it took."""
+    """A table with a row for each group and one for all, then the time and the bound."""
     head = ["", "right", "of", "share", "95 %", "positions", "steps"]
     rows = [head, *([name, *_cells(score)] for name, score in outcome.groups.items()), ["all", *_cells(outcome)]]
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -1,4 +1,4 @@
-"""`mlx-dgemma fuse`: a thin layer over `fuse()`. Nothing heavy is imported until it runs."""
+"""`mlx-dgemma fuse`: a thin layer over `fuse()`. Heavy modules are imported when it runs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from .terminal import Terminal
 
 @click.command("fuse")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--adapter", required=True, metavar="PATH_OR_ID", help="LoRA or DoRA in PEFT's layout.")
+@click.option(
+    "--adapter", required=True, metavar="PATH_OR_ID", help="LoRA or DoRA adapter in PEFT format: folder or Hub id."
+)
 @model_option
-@click.option("--dequantize", is_flag=True, help="Leave changed weights unpacked.")
+@click.option("--dequantize", is_flag=True, help="Store changed weights without quantization.")
 def fuse(out: Path, adapter: str, model: str | None, dequantize: bool) -> None:
-    """Put an adapter into a checkpoint's weights for good.
+    """Merge an adapter into a checkpoint's weights.
 
-    OUT is the folder to make. Changed weights are rounded once more: to the dtype that the checkpoint stores, or, where
-    it is quantized, to the bits that it packs them in. In 16-bit floats and at 8 bit little is lost; of experts at
-    4 bit the rounding can outweigh a small change. --dequantize leaves changed weights unpacked, for more memory;
-    --adapter with the other commands rounds no weight.
+    OUT is the folder to create. Changed weights are rounded again, to the checkpoint's dtype or to its quantization.
+    At 16 and 8 bits little is lost. In experts at 4 bits, the rounding can outweigh a small change. --dequantize
+    stores changed weights without quantization, which takes more memory. The option --adapter of the other commands
+    rounds no weight.
 
-    An adapter that changes encoder and decoder differently cannot be fused, for they share their weights.
+    An adapter that changes encoder and decoder differently cannot be fused, since they share their weights.
 
     \b
     mlx-dgemma fuse --adapter FOLDER --model mlx_model fused
@@ -41,5 +43,5 @@ def fuse(out: Path, adapter: str, model: str | None, dequantize: bool) -> None:
     terminal.say(f"{report.source} with {report.adapter} -> {report.target}\n")
     terminal.say(f"{count(len(report.modules), 'changed weight')}, {human(report.nbytes)}, {report.seconds:.1f} s.\n")
     if report.requantized:
-        again = count(len(report.requantized), "changed weight")
-        terminal.warn(f"Packed again, which rounds: {again}; --dequantize leaves them unpacked.")
+        rounded = count(len(report.requantized), "changed weight")
+        terminal.warn(f"Packed again, which rounds: {rounded}; --dequantize leaves them unpacked.")

@@ -1,4 +1,4 @@
-"""What `mlx-dgemma info` tells about a checkpoint, from its JSON files and headers: no weight is read."""
+"""The output of `mlx-dgemma info`, from a checkpoint's JSON files and safetensors headers. No weight is read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..convert.recipes import RECIPES
 from ..errors import CheckpointError, OptionError, count, human
 from ..model import device
 
-CONTEXTS = (4096, 16384, 65536, 131072, 262144)  # tokens, the table's rows
+CONTEXTS = (4096, 16384, 65536, 131072, 262144)  # tokens, for the memory table
 
 
 def open_local(name: str | None) -> Checkpoint:
-    """Open a checkpoint that is on this machine.
+    """Open a checkpoint without downloading anything.
 
     Raises:
-        CheckpointError: as `find` and `Checkpoint.open`; also a Hub id that was never downloaded.
+        CheckpointError: as `find` and `Checkpoint.open`, or a Hub id that is not downloaded.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -36,14 +36,14 @@ def open_local(name: str | None) -> Checkpoint:
 
 
 def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, Any]:
-    """Everything as JSON-able values: sizes in bytes, contexts in tokens.
+    """Describe a checkpoint as JSON values, with sizes in bytes and contexts in tokens.
 
     Args:
-        checkpoint: what to describe.
-        context: prompt and answer together, in tokens; None takes 4096, or the model's longest if that is less.
+        checkpoint: the checkpoint.
+        context: tokens of prompt and answer together; None takes 4096, or the model's maximum if that is less.
 
     Raises:
-        OptionError: a context that is longer than the model's.
+        OptionError: the context is longer than the model's maximum.
     """
     text = checkpoint.config.text
     longest = text.max_position_embeddings
@@ -54,7 +54,7 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
     need = memory.need(checkpoint, context, *loaded)
     available = device.available()
     sampler = asdict(checkpoint.generation)
-    sampler["max_tokens"] = sampler.pop("max_new_tokens")  # as the option is called
+    sampler["max_tokens"] = sampler.pop("max_new_tokens")  # the option's name
     table = sorted({context, longest, *(one for one in CONTEXTS if one < longest)})
     return {
         "model": str(checkpoint.path),
@@ -100,7 +100,7 @@ def _architecture(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
-    """Weights in all, in the vision tower, and those that one token of text meets."""
+    """Number of parameters: all, those of the vision tower, and those that a token of text uses."""
     text, sizes = checkpoint.config.text, {name: prod(shape) for name, shape in checkpoint.shapes.items()}
     vision = sum(size for name, size in sizes.items() if ".vision_tower." in name or ".embed_vision." in name)
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
@@ -110,28 +110,29 @@ def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The common setting, and how many modules have one of their own."""
+    """The common quantization, and the number of modules with another one."""
     if not checkpoint.quantization:
         return None
     common = {key: value for key, value in checkpoint.quantization.items() if not isinstance(value, (dict, bool))}
     return {**common, "overrides": sum(isinstance(one, dict) for one in checkpoint.quantization.values())}
 
 
-def _recipes(checkpoint: Checkpoint, rest: int) -> dict[str, dict[str, Any]]:
-    """What each recipe's weights would take on disk, and with the prefix and workspace of `rest` bytes in memory."""
+def _recipes(checkpoint: Checkpoint, other_bytes: int) -> dict[str, dict[str, Any]]:
+    """Size of the weights for each recipe, and the memory needed with `other_bytes` for prefix and workspace."""
     sizes = {name: recipe.nbytes(checkpoint.shapes) for name, recipe in RECIPES.items()}
     available = device.available()
     return {
-        name: {"weights": size, "total": size + rest, "fits": size + rest <= available} for name, size in sizes.items()
+        name: {"weights": size, "total": size + other_bytes, "fits": size + other_bytes <= available}
+        for name, size in sizes.items()
     }
 
 
 def lines(about: dict[str, Any]) -> list[str]:
-    """`describe`'s result for people."""
-    arch, params, held = about["architecture"], about["parameters"], about["memory"]
+    """The result of `describe` as lines of text."""
+    arch, params, needed = about["architecture"], about["parameters"], about["memory"]
     sampler, machine, vision = about["sampler"], about["machine"], arch["vision"]
     kv = [f"{heads} x {dim}" for heads, dim in (arch["sliding_kv_heads"], arch["full_kv_heads"])]
-    kind = "" if held["loaded_as"] == "stored" else f" in {held['loaded_as']}"
+    kind = "" if needed["loaded_as"] == "stored" else f" in {needed['loaded_as']}"
     quantization = about["quantization"]
     stored = "none"
     if quantization:
@@ -158,22 +159,22 @@ def lines(about: dict[str, Any]) -> list[str]:
         ("machine", f"{machine['device']}, {human(machine['available'])} to use"),
         (
             "memory",
-            f"{human(held['total'])} at {held['context']} tokens of context "
-            f"(weights {human(held['weights'])}{kind}, prefix {human(held['prefix'])}, "
-            f"workspace {human(held['workspace'])})",
+            f"{human(needed['total'])} at {needed['context']} tokens of context "
+            f"(weights {human(needed['weights'])}{kind}, prefix {human(needed['prefix'])}, "
+            f"workspace {human(needed['workspace'])})",
         ),
-        ("", _verdict(held["total"], machine["available"])),
+        ("", _verdict(needed["total"], machine["available"])),
     ]
-    found = [f"{name:14}{value}" for name, value in pairs]
-    found += ["", f"{'context':>14}{'memory':>12}"]
-    for context, total in held["by_context"].items():
-        found.append(f"{context:>14}{human(total):>12}  {_fits(total, machine['available'])}")
+    output = [f"{name:14}{value}" for name, value in pairs]
+    output += ["", f"{'context':>14}{'memory':>12}"]
+    for context, total in needed["by_context"].items():
+        output.append(f"{context:>14}{human(total):>12}  {_fits(total, machine['available'])}")
     if about["recipes"]:
-        found += ["", f"{'recipe':>14}{'weights':>12}{'memory':>12}  (mlx-dgemma convert --recipe NAME)"]
+        output += ["", f"{'recipe':>14}{'weights':>12}{'memory':>12}  (mlx-dgemma convert --recipe NAME)"]
         for name, one in about["recipes"].items():
             fits = _fits(one["total"], machine["available"])
-            found.append(f"{name:>14}{human(one['weights']):>12}{human(one['total']):>12}  {fits}")
-    return [line.rstrip() for line in found]
+            output.append(f"{name:>14}{human(one['weights']):>12}{human(one['total']):>12}  {fits}")
+    return [line.rstrip() for line in output]
 
 
 def _settings(sampler: dict[str, Any], *names: str) -> str:
@@ -191,7 +192,7 @@ def _verdict(total: int, available: int) -> str:
 
 
 def _many(number: int) -> str:
-    """25.2 B, 6.7 M or a plain number."""
+    """A number with a unit: 25.2 B, 6.7 M, or without one if it is small."""
     for unit, size in (("B", 1e9), ("M", 1e6)):
         if number >= size:
             return f"{number / size:.1f} {unit}"

@@ -1,7 +1,6 @@
-"""`mlx-dgemma serve` as a launchd agent, so that it answers whenever its user is logged in on a Mac.
+"""`mlx-dgemma serve` as a launchd agent, which runs while its user is logged in on a Mac.
 
-Nothing here ran on a Mac: the property list and the commands follow launchd.plist(5) and launchctl(1), and the tests
-check both without launchd.
+The property list and the commands follow launchd.plist(5) and launchctl(1). The tests check both without launchd.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from ..errors import DgemmaError, OptionError
 
 LABEL = "org.mlx-dgemma.serve"
 KEY, MODEL = "MLX_DGEMMA_API_KEY", "MLX_DGEMMA_MODEL"
-NAMED = ("-m", "--model", "--adapter")  # a folder or a Hub id
-INHERITED = ("HF_HOME", "HF_HUB_CACHE", MODEL)  # launchd hands on nothing that a shell has set
-THROTTLE = 60  # seconds between two starts: a server that cannot start should not read its weights all day
-LEAVE = 30  # seconds to wait for an agent to end; launchd kills it after 20
+MODEL_OPTIONS = ("-m", "--model", "--adapter")  # take a folder or a Hub id
+INHERITED = ("HF_HOME", "HF_HUB_CACHE", MODEL)  # launchd passes on no variables of the shell
+THROTTLE_SECONDS = 60  # between two starts, so that a failing server does not reload its weights all the time
+STOP_SECONDS = 30  # to wait for an agent to end; launchd kills it after 20
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -32,32 +31,32 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def install(
     arguments: Sequence[str], api_key: str | None = None, home: Path | None = None, run: Run = subprocess.run
 ) -> Path:
-    """Write the agent, start it now and at every login; one that is there already is replaced.
+    """Install the agent, which starts now and at every login. An existing agent is replaced.
 
     Args:
-        arguments: what stood behind `mlx-dgemma serve`; --install and --api-key are left out of them.
-        api_key: the key that clients must send; only this user can read the file it is written to.
-        home: the user's folder.
-        run: as `subprocess.run`.
+        arguments: the arguments of `mlx-dgemma serve`; --install and --api-key are removed from them.
+        api_key: the key that clients must send. It is written to a file that only this user can read.
+        home: the user's home folder.
+        run: replacement for `subprocess.run`.
 
     Returns:
         The agent's property list, ~/Library/LaunchAgents/org.mlx-dgemma.serve.plist.
 
     Raises:
-        OptionError: this is no Mac.
-        DgemmaError: launchd refused, in its own words.
+        OptionError: this is not macOS.
+        DgemmaError: launchd refused to start the agent.
     """
     home, path = _find(home)
     content = plistlib.dumps(plist(arguments, api_key, home, os.environ))
     _logs(home).mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{LABEL}.")  # its mode is 0600
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{LABEL}.")  # created with mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.replace(draft, path)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(draft)
+        os.unlink(temporary)
         raise
     _stop(run)
     done = _launchctl(run, "bootstrap", _domain(), str(path))
@@ -70,14 +69,14 @@ def install(
 
 
 def uninstall(home: Path | None = None, run: Run = subprocess.run) -> Path:
-    """End the agent and remove its property list; the logs stay.
+    """Stop the agent and remove its property list. The logs are kept.
 
     Returns:
-        The path of the file that was removed.
+        The path of the removed file.
 
     Raises:
-        OptionError: this is no Mac, or there is no agent.
-        DgemmaError: the agent does not end.
+        OptionError: this is not macOS, or there is no agent.
+        DgemmaError: the agent does not stop.
     """
     _, path = _find(home)
     if not _stop(run) and not path.exists():
@@ -90,54 +89,54 @@ def plist(arguments: Sequence[str], api_key: str | None, home: Path, environment
     """The agent's property list.
 
     Args:
-        arguments, api_key, home: as `install` takes them; relative paths are seen from the current folder.
-        environment: where the few variables come from that the agent gets.
+        arguments, api_key, home: as for `install`; relative paths are relative to the current folder.
+        environment: environment variables, of which the agent gets those in `INHERITED`.
     """
-    given = {name: environment[name] for name in INHERITED if environment.get(name)}
-    variables = {name: (_model if name == MODEL else _absolute)(value) for name, value in given.items()}
+    inherited = {name: environment[name] for name in INHERITED if environment.get(name)}
+    variables = {name: (_absolute_model if name == MODEL else _absolute)(value) for name, value in inherited.items()}
     if api_key:
         variables[KEY] = api_key
     log = _logs(home) / "serve.log"
-    found = {
+    content = {
         "Label": LABEL,
-        "ProgramArguments": [sys.executable, "-m", "mlx_dgemma", "serve", *_lasting(arguments)],
+        "ProgramArguments": [sys.executable, "-m", "mlx_dgemma", "serve", *_absolute_arguments(arguments)],
         "RunAtLoad": True,
-        "KeepAlive": {"SuccessfulExit": False},  # again after a crash, not after a server that was asked to end
-        "ThrottleInterval": THROTTLE,
-        "ProcessType": "Interactive",  # else launchd slows its processor and its reading down
+        "KeepAlive": {"SuccessfulExit": False},  # restart after a crash, but not after a regular stop
+        "ThrottleInterval": THROTTLE_SECONDS,
+        "ProcessType": "Interactive",  # otherwise launchd limits CPU and I/O
         "StandardOutPath": str(log),
         "StandardErrorPath": str(log),
     }
-    return {**found, "EnvironmentVariables": variables} if variables else found
+    return {**content, "EnvironmentVariables": variables} if variables else content
 
 
-def _lasting(arguments: Sequence[str]) -> list[str]:
-    """Arguments that mean the same in another folder, without what the agent is not to be told."""
-    made, rest = [], iter(arguments)
-    for argument in rest:
+def _absolute_arguments(arguments: Sequence[str]) -> list[str]:
+    """Arguments with absolute paths, so that they are valid in any folder, without --install and --api-key."""
+    result, remaining = [], iter(arguments)
+    for argument in remaining:
         name, equals, value = argument.partition("=")
         short = argument.startswith("-m") and not argument.startswith("--")
         if name == "--install":
             continue
         if name == "--api-key":
-            value = value or ("" if equals else next(rest, ""))
-        elif name in (*NAMED, "--cache-dir") and not equals:
-            made += [name, _rooted(name, next(rest, ""))]
+            value = value or ("" if equals else next(remaining, ""))
+        elif name in (*MODEL_OPTIONS, "--cache-dir") and not equals:
+            result += [name, _absolute_value(name, next(remaining, ""))]
         elif short:
-            made += ["-m", _model(argument[2:])]
+            result += ["-m", _absolute_model(argument[2:])]
         else:
-            made.append(f"{name}={_rooted(name, value)}" if equals else argument)
-    return made
+            result.append(f"{name}={_absolute_value(name, value)}" if equals else argument)
+    return result
 
 
-def _rooted(name: str, value: str) -> str:
-    if name in NAMED:
-        return _model(value)
+def _absolute_value(name: str, value: str) -> str:
+    if name in MODEL_OPTIONS:
+        return _absolute_model(value)
     return _absolute(value) if name == "--cache-dir" else value
 
 
-def _model(name: str) -> str:
-    """A folder from its root on; a Hub id as it is."""
+def _absolute_model(name: str) -> str:
+    """A folder as an absolute path; a Hub id unchanged."""
     is_id = name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()
     return name if is_id else _absolute(name)
 
@@ -147,7 +146,7 @@ def _absolute(path: str) -> str:
 
 
 def _find(home: Path | None) -> tuple[Path, Path]:
-    """The user's folder and the agent's file in it."""
+    """The user's home folder and the path of the agent's property list."""
     if platform.system() != "Darwin":
         raise OptionError(
             f"launchd is macOS's, and this is {platform.system()}; have `mlx-dgemma serve` started by its own services."
@@ -161,12 +160,12 @@ def _logs(home: Path) -> Path:
 
 
 def _stop(run: Run) -> bool:
-    """End the agent and wait until it is gone; returns whether there was one."""
+    """Stop the agent and wait until it has ended. Returns whether there was one."""
     service = f"{_domain()}/{LABEL}"
     if _launchctl(run, "print", service).returncode:
         return False
     done = _launchctl(run, "bootout", service)
-    for _ in range(LEAVE * 5):
+    for _ in range(STOP_SECONDS * 5):
         if _launchctl(run, "print", service).returncode:
             return True
         time.sleep(0.2)

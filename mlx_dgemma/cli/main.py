@@ -1,7 +1,7 @@
-"""`mlx-dgemma`: commands of a few lines each over the engine.
+"""The command group `mlx-dgemma`, and the commands generate, chat and info.
 
-Text goes to stdout and nothing else does. Exit codes: 0 done, 1 a failure, 2 wrong usage, 130
-interrupted. What is heavy to import is imported inside the commands, so that --help is instant.
+Only the requested text goes to stdout. Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted. Heavy
+modules are imported inside the commands, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from ..errors import DgemmaError, OptionError, PromptError
 from ..prompt.messages import messages_of
 from .common import (
     DEMO_NOTICE,
+    ModelChoice,
     adapter_option,
     answer_options,
-    decode,
+    decode_argument,
+    decode_utf8,
+    explicit_options,
     files_option,
-    given,
-    listen,
-    load_engine,
     media_options,
     model_options,
-    number,
+    number_option,
+    print_details,
     read_prompt,
-    tell,
-    utf8,
+    stream_answer,
 )
 from .terminal import Terminal
 
 CHAT_HELP = """\
-/image FILE    show a picture along with the next line
-/video FILE    show a video along with the next line
-/system TEXT   set the system message; without TEXT there is none
-/reset         forget the conversation
-/help          show this
-/exit          leave, as Ctrl-D does
-A line that ends in \\ goes on in the next one; Ctrl-C stops an answer."""
+/image FILE    add a picture to the next line
+/video FILE    add a video to the next line
+/system TEXT   set the system message; without TEXT, remove it
+/reset         start a new conversation
+/help          show this help
+/exit          leave; Ctrl-D does the same
+A line that ends in \\ continues on the next line. Ctrl-C stops an answer."""
 
 
 class Commands(click.Group):
-    """Prints a user's mistake as one sentence, exits with 130 on Ctrl-C, imports some commands on demand."""
+    """Imports commands on demand, prints a `DgemmaError` as one sentence, and exits with 130 on Ctrl-C."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order in which they are met."""
+        """The commands in the order of --help."""
         return "generate chat infill edit choose serve tune evaluate fuse info convert".split()
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """A command by its name."""
+        """Return a command by name."""
         if cmd_name == "convert":
             from ..convert.cli import command
 
@@ -94,7 +94,7 @@ class Commands(click.Group):
         except DgemmaError as error:
             raise click.ClickException(str(error)) from None
         except OSError as error:
-            if error.errno == errno.EPIPE:  # click leaves quietly: the reader wants no more
+            if error.errno == errno.EPIPE:  # the reader of stdout has gone; click exits quietly
                 raise
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
@@ -109,7 +109,7 @@ class Commands(click.Group):
 def main() -> None:
     """DiffusionGemma on MLX: text by block diffusion.
 
-    Without a model named, a bundled demo of 6.7 M parameters answers.
+    Without --model, a bundled demo of 6.7 M parameters answers.
 
     \b
     mlx-dgemma generate "Write JSON for: Anna is 31 years old and lives in Oslo."
@@ -117,21 +117,23 @@ def main() -> None:
     mlx-dgemma chat --model FOLDER
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller: the next file opened would take its place
+        if getattr(sys, name) is None:  # closed by the caller: the next open file would get its descriptor
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8")  # whatever the locale says
+            stream.reconfigure(encoding="utf-8")  # regardless of the locale
 
 
 @main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
 @click.argument("prompt", required=False)
 @files_option
 @media_options
-@click.option("--tools", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False), help="Tools on offer.")
-@click.option("--schema", metavar="FILE.json|JSON", help="The answer is valid for this JSON Schema, always.")
-@click.option("--regex", metavar="PATTERN", help="The answer matches this regular expression as a whole, always.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
+@click.option(
+    "--tools", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False), help="Tools that the model may call."
+)
+@click.option("--schema", metavar="FILE.json|JSON", help="Constrain the answer to this JSON Schema.")
+@click.option("--regex", metavar="PATTERN", help="Constrain the whole answer to this regular expression.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @model_options
 @adapter_option
 @answer_options
@@ -147,22 +149,18 @@ def generate(
     regex: str | None,
     as_json: bool,
     verbose: bool,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     system: str | None,
     **options: Any,
 ) -> None:
     """Answer one prompt.
 
-    The prompt is an argument, files, or stdin. Files or stdin come first, then a blank line and the
-    argument. stdin is read when it is no terminal and no file is named, or by --image - as a picture.
+    The prompt is an argument, files, or stdin. Files or stdin come first, then a blank line and the argument. stdin
+    is read if it is not a terminal and no file is given; --image - reads a picture from it.
 
-    Tool calls are printed one a line: {"name": ..., "arguments": {...}}. --tools takes a JSON list of
-    function declarations in OpenAI's form. --json prints {text, thinking, tool_calls, finish_reason,
-    stats}. Ctrl-C keeps the blocks that are done: with --json the finish_reason is then "interrupted"
-    and stats is null.
+    Each tool call is printed as a line: {"name": ..., "arguments": {...}}. --tools takes a JSON list of function
+    declarations in OpenAI's format. --json prints {text, thinking, tool_calls, finish_reason, stats}. Ctrl-C keeps
+    the finished blocks; with --json, finish_reason is then "interrupted" and stats is null.
 
     \b
     mlx-dgemma generate "Write JSON for: Anna is 31 years old and lives in Oslo."
@@ -170,23 +168,24 @@ def generate(
     mlx-dgemma generate --image photo.jpg "What is this?"
     mlx-dgemma generate -f chapter.txt -f notes.txt "Summarise." --seed 7 --json
     """
-    options = given(options)
+    options = explicit_options(options)
     if [*files, *images].count("-") > 1:
         raise click.UsageError("- is given twice, but stdin can be read once.")
     sources = [sys.stdin.buffer.read() if one == "-" else one for one in images]
-    asked = read_prompt(prompt, files, piped="-" not in images and not sys.stdin.isatty())
-    messages = messages_of(asked, utf8(system, "--system"), sources, video)
+    text = read_prompt(prompt, files, piped="-" not in images and not sys.stdin.isatty())
+    messages = messages_of(text, decode_argument(system, "--system"), sources, video)
     declarations = _read_tools(tools) if tools else None
-    constraint = given({"schema": _read_schema(schema) if schema else None, "regex": utf8(regex, "--regex")})
+    json_schema = _read_schema(schema) if schema else None
+    constraint = explicit_options({"schema": json_schema, "regex": decode_argument(regex, "--regex")})
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+    engine = model.load(terminal)
     stream = partial(engine.stream, messages, tools=declarations, **constraint, **options)
-    heard = listen(engine, stream, terminal, silent=as_json)
-    if verbose and heard.result:
-        tell(engine, heard.result, options, terminal)
+    answer = stream_answer(engine, stream, terminal, silent=as_json)
+    if verbose and answer.result:
+        print_details(engine, answer.result, options, terminal)
     if as_json:
-        terminal.say(json.dumps(heard.as_dict(), ensure_ascii=False) + "\n")
-    if heard.result is None:
+        terminal.say(json.dumps(answer.as_dict(), ensure_ascii=False) + "\n")
+    if answer.result is None:
         ctx.exit(130)
 
 
@@ -201,18 +200,15 @@ def chat(
     images: tuple[str, ...],
     video: str | None,
     verbose: bool,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     system: str | None,
     **options: Any,
 ) -> None:
-    """Talk, turn by turn: each encodes only what is new.
+    """Chat with the model; each turn encodes only the new text.
 
-    Pictures and a video named here go with the first turn. Commands are /image FILE, /video FILE, /system TEXT,
-    /reset, /help and /exit. A line that ends in \\ goes on in the next one. Ctrl-C stops an answer and keeps
-    what is finished. Without a terminal each line of stdin is a turn.
+    --image and --video belong to the first turn. Commands are /image FILE, /video FILE, /system TEXT, /reset, /help
+    and /exit. A line that ends in \\ continues on the next line. Ctrl-C stops an answer and keeps its finished
+    blocks. If stdin is not a terminal, each of its lines is a turn.
 
     \b
     mlx-dgemma chat --model FOLDER --system "Answer in one sentence."
@@ -221,15 +217,15 @@ def chat(
     if "-" in images:
         raise click.UsageError("- is stdin, which holds the conversation; name the picture's file.")
     terminal, interactive = Terminal(), sys.stdin.isatty()
-    system, options = utf8(system, "--system"), given(options)
-    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
+    system, options = decode_argument(system, "--system"), explicit_options(options)
+    engine = model.load(terminal)
     if interactive:
         terminal.hint("/help lists the commands, Ctrl-D leaves.")
-        if model is None:
+        if model.name is None:
             terminal.hint("The demo learned single questions: /reset before the next one.")
     session = engine.session()
     messages: list[dict[str, Any]] = []
-    shown = list(images)
+    pictures = list(images)
     while (line := _read_turn(terminal)) is not None:
         command, _, rest = line.strip().partition(" ")
         if not command or command == "/help":
@@ -237,9 +233,9 @@ def chat(
         elif command == "/exit":
             break
         elif command == "/reset":
-            messages, shown, video = [], [], None
+            messages, pictures, video = [], [], None
         elif command == "/image":
-            shown.append(rest.strip())
+            pictures.append(rest.strip())
         elif command == "/video":
             video = rest.strip() or None
         elif command == "/system":
@@ -247,36 +243,36 @@ def chat(
         elif command[0] == "/" and command[1:].isalpha():
             terminal.warn(f"There is no command {command}; /help lists them.")
         else:
-            messages += messages_of(line, images=shown, video=video)
-            shown, video = [], None
+            messages += messages_of(line, images=pictures, video=video)
+            pictures, video = [], None
             try:
                 stream = partial(engine.stream, messages, system=system, session=session, **options)
-                heard = listen(engine, stream, terminal)
+                answer = stream_answer(engine, stream, terminal)
             except PromptError as error:
                 if not interactive:
                     raise
                 messages.pop()
                 terminal.warn(f"Error: {error} /reset starts anew.")
                 continue
-            if heard.result or heard.text:  # thinking is not part of the history
-                messages.append({"role": "assistant", "content": heard.text})
+            if answer.result or answer.text:  # the history has no thinking
+                messages.append({"role": "assistant", "content": answer.text})
             else:
                 messages.pop()
-            if heard.result is None and not interactive:
+            if answer.result is None and not interactive:
                 ctx.exit(130)
-            if verbose and heard.result:
-                tell(engine, heard.result, options, terminal)
+            if verbose and answer.result:
+                print_details(engine, answer.result, options, terminal)
 
 
 @main.command()
 @click.argument("model", required=False, envvar="MLX_DGEMMA_MODEL")
-@number("--context", 1, "Tokens of prompt and answer to plan memory for.", "4096")
+@number_option("--context", 1, "Tokens of prompt and answer to compute the memory for.", "4096")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
 def info(model: str | None, context: int | None, as_json: bool) -> None:
     """Show a checkpoint's architecture, sizes and sampler, and whether it fits this machine.
 
-    MODEL is a folder or a downloaded Hub id [default: $MLX_DGEMMA_MODEL, else the bundled demo]. No
-    weight is loaded.
+    MODEL is a folder or a downloaded Hub id [default: $MLX_DGEMMA_MODEL, else the bundled demo]. No weights are
+    loaded.
 
     \b
     mlx-dgemma info
@@ -292,7 +288,7 @@ def info(model: str | None, context: int | None, as_json: bool) -> None:
 
 
 def _read_turn(terminal: Terminal) -> str | None:
-    """The next line, joined with those that it goes on in; None when the user leaves."""
+    """Read a turn: a line and its continuation lines. None means that the user leaves."""
     lines: list[str] = []
     try:
         while True:
@@ -309,26 +305,28 @@ def _read_line(terminal: Terminal, prompt: str) -> str:
     if not sys.stdin.isatty():
         if not (data := sys.stdin.buffer.readline()):
             raise EOFError
-        return decode(data, "stdin").removeprefix("\ufeff").rstrip("\r\n")
+        return decode_utf8(data, "stdin").removeprefix("\ufeff").rstrip("\r\n")
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input)
     if sys.stdout.isatty():
-        return utf8(input(prompt), "The line") or ""
+        return decode_argument(input(prompt), "The line") or ""
     terminal.hint(prompt)
-    return utf8(input(), "The line") or ""
+    return decode_argument(input(), "The line") or ""
 
 
-def _read_schema(given: str) -> dict:
-    """A JSON Schema from a file, or from the command line where it begins with a brace.
+def _read_schema(source: str) -> dict:
+    """Read a JSON Schema from a file, or from the command line if it begins with a brace.
 
     Raises:
-        OptionError: no JSON object.
+        OptionError: it is not a JSON object.
     """
-    inline = given.lstrip().startswith("{")
-    name = "--schema" if inline else given
+    inline = source.lstrip().startswith("{")
+    name = "--schema" if inline else source
     try:
         schema = json.loads(
-            (utf8(given, name) or "") if inline else decode(Path(given).read_bytes(), given).removeprefix("\ufeff")
+            (decode_argument(source, name) or "")
+            if inline
+            else decode_utf8(Path(source).read_bytes(), source).removeprefix("\ufeff")
         )
     except ValueError as error:
         raise OptionError(f"{name} is not JSON ({error}); give a JSON Schema.") from None
@@ -338,13 +336,13 @@ def _read_schema(given: str) -> dict:
 
 
 def _read_tools(path: str) -> list[dict]:
-    """Function declarations from a JSON file.
+    """Read function declarations from a JSON file.
 
     Raises:
-        OptionError: no JSON, or something else than a list of declarations.
+        OptionError: the file is not JSON, or not a list of declarations.
     """
     try:
-        tools = json.loads(decode(Path(path).read_bytes(), path).removeprefix("\ufeff"))
+        tools = json.loads(decode_utf8(Path(path).read_bytes(), path).removeprefix("\ufeff"))
     except ValueError as error:
         raise OptionError(f"{path} is not JSON ({error}); give a list of function declarations.") from None
     if not isinstance(tools, list):

@@ -1,8 +1,7 @@
-"""Where an answer goes: final text to stdout, everything else to stderr.
+"""Terminal output: final text to stdout, everything else to stderr.
 
-A canvas that is still settling is drawn on stderr behind the text that is final, and erased before
-more of that text is written. Nothing depends on where on the screen that is: the cursor goes back by
-as many rows as were drawn, so scrolling does no harm.
+An unfinished canvas is drawn on stderr after the final text, and erased before more final text is written. The cursor
+moves back by the number of rows that were drawn, so the result does not depend on scrolling.
 """
 
 from __future__ import annotations
@@ -22,43 +21,45 @@ if TYPE_CHECKING:
     from ..decoding.options import GenerationOptions
 
 
-Segment = tuple[str, int]  # text and how uncertain it is: an index into STYLES
-STYLES = ("", "\x1b[2m", "\x1b[90m")  # as it is, dim, grey
-UNSURE = (0.05, 1.0)  # nats of entropy above which a position is dim, and grey
-MIN_COLUMNS, MIN_LINES = 10, 4  # a smaller terminal shows no canvas
+Segment = tuple[str, int]  # text and its uncertainty, an index into STYLES
+STYLES = ("", "\x1b[2m", "\x1b[90m")  # normal, dim, grey
+ENTROPY_LEVELS = (0.05, 1.0)  # nats above which a position is dim, and grey
+MIN_COLUMNS, MIN_LINES = 10, 4  # no canvas is drawn on a smaller terminal
 
-# The model may write control characters: on a terminal they must not act.
-_HARMLESS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-_TAB = 8
+# The model may generate control characters, which must have no effect on the terminal.
+_WITHOUT_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+}
+_TAB_COLUMNS = 8
 
 
 def char_width(char: str) -> int:
-    """Columns that a character takes: 2 if wide, 0 if it combines with the one before."""
+    """Columns of a character: 2 if it is wide, 0 if it combines with the one before."""
     if unicodedata.category(char) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
 def line_width(text: str, start: int, columns: int) -> int:
-    """Columns that the last line takes, wrapped ones included, when `text` is written `start` columns into a line."""
+    """Columns of the last line, its wrapped rows included, after `text` is written from column `start`."""
     _, newline, tail = text.rpartition("\n")
     width = 0 if newline else start
     for char in tail:
         at = width % columns
         if char == "\t":
-            width += min(_TAB - at % _TAB, columns - 1 - at)
+            width += min(_TAB_COLUMNS - at % _TAB_COLUMNS, columns - 1 - at)
         else:
             size = char_width(char)
-            width += size + (at + size > columns)  # a wide character does not begin in the last column
+            width += size + (at + size > columns)  # a wide character does not fit into the last column
     return width
 
 
 def segments(draft: Draft, tokenizer: Any, end_tokens: Iterable[int]) -> list[Segment]:
-    """A draft as text, in runs of the same uncertainty.
+    """The text of a draft, split by uncertainty.
 
     Args:
-        draft: what follows an end token is left out, and so are special tokens.
-        tokenizer: the checkpoint's.
+        draft: the draft; special tokens and everything after an end token are omitted.
+        tokenizer: the checkpoint's tokenizer.
         end_tokens: the tokens that end a text.
     """
     tokens: Any = draft.tokens.tolist()
@@ -70,8 +71,8 @@ def segments(draft: Draft, tokenizer: Any, end_tokens: Iterable[int]) -> list[Se
             break
         if token in special:
             continue
-        # Text comes out once it is whole; it is as uncertain as the worst of its tokens.
-        level = max(level, sum(nats > bound for bound in UNSURE))
+        # The detokenizer returns whole characters; each has the highest level of its tokens.
+        level = max(level, sum(nats > bound for bound in ENTROPY_LEVELS))
         reader.add_token(token)
         if text := reader.last_segment:
             found.append((text, level))
@@ -81,19 +82,19 @@ def segments(draft: Draft, tokenizer: Any, end_tokens: Iterable[int]) -> list[Se
 
 
 def rows(parts: Iterable[Segment], start: int, columns: int, limit: int) -> list[list[Segment]]:
-    """Wrap at the terminal's width, beginning `start` columns into a row; at most `limit` rows.
+    """Wrap segments into at most `limit` rows of `columns`, with the first row starting at column `start`.
 
-    The last row of a canvas that is cut is an ellipsis.
+    If rows are cut off, the last row is an ellipsis.
     """
     wrapped: list[list[Segment]] = [[]]
     at = start
     for text, level in parts:
-        for char in text.translate(_HARMLESS):
+        for char in text.translate(_WITHOUT_CONTROLS):
             if char == "\n":
                 wrapped.append([])
                 at = 0
                 continue
-            cell = " " * (_TAB - at % _TAB) if char == "\t" else char
+            cell = " " * (_TAB_COLUMNS - at % _TAB_COLUMNS) if char == "\t" else char
             width = len(cell) if char == "\t" else char_width(char)
             if at + width > columns:
                 wrapped.append([])
@@ -106,7 +107,7 @@ def rows(parts: Iterable[Segment], start: int, columns: int, limit: int) -> list
 
 
 def summary(stats: Stats) -> str:
-    """One line of statistics."""
+    """Statistics in one line."""
     parts = [
         f"{count(stats.generated_tokens, 'token')} in {count(stats.blocks, 'block')} "
         f"and {count(stats.denoising_steps, 'step')}",
@@ -121,44 +122,44 @@ def summary(stats: Stats) -> str:
 
 
 def details(stats: Stats, options: GenerationOptions) -> list[str]:
-    """What --verbose tells of an answer: the options in force, the prompt, and the frames that were looked at."""
-    given = {name: value for name, value in asdict(options).items() if name != "end_tokens" and value is not None}
-    held = [f"{name.replace('_', '-')} {value}" for name, value in given.items()]
+    """The lines of --verbose: options, prompt, video frames, and statistics."""
+    values = {name: value for name, value in asdict(options).items() if name != "end_tokens" and value is not None}
+    settings = [f"{name.replace('_', '-')} {value}" for name, value in values.items()]
     prompt = f"{count(stats.prompt_tokens, 'prompt token')}, {stats.reused_tokens} reused"
     if stats.images:
         prompt += f"; {count(stats.images, 'picture')}, {stats.images_encoded} encoded"
-    told = [f"options: {', '.join(held)}", prompt]
+    lines = [f"options: {', '.join(settings)}", prompt]
     if stats.frame_seconds:
-        told.append(f"frames at {', '.join(f'{one:.2f}' for one in stats.frame_seconds)} s")
-    return [*told, summary(stats)]
+        lines.append(f"frames at {', '.join(f'{one:.2f}' for one in stats.frame_seconds)} s")
+    return [*lines, summary(stats)]
 
 
 class Terminal:
-    """stdout and stderr, and how they may be used.
+    """Output to stdout and stderr.
 
     Attributes:
-        hints: stderr is a terminal, so that hints, thinking and statistics are shown there.
-        live: it can show a settling canvas too: not with NO_COLOR or TERM=dumb, nor when stdout is a
-            pipe, whose reader may write to the same screen at any time.
+        hints: stderr is a terminal, so hints, thinking and statistics are shown there.
+        live: stderr can show an unfinished canvas. This is false with NO_COLOR or TERM=dumb, and if stdout is a pipe,
+            whose reader may write to the same screen at any time.
     """
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None):
         self.out, self.err = out or sys.stdout, err or sys.stderr
         self.hints = self.err.isatty()
-        self._shared = self.out.isatty() and self.hints  # both write to one screen
+        self._shared = self.out.isatty() and self.hints  # both streams write to the same screen
         self._ansi = self.hints and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self.live = self._ansi and not _is_pipe(self.out)
         self._line = 0  # columns of the last line of final text, wrapped or not
         self._last = ""  # the last character of final text
         self._drawn: list[int] = []  # columns of each row of the canvas
-        self._held = ""  # final text that the canvas begins with
+        self._redrawn = ""  # final text that is drawn again with the canvas
 
     def say(self, text: str) -> None:
         """Write final text to stdout at once."""
         if not text:
             return
         self.erase()
-        self.out.write(text.translate(_HARMLESS) if self.out.isatty() else text)
+        self.out.write(text.translate(_WITHOUT_CONTROLS) if self.out.isatty() else text)
         self.out.flush()
         if self._shared:
             self._line = line_width(text, self._line, self._size()[0])
@@ -166,57 +167,57 @@ class Terminal:
             self._last = text[base:] if char_width(text[base]) else self._last + text
 
     def hint(self, text: str) -> None:
-        """Write dim lines to stderr if it is a terminal."""
+        """Write dim text to stderr if it is a terminal."""
         if self.hints and text:
             self.fresh_line()
-            self._tell(self._dim(text.translate(_HARMLESS)) + "\n")
+            self._write(self._dim(text.translate(_WITHOUT_CONTROLS)) + "\n")
 
     def interrupted(self) -> None:
-        """Take away the canvas and the ^C that the terminal wrote where the cursor was."""
+        """Erase the canvas, and the ^C that the terminal wrote at the cursor."""
         self.erase()
         if self.live:
-            self._tell(self._back(self._size()[0]) + "\x1b[J")
+            self._write(self._move_to_canvas(self._size()[0]) + "\x1b[J")
         elif self.hints and not self._line:
-            self._tell("\n")
+            self._write("\n")
 
     def warn(self, text: str) -> None:
-        """Write a line to stderr, terminal or not."""
+        """Write a line to stderr."""
         self.fresh_line()
-        self._tell(text + "\n")
+        self._write(text + "\n")
 
     def fresh_line(self) -> None:
-        """Erase the canvas and begin a new line on the screen, unless one has begun."""
+        """Erase the canvas and move to the beginning of a line."""
         self.erase()
         if self._line:
-            self._tell("\n")
+            self._write("\n")
             self._line = 0
 
     def draw(self, canvas: Iterable[Segment], footer: str) -> None:
-        """Show a canvas behind the final text, in place of the last one, and a dim line below it."""
+        """Draw a canvas after the final text, in place of the previous one, with a dim footer below it."""
         columns, lines = self._size()
         if not self.live or columns < MIN_COLUMNS or lines < MIN_LINES:
             return
-        # Behind the last column the cursor waits on it, and only writing a character there brings it
-        # into that state again: so the last one is drawn with the canvas.
+        # After a character in the last column, the cursor waits there, and the next character wraps. Only writing a
+        # character there restores this state, so the last character is drawn again with the canvas.
         if not self._drawn:
-            self._held = self._last if self._line and self._line % columns == 0 else ""
-        start = (self._line - _width(self._held)) % columns
-        back = self._back(columns)
-        shown = rows([(self._held, 0), *canvas], start, columns, lines - 2)
+            self._redrawn = self._last if self._line and self._line % columns == 0 else ""
+        start = (self._line - _width(self._redrawn)) % columns
+        move = self._move_to_canvas(columns)
+        shown = rows([(self._redrawn, 0), *canvas], start, columns, lines - 2)
         shown.append([(footer[: columns - 1], 1)])
         self._drawn = [_width("".join(text for text, _ in row)) for row in shown]
-        self._tell(back + "\x1b[J" + "\n".join(_styled(row) for row in shown))
+        self._write(move + "\x1b[J" + "\n".join(_styled(row) for row in shown))
 
     def erase(self) -> None:
-        """Leave the screen as it was before the canvas."""
+        """Remove the canvas from the screen."""
         if self._drawn:
-            self._tell(self._back(self._size()[0]) + "\x1b[J" + self._held)
-            self._drawn, self._held = [], ""
+            self._write(self._move_to_canvas(self._size()[0]) + "\x1b[J" + self._redrawn)
+            self._drawn, self._redrawn = [], ""
 
-    def _back(self, columns: int) -> str:
-        """Moves the cursor to where the canvas begins, even if the terminal has rewrapped its lines."""
+    def _move_to_canvas(self, columns: int) -> str:
+        """Escape codes that move the cursor to the start of the canvas, even if the terminal has rewrapped it."""
         first, *others = self._drawn or [0]
-        start = self._line - _width(self._held)
+        start = self._line - _width(self._redrawn)
         up = max(start + first - 1, start) // columns - start // columns
         up += sum(max(1, -(-width // columns)) for width in others)
         column = start % columns
@@ -232,7 +233,7 @@ class Terminal:
     def _dim(self, text: str) -> str:
         return f"\x1b[2m{text}\x1b[0m" if self._ansi else text
 
-    def _tell(self, text: str) -> None:
+    def _write(self, text: str) -> None:
         self.err.write(text)
         self.err.flush()
 

@@ -1,4 +1,4 @@
-"""`mlx-dgemma infill` and `edit`: work on texts that are there. Nothing heavy is imported until they run."""
+"""`mlx-dgemma infill` and `edit`: change an existing text. Heavy modules are imported when they run."""
 
 from __future__ import annotations
 
@@ -16,38 +16,36 @@ import click
 
 from ..errors import OptionError
 from .common import (
+    ModelChoice,
     adapter_option,
-    decode,
-    given,
-    listen,
-    load_engine,
+    decode_argument,
+    decode_utf8,
+    explicit_options,
     model_options,
-    number,
+    number_option,
+    print_details,
     sampler_options,
-    tell,
-    utf8,
+    stream_answer,
 )
 from .terminal import Terminal
 
 MARK = "<HOLE>"
-existing = click.Path(exists=True, dir_okay=False, allow_dash=True)
-verbose_option = click.option(
-    "-v", "--verbose", is_flag=True, help="Tell on stderr the options in force, and statistics."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object when all is done.")
+existing_file = click.Path(exists=True, dir_okay=False, allow_dash=True)
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print options and statistics to stderr.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 
 
 @click.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
-@click.argument("file", required=False, type=existing)
-@click.option("--prefix-file", type=existing, help="The text before the hole, byte for byte.")
-@click.option("--suffix-file", type=existing, help="The text behind it.")
-@click.option("--at", metavar="LINE:COLUMN", help="Where FILE's hole is, both counted from 1.")
-@click.option("--mark", metavar="TEXT", default=MARK, show_default=True, help="What stands in FILE where the hole is.")
-@click.option("--prompt", metavar="TEXT", help="A request that the whole text answers.")
-@number("--length", 1, "Tokens of the hole.", "likely lengths are tried")
-@click.option("--whole", is_flag=True, help="Print the whole text, not the fill alone.")
-@number("--seed", 0, "The same seed gives the same text.", "drawn")
-@number("--max-tokens", 1, "Where a text without anything behind its hole is cut.")
+@click.argument("file", required=False, type=existing_file)
+@click.option("--prefix-file", type=existing_file, help="File with the text before the hole, - for stdin.")
+@click.option("--suffix-file", type=existing_file, help="File with the text after the hole, - for stdin.")
+@click.option("--at", metavar="LINE:COLUMN", help="Position of the hole in FILE, both counted from 1.")
+@click.option("--mark", metavar="TEXT", default=MARK, show_default=True, help="Text in FILE that marks the hole.")
+@click.option("--prompt", metavar="TEXT", help="A prompt that the whole text answers.")
+@number_option("--length", 1, "Length of the hole in tokens.", "the most likely one")
+@click.option("--whole", is_flag=True, help="Print the whole text instead of the fill.")
+@number_option("--seed", 0, "The same seed gives the same text.", "random")
+@number_option("--max-tokens", 1, "Maximum length if no text follows the hole.")
 @json_option
 @verbose_option
 @model_options
@@ -65,16 +63,13 @@ def infill(
     whole: bool,
     as_json: bool,
     verbose: bool,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     **options: Any,
 ) -> None:
-    """Fill a hole in a text, which stays as it is.
+    """Fill a hole in a text without changing the rest.
 
-    The hole is a mark in FILE (- for stdin), a place in it, or what lies between two files. The fill is printed
-    as it is, without a line break behind it unless stdout is a terminal.
+    The hole is a mark in FILE (- for stdin), a position in FILE, or the place between two files. The fill is printed
+    unchanged; a line break is added only if stdout is a terminal.
 
     \b
     mlx-dgemma infill notes.txt                        # the hole is marked <HOLE>
@@ -84,20 +79,21 @@ def infill(
 
     from ..tasks import infill as infill_
 
-    prefix, suffix = _around(file, prefix_file, suffix_file, at, mark)
-    options = given(options)
+    prefix, suffix = _split_at_hole(file, prefix_file, suffix_file, at, mark)
+    options = explicit_options(options)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
-    request = infill_.infill(engine.builder, prefix, suffix, prompt=utf8(prompt, "--prompt"), **options)
-    heard = listen(engine, partial(engine.run, request), terminal, silent=True)
-    if heard.result is None:
+    engine = model.load(terminal)
+    request = infill_.infill(engine.builder, prefix, suffix, prompt=decode_argument(prompt, "--prompt"), **options)
+    answer = stream_answer(engine, partial(engine.run, request), terminal, silent=True)
+    if answer.result is None:
         ctx.exit(130)
     if verbose:
-        tell(engine, heard.result, {name: value for name, value in options.items() if name != "length"}, terminal)
-    text = heard.result.text
+        options.pop("length", None)
+        print_details(engine, answer.result, options, terminal)
+    text = answer.result.text
     if as_json:
         whole_text = {"whole": prefix + text + suffix} if whole else {}
-        terminal.say(json.dumps({**heard.as_dict(), **whole_text}, ensure_ascii=False) + "\n")
+        terminal.say(json.dumps({**answer.as_dict(), **whole_text}, ensure_ascii=False) + "\n")
         return
     shown = prefix + text + suffix if whole else text
     terminal.say(shown + ("\n" if sys.stdout.isatty() and not shown.endswith("\n") else ""))
@@ -105,12 +101,18 @@ def infill(
 
 @click.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
 @click.argument("instruction")
-@click.argument("file", required=False, type=existing)
-@click.option("--strength", type=click.FloatRange(0, 1), metavar="X", show_default="0.5", help="Share that is noised.")
+@click.argument("file", required=False, type=existing_file)
+@click.option(
+    "--strength",
+    type=click.FloatRange(0, 1),
+    metavar="X",
+    show_default="0.5",
+    help="Share of the text that is replaced by noise.",
+)
 @click.option("--diff", is_flag=True, help="Print a unified diff.")
-@click.option("-i", "--in-place", is_flag=True, help="Write the text to FILE; the old one becomes FILE.bak.")
-@number("--seed", 0, "The same seed gives the same text.", "drawn")
-@number("--max-tokens", 1, "Where the text is cut.", "twice the draft's, at least the checkpoint's")
+@click.option("-i", "--in-place", is_flag=True, help="Write the text to FILE and the old one to FILE.bak.")
+@number_option("--seed", 0, "The same seed gives the same text.", "random")
+@number_option("--max-tokens", 1, "Maximum length of the text.", "twice the draft's, at least the checkpoint's")
 @json_option
 @verbose_option
 @model_options
@@ -125,15 +127,12 @@ def edit(
     in_place: bool,
     as_json: bool,
     verbose: bool,
-    model: str | None,
-    dtype: str | None,
-    ignore_memory: bool,
-    adapter: str | None,
+    model: ModelChoice,
     **options: Any,
 ) -> None:
-    """Rewrite a text as an instruction says.
+    """Rewrite a text according to an instruction.
 
-    The text is FILE or stdin. It is what the canvas begins with, so what need not change mostly stays.
+    The text is FILE or stdin. The canvas starts from it, so most of what need not change is kept.
 
     \b
     mlx-dgemma edit "make it formal" < draft.txt
@@ -151,38 +150,39 @@ def edit(
         raise click.UsageError("--diff and --json are two ways to print; give one.")
     if file is None and sys.stdin.isatty():
         raise click.UsageError("There is no text: name a file or give it on stdin.")
-    draft, options = _read(file or "-"), given(options)
+    draft, options = _read(file or "-"), explicit_options(options)
     terminal = Terminal()
-    engine = load_engine(model, dtype, ignore_memory, terminal, adapter)
-    request = edit_.edit(engine.builder, draft, utf8(instruction, "The instruction") or "", **options)
-    heard = listen(engine, partial(engine.run, request), terminal, silent=True)
-    if heard.result is None:
+    engine = model.load(terminal)
+    request = edit_.edit(engine.builder, draft, decode_argument(instruction, "The instruction") or "", **options)
+    answer = stream_answer(engine, partial(engine.run, request), terminal, silent=True)
+    if answer.result is None:
         ctx.exit(130)
     if verbose:
-        tell(engine, heard.result, {name: value for name, value in options.items() if name != "strength"}, terminal)
-    text = heard.result.text + "\n" * (draft.endswith("\n") and not heard.result.text.endswith("\n"))
+        options.pop("strength", None)
+        print_details(engine, answer.result, options, terminal)
+    text = answer.result.text + "\n" * (draft.endswith("\n") and not answer.result.text.endswith("\n"))
     if in_place:
-        if heard.result.finish_reason == "length":
+        if answer.result.finish_reason == "length":
             raise OptionError(
-                f"The text was cut at {len(heard.result.tokens)} tokens, so {file} stays as it is; raise --max-tokens."
+                f"The text was cut at {len(answer.result.tokens)} tokens, so {file} stays as it is; raise --max-tokens."
             )
         _replace(Path(str(file)), text)
     elif as_json:
-        terminal.say(json.dumps(heard.as_dict(), ensure_ascii=False) + "\n")
+        terminal.say(json.dumps(answer.as_dict(), ensure_ascii=False) + "\n")
     elif diff:
         terminal.say(_diff(draft, text, file or "-"))
     else:
         terminal.say(text + ("" if text.endswith("\n") else "\n"))
 
 
-def _around(
+def _split_at_hole(
     file: str | None, prefix_file: str | None, suffix_file: str | None, at: str | None, mark: str
 ) -> tuple[str, str]:
-    """The texts before and behind the hole, from one file or two.
+    """The texts before and after the hole, from one file or two.
 
     Raises:
-        click.UsageError: no text, or two ways to give it.
-        OptionError: no hole in the file, several, or a place that it does not have.
+        click.UsageError: no text, or a text given in two ways.
+        OptionError: no hole in the file, several, or a position outside it.
     """
     if (file is None) == (prefix_file is None and suffix_file is None):
         raise click.UsageError("Give the text in one way: as FILE, or with --prefix-file and --suffix-file.")
@@ -196,8 +196,8 @@ def _around(
             raise OptionError("--mark is empty; give the text that stands where the hole is.")
         if text.count(mark) != 1:
             raise OptionError(f"{file} has the mark {mark} {text.count(mark)} times; mark one hole, or use --at.")
-        before, _, behind = text.partition(mark)
-        return before, behind
+        before, _, after = text.partition(mark)
+        return before, after
     line, _, column = at.partition(":")
     lines = text.splitlines(keepends=True) or [""]
     if text.endswith("\n"):
@@ -214,11 +214,11 @@ def _around(
 
 def _read(name: str) -> str:
     data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    return decode(data, "stdin" if name == "-" else name)
+    return decode_utf8(data, "stdin" if name == "-" else name)
 
 
 def _replace(path: Path, text: str) -> None:
-    """Put a text in a file's place at once, with its permissions; what it held goes to a .bak beside it."""
+    """Replace a file's text atomically, keep its permissions, and save the old content as PATH.bak."""
     path = path.resolve()
     with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as new:
         try:
@@ -234,6 +234,6 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _diff(old: str, new: str, name: str) -> str:
-    """A unified diff; a last line without an end is told as diff does."""
+    """A unified diff. A last line without a line break is marked as in `diff`."""
     lines = difflib.unified_diff(old.splitlines(keepends=True), new.splitlines(keepends=True), f"a/{name}", f"b/{name}")
     return "".join(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines)

@@ -1,3 +1,1 @@
-"""OpenAI-compatible HTTP over a `schedule.Scheduler` (extra: serve)."""
-
-from __future__ import annotations
+"""OpenAI-compatible HTTP endpoints over a `serving.scheduler.Scheduler` (extra: serve)."""

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, errors, and what tells of the server itself."""
+"""The HTTP application: routes, error handlers, and the endpoints for models, health, metrics and the web page."""
 
 from __future__ import annotations
 
@@ -20,43 +20,46 @@ from ..serving.scheduler import Scheduler
 from .chat import chat_completions
 from .completions import completions
 from .errors import ApiError
-from .openapi import document
+from .openapi import openapi_document
 from .options import check_model
 from .responses import responses
-from .safety import Safety, refusal
-from .sending import Gone
+from .security import SecurityMiddleware, error_response
 from .settings import Settings
+from .streaming import ClientDisconnected
 
 PAGE = Path(__file__).with_name("page.html")
-POLICY = (
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 GAUGES = {
-    "running": "Requests that are denoised.",
-    "waiting": "Requests that wait.",
-    "cache_bytes": "Bytes of prefixes that are kept.",
-    "cache_entries": "Prefixes that are kept.",
+    "running": "Requests being generated.",
+    "waiting": "Requests waiting in the queue.",
+    "cache_bytes": "Bytes of cached prefixes.",
+    "cache_entries": "Number of cached prefixes.",
 }
 COUNTERS = {
     "requests": "Requests submitted.",
-    "cancelled": "Requests whose asker left.",
-    "failed": "Requests that came to nothing.",
-    "prompt_tokens": "Tokens of prompts.",
-    "cached_tokens": "Tokens of prompts whose encoding was kept.",
-    "generated_tokens": "Tokens of answers.",
-    "blocks": "Canvases that settled.",
+    "cancelled": "Requests cancelled because the client disconnected.",
+    "failed": "Requests that failed.",
+    "prompt_tokens": "Prompt tokens.",
+    "cached_tokens": "Prompt tokens reused from the prefix cache.",
+    "generated_tokens": "Generated tokens.",
+    "blocks": "Finished canvases (blocks).",
     "denoising_steps": "Denoising steps, summed over requests.",
-    "canvas_positions": "Positions denoised, summed over steps.",
+    "canvas_positions": "Canvas positions computed, summed over denoising steps.",
 }
 
 
 def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
-    """The application; it closes the scheduler when it ends.
+    """Create the application. It closes the scheduler when it shuts down.
 
-    Its `state` holds scheduler, settings, started (Unix time), counts (requests by route and status), looking
-    (lets one picture at a time be decoded, which takes up to 1 GB) and stopping (a function that tells whether the
-    server is about to end; false until somebody sets another).
+    Its `state` has these attributes:
+        scheduler, settings: the arguments.
+        started: Unix time.
+        counts: number of requests by route and status.
+        decode_limiter: allows one picture to be decoded at a time, which takes up to 1 GB.
+        stopping: a function that returns whether the server is shutting down; the caller may replace it.
     """
     routes = [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
@@ -79,13 +82,18 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
     counts: Counter[tuple[str, int]] = Counter()
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Safety, settings=settings, counts=counts)],
-        exception_handlers={ApiError: _refuse, HTTPException: _no_route, Gone: _gone, Exception: _failed},
+        middleware=[Middleware(SecurityMiddleware, settings=settings, counts=counts)],
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            ClientDisconnected: _disconnected,
+            Exception: _internal_error,
+        },
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     app.state.scheduler, app.state.settings, app.state.counts = scheduler, settings, counts
-    app.state.looking = CapacityLimiter(1)
+    app.state.decode_limiter = CapacityLimiter(1)
     app.state.started, app.state.stopping = int(time.time()), lambda: False
     return app
 
@@ -102,47 +110,51 @@ async def model(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """GET /health: whether it is worth asking."""
+    """GET /health: whether the server accepts requests, and how many it has."""
     state = request.app.state
     load, stopping = state.scheduler.load(), state.stopping()
-    told = {
+    body = {
         "status": "stopping" if stopping else "ok",
         "model": state.settings.model,
         "running": load.running,
         "waiting": load.waiting,
     }
-    return JSONResponse(told, 503 if stopping else 200)
+    return JSONResponse(body, 503 if stopping else 200)
 
 
 async def metrics(request: Request) -> Response:
-    """GET /metrics, in Prometheus' text format."""
+    """GET /metrics in Prometheus' text format."""
     load, lines = request.app.state.scheduler.load(), []
-    for name, what in GAUGES.items():
-        lines += _metric(f"dgemma_{name}", "gauge", what, {"": getattr(load, name)})
-    for name, what in COUNTERS.items():
-        lines += _metric(f"dgemma_{name}_total", "counter", what, {"": load.counters[name]})
+    for name, help_text in GAUGES.items():
+        lines += _metric(f"dgemma_{name}", "gauge", help_text, {"": getattr(load, name)})
+    for name, help_text in COUNTERS.items():
+        lines += _metric(f"dgemma_{name}_total", "counter", help_text, {"": load.counters[name]})
     counts = {
         f'{{endpoint="{endpoint}",status="{status}"}}': count
         for (endpoint, status), count in sorted(request.app.state.counts.items())
     }
-    lines += _metric("dgemma_http_requests_total", "counter", "HTTP requests, by endpoint and status.", counts)
+    lines += _metric("dgemma_http_requests_total", "counter", "HTTP requests by endpoint and status.", counts)
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 
 async def openapi(request: Request) -> Response:
     """GET /openapi.json."""
-    return JSONResponse(document(request.app.state.settings))
+    return JSONResponse(openapi_document(request.app.state.settings))
 
 
 async def page(_: Request) -> Response:
-    """GET /."""
-    headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    """GET /: the web page."""
+    headers = {
+        "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
     return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
 
-def _metric(name: str, kind: str, what: str, values: dict[str, int]) -> list[str]:
+def _metric(name: str, kind: str, help_text: str, values: dict[str, int]) -> list[str]:
     samples = [f"{name}{labels} {value}" for labels, value in values.items()]
-    return [f"# HELP {name} {what}", f"# TYPE {name} {kind}", *samples]
+    return [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}", *samples]
 
 
 def _model(request: Request) -> dict[str, object]:
@@ -150,24 +162,24 @@ def _model(request: Request) -> dict[str, object]:
     return {"id": state.settings.model, "object": "model", "created": state.started, "owned_by": "mlx-dgemma"}
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
+async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return refusal(error)
+    return error_response(error)
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = {404: "There is no {path} here", 405: "{path} knows no {method}"}.get(error.status_code, error.detail)
     path = request.url.path[:100]
-    message = what.format(path=path, method=request.method) if error.status_code in (404, 405) else what
-    return refusal(
+    messages = {404: f"There is no {path} here", 405: f"{path} knows no {request.method}"}
+    message = messages.get(error.status_code, error.detail)
+    return error_response(
         ApiError(f"{message}; see /openapi.json.", status=error.status_code, headers=dict(error.headers or {}))
     )
 
 
-async def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # nobody hears it but the log
+async def _disconnected(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # only the log shows it
 
 
-async def _failed(_: Request, __: Exception) -> Response:
-    return refusal(ApiError("The server failed; its log says why.", status=500))
+async def _internal_error(_: Request, __: Exception) -> Response:
+    return error_response(ApiError("The server failed; its log says why.", status=500))

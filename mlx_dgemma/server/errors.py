@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong, in OpenAI's form."""
+"""Errors of the HTTP API, in OpenAI's JSON format."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ class ApiError(Exception):
     """A refused request.
 
     Args:
-        message: one sentence: what is wrong, the value, what to do.
-        param: the parameter's name in the request, such as "messages" or "response_format.type".
-        status: of the HTTP answer.
-        code: a short name that a program can compare.
-        headers: to send along.
+        message: one sentence with what is wrong, the value, and what to do.
+        param: name of the request parameter, such as "messages" or "response_format.type".
+        status: HTTP status code.
+        code: a short name that programs can compare.
+        headers: additional response headers.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class ApiError(Exception):
         self.param, self.status, self.code, self.headers = param, status, code, headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The JSON that says so."""
+        """The JSON body of the response."""
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}

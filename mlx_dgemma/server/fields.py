@@ -1,4 +1,4 @@
-"""JSON bodies read strictly: every field has a type, and what nobody reads is refused by its name."""
+"""Strict reading of JSON bodies: every field has a type, and unknown fields are refused by name."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 
-WHOLE = 2**31 - 1  # the largest whole number where nothing else bounds it
-DIGITS = 40  # of a whole number; longer ones take quadratic time to read
+MAX_INTEGER = 2**31 - 1  # default upper bound of integer fields
+MAX_DIGITS = 40  # of an integer; parsing takes quadratic time in the number of digits
 
 
-async def read(request: Request) -> Fields:
-    """The body of a request; its `Content-Type` does not matter.
+async def read_body(request: Request) -> Fields:
+    """Read the JSON body of a request; its `Content-Type` is ignored.
 
     Raises:
-        ApiError: it is not JSON (400), or no object.
+        ApiError: the body is not a JSON object (400).
     """
-    return parse(await request.body())
+    return parse_json(await request.body())
 
 
-def parse(body: bytes) -> Fields:
-    """A body's fields.
+def parse_json(body: bytes) -> Fields:
+    """Parse a JSON object.
 
     Raises:
-        ApiError: not UTF-8, not JSON, NaN or infinity, a key twice in an object, nested too deeply, half of a surrogate
-            pair, a number of more than 40 digits, or no object.
+        ApiError: the body is not UTF-8, not JSON or not an object; is nested too deeply; or contains NaN or infinity,
+            a duplicate key, a lone surrogate, or an integer of more than `MAX_DIGITS` digits.
     """
     try:
-        given = json.loads(
-            body.decode(), parse_constant=_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_object
+        data = json.loads(
+            body.decode(),
+            parse_constant=_reject_constant,
+            parse_float=_parse_float,
+            parse_int=_parse_integer,
+            object_pairs_hook=_parse_object,
         )
         if re.search(rb"\\u[dD]", body):
-            json.dumps(given, ensure_ascii=False).encode()
+            json.dumps(data, ensure_ascii=False).encode()  # raises for a lone surrogate
     except UnicodeDecodeError as error:
         raise ApiError(f"The body is not UTF-8 (byte {error.start}); send JSON in UTF-8.") from None
     except UnicodeEncodeError:
@@ -48,52 +52,52 @@ def parse(body: bytes) -> Fields:
         raise ApiError("The body is nested too deeply; send JSON with fewer levels.") from None
     except ValueError as error:
         raise ApiError(f"The body is not JSON ({error}); send a JSON object.") from None
-    return Fields(given)
+    return Fields(data)
 
 
 class Fields:
-    """One JSON object of a request. A field that is null counts as absent.
+    """One JSON object of a request. A null field counts as absent.
 
-    Read every field that there may be, then call `done`, which refuses the rest. All methods raise `ApiError` (400)
-    whose `param` is the field's path, such as "messages[0].content" or "stream_options.include_usage".
+    Read every known field, then call `reject_unknown`. All methods raise `ApiError` (400) with the field's path as
+    `param`, such as "messages[0].content" or "stream_options.include_usage".
 
     Args:
-        given: the parsed JSON.
-        place: the path to it, "" for the body.
+        data: the parsed JSON.
+        location: path to the object in the body; "" for the body itself.
     """
 
-    def __init__(self, given: Any, place: str = ""):
-        self.place = place
-        if not isinstance(given, dict):
-            name = place or "The body"
-            raise ApiError(f"{name} is {shown(given)}; it should be a JSON object.", place or None)
-        self.given: dict[str, Any] = given
+    def __init__(self, data: Any, location: str = ""):
+        self.location = location
+        if not isinstance(data, dict):
+            name = location or "The body"
+            raise ApiError(f"{name} is {format_value(data)}; it should be a JSON object.", location or None)
+        self.data: dict[str, Any] = data
         self._read: set[str] = set()
 
     def path(self, name: str) -> str:
-        """A field's path in the body."""
-        return f"{self.place}.{name}" if self.place else name
+        """Path of a field in the body."""
+        return f"{self.location}.{name}" if self.location else name
 
     def has(self, name: str) -> bool:
-        """Whether a field is given and not null; this does not count as reading it."""
-        return self.given.get(name) is not None
+        """Whether a field is present and not null. This does not mark it as read."""
+        return self.data.get(name) is not None
 
-    def take(self, name: str) -> Any:
-        """A field of any type; None where absent."""
+    def get(self, name: str) -> Any:
+        """Value of a field of any type, or None if it is absent."""
         self._read.add(name)
-        return self.given.get(name)
+        return self.data.get(name)
 
     def text(self, name: str, default: Any = None) -> Any:
-        """A string. This and the next five return `default` where the field is absent; see `need`."""
+        """A string. This method and the next five return `default` if the field is absent."""
         return self._typed(name, default, lambda value: isinstance(value, str), "it should be a string")
 
     def flag(self, name: str, default: Any = None) -> Any:
-        """True or false."""
+        """A boolean."""
         return self._typed(name, default, lambda value: isinstance(value, bool), "it should be true or false")
 
-    def whole(self, name: str, low: int, high: int = WHOLE, default: Any = None) -> Any:
-        """A whole number from `low` to `high`."""
-        bounds = f"at least {low}" if high == WHOLE else f"from {low} to {high}"
+    def integer(self, name: str, low: int, high: int = MAX_INTEGER, default: Any = None) -> Any:
+        """An integer from `low` to `high`."""
+        bounds = f"at least {low}" if high == MAX_INTEGER else f"from {low} to {high}"
         return self._typed(
             name,
             default,
@@ -102,7 +106,7 @@ class Fields:
         )
 
     def number(self, name: str, low: float, high: float, default: Any = None) -> Any:
-        """A number from `low` to `high`, whole or not."""
+        """An integer or float from `low` to `high`."""
         return self._typed(
             name,
             default,
@@ -111,7 +115,7 @@ class Fields:
         )
 
     def choice(self, name: str, *allowed: str, default: Any = None) -> Any:
-        """One of some strings."""
+        """One of the `allowed` strings."""
         return self._typed(
             name,
             default,
@@ -120,56 +124,57 @@ class Fields:
         )
 
     def array(self, name: str, default: Any = None) -> Any:
-        """A list of anything."""
+        """A list of any values."""
         return self._typed(name, default, lambda value: isinstance(value, list), "it should be a list")
 
     def object(self, name: str) -> Fields | None:
-        """An object, as `Fields` to be read and `done` by the caller; None where absent."""
-        value = self.take(name)
+        """An object, or None if absent. The caller reads it and calls its `reject_unknown`."""
+        value = self.get(name)
         return None if value is None else Fields(value, self.path(name))
 
     def objects(self, name: str) -> list[Fields]:
-        """A list of objects, each to be `done` by the caller; empty where absent."""
+        """A list of objects, empty if absent. The caller reads each and calls its `reject_unknown`."""
         return [Fields(one, f"{self.path(name)}[{i}]") for i, one in enumerate(self.array(name, []))]
 
-    def need(self, name: str) -> None:
-        """Refuse where a field is absent."""
+    def require(self, name: str) -> None:
+        """Refuse the request if a field is absent."""
         if not self.has(name):
             raise ApiError(f"{self.path(name)} is missing; give it.", self.path(name))
 
-    def only(self, name: str, *allowed: Any, why: str) -> None:
-        """Accept a field that changes nothing: absent, null or one of some values.
+    def allow_only(self, name: str, *allowed: Any, why: str) -> None:
+        """Accept a field without effect if it is absent, null or one of the `allowed` values.
 
         Args:
-            why: what the refusal says behind "name is value; ".
+            why: the reason given when another value is refused.
         """
-        value = self.take(name)
+        value = self.get(name)
         if value is not None and not any(type(value) is type(one) and value == one for one in allowed):
-            self.refuse(name, why)
+            self.reject(name, why)
 
-    def refuse(self, name: str, why: str) -> NoReturn:
-        """Refuse a field: "name is value; why."."""
-        raise ApiError(f"{self.path(name)} is {shown(self.given.get(name))}; {why}.", self.path(name))
+    def reject(self, name: str, why: str) -> NoReturn:
+        """Refuse a field with the message "NAME is VALUE; WHY."."""
+        raise ApiError(f"{self.path(name)} is {format_value(self.data.get(name))}; {why}.", self.path(name))
 
-    def done(self) -> None:
-        """Refuse what was not read."""
-        for name, value in self.given.items():
+    def reject_unknown(self) -> None:
+        """Refuse fields that were not read."""
+        for name, value in self.data.items():
             if name not in self._read and value is not None:
                 raise ApiError(
-                    f"{self.path(shown_name(name))} is not supported here; leave it out.", self.path(shown_name(name))
+                    f"{self.path(shorten_name(name))} is not supported here; leave it out.",
+                    self.path(shorten_name(name)),
                 )
 
-    def _typed(self, name: str, default: Any, fits: Any, why: str) -> Any:
-        value = self.take(name)
+    def _typed(self, name: str, default: Any, is_valid: Any, why: str) -> Any:
+        value = self.get(name)
         if value is None:
             return default
-        if not fits(value):
-            self.refuse(name, why)
+        if not is_valid(value):
+            self.reject(name, why)
         return value
 
 
-def shown(value: Any) -> str:
-    """A JSON value for a message, shortened."""
+def format_value(value: Any) -> str:
+    """A JSON value for an error message, shortened."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if isinstance(value, str):
@@ -177,29 +182,29 @@ def shown(value: Any) -> str:
     return json.dumps(value)
 
 
-def shown_name(name: str) -> str:
-    """A field's name for a message, shortened."""
+def shorten_name(name: str) -> str:
+    """A field name for an error message, shortened."""
     return name if len(name) <= 64 else name[:61] + "..."
 
 
-def _constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _float(text: str) -> float:
+def _parse_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:DIGITS]} is too large")
+        raise ValueError(f"{text[:MAX_DIGITS]} is too large")
     return number
 
 
-def _int(text: str) -> int:
-    if len(text) > DIGITS:
+def _parse_integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
         raise ValueError(f"a number has {len(text)} digits")
     return int(text)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key stands twice in an object")

@@ -1,4 +1,4 @@
-"""From the scheduler's thread to asyncio."""
+"""Bridge from the scheduler's thread to asyncio: submit requests and receive their events."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ async def follow(
     drafts: bool = False,
     translate: Callable[[Draft | Block | Finished], Any] = lambda event: event,
 ) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Any]]]:
-    """Submit a request: what was accepted, and its events; leaving the context cancels it.
+    """Submit a request. Yields its `Accepted` event and a generator of the later ones; leaving the context cancels it.
 
     Args:
-        scheduler: runs it.
-        prepare: makes it, on the scheduler's thread; raises DgemmaError or ApiError where the request is wrong.
-        drafts: whether `Draft`s are wanted.
-        translate: makes of each event what is yielded, on the scheduler's thread, where alone arrays and the
-            tokenizer may be used; it must be quick.
+        scheduler: runs the request.
+        prepare: makes the request on the scheduler's thread; raises DgemmaError or ApiError if the request is wrong.
+        drafts: whether to yield `Draft`s.
+        translate: turns each event into the value to yield. It runs on the scheduler's thread, the only one that may
+            use arrays and the tokenizer, and must be quick.
 
     Raises:
-        ApiError: the request is wrong (400), too many wait (429), the server stops (503).
+        ApiError: the request is wrong (400), the queue is full (429), or the server is stopping (503).
     """
-    loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[Event, Any]]()
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[Event, Any]]()
 
     def listen(event: Event) -> None:
-        told = None
+        translated = None
         if not isinstance(event, (Accepted, Failed)):
             try:
-                told = translate(event)
-            except Exception as error:  # it must not end the scheduler's thread
+                translated = translate(event)
+            except Exception as error:  # must not end the scheduler's thread
                 event = Failed(error)
-        with suppress(RuntimeError):  # the loop is closed: nobody hears it, and the scheduler goes on
-            loop.call_soon_threadsafe(heard.put_nowait, (event, told))
+        with suppress(RuntimeError):  # the event loop is closed, so nobody waits for the event
+            loop.call_soon_threadsafe(queue.put_nowait, (event, translated))
 
     async def events() -> AsyncGenerator[Any]:
         event: Event | None = None
         while not isinstance(event, Finished):
-            event, told = await heard.get()
-            _check(event)
-            yield told
+            event, translated = await queue.get()
+            _raise_failure(event)
+            yield translated
 
     try:
         ticket = scheduler.submit(prepare, listen, drafts)
     except Busy as busy:
         raise ApiError(str(busy), status=429, code="busy", headers={"Retry-After": str(busy.retry_after)}) from None
     except Stopping:
-        raise _stopping() from None
+        raise _stopping_error() from None
     try:
-        first, _ = await heard.get()
-        _check(first)
+        first, _ = await queue.get()
+        _raise_failure(first)
         assert isinstance(first, Accepted)
         async with aclosing(events()) as rest:
             yield first, rest
@@ -74,45 +74,45 @@ async def follow_all(
     drafts: bool = False,
     translate: Callable[[Draft | Block | Finished], Any] = lambda event: event,
 ) -> AsyncGenerator[tuple[int, Any]]:
-    """Submit several requests at once: (which, event) as they come, first of each `Accepted`.
+    """Submit several requests together and yield (index, event) as events arrive, beginning with each `Accepted`.
 
-    Closing the generator cancels all; so does an error of any, which is raised as `follow` does.
+    Closing the generator cancels all requests. So does an error of any of them, which is raised as in `follow`.
     """
-    heard: asyncio.Queue[tuple[int, Any] | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Any] | Exception | None] = asyncio.Queue()
 
     async def one(i: int) -> None:
         try:
             async with follow(scheduler, prepares[i], drafts, translate) as (accepted, events):
-                heard.put_nowait((i, accepted))
+                queue.put_nowait((i, accepted))
                 async for event in events:
-                    heard.put_nowait((i, event))
-            heard.put_nowait(None)
+                    queue.put_nowait((i, event))
+            queue.put_nowait(None)
         except Exception as error:
-            heard.put_nowait(error)
+            queue.put_nowait(error)
 
     tasks = [asyncio.create_task(one(i)) for i in range(len(prepares))]
     try:
-        going = len(tasks)
-        while going:
-            told = await heard.get()
-            if isinstance(told, Exception):
-                raise told
-            if told is None:
-                going -= 1
+        unfinished = len(tasks)
+        while unfinished:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                unfinished -= 1
             else:
-                yield told
+                yield item
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _stopping() -> ApiError:
+def _stopping_error() -> ApiError:
     return ApiError("The server is stopping; ask again later.", status=503, code="stopping")
 
 
-def _check(event: Event) -> None:
+def _raise_failure(event: Event) -> None:
     if isinstance(event, Failed):
         if isinstance(event.error, DgemmaError):
             raise ApiError(str(event.error)) from None
-        raise _stopping() if isinstance(event.error, Stopping) else event.error
+        raise _stopping_error() if isinstance(event.error, Stopping) else event.error

@@ -1,4 +1,4 @@
-"""What a server is told at its start."""
+"""Configuration of the server."""
 
 from __future__ import annotations
 
@@ -15,20 +15,30 @@ LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server answers and whom.
+    """Configuration of the server.
+
+    Attributes:
+        model: name under which the model is served; "default" is an alias of it.
+        host: address to listen on.
+        api_key: key that clients must send; None requires none.
+        allowed_hosts: names that the Host header may have, without a port, in addition to `LOCAL` and `host`.
+        cors_origins: web origins that may send requests, such as "http://localhost:3000".
+        shutdown_seconds: time that running answers get to finish when the server stops.
+        body_bytes: size of the largest request body.
+        pictures: maximum number of pictures in a request.
 
     Raises:
-        OptionError: a host that others can reach without a key, an origin that is none.
+        OptionError: a host that other machines can reach without an API key, or an invalid origin.
     """
 
-    model: str = "diffusiongemma"  # the name it is served under; "default" means the same
+    model: str = "diffusiongemma"
     host: str = "127.0.0.1"
     api_key: str | None = None
-    allowed_hosts: tuple[str, ...] = ()  # that the Host header may name beside LOCAL and `host`, without a port
-    cors_origins: tuple[str, ...] = ()  # pages that may ask, such as "http://localhost:3000"
-    shutdown_seconds: float = 10.0  # that running answers get to finish
-    body_bytes: int = 32 * 2**20  # the largest body
-    pictures: int = 64  # of a request, at most
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    shutdown_seconds: float = 10.0
+    body_bytes: int = 32 * 2**20
+    pictures: int = 64
 
     def __post_init__(self):
         if self.api_key == "":
@@ -51,13 +61,13 @@ class Settings:
 
     @property
     def hosts(self) -> frozenset[str]:
-        """Lower-case names that the Host header may have."""
+        """Names that the Host header may have, in lower case."""
         own = f"[{self.host}]" if ":" in self.host else self.host
         return frozenset(one.lower() for one in (*LOCAL, own, *self.allowed_hosts))
 
 
 def model_name(model: str | os.PathLike | None) -> str:
-    """The name that a checkpoint is served under: a Hub id as it is, a folder's last part, or the demo's."""
+    """Name under which a checkpoint is served: the Hub id, the folder's last component, or the demo's name."""
     if model is None:
         return "diffusiongemma-demo"
     return Path(model).resolve().name if Path(model).exists() else str(model)

@@ -1,1 +1,1 @@
-"""Requests together: the scheduler and the cache of prefixes."""
+"""Serving of concurrent requests: the scheduler and the prefix cache."""

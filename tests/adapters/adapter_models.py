@@ -125,7 +125,7 @@ def written(adapter, folder):
 def save_lora(demo, folder):
     """A LoRA of everything but the vision tower, equal in both modes, large enough to change answers."""
     model = build(Checkpoint.open(demo), "float32")
-    changes = deltas(model, ALL, seed=5, size=0.04)
+    changes = deltas(model, ALL, seed=5, size=0.06)
     shared = {path: delta for path, delta in changes.items() if path.startswith(LAYERS)}
     return written(Adapter(shared, changes), folder)
 

@@ -173,6 +173,6 @@ def test_a_server_prints_its_adapter(adapter, monkeypatch):
 
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
     done = run("serve", "--port", 0, "--adapter", adapter)
-    told = done.stderr.splitlines()[-1]
-    assert told.startswith("Listening on http://127.0.0.1:")
-    assert told.endswith(f"/v1 with the adapter {adapter}; Ctrl-C stops it.")
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("Listening on http://127.0.0.1:")
+    assert line.endswith(f"/v1 with the adapter {adapter}; Ctrl-C stops it.")

@@ -148,9 +148,9 @@ def test_unknown_targets_are_refused():
 
 def test_unsupported_dora_is_refused():
     model, _ = quantized_pair("mxfp4")
-    told = f"The adapter is a DoRA, which {Q} does not support in mxfp4; use affine weights."
-    assert refusal(CheckpointError, apply, model, Adapter({}, {Q: deltas(model, DENSE, True)[Q]})) == told
-    assert refusal(CheckpointError, add_adapter, model, [Q], 2, 1.0, 0.0, True, mx.random.key(0)) == told
+    message = f"The adapter is a DoRA, which {Q} does not support in mxfp4; use affine weights."
+    assert refusal(CheckpointError, apply, model, Adapter({}, {Q: deltas(model, DENSE, True)[Q]})) == message
+    assert refusal(CheckpointError, add_adapter, model, [Q], 2, 1.0, 0.0, True, mx.random.key(0)) == message
     one = deltas(model)[EXPERTS]
     adapter = Adapter({}, {EXPERTS: replace(one, magnitude=mx.ones(64))})
     assert refusal(CheckpointError, apply, model, adapter) == (

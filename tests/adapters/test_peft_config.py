@@ -111,7 +111,7 @@ def test_initializations_that_change_the_base_are_refused(tmp_path, shapes, star
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "has the peft_type 'LOHA'; only LORA is supported."),
         ({"peft_type": None}, "has the peft_type None; only LORA is supported."),
@@ -134,6 +134,6 @@ def test_initializations_that_change_the_base_are_refused(tmp_path, shapes, star
         ),
     ],
 )
-def test_values_of_a_wrong_type_are_refused(tmp_path, shapes, changes, told):
+def test_values_of_a_wrong_type_are_refused(tmp_path, shapes, changes, message):
     folder = save(tmp_path, pair("decoder.layers.0.self_attn.q_proj"), **changes)
-    assert refusal(CheckpointError, peft.read, folder, shapes) == f"{folder}/adapter_config.json {told}"
+    assert refusal(CheckpointError, peft.read, folder, shapes) == f"{folder}/adapter_config.json {message}"

@@ -36,26 +36,26 @@ def changed(deltas: dict[str, Delta]):
     return model
 
 
-def gaps(held: dict[str, mx.array], encode: dict[str, Delta], denoise: dict[str, Delta]) -> list[float]:
+def gaps(expected: dict[str, mx.array], encode: dict[str, Delta], denoise: dict[str, Delta]) -> list[float]:
     """Differences of the encoder's hidden states and of two steps' logits from those of Transformers."""
     encoder, decoder = changed(encode), changed(denoise)
     prefix = encoder.new_prefix()
-    hidden = encoder.encode(held["input_ids"], prefix)
-    first = decoder.logits(decoder.denoise(held["canvas"], prefix))
-    second = decoder.logits(decoder.denoise(held["canvas"], prefix, decoder.condition(first / 0.8)))
+    hidden = encoder.encode(expected["input_ids"], prefix)
+    first = decoder.logits(decoder.denoise(expected["canvas"], prefix))
+    second = decoder.logits(decoder.denoise(expected["canvas"], prefix, decoder.condition(first / 0.8)))
     return [
-        gap(hidden, held["encoder_hidden"]),
-        gap(first[:, ::16], held["logits"]),
-        gap(second[:, ::16], held["logits_conditioned"]),
+        gap(hidden, expected["encoder_hidden"]),
+        gap(first[:, ::16], expected["logits"]),
+        gap(second[:, ::16], expected["logits_conditioned"]),
     ]
 
 
 @pytest.mark.parametrize("name", SAVED)
 def test_an_adapter_of_peft_computes_what_peft_computes(name, shapes):
-    held, adapter = reference(name), peft.read(DATA / name, shapes)
-    assert max(gaps(held, adapter.encode, adapter.denoise)) < BOUND
+    expected, adapter = reference(name), peft.read(DATA / name, shapes)
+    assert max(gaps(expected, adapter.encode, adapter.denoise)) < BOUND
     shared = {path: delta for path, delta in adapter.encode.items() if path in adapter.denoise}
-    swapped = gaps(held, adapter.denoise, {**adapter.denoise, **shared})
+    swapped = gaps(expected, adapter.denoise, {**adapter.denoise, **shared})
     assert min(swapped) > 0.1  # the two modes have deltas of their own
 
 
@@ -80,8 +80,8 @@ def test_ranks_and_scales_follow_the_patterns(shapes):
 
 def test_arrays_are_read_as_float32(shapes):
     for name, stored in (("peft_dora", mx.bfloat16), ("peft_experts", mx.float16)):
-        held = mx.load(str(DATA / name / "adapter_model.safetensors"))
-        assert {one.dtype for one in held.values()} == {stored}
+        expected = mx.load(str(DATA / name / "adapter_model.safetensors"))
+        assert {one.dtype for one in expected.values()} == {stored}
         adapter = peft.read(DATA / name, shapes)
         deltas = [*adapter.encode.values(), *adapter.denoise.values()]
         assert {one.dtype for delta in deltas for one in (delta.a, delta.b)} == {mx.float32}
@@ -127,7 +127,7 @@ AGAIN = "load it with the model that it was trained on."
 
 
 @pytest.mark.parametrize(
-    ("tensors", "changes", "told"),
+    ("tensors", "changes", "message"),
     [
         ({}, {}, "{file} contains no tensors; save the adapter again."),
         (
@@ -232,10 +232,10 @@ AGAIN = "load it with the model that it was trained on."
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(tmp_path, shapes, tensors, changes, told):
+def test_tensors_that_do_not_fit_are_refused(tmp_path, shapes, tensors, changes, message):
     folder = save(tmp_path, {key: array(*shape) for key, shape in tensors.items()}, **changes)
-    message = refusal(CheckpointError, peft.read, folder, shapes)
-    assert message == told.format(file=folder / "adapter_model.safetensors")
+    found = refusal(CheckpointError, peft.read, folder, shapes)
+    assert found == message.format(file=folder / "adapter_model.safetensors")
 
 
 def test_missing_and_broken_files_are_refused(tmp_path, shapes):
@@ -243,24 +243,24 @@ def test_missing_and_broken_files_are_refused(tmp_path, shapes):
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-4])
-    told = f"{weights} is truncated: it has {len(whole) - 4} of {len(whole)} bytes; download it again."
-    assert refusal(CheckpointError, peft.read, folder, shapes) == told
+    message = f"{weights} is truncated: it has {len(whole) - 4} of {len(whole)} bytes; download it again."
+    assert refusal(CheckpointError, peft.read, folder, shapes) == message
     weights.write_bytes(b"PK" + bytes(80))
-    told = f"{weights} is truncated: its header is cut off; download it again."
-    assert refusal(CheckpointError, peft.read, folder, shapes) == told
+    message = f"{weights} is truncated: its header is cut off; download it again."
+    assert refusal(CheckpointError, peft.read, folder, shapes) == message
     weights.write_bytes((2).to_bytes(8, "little") + b"no")
-    told = f"{weights} is not a safetensors file; download it again."
-    assert refusal(CheckpointError, peft.read, folder, shapes) == told
+    message = f"{weights} is not a safetensors file; download it again."
+    assert refusal(CheckpointError, peft.read, folder, shapes) == message
     write_safetensors(weights, {"a": ("F32", [4, 4], bytes(16))})
-    told = refusal(CheckpointError, peft.read, folder, shapes)
-    assert re.fullmatch(rf"{weights} cannot be read \(.*Expecting 64 bytes.*\); download it again\.", told)
+    message = refusal(CheckpointError, peft.read, folder, shapes)
+    assert re.fullmatch(rf"{weights} cannot be read \(.*Expecting 64 bytes.*\); download it again\.", message)
     write_safetensors(weights, {f"{FIRST}.{A}": ("F64", [1], bytes(8))})
-    told = f"{weights} contains {FIRST}.lora_A.weight as F64; it should be one of F32, BF16, F16."
-    assert refusal(CheckpointError, peft.read, folder, shapes) == told
+    message = f"{weights} contains {FIRST}.lora_A.weight as F64; it should be one of F32, BF16, F16."
+    assert refusal(CheckpointError, peft.read, folder, shapes) == message
     config.write_text("[]")
-    told = f"{config} does not hold a JSON object; download it again."
-    assert refusal(CheckpointError, peft.read, folder, shapes) == told
+    message = f"{config} does not hold a JSON object; download it again."
+    assert refusal(CheckpointError, peft.read, folder, shapes) == message
     for file in (weights, config):
         file.unlink()
-        told = f"{folder} has no {file.name}; give a folder that contains a PEFT adapter."
-        assert refusal(CheckpointError, peft.read, folder, shapes) == told
+        message = f"{folder} has no {file.name}; give a folder that contains a PEFT adapter."
+        assert refusal(CheckpointError, peft.read, folder, shapes) == message

@@ -80,8 +80,8 @@ def test_scales_survive():
 
 
 def test_the_configuration_only_names_changed_modules(tmp_path, shapes):
-    held = adapters(shapes)
-    encode = {**held["ranks and factors"].encode, SIGHT: delta(shapes, SIGHT, 3, 1 / 3)}
+    examples = adapters(shapes)
+    encode = {**examples["ranks and factors"].encode, SIGHT: delta(shapes, SIGHT, 3, 1 / 3)}
     peft.write(Adapter(encode, {GATE_UP: delta(shapes, GATE_UP, 3, 0.5)}), tmp_path, "google/diffusiongemma-26B-A4B-it")
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == {
         "peft_type": "LORA",
@@ -104,17 +104,17 @@ def test_the_configuration_only_names_changed_modules(tmp_path, shapes):
     keys = mx.load(str(tmp_path / "adapter_model.safetensors")).keys()
     assert f"{THEIRS}.decoder.layers.2.experts.{A}" in keys
     assert len(keys) == 8
-    peft.write(held["experts"], tmp_path, "a/b")
-    held = mx.load(str(tmp_path / "adapter_model.safetensors"))
+    peft.write(examples["experts"], tmp_path, "a/b")
+    loaded = mx.load(str(tmp_path / "adapter_model.safetensors"))
     experts = f"{THEIRS}.encoder.language_model.layers.2.experts"
-    assert held[f"{experts}.base_layer.{A}"].shape == (8 * 2, 192)
-    assert held[f"{experts}.{B}"].shape == (192, 8 * 2)
+    assert loaded[f"{experts}.base_layer.{A}"].shape == (8 * 2, 192)
+    assert loaded[f"{experts}.{B}"].shape == (192, 8 * 2)
 
 
 def test_an_adapter_is_replaced_completely_or_not_at_all(tmp_path, shapes, monkeypatch):
-    held = adapters(shapes)
-    peft.write(held["DoRA"], tmp_path, "a/b")
-    peft.write(held["one mode"], tmp_path, "a/b")
+    examples = adapters(shapes)
+    peft.write(examples["DoRA"], tmp_path, "a/b")
+    peft.write(examples["one mode"], tmp_path, "a/b")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
@@ -124,27 +124,27 @@ def test_an_adapter_is_replaced_completely_or_not_at_all(tmp_path, shapes, monke
 
     monkeypatch.setattr(mx, "save_safetensors", full)
     with pytest.raises(RuntimeError):
-        peft.write(held["shared"], tmp_path, "a/b")
+        peft.write(examples["shared"], tmp_path, "a/b")
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
 def test_adapters_that_do_not_fit_pefts_layout_are_refused(tmp_path, shapes):
-    def told(encode: dict[str, Delta], denoise: dict[str, Delta]) -> str:
+    def refused(encode: dict[str, Delta], denoise: dict[str, Delta]) -> str:
         message = refusal(CheckpointError, peft.write, Adapter(encode, denoise), tmp_path / "new", "a/b")
         assert not (tmp_path / "new").exists()
         return message
 
     plain, dora = delta(shapes, Q), delta(shapes, Q, dora=True)
-    assert told({}, {}) == "The adapter changes nothing, so there is nothing to write."
-    assert told({Q: plain}, {Q: dora}) == (
+    assert refused({}, {}) == "The adapter changes nothing, so there is nothing to write."
+    assert refused({Q: plain}, {Q: dora}) == (
         f"{Q} has a magnitude and model.encoder.language_model.layers.0.self_attn.q_proj has none; "
         "PEFT applies DoRA to all linear layers of an adapter and never to experts."
     )
-    assert told({Q: dora}, {GATE_UP: delta(shapes, GATE_UP, dora=True)}) == (
+    assert refused({Q: dora}, {GATE_UP: delta(shapes, GATE_UP, dora=True)}) == (
         f"{GATE_UP} has a magnitude and belongs to experts; "
         "PEFT applies DoRA to all linear layers of an adapter and never to experts."
     )
     for path, mode in ((GATE, "encode"), (SIGHT, "denoise"), ("model.decoder.embed_tokens", "denoise")):
         deltas = {path: delta(shapes, path)}
-        told_so = told(*((deltas, {}) if mode == "encode" else ({}, deltas)))
-        assert told_so == f"PEFT's layout cannot store a change of {path} in the mode {mode}."
+        message = refused(*((deltas, {}) if mode == "encode" else ({}, deltas)))
+        assert message == f"PEFT's layout cannot store a change of {path} in the mode {mode}."

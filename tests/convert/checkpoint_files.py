@@ -20,9 +20,11 @@ def changed(source: Path, folder: Path, **tensors) -> Path:
     """A copy of a one-shard checkpoint in `folder`, without index, with other tensors; None removes one."""
     shutil.copytree(source, folder)
     (folder / INDEX).unlink()
-    held = read_safetensors(folder / "model.safetensors")
-    held.update(tensors)
-    write_safetensors(folder / "model.safetensors", {name: one for name, one in held.items() if one is not None}, "mlx")
+    stored = read_safetensors(folder / "model.safetensors")
+    stored.update(tensors)
+    write_safetensors(
+        folder / "model.safetensors", {name: one for name, one in stored.items() if one is not None}, "mlx"
+    )
     return folder
 
 

@@ -63,9 +63,9 @@ def test_shards_stay_below_the_limit_and_load(hf_checkpoint, tmp_path, monkeypat
     assert [file.name for file in shards] == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     assert count > 1
     index = json.loads((tmp_path / "out" / INDEX).read_text())
-    held = {file.name: read_safetensors(file) for file in shards}
-    assert index["weight_map"] == {name: file for file in held for name in held[file]}
-    sizes = {file: sum(len(data) for *_, data in tensors.values()) for file, tensors in held.items()}
+    tensors_of = {file.name: read_safetensors(file) for file in shards}
+    assert index["weight_map"] == {name: file for file in tensors_of for name in tensors_of[file]}
+    sizes = {file: sum(len(data) for *_, data in tensors.values()) for file, tensors in tensors_of.items()}
     assert index["metadata"]["total_size"] == sum(sizes.values())
     assert max(sizes.values()) <= 3_000_000
     assert Checkpoint.open(tmp_path / "out").nbytes == sum(sizes.values())

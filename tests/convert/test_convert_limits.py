@@ -157,8 +157,8 @@ def test_memory_does_not_grow_with_the_size_of_a_tensor(tmp_path):
     )
     assert (source / "model.safetensors").stat().st_size > 419_000_000
     assert int(done.stdout) < 300_000_000
-    held = Checkpoint.open(tmp_path / "out").tensors
-    info = held[embedding]
+    stored = Checkpoint.open(tmp_path / "out").tensors
+    info = stored[embedding]
     with info.file.open("rb") as file:
         file.seek(info.start)
         assert (

@@ -38,9 +38,9 @@ def edit_json(file: Path, **changes) -> None:
 
 
 def edit_tensors(file: Path, **changes) -> None:
-    held = read_safetensors(file)
-    held.update(changes)
-    write_safetensors(file, {name: one for name, one in held.items() if one is not None})
+    stored = read_safetensors(file)
+    stored.update(changes)
+    write_safetensors(file, {name: one for name, one in stored.items() if one is not None})
 
 
 def edit_index(folder: Path, **changes) -> None:
@@ -194,10 +194,10 @@ def test_an_overflow_of_a_cast_is_named(release, tmp_path):
 
 def test_a_difference_between_unchanged_weights_is_an_error(hf_checkpoint, tmp_path, monkeypatch):
     def spoil(folder, *arguments):
-        held = read_safetensors(folder / "model.safetensors")
-        dtype, shape, data = held[NORM]
-        held[NORM] = (dtype, shape, data[:-2] + b"\0\0")
-        write_safetensors(folder / "model.safetensors", held, "mlx")
+        stored = read_safetensors(folder / "model.safetensors")
+        dtype, shape, data = stored[NORM]
+        stored[NORM] = (dtype, shape, data[:-2] + b"\0\0")
+        write_safetensors(folder / "model.safetensors", stored, "mlx")
 
     copy = conversion.copy_metadata
     monkeypatch.setattr(conversion, "copy_metadata", lambda c, folder, *how: (copy(c, folder, *how), spoil(folder)))

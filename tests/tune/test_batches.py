@@ -63,9 +63,9 @@ def test_images_and_padding_belong_to_their_sample(tmp_path):
     engine = mlx_dgemma.load(dtype="float32")
     batches = Batches(engine, read(engine, tmp_path / "train.jsonl"), 0, True, 0)
     both = batches.batch([0, 1], [0, 1])
-    held = (both.tokens == engine.config.image_token_id).sum(axis=1)
-    assert (both.features[0].shape[0], both.features[1]) == (held[0], None)
-    assert held[0] > 0 and held[1] == 0
+    placeholders = (both.tokens == engine.config.image_token_id).sum(axis=1)
+    assert (both.features[0].shape[0], both.features[1]) == (placeholders[0], None)
+    assert placeholders[0] > 0 and placeholders[1] == 0
     noise = draw_noise(both, VARIANTS["google"], 2048, mx.random.key(0))
     alone = []
     for i in range(2):

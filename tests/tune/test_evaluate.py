@@ -1,4 +1,4 @@
-"""Marks of answers: what counts as right, what is told of it, and what is refused before anything is generated."""
+"""Evaluation: metrics, results, errors and the command."""
 
 import json
 import math
@@ -226,7 +226,7 @@ def test_mistakes_are_refused_before_anything_is_generated(tmp_path):
     file.write_text("number = 1\n")
     broken = tmp_path / "broken.py"
     broken.write_text("1 / 0\n")
-    for metric, told in (
+    for metric, message in (
         ("equal", "metric is 'equal'; it should be exact, contains, regex or path.py:function."),
         (None, "metric is None; it should be exact, contains, regex or path.py:function."),
         ("marks:near", "metric is 'marks:near'; it should be exact, contains, regex or path.py:function."),
@@ -238,7 +238,7 @@ def test_mistakes_are_refused_before_anything_is_generated(tmp_path):
         (f"{file}:number", f"{file} has no function number; metric should name one of its functions."),
         (f"{broken}:near", f"{broken} cannot be run (ZeroDivisionError: division by zero); correct it."),
     ):
-        assert refusal(OptionError, evaluate, engine, examples, metric) == told
+        assert refusal(OptionError, evaluate, engine, examples, metric) == message
     assert refusal(DataError, evaluate, engine, examples, "regex") == (
         "test.jsonl, line 2: The answer is not a regular expression (missing ), unterminated subpattern at position 0)"
         "; correct it."
@@ -299,9 +299,9 @@ def test_the_command_prints_json_and_writes_answers(write, tmp_path):
     options = ["--seed", 7, "--max-denoising-steps", 3, "--max-tokens", 8]
     done = run(path, "--json", "--output", output, *options)
     assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert set(told) == set("right of share low high positions steps seconds cut groups bound".split())
-    assert (told["right"], told["of"], told["share"], told["groups"]) == (1, 2, 0.5, {})
+    printed = json.loads(done.stdout)
+    assert set(printed) == set("right of share low high positions steps seconds cut groups bound".split())
+    assert (printed["right"], printed["of"], printed["share"], printed["groups"]) == (1, 2, 0.5, {})
     lines = {one["where"]: one for one in map(json.loads, output.read_text().splitlines())}
     assert [set(one) for one in lines.values()] == [set("where text expected score finish_reason stats".split())] * 2
     first = lines["test.jsonl, line 1"]

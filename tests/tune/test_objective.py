@@ -37,24 +37,26 @@ def model():
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients_equal_transformers(model, name):
     """Padded texts and an image, with and without self-conditioning; gradients within 1e-3 of the largest."""
-    held = {k: np.array(v) for k, v in mx.load(str(DATA / "objective.safetensors")).items() if k.startswith(f"{name}.")}
-    held = {key.removeprefix(f"{name}."): one for key, one in held.items()}
+    expected = {
+        k: np.array(v) for k, v in mx.load(str(DATA / "objective.safetensors")).items() if k.startswith(f"{name}.")
+    }
+    expected = {key.removeprefix(f"{name}."): one for key, one in expected.items()}
     variant, conditioned = CASES[name]
     features = []
     if name.startswith("image"):
-        seen = {key: np.array(one) for key, one in mx.load(str(DATA / "image.safetensors")).items()}
-        tokens = seen["input_ids"].astype(np.int32)
-        pixels = mx.array(seen["pixel_values"].astype(np.float32) / 255)
-        features = [model.encode_images((pixels, mx.array(seen["image_position_ids"])))]
+        image = {key: np.array(one) for key, one in mx.load(str(DATA / "image.safetensors")).items()}
+        tokens = image["input_ids"].astype(np.int32)
+        pixels = mx.array(image["pixel_values"].astype(np.float32) / 255)
+        features = [model.encode_images((pixels, mx.array(image["image_position_ids"])))]
     else:
-        tokens = held["tokens"]
+        tokens = expected["tokens"]
     real = np.ones(tokens.shape, bool)
     for row, pad in zip(real[1:], (3, 101)):
         row[:pad] = False
     length = model.config.canvas_length
     supervised = np.arange(length) < np.array([[length], [20], [3]])[: len(tokens)]
-    batch = Batch(tokens, real, held["canvas"], supervised, features)
-    noise = Noise(mx.array(held["t"]), mx.array(held["noisy"]), np.array(conditioned))
+    batch = Batch(tokens, real, expected["canvas"], supervised, features)
+    noise = Noise(mx.array(expected["t"]), mx.array(expected["noisy"]), np.array(conditioned))
     model.freeze()
     for path in WEIGHTS:
         module = model
@@ -63,10 +65,10 @@ def test_losses_and_gradients_equal_transformers(model, name):
         module.unfreeze(keys="weight", recurse=False)
     asked = nn.value_and_grad(model, lambda: tuple(loss(model, batch, noise, VARIANTS[variant])))
     losses, gradients = asked()
-    assert [one.item() for one in losses] == pytest.approx(held["losses"].tolist(), abs=1e-4, rel=0)
+    assert [one.item() for one in losses] == pytest.approx(expected["losses"].tolist(), abs=1e-4, rel=0)
     flat = dict(tree_flatten(gradients))
     for i, path in enumerate(WEIGHTS):
-        mine, theirs = np.array(flat[path]), held[str(i)]
+        mine, theirs = np.array(flat[path]), expected[str(i)]
         mine = mine.reshape(-1, mine.shape[-1])[::8]
         assert np.abs(mine - theirs).max() <= 1e-3 * max(np.abs(theirs).max(), 1e-3), path
 

@@ -194,8 +194,10 @@ def test_a_loss_of_nan_is_refused_before_weights_change():
     one.update([batch_of(0)])
     before = weights(one.model)
     one.objective = replace(one.objective, encoder_weight=float("nan"))
-    told = refusal(DataError, one.update, [batch_of(1)])
-    assert told == "The loss is nan and the norm of the gradients nan at step 2; lower --learning-rate, which is 0.02."
+    message = refusal(DataError, one.update, [batch_of(1)])
+    assert (
+        message == "The loss is nan and the norm of the gradients nan at step 2; lower --learning-rate, which is 0.02."
+    )
     after = weights(one.model)
     assert all((before[path] == after[path]).all() for path in before)
 
@@ -214,16 +216,16 @@ def test_the_memory_estimate_bounds_the_peak(rows, length, parts, recompute):
     one = Trainer(engine.model, method, VARIANTS["google"])
     one._cores = 2
     assert one.process_count(rows, length) == parts
-    held = sum(a.nbytes for a in flatten(engine.model.parameters()).values())
+    weight_bytes = sum(a.nbytes for a in flatten(engine.model.parameters()).values())
     mx.synchronize()
     mx.clear_cache()
-    base = mx.get_active_memory() - held
+    base = mx.get_active_memory() - weight_bytes
     mx.reset_peak_memory()
     for _ in range(2):
         one.update([batch])
     peak = one.peak_bytes - base
     one.close()
-    needed = training_need(engine.checkpoint, method, rows, length + 64, one.trainable, held, parts).total
+    needed = training_need(engine.checkpoint, method, rows, length + 64, one.trainable, weight_bytes, parts).total
     assert peak <= needed <= 6 * peak
 
 
@@ -234,13 +236,13 @@ def test_gradients_of_several_processes_sum_to_those_of_one(monkeypatch, name):
     whole._cores, parted._cores, again._cores = 1, 2, 2
     batch = batch_of(0, 3)
     batch.mask[0, :2] = batch.supervised[1, 2:] = False
-    told = [[one.update([batch]) for _ in range(2)] for one in (whole, parted, again)]
+    metrics = [[one.update([batch]) for _ in range(2)] for one in (whole, parted, again)]
     for one in (parted, again):
         one.close()
     mine, theirs, same = (weights(one.model) for one in (whole, parted, again))
-    assert astuple(told[0][1]) == pytest.approx(astuple(told[1][1]), rel=1e-5)
+    assert astuple(metrics[0][1]) == pytest.approx(astuple(metrics[1][1]), rel=1e-5)
     assert all(np.allclose(mine[path], theirs[path], atol=1e-5) for path in mine)
-    assert told[1] == told[2] and all(np.array_equal(theirs[path], same[path]) for path in theirs)
+    assert metrics[1] == metrics[2] and all(np.array_equal(theirs[path], same[path]) for path in theirs)
 
 
 def test_an_error_in_another_process_is_raised_here(monkeypatch):

@@ -120,10 +120,10 @@ def test_a_tool_call_ends_with_the_marker_of_the_response(engine, write):
         assistant("The weather in Oslo is sunny."),
     ]
     (example,) = read(engine, write({"messages": messages, "tools": [TOOL]}), turns="all")
-    call, told = example.targets
+    call, reply = example.targets
     assert text(engine, call.answer) == CALLED
-    assert text(engine, told.prompt).endswith(f'{CALLED}response:get_weather{{value:<|"|>sunny<|"|>}}<tool_response|>')
-    assert text(engine, told.answer) == "The weather in Oslo is sunny.<turn|>"
+    assert text(engine, reply.prompt).endswith(f'{CALLED}response:get_weather{{value:<|"|>sunny<|"|>}}<tool_response|>')
+    assert text(engine, reply.answer) == "The weather in Oslo is sunny.<turn|>"
     result = engine.generate(messages[0]["content"], tools=[TOOL], seed=0)
     assert result.tokens == call.answer[:-1]
 
@@ -146,8 +146,8 @@ def test_prompts_are_encoded_as_in_inference(engine, write, tmp_path):
 
 
 def test_an_answer_is_decoded_as_it_was_given(engine, write):
-    told = ["2 + 2 = 4.", "def f(x):\n    return x", '{"a": [1, 2]}', "¿Qué? 日本 🙂", "  spaces  "]
-    for example, given in zip(read(engine, write(*({"prompt": "Say.", "completion": one} for one in told))), told):
+    texts = ["2 + 2 = 4.", "def f(x):\n    return x", '{"a": [1, 2]}', "¿Qué? 日本 🙂", "  spaces  "]
+    for example, given in zip(read(engine, write(*({"prompt": "Say.", "completion": one} for one in texts))), texts):
         reader = Answer(engine.tokenizer, engine.options.end_tokens, 1000)
         assert feed(reader, example.targets[0].answer) == "stop"
         assert reader.text == given.strip()
@@ -170,9 +170,9 @@ def test_a_template_that_treats_thoughts_differently(engine, write):
         ({}, "<channel|>Yes.<turn|>"),
     ):
         record = {"messages": [*history, assistant("Yes.", **thought)], "thinking": True}
-        asked, told = pairs(other, read(other, write(record), turns="all"))
+        asked, replied = pairs(other, read(other, write(record), turns="all"))
         assert asked == (begun, f"<|channel>thought\nAsk.\n<channel|>{called}")
-        assert (told[0][-len("<tool_response|><|channel>thought\n") :], told[1]) == (
+        assert (replied[0][-len("<tool_response|><|channel>thought\n") :], replied[1]) == (
             "<tool_response|><|channel>thought\n",
             answer,
         )
@@ -230,8 +230,8 @@ def test_sources_that_do_not_exist(engine, write, tmp_path):
         f"{path} is not a .jsonl file; data files are JSON Lines, one object per line."
     )
     for name in ("/nowhere/at/all", "./none", "~/none-at-all", "none", "a/b/c"):
-        told = f"{name} does not exist; give a folder with .jsonl files, one such file, or a Hub id."
-        assert refusal(DataError, load, engine, name) == told
+        message = f"{name} does not exist; give a folder with .jsonl files, one such file, or a Hub id."
+        assert refusal(DataError, load, engine, name) == message
     assert refusal(DataError, read, engine, tmp_path / "gone.jsonl") == (
         f"{tmp_path / 'gone.jsonl'} cannot be read: No such file or directory."
     )
@@ -262,7 +262,7 @@ def test_a_hub_id_is_looked_for_on_this_machine_first(engine, write, tmp_path, m
     assert len(load(engine, "some/data")["train"]) == 1
     assert here == [True, False] * 2 + [True]
     answers[True] = LocalEntryNotFoundError("not here")
-    for error, told in (
+    for error, message in (
         (
             RepositoryNotFoundError.__new__(RepositoryNotFoundError),
             "some/data is neither a file here nor a data set on the Hub; check the name, or log in if it is private.",
@@ -275,7 +275,7 @@ def test_a_hub_id_is_looked_for_on_this_machine_first(engine, write, tmp_path, m
         ),
     ):
         answers[False] = error
-        assert refusal(DataError, load, engine, "some/data") == told
+        assert refusal(DataError, load, engine, "some/data") == message
 
 
 # Errors

@@ -34,7 +34,7 @@ HI = user("Hi")
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ('{"text":"a" "b"}', "train.jsonl, line 3, column 13: This is not JSON (Expecting ',' delimiter); correct it."),
         (b'{"text": "\xff"}', "This is not UTF-8: byte 10 is 0xff; convert the file, for example with iconv."),
@@ -74,16 +74,16 @@ HI = user("Hi")
         ),
     ],
 )
-def test_lines_that_are_refused(engine, write, line, told):
+def test_lines_that_are_refused(engine, write, line, message):
     path = write({"text": "fine"}, "", line)
-    told = told.replace("{folder}", str(path.parent))
+    message = message.replace("{folder}", str(path.parent))
     assert refusal(DataError, read, engine, path) == (
-        told if told.startswith("train") else f"train.jsonl, line 3: {told}"
+        message if message.startswith("train") else f"train.jsonl, line 3: {message}"
     )
 
 
 @pytest.mark.parametrize(
-    ("messages", "told"),
+    ("messages", "message"),
     [
         ("Hi", "messages is 'Hi'; it should be a list of messages."),
         ([], "messages is []; it should be a list of messages."),
@@ -178,10 +178,10 @@ def test_lines_that_are_refused(engine, write, line, told):
         ),
     ],
 )
-def test_messages_that_are_refused(engine, write, messages, told):
+def test_messages_that_are_refused(engine, write, messages, message):
     path = write({"messages": messages})
-    told = told.replace("{folder}", str(path.parent))
-    assert refusal(DataError, read, engine, path) == f"train.jsonl, line 1: {told}"
+    message = message.replace("{folder}", str(path.parent))
+    assert refusal(DataError, read, engine, path) == f"train.jsonl, line 1: {message}"
 
 
 def test_files_without_samples(engine, write):
@@ -192,14 +192,14 @@ def test_files_without_samples(engine, write):
 
 
 def test_deep_nesting_is_refused(engine, write):
-    told = refusal(DataError, read, engine, write("[" * 100_000))
-    assert told.startswith("train.jsonl, line 1: This cannot be read (")
-    assert told.endswith("); correct it.")
+    message = refusal(DataError, read, engine, write("[" * 100_000))
+    assert message.startswith("train.jsonl, line 1: This cannot be read (")
+    assert message.endswith("); correct it.")
 
 
 def test_templates_that_do_not_fit_are_refused(engine, write):
     path = write({"prompt": "Hi", "completion": "Hello!"})
-    for template, told in (
+    for template, message in (
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}<turn|>{% endfor %}",
             "Message 1 cannot be separated from its prompt, because the chat template writes the prompt differently "
@@ -212,7 +212,7 @@ def test_templates_that_do_not_fit_are_refused(engine, write):
         ),
         ("{{ raise_exception('No.') }}", "The chat template refuses these messages: No."),
     ):
-        assert refusal(DataError, read, templated(engine, template), path) == f"train.jsonl, line 1: {told}"
+        assert refusal(DataError, read, templated(engine, template), path) == f"train.jsonl, line 1: {message}"
 
 
 def test_a_tool_call_without_an_end_marker_is_refused(engine, write):
@@ -236,11 +236,11 @@ def test_long_samples_are_refused_or_left_out(engine, write):
     lengths = [len(one.prompt) for example in read(engine, path, turns="all") for one in example.targets]
     total = lengths[2] + 128
     assert len(read(engine, path, turns="all", max_length=total)) == 2
-    told = (
+    message = (
         f"This has {total} tokens, {lengths[2]} of the prompt and 128 of the answer in whole canvases, "
         f"but max_length is {total - 1}; shorten it or leave it out."
     )
-    assert refusal(DataError, read, engine, path, max_length=total - 1) == f"train.jsonl, line 2: {told}"
+    assert refusal(DataError, read, engine, path, max_length=total - 1) == f"train.jsonl, line 2: {message}"
     with pytest.warns(UserWarning) as caught:
         kept = read(engine, path, max_length=total - 1, skip_long=True)
     assert [example.where for example in kept] == ["train.jsonl, line 1"]

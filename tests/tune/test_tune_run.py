@@ -75,20 +75,20 @@ def test_a_whole_run_from_the_command_line(tmp_path):
     """The files, the output, a YAML file, and errors."""
     data, out, config = data_in(tmp_path), tmp_path / "out", tmp_path / "tune.yaml"
     config.write_text("rank: 2\nencoder-weight: 0\ntargets: [attention]\nseed: 5\n")
-    told = tune(data, "--output", out, "--config", config, *QUICKLY)
-    assert told.exit_code == 0, told.stderr
-    assert told.stdout == ""
-    assert "weights on 6 samples, validating on 2; canvases are filled with <pad> after an answer." in told.stderr
-    assert "step 2 of 3, loss " in told.stderr and "% of the answers right" in told.stderr
-    assert "expected: 'cat cat'" in told.stderr
+    done = tune(data, "--output", out, "--config", config, *QUICKLY)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == ""
+    assert "weights on 6 samples, validating on 2; canvases are filled with <pad> after an answer." in done.stderr
+    assert "step 2 of 3, loss " in done.stderr and "% of the answers right" in done.stderr
+    assert "expected: 'cat cat'" in done.stderr
     assert sorted(file.name for file in out.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "curves.png", "log.csv", "state.safetensors",
     ]  # fmt: skip
     rows = (out / "log.csv").read_text().splitlines()
     assert len(rows) == 4
     assert [row.split(",")[7] != "" for row in rows[1:]] == [False, True, True]
-    held = json.loads((out / "adapter_config.json").read_text())
-    assert (held["r"], held["lora_alpha"]) == (2, 32)
+    saved = json.loads((out / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (2, 32)
     assert tune(data, "--output", out).stderr.endswith(
         f"Error: {out} is not empty; give another --output, or continue its run with --resume.\n"
     )
@@ -113,10 +113,10 @@ def test_a_stopped_run_is_saved_and_continues_exactly(tmp_path):
     assert steps == [1, 2, 3]
     _, steps = train(tmp_path / "parts", lambda: True)
     assert steps == [1]
-    held = (tmp_path / "parts" / "adapter_model.safetensors").read_bytes()
+    saved = (tmp_path / "parts" / "adapter_model.safetensors").read_bytes()
     rest, steps = train(tmp_path / "parts", lambda: False, resume=True)
     assert steps == [2, 3]
-    assert (tmp_path / "parts" / "adapter_model.safetensors").read_bytes() != held
+    assert (tmp_path / "parts" / "adapter_model.safetensors").read_bytes() != saved
     parts, one = (tmp_path / name / "adapter_model.safetensors" for name in ("parts", "whole"))
     assert parts.read_bytes() == one.read_bytes()
     mine, theirs = weights(rest.model), weights(whole.model)
@@ -135,9 +135,9 @@ def test_a_stopped_run_is_saved_and_continues_exactly(tmp_path):
 )  # fmt: skip
 def test_runs_that_are_refused(tmp_path, arguments, sentence):
     out = tmp_path / "out"
-    told = tune(data_in(tmp_path), "--output", out, *arguments)
-    assert told.exit_code == 1
-    last = told.stderr.splitlines()[-1]
+    done = tune(data_in(tmp_path), "--output", out, *arguments)
+    assert done.exit_code == 1
+    last = done.stderr.splitlines()[-1]
     assert last == "Error: " + sentence.replace("OUT", str(out))
     assert not out.exists()
 
@@ -161,11 +161,11 @@ def test_a_killed_run_can_be_resumed(tmp_path):
 
 
 def test_a_run_that_needs_too_much_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_dgemma.model.device.available", lambda: 2**20)
     engine, plan = mlx_dgemma.load(dtype="float32"), RunConfig(data_in(tmp_path), tmp_path / "out", batch_size=2)
-    told = refusal(MemoryLimitError, list, run_(engine, TrainerConfig(rank=2, steps=1), plan))
-    assert told.startswith("Training needs about 0.")
-    assert told.endswith(
+    monkeypatch.setattr("mlx_dgemma.model.device.available", lambda: 2**20)
+    message = refusal(MemoryLimitError, list, run_(engine, TrainerConfig(rank=2, steps=1), plan))
+    assert message.startswith("Training needs about 0.")
+    assert message.endswith(
         " GiB of memory, but this machine has 0.0 GiB; lower --batch-size or --max-length, or try it anyway with "
         "--ignore-memory."
     )
@@ -199,12 +199,12 @@ def test_yaml_files_are_checked(tmp_path, monkeypatch):
         ("- 3", f"{config} holds no names with values; write lines such as rank: 16."),
     ):
         config.write_text(text)
-        told = tune(tmp_path, "--config", config)
-        assert (told.exit_code, told.stderr) == (1, f"Error: {sentence}\n")
+        done = tune(tmp_path, "--config", config)
+        assert (done.exit_code, done.stderr) == (1, f"Error: {sentence}\n")
     monkeypatch.setenv("MLX_DGEMMA_MODEL", "somewhere")
     config.write_text("model: here")
     assert tune(tmp_path, "--config", config).stderr == (
         f"Error: {config} sets model, and so does $MLX_DGEMMA_MODEL; unset one of them.\n"
     )
     config.write_text("rank: [")
-    assert tune(tmp_path, "--config", config).stderr.startswith(f"Error: {config} is no YAML (while parsing")
+    assert tune(tmp_path, "--config", config).stderr.startswith(f"Error: {config} is not valid YAML (while parsing")

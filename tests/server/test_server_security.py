@@ -4,26 +4,19 @@ import base64
 import itertools
 import json
 import logging
-import re
-import signal
 import socket
 import struct
-import subprocess
-import sys
-import time
 import zlib
 
 import openai
 import pytest
-from click.testing import CliRunner
+from PIL import ImageFile
 from serving import Script, ask, chat, post, serving
 from support import refusal
 
-from mlx_dgemma import OptionError, engine
-from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.cli import main
+from mlx_dgemma import OptionError
 from mlx_dgemma.server.app import create_app
-from mlx_dgemma.server.messages import data_url
+from mlx_dgemma.server.messages import decode_data_url
 from mlx_dgemma.server.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -218,12 +211,13 @@ def data_of(content):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_of_pixels_is_not_decoded(client):
+def test_a_bomb_of_pixels_is_not_decoded(client, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda picture: decoded.append(picture.size))
     parts = [{"type": "image_url", "image_url": {"url": data_of(bomb(10_000))}}]
-    began = time.perf_counter()
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, [{"role": "user", "content": parts}])
-    assert time.perf_counter() - began < 5
+    assert decoded == []
     assert caught.value.param == "messages"
     assert caught.value.body["message"].endswith(
         "has 10000 x 10000 pixels; at most 50 million are read, so make it smaller."
@@ -251,8 +245,8 @@ def test_broken_data():
 
 def test_data_urls_are_their_bytes():
     for data in (b"\x00\xff", b"a" * 1000):
-        assert data_url(data_of(data), "x") == data
-        assert data_url("DATA:;base64," + base64.b64encode(data).decode(), "x") == data
+        assert decode_data_url(data_of(data), "x") == data
+        assert decode_data_url("DATA:;base64," + base64.b64encode(data).decode(), "x") == data
 
 
 # the log
@@ -267,64 +261,3 @@ def test_the_log_has_a_line_a_request_and_no_text(caplog):
     assert " 127.0.0.1 POST /v1/chat/completions 400 " in lines[0]
     assert " 127.0.0.1 GET /a%0D%0Aforged 404 " in lines[1]
     assert "secret" not in lines[0] + lines[1]
-
-
-# the command
-
-
-def run(*arguments, **options):
-    return CliRunner().invoke(main.main, ["serve", *map(str, arguments)], prog_name="mlx-dgemma", **options)
-
-
-@pytest.fixture
-def never_loaded(monkeypatch):
-    monkeypatch.delenv("MLX_DGEMMA_API_KEY", raising=False)
-    monkeypatch.setattr(engine, "load", None)  # calling it would fail
-
-
-def test_the_command_refuses_before_it_loads(never_loaded, monkeypatch):
-    done = run("--host", "0.0.0.0")
-    assert (done.exit_code, done.stderr) == (
-        1,
-        "Error: The host is 0.0.0.0, which other machines can reach: give an API key (--api-key or "
-        "$MLX_DGEMMA_API_KEY), or leave the host out.\n",
-    )
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = run("--port", port)
-        assert (done.exit_code, done.stderr) == (
-            1,
-            f"Error: 127.0.0.1 port {port} cannot be listened on (Address already in use); choose others with --host "
-            "and --port.\n",
-        )
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    done = run()
-    assert (done.exit_code, done.stderr) == (
-        1,
-        'Error: serve needs the package uvicorn: pip install "mlx-dgemma[serve]".\n',
-    )
-
-
-def test_the_command_serves_until_it_is_stopped():
-    command = [sys.executable, "-m", "mlx_dgemma", "serve", "--model", str(DEMO), "--port", "0", "--api-key", "k"]
-    with subprocess.Popen([*command, "--shutdown-seconds", "1"], stderr=subprocess.PIPE, text=True) as process:
-        try:
-            told = next(line for line in process.stderr if line.startswith("Listening"))
-            url = re.fullmatch(r"Listening on (http://127\.0\.0\.1:\d+/v1); Ctrl-C stops it\.\n", told)[1]
-            client = openai.OpenAI(base_url=url, api_key="k", max_retries=0)
-            (model,) = client.models.list().data
-            assert model.id == DEMO.name
-            answer = client.chat.completions.create(
-                model=model.id, messages=[{"role": "user", "content": "Spell the word cat."}], seed=0
-            )
-            assert answer.choices[0].message.content == "c a t"
-            process.send_signal(signal.SIGINT)
-            rest = process.stderr.read().splitlines()
-        finally:
-            process.kill()
-    assert process.returncode == 130
-    assert [" ".join(line.split()[2:6]) for line in rest[:2]] == [
-        "127.0.0.1 GET /v1/models 200",
-        "127.0.0.1 POST /v1/chat/completions 200",
-    ]
-    assert rest[2:] == []

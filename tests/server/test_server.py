@@ -16,8 +16,8 @@ from support import BLUE, engine_of, square
 from mlx_dgemma import Draft
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.constraints.schema import to_regex
-from mlx_dgemma.server.chat import any_object
-from mlx_dgemma.server.completions import Cut
+from mlx_dgemma.server.chat import any_object_schema
+from mlx_dgemma.server.completions import StopCutter
 from mlx_dgemma.tasks import infill as infill_module
 
 JSON_PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."
@@ -201,7 +201,8 @@ def test_a_json_schema(client):
 def test_a_json_object(client):
     answer = chat(client, "Spell the word cat.", seed=0, response_format={"type": "json_object"})
     assert isinstance(json.loads(answer.choices[0].message.content), dict)
-    pattern = re.compile(re.sub(r"\\x\{([0-9a-f]+)\}", lambda m: re.escape(chr(int(m[1], 16))), to_regex(any_object())))
+    regex = to_regex(any_object_schema())
+    pattern = re.compile(re.sub(r"\\x\{([0-9a-f]+)\}", lambda m: re.escape(chr(int(m[1], 16))), regex))
     for fits in ({}, {"a": [1, "b", None, True, {"c": {"d": 1.5}}]}, {"a": {"b": {"c": {}}}}):
         assert pattern.fullmatch(json.dumps(fits))
     for other in ([], 1, {"a": {"b": {"c": {"d": {}}}}}):
@@ -336,12 +337,12 @@ def test_a_continuation_stops(client):
 def test_a_stop_string_in_pieces():
     text, stops = "aab abc aabc", ["abc", "zz"]
     for cuts in itertools.combinations(range(1, len(text)), 3):
-        cut, told = Cut(stops), ""
+        cut, told = StopCutter(stops), ""
         for start, end in itertools.pairwise((0, *cuts, len(text))):
             told += cut.add(text[start:end])
             assert "aab ".startswith(told)
-        assert (told + cut.add("", last=True), cut.over) == ("aab ", True)
+        assert (told + cut.add("", last=True), cut.stopped) == ("aab ", True)
     for whole in ("", "a", "ab", "abz"):
-        cut = Cut(stops)
+        cut = StopCutter(stops)
         assert "".join([*map(cut.add, whole), cut.add("", last=True)]) == whole
-        assert not cut.over
+        assert not cut.stopped

@@ -3,11 +3,11 @@
 import json
 import re
 import socket
-import time
 from contextlib import contextmanager
 
 import openai
 import pytest
+from listeners import until
 from serving import CHAT, COMPLETIONS, MODEL, WEATHER, Script, ask, chat, post, said
 
 from mlx_dgemma import OptionError, PromptError
@@ -201,7 +201,7 @@ def test_no_such_path():
 @pytest.mark.parametrize(
     "error, status, code, message",
     [
-        (Busy(64, 7), 429, "busy", "64 requests are waiting, which is all that may; try again in 7 s."),
+        (Busy(64, 7), 429, "busy", "The queue is full (64 waiting); retry in 7 s."),
         (Stopping(), 503, "stopping", "The server is stopping; ask again later."),
     ],
 )
@@ -252,13 +252,6 @@ def connected(url, body, path=CHAT):
         yield asker
 
 
-def until(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path, asked", [
     (CHAT, {"messages": said(COUNT), "n": 2}),
@@ -269,7 +262,7 @@ def test_who_leaves_is_not_answered(scheduler, url, path, asked, stream):
     before, count = scheduler.load().counters, asked.get("n", 1)
     with connected(url, {**asked, **slow, "confidence_threshold": 0, "stream": stream}, path):
         until(lambda: scheduler.load().running == count)
-    until(lambda: scheduler.load().running == 0, seconds=3)
+    until(lambda: scheduler.load().running == 0)
     after = scheduler.load().counters
     assert after["cancelled"] - before["cancelled"] == count
     assert after["generated_tokens"] == before["generated_tokens"]

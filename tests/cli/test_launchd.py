@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import refusal
 
-from mlx_dgemma.cli import launchd as service
+from mlx_dgemma.cli import launchd
 from mlx_dgemma.errors import DgemmaError, OptionError
 
 DOMAIN = f"gui/{os.getuid()}"
@@ -42,9 +42,9 @@ class Launchd:
 
 @pytest.fixture(autouse=True)
 def mac(monkeypatch):
-    monkeypatch.setattr(service.platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(service.time, "sleep", lambda seconds: None)
-    for name in (*service.INHERITED, service.KEY):
+    monkeypatch.setattr(launchd.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(launchd.time, "sleep", lambda seconds: None)
+    for name in (*launchd.INHERITED, launchd.KEY):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -55,8 +55,8 @@ def read(path):
 def test_install_writes_the_whole_agent_and_starts_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", "/Volumes/models")
     monkeypatch.setenv("SECRET_OF_ANOTHER", "x")
-    launchd = Launchd()
-    path = service.install(["--port", "8111", "--install"], "key of mine", tmp_path, launchd)
+    fake = Launchd()
+    path = launchd.install(["--port", "8111", "--install"], "key of mine", tmp_path, fake)
     assert path == tmp_path / "Library/LaunchAgents/org.mlx-dgemma.serve.plist"
     log = str(tmp_path / "Library/Logs/mlx-dgemma/serve.log")
     assert read(path) == {
@@ -70,19 +70,19 @@ def test_install_writes_the_whole_agent_and_starts_it(tmp_path, monkeypatch):
         "StandardErrorPath": log,
         "EnvironmentVariables": {"HF_HOME": "/Volumes/models", "MLX_DGEMMA_API_KEY": "key of mine"},
     }
-    assert launchd.commands == [["print", SERVICE], ["bootstrap", DOMAIN, str(path)]]
+    assert fake.commands == [["print", SERVICE], ["bootstrap", DOMAIN, str(path)]]
     assert path.stat().st_mode & 0o777 == 0o600
     assert Path(log).parent.stat().st_mode & 0o777 == 0o700
     assert os.listdir(path.parent) == [path.name]  # no draft is left
 
 
 def test_an_agent_that_is_there_ends_before_the_new_one_starts(tmp_path):
-    path = service.install([], "old key", tmp_path, Launchd())
+    path = launchd.install([], "old key", tmp_path, Launchd())
     path.chmod(0o644)
-    launchd = Launchd(loaded=True, ending=2)
-    assert service.install(["--port", "1"], None, tmp_path, launchd) == path
+    fake = Launchd(loaded=True, ending=2)
+    assert launchd.install(["--port", "1"], None, tmp_path, fake) == path
     looks = [["print", SERVICE]] * 3
-    assert launchd.commands == [
+    assert fake.commands == [
         ["print", SERVICE],
         ["bootout", SERVICE],
         *looks,
@@ -94,7 +94,7 @@ def test_an_agent_that_is_there_ends_before_the_new_one_starts(tmp_path):
 
 def test_the_key_stands_in_the_environment_alone(tmp_path):
     for given in (["--api-key", "s3cret"], ["--api-key=s3cret"]):
-        found = service.plist([*given, "--host", "0.0.0.0"], "s3cret", tmp_path, {})
+        found = launchd.plist([*given, "--host", "0.0.0.0"], "s3cret", tmp_path, {})
         assert found["ProgramArguments"][4:] == ["--host", "0.0.0.0"]
         assert found["EnvironmentVariables"] == {"MLX_DGEMMA_API_KEY": "s3cret"}
 
@@ -105,7 +105,7 @@ def test_paths_mean_the_same_from_another_folder(tmp_path, monkeypatch):
     (tmp_path / "models" / "4bit").mkdir(parents=True)
 
     def lasting(*arguments):
-        return service.plist(arguments, None, tmp_path, {})["ProgramArguments"][4:]
+        return launchd.plist(arguments, None, tmp_path, {})["ProgramArguments"][4:]
 
     here = str(tmp_path)
     assert lasting("--model", "models/4bit") == ["--model", f"{here}/models/4bit"]
@@ -118,41 +118,41 @@ def test_paths_mean_the_same_from_another_folder(tmp_path, monkeypatch):
     assert lasting("--cache-dir", "kept", "--port=1") == ["--cache-dir", f"{here}/kept", "--port=1"]
     assert lasting("--cache-dir=a/b") == [f"--cache-dir={here}/a/b"]
     given = {"MLX_DGEMMA_MODEL": "models/4bit", "HF_HOME": "hub", "HF_HUB_CACHE": "", "PATH": "/bin"}
-    assert service.plist([], None, tmp_path, given)["EnvironmentVariables"] == {
+    assert launchd.plist([], None, tmp_path, given)["EnvironmentVariables"] == {
         "MLX_DGEMMA_MODEL": f"{here}/models/4bit",
         "HF_HOME": f"{here}/hub",
     }
 
 
 def test_uninstall_ends_the_agent_and_removes_its_file(tmp_path):
-    launchd = Launchd()
-    path = service.install([], None, tmp_path, launchd)
-    launchd.commands.clear()
-    assert service.uninstall(tmp_path, launchd) == path
-    assert launchd.commands == [["print", SERVICE], ["bootout", SERVICE], ["print", SERVICE]]
+    fake = Launchd()
+    path = launchd.install([], None, tmp_path, fake)
+    fake.commands.clear()
+    assert launchd.uninstall(tmp_path, fake) == path
+    assert fake.commands == [["print", SERVICE], ["bootout", SERVICE], ["print", SERVICE]]
     assert not path.exists()
-    assert refusal(OptionError, service.uninstall, tmp_path, launchd) == (
+    assert refusal(OptionError, launchd.uninstall, tmp_path, fake) == (
         f"There is no agent at {path}; --install makes one."
     )
 
 
 def test_what_launchd_refuses_is_told(tmp_path):
-    launchd = Launchd(refuses="Bootstrap failed: 5: Input/output error\n")
+    fake = Launchd(refuses="Bootstrap failed: 5: Input/output error\n")
     path = tmp_path / "Library/LaunchAgents/org.mlx-dgemma.serve.plist"
-    assert refusal(DgemmaError, service.install, [], None, tmp_path, launchd) == (
+    assert refusal(DgemmaError, launchd.install, [], None, tmp_path, fake) == (
         f"launchctl could not start {path} (Bootstrap failed: 5: Input/output error); "
         "mend that and install again, or take the agent away with --uninstall."
     )
-    assert service.uninstall(tmp_path, launchd) == path
+    assert launchd.uninstall(tmp_path, fake) == path
     stubborn = Launchd(loaded=True, ending=10**6)
-    assert refusal(DgemmaError, service.uninstall, tmp_path, stubborn) == (
+    assert refusal(DgemmaError, launchd.uninstall, tmp_path, stubborn) == (
         f"The agent {SERVICE} does not end (exit code 0); try again."
     )
 
 
 def test_elsewhere_it_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(service.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(launchd.platform, "system", lambda: "Linux")
     said = "launchd is macOS's, and this is Linux; have `mlx-dgemma serve` started by its own services."
-    assert refusal(OptionError, service.install, [], None, tmp_path, Launchd()) == said
-    assert refusal(OptionError, service.uninstall, tmp_path, Launchd()) == said
+    assert refusal(OptionError, launchd.install, [], None, tmp_path, Launchd()) == said
+    assert refusal(OptionError, launchd.uninstall, tmp_path, Launchd()) == said
     assert not any(tmp_path.iterdir())

@@ -8,8 +8,8 @@ import uuid
 from fractions import Fraction
 
 import pytest
+from automata import Automaton, as_python
 from jsonschema import Draft202012Validator, FormatChecker
-from test_regular import Automaton, as_python
 
 from mlx_dgemma.constraints.schema import SUPPORTED, to_regex
 from mlx_dgemma.errors import OptionError

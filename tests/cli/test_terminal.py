@@ -142,8 +142,8 @@ def test_ctrl_c_leaves_a_clean_screen(monkeypatch, variables, text):
         screen.write("^C")
         raise KeyboardInterrupt
 
-    heard = common.listen(engine_of(DEMO), lambda drafts: events(), view)
-    assert (heard.text, heard.result) == ("1, 2, 3", None)
+    answer = common.stream_answer(engine_of(DEMO), lambda drafts: events(), view)
+    assert (answer.text, answer.result) == ("1, 2, 3", None)
     assert screen.text() == text + "Interrupted after 1 finished block."
 
 
@@ -189,12 +189,12 @@ def test_a_draft_becomes_segments():
 def test_a_whole_answer_on_a_terminal(monkeypatch):
     screen, view = on_screen(monkeypatch, 40, 10)
     held = engine_of(DEMO)
-    heard = common.listen(held, partial(held.stream, "Count from 1 to 60.", seed=0, max_tokens=100), view)
-    assert heard.result is not None and heard.text == heard.result.text
+    answer = common.stream_answer(held, partial(held.stream, "Count from 1 to 60.", seed=0, max_tokens=100), view)
+    assert answer.result is not None and answer.text == answer.result.text
     assert "block 2, step 1" in view.err.getvalue()
     plain = Screen(40, 10)
     cut = "Cut at 100 tokens; --max-tokens N makes room for more."
-    plain.write(f"{heard.text}\n{cut}\n" + terminal.summary(heard.result.stats))
+    plain.write(f"{answer.text}\n{cut}\n" + terminal.summary(answer.result.stats))
     assert screen.text() == plain.text()
     assert screen.text().endswith("seed 0")
 

@@ -8,13 +8,13 @@ from pydantic import TypeAdapter
 
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.items import Reply, messages_of_input
+from mlx_dgemma.server.items import ResponseBuilder, parse_input
 
 EVENT = TypeAdapter(ResponseStreamEvent)
 
 
 def read(given, pictures=4, **fields):
-    return messages_of_input(Fields({"input": given, **fields}), pictures)
+    return parse_input(Fields({"input": given, **fields}), pictures)
 
 
 def call(call_id, name="f", arguments="{}", **more):
@@ -175,11 +175,11 @@ TEXT = (
     "response.content_part.done",
     "response.output_item.done",
 )
-OPEN = ("response.output_item.added", "response.content_part.added")
+ITEM_OPENED = ("response.output_item.added", "response.content_part.added")
 
 
 def told(reply, *steps):
-    events = [json.loads(json.dumps(event)) for step in (reply.begin(), *steps) for event in step]
+    events = [json.loads(json.dumps(event)) for step in (reply.start(), *steps) for event in step]
     assert [event["sequence_number"] for event in events] == [*range(len(events))]
     for event in events:
         EVENT.validate_python(event)
@@ -191,10 +191,10 @@ def kinds(events):
 
 
 def test_a_text_that_grows():
-    reply = Reply(BASE)
-    events = told(reply, reply.grow("", "a"), reply.grow("", ""), reply.grow("", "b"), reply.finish([], True))
+    reply = ResponseBuilder(BASE)
+    events = told(reply, reply.append("", "a"), reply.append("", ""), reply.append("", "b"), reply.finish([], True))
     assert kinds(events) == [
-        *("response.created", "response.in_progress", *OPEN, TEXT[0]), *TEXT, "response.completed"
+        *("response.created", "response.in_progress", *ITEM_OPENED, TEXT[0]), *TEXT, "response.completed"
     ]  # fmt: skip
     last, item = events[-1]["response"], events[-1]["response"]["output"][0]
     assert item["content"] == [{"type": "output_text", "text": "ab", "annotations": [], "logprobs": []}]
@@ -206,11 +206,11 @@ def test_a_text_that_grows():
 
 
 def test_thinking_then_text_then_calls():
-    reply = Reply(BASE)
+    reply = ResponseBuilder(BASE)
     calls = [
         {"id": f"call_{n}", "type": "function", "function": {"name": "f", "arguments": f'{{"x": {n}}}'}} for n in (0, 1)
     ]
-    events = told(reply, reply.grow("Hm.", "Yes."), reply.finish(calls, True, usage=None))
+    events = told(reply, reply.append("Hm.", "Yes."), reply.finish(calls, True, usage=None))
     thinking = [kind.replace("output_text", "reasoning_text") for kind in TEXT]
     one_call = [
         "response.output_item.added",
@@ -218,7 +218,7 @@ def test_thinking_then_text_then_calls():
         "response.function_call_arguments.done",
         "response.output_item.done",
     ]
-    assert kinds(events)[2:-1] == [*OPEN, *thinking, *OPEN, *TEXT, *one_call, *one_call]
+    assert kinds(events)[2:-1] == [*ITEM_OPENED, *thinking, *ITEM_OPENED, *TEXT, *one_call, *one_call]
     items = events[-1]["response"]["output"]
     assert [item["type"] for item in items] == ["reasoning", "message", "function_call", "function_call"]
     assert items[0]["content"] == [{"type": "reasoning_text", "text": "Hm."}]
@@ -232,28 +232,28 @@ def test_thinking_then_text_then_calls():
 
 
 def test_thinking_behind_text_opens_another_item():
-    reply = Reply(BASE)
-    events = told(reply, reply.grow("", "a"), reply.grow("b", "c"), reply.finish([], True))
+    reply = ResponseBuilder(BASE)
+    events = told(reply, reply.append("", "a"), reply.append("b", "c"), reply.finish([], True))
     assert [item["content"][0]["text"] for item in events[-1]["response"]["output"]] == ["a", "b", "c"]
 
 
 def test_an_empty_answer_is_a_message():
-    reply = Reply(BASE)
+    reply = ResponseBuilder(BASE)
     response = Response.model_validate(told(reply, reply.finish([], True))[-1]["response"])
     assert (len(response.output), response.output_text) == (1, "")
 
 
 def test_a_text_that_was_cut():
-    reply = Reply(BASE)
-    last = told(reply, reply.grow("", "a"), reply.finish([], False))[-1]
+    reply = ResponseBuilder(BASE)
+    last = told(reply, reply.append("", "a"), reply.finish([], False))[-1]
     assert (last["type"], last["response"]["status"]) == ("response.incomplete", "incomplete")
     assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
     assert last["response"]["output"][0]["status"] == "incomplete"
 
 
 def test_a_failure_closes_what_is_open():
-    reply = Reply(BASE)
-    events = told(reply, reply.grow("", "a"), reply.fail("It broke."))
+    reply = ResponseBuilder(BASE)
+    events = told(reply, reply.append("", "a"), reply.fail("It broke."))
     assert kinds(events)[-4:] == [*TEXT[1:], "response.failed"]
     assert events[-1]["response"]["error"] == {"code": "server_error", "message": "It broke."}
     assert events[-1]["response"]["output"][0]["status"] == "incomplete"

@@ -1,4 +1,4 @@
-"""Answers on their way to a client that may leave: what is no longer wanted is cancelled."""
+"""Sending of answers: server-sent events, and cancellation when the client disconnects."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ T = TypeVar("T")
 LOG = logging.getLogger("mlx_dgemma.server")
 
 
-class Gone(Exception):
-    """The client has left."""
+class ClientDisconnected(Exception):
+    """The client closed its connection."""
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Wait for some work, or cancel it when the client leaves. The body must have been read.
+async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """Await `work`, or cancel it when the client disconnects. The request's body must have been read.
 
     Raises:
-        Gone: it left.
+        ClientDisconnected: the client closed its connection.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_leaving(request.receive))
+    task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(request.receive))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise Gone
+        raise ClientDisconnected
     finally:
         task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        disconnect.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
 class EventStream(Response):
-    """Server-sent events, each `data:` with a JSON object, then `data: [DONE]`.
+    """A response of server-sent events, each a JSON object after `data:`.
 
-    An ApiError after the stream began becomes a last event {"error": ...}, and so does any other, which is logged.
+    An error after the stream began is sent as a last event {"error": ...}. Errors other than ApiError are also logged.
 
     Args:
-        events: closed when all is sent or the client leaves.
-        done: whether [DONE] ends it.
+        events: JSON objects; closed when all are sent or the client disconnects.
+        done: whether `data: [DONE]` ends the stream.
     """
 
     media_type = "text/event-stream"
@@ -60,13 +60,13 @@ class EventStream(Response):
         self._events, self._done = events, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send the response."""
 
         async def watch() -> None:
-            await _leaving(receive)
+            await _wait_for_disconnect(receive)
             group.cancel_scope.cancel()
 
-        async def put(data: str) -> None:
+        async def send_event(data: str) -> None:
             await send({"type": "http.response.body", "body": f"{data}\n\n".encode(), "more_body": True})
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -75,37 +75,37 @@ class EventStream(Response):
             async with aclosing(self._events) as events:
                 try:
                     async for event in events:
-                        await put(sse(event))
+                        await send_event(format_sse(event))
                     if self._done:
-                        await put("data: [DONE]")
+                        await send_event("data: [DONE]")
                 except ApiError as error:
-                    await put(sse(error.body()))
+                    await send_event(format_sse(error.body()))
                 except Exception:
                     LOG.exception("An answer failed after its stream began.")
-                    await put(sse(ApiError("The server failed; its log says why.", status=500).body()))
+                    await send_event(format_sse(ApiError("The server failed; its log says why.", status=500).body()))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             group.cancel_scope.cancel()
 
 
-def sse(event: dict[str, Any]) -> str:
-    """A server-sent event without the blank line behind it; its `type`, if it has one, is its name too."""
+def format_sse(event: dict[str, Any]) -> str:
+    """A server-sent event without the blank line that ends it. An event with a `type` is named by it."""
     name = f"event: {event['type']}\n" if "type" in event else ""
     return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}"
 
 
-async def begun(request: Request, events: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    """The same events, once the first is there: what is wrong with a request is known before its stream begins."""
-    first = await unless_gone(request, anext(events))
+async def after_first_event(request: Request, events: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """Wait for the first event, so that an error before it still sets the HTTP status; then yield all events."""
+    first = await cancel_on_disconnect(request, anext(events))
 
-    async def all_of() -> AsyncGenerator[T]:
+    async def all_events() -> AsyncGenerator[T]:
         async with aclosing(events):
             yield first
             async for event in events:
                 yield event
 
-    return all_of()
+    return all_events()
 
 
-async def _leaving(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,18 +1,14 @@
-"""Choices: probabilities of labels against the naive way, with and without a template, and every refusal."""
+"""Choices: probabilities of labels against the naive way, with and without a template."""
 
-import json
 import warnings
 from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from support import RED, engine_of, prompt_of, refusal, small_model, square
+from support import RED, engine_of, prompt_of, square
 
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.cli import main
-from mlx_dgemma.errors import OptionError, PromptError
 from mlx_dgemma.model import head, rng
 from mlx_dgemma.tasks import choose, labels
 
@@ -20,7 +16,6 @@ LARGER = "Which is larger, 51 or 23?"
 JSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
 FORM = '{{"name": "Anna", "age": {age}, "city": "{city}"}}'
 COLOR = "What color is the shape?"
-LONG_ANSWER = f"The answer '{{}}{'5' * 64}' has 65 tokens with 'a', more than a canvas of 64; shorten it."
 
 
 @pytest.fixture(scope="module")
@@ -310,166 +305,3 @@ def test_the_reading_does_not_depend_on_its_chunks(engine, nbytes):
     p = np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
     np.testing.assert_allclose(np.exp(log_p), p[..., [0, 3, 1000, 2047]], atol=1e-6)
     np.testing.assert_allclose(mass, p @ marks, atol=1e-6)
-
-
-def test_words_of_the_vocabulary(engine):
-    edges = labels.token_edges(engine.tokenizer, 2048)
-    token = dict(engine.tokenizer.get_vocab())
-    assert edges.flags[token["1"]].tolist() == [1, 0, 1, 0]
-    assert edges.flags[token["▁Paris"]].tolist() == [0, 0, 0, 1]
-    assert edges.flags[token["Paris"]].tolist() == [0, 1, 0, 1]
-    assert not edges.flags[token["<0x41>"]].any()
-    assert {0, 1, 9, 16, 18} <= edges.special
-    assert not edges.flags[sorted(edges.special)].any()
-
-
-# Mistakes
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([], "labels is [], which is empty; give at least one label."),
-        (range(0), "labels is range(0, 0), which is empty; give at least one label."),
-        ({}, "labels is an empty dict; name at least one question."),
-        ("yes", "labels is 'yes'; give a list of texts, a range, or bool."),
-        (int, "labels is int; give a list of texts, a range, or bool."),
-        ({"color": "red"}, "labels of color is 'red'; give a list of texts, a range, or bool."),
-        ({"a b": ["x"]}, "A question is named 'a b'; use letters, digits and _, as in 'color'."),
-        (["a", ""], "Label 1 is ''; it should be a text that is not empty."),
-        (["a", " \n"], "Label 1 is ' \\n'; it should be a text that is not empty."),
-        ([1, 2], "Label 0 is 1; it should be a text that is not empty."),
-        (["a", "b", " a"], "The label 'a' is given 2 times; give every label once."),
-        (range(10001), "labels has 10001 labels; give at most 10000."),
-        (["a b", "a▁b"], "The labels 'a b' and 'a▁b' are the same tokens; leave one out."),
-        (["5" * 65], f"The label '{'5' * 65}' has 65 tokens, more than a canvas of 64; shorten it."),
-        (["a<turn|>"], "The label 'a<turn|>' holds the special token <turn|>; leave it out."),
-        (
-            {"color": ["red"], "shape": ["circle"]},
-            "There are 2 questions and no answer template; give one such as '{color} {shape}'.",
-        ),
-    ],
-)
-def test_wrong_labels_are_told(engine, labels, message):
-    assert refusal(OptionError, engine.choose, LARGER, labels) == message
-
-
-@pytest.mark.parametrize(
-    ("labels", "answer", "message"),
-    [
-        (["a"], "It is.", "The answer template 'It is.' has 0 slots {}; give it one."),
-        (["a"], "", "The answer template '' has 0 slots {}; give it one."),
-        (["a"], "{} {}", "The answer template '{} {}' has 2 slots {}; give it one."),
-        (["a"], "{size}", "The answer template '{size}' has a slot {size}; its slots should be {}."),
-        (["a"], "{:>3}", "The answer template '{:>3}' has a slot {:>3}; its slots should be {}."),
-        (
-            ["a"],
-            "{} }",
-            "The answer template '{} }' is malformed (Single '}' encountered in format string); write {{ for a brace.",
-        ),
-        (["a"], 3, "answer is 3; give a text with a slot such as 'It is {}.'."),
-        ({"c": ["a"], "d": ["b"]}, "{c}", "The answer template '{c}' has 0 slots {d}; give it one."),
-        (
-            {"c": ["a"], "d": ["b"]},
-            "{c} {d} {}",
-            "The answer template '{c} {d} {}' has a slot {}; its slots should be {c}, {d}.",
-        ),
-        (
-            {"c": ["a"], "d": ["t"]},
-            "c{c}{d}",
-            "The answer template 'c{c}{d}' has slots that touch; put a space between them.",
-        ),
-        (["a"], "{}<eos>", "The answer template '{}<eos>' holds the special token <eos>; leave it out."),
-        (["a"], "{}" + "5" * 64, LONG_ANSWER),
-        (["a b", "a▁b"], "{}.", "The labels 'a b' and 'a▁b' are the same tokens; leave one out."),
-    ],
-)
-def test_wrong_templates_are_told(engine, labels, answer, message):
-    assert refusal(OptionError, engine.choose, LARGER, labels, answer=answer) == message
-
-
-def test_wrong_prompts_and_options_are_told(engine, monkeypatch):
-    labels = ["a", "b"]
-    assert refusal(PromptError, engine.choose, " ", labels) == "The prompt is empty; say what you want."
-    assert refusal(PromptError, engine.choose, "5" * 4100, labels) == (
-        "The prompt has 4111 tokens, but the context leaves room for 4032 beside a canvas of 64; shorten it."
-    )
-    assert refusal(OptionError, engine.choose, "x", labels, seed=-1) == (
-        "seed is -1; it should be a whole number from 0 to 2**64 - 1."
-    )
-    assert refusal(OptionError, engine.choose, "x", labels, t_max=1.0) == (
-        "t_max is not an option of choose; the options are image_tokens, fps, max_frames, prefill_chunk."
-    )
-    monkeypatch.setattr(engine, "model", small_model())
-    assert refusal(PromptError, engine.choose, COLOR, labels, images=[square(RED)]) == (
-        "This checkpoint has no vision tower, so it cannot look at pictures; send text alone."
-    )
-
-
-# The command
-
-
-def run(*arguments, data=b""):
-    return CliRunner().invoke(main.main, ["choose", *map(str, arguments)], input=data)
-
-
-@pytest.fixture
-def loaded(engine, monkeypatch):
-    monkeypatch.setattr("mlx_dgemma.cli.choose.load_engine", lambda *_: engine)
-
-
-@pytest.mark.usefixtures("loaded")
-def test_a_label_a_line_the_most_probable_first(engine):
-    found = engine.choose(LARGER, ["23", "51"])
-    done = run(LARGER, 23, 51)
-    assert (done.exit_code, done.stdout) == (0, f"51\t{found['51']:.4f}\n23\t{found['23']:.4f}\n")
-    assert run("-", 23, 51, data=LARGER.encode()).stdout == done.stdout
-    verbose = run(LARGER, 23, 51, "-v", "--calibrate").stderr
-    assert verbose.startswith("23 prompt tokens, ")
-
-
-@pytest.mark.usefixtures("loaded")
-def test_ranges_bool_and_questions_on_the_command_line(tmp_path):
-    assert run(JSON, "--range", 30, 32).stdout.splitlines()[0].split("\t")[0] == "31"
-    done = run(LARGER, "--bool")
-    assert {line.split("\t")[0] for line in done.stdout.splitlines()} == {"true", "false"}
-    assert done.stderr.startswith("Warning: The model answers with none of the labels (0.0%); give an answer template")
-    asked = ("--ask", "age=30,31", "--ask", "city=Rome, Oslo")
-    lines = run(JSON, *asked, "--answer", FORM).stdout.splitlines()
-    assert [line.rsplit("\t", 1)[0] for line in lines] == ["age\t31", "age\t30", "city\tOslo", "city\tRome"]
-    square(RED).save(tmp_path / "red.png")
-    assert run(COLOR, "red", "blue", "--image", tmp_path / "red.png").stdout.startswith("red\t")
-
-
-@pytest.mark.usefixtures("loaded")
-def test_one_json_object(engine):
-    done = json.loads(run(LARGER, 51, 23, "--json", "--seed", 2).stdout)
-    assert done["probabilities"] == engine.choose(LARGER, ["51", "23"], seed=2)
-    assert list(done["stats"]) == [
-        "named", "prompt_tokens", "canvases", "images", "seconds", "peak_memory_bytes", "seed",
-    ]  # fmt: skip
-    assert (done["stats"]["prompt_tokens"], done["stats"]["seed"]) == (23, 2)
-
-
-WAYS = "Give the labels in one way: as arguments, with --range, with --bool or with --ask."
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["x"], 2, WAYS),
-        (["x", "a", "--bool"], 2, WAYS),
-        (["x", "--range", 3, 1], 2, "--range is 3 1; give the lower number first."),
-        (["x", "--ask", "color"], 2, "--ask color has no labels; write NAME=label,label."),
-        (["x", "--ask", "c=a", "--ask", "c=b"], 2, "--ask c is given twice; join its labels."),
-        (["-", "a", "-f", "-"], 2, "- is given twice, but stdin can be read once."),
-        (["x", "a", ""], 1, "Label 1 is ''; it should be a text that is not empty."),
-        (["x", "a", "--answer", "b"], 1, "The answer template 'b' has 0 slots {}; give it one."),
-        ([" ", "a"], 1, "The prompt is empty; say what you want."),
-    ],
-)
-@pytest.mark.usefixtures("loaded")
-def test_mistakes_on_the_command_line(arguments, code, message):
-    done = run(*arguments)
-    assert (done.exit_code, done.stdout) == (code, "")
-    assert done.stderr.splitlines()[-1] == f"Error: {message}"

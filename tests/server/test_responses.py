@@ -17,8 +17,8 @@ from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.model.patches import BUDGETS
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.errors import ApiError
-from mlx_dgemma.server.openapi import document
-from mlx_dgemma.server.options import NUMBERS, WHOLES
+from mlx_dgemma.server.openapi import openapi_document
+from mlx_dgemma.server.options import INTEGER_LIMITS, NUMBER_LIMITS
 from mlx_dgemma.server.settings import Settings
 from mlx_dgemma.serving.scheduler import Failed, Scheduler
 
@@ -302,7 +302,8 @@ def test_a_failure_behind_the_first_event_is_an_event(error):
 def test_every_route_is_described():
     app = create_app(Script(), Settings())
     routes = {(route.path.replace(":path", ""), method) for route in app.routes for method in route.methods}
-    described = {(path, method.upper()) for path, one in document(Settings())["paths"].items() for method in one}
+    paths = openapi_document(Settings())["paths"]
+    described = {(path, method.upper()) for path, one in paths.items() for method in one}
     assert {one for one in routes if one[1] != "HEAD"} | {("/", "GET")} == {
         one for one in described if one[1] != "PARAMETERS"
     }
@@ -310,13 +311,13 @@ def test_every_route_is_described():
 
 def test_the_description_is_served():
     status, _, answer = ask(create_app(Script(), Settings(model="demo")), "GET", "/openapi.json")
-    assert (status, json.loads(answer)) == (200, document(Settings(model="demo")))
-    assert "security" not in document(Settings())
-    assert document(Settings(api_key="k"))["security"] == [{"key": []}]
+    assert (status, json.loads(answer)) == (200, openapi_document(Settings(model="demo")))
+    assert "security" not in openapi_document(Settings())
+    assert openapi_document(Settings(api_key="k"))["security"] == [{"key": []}]
 
 
 def described(name):
-    components = document(Settings(model="demo"))["components"]
+    components = openapi_document(Settings(model="demo"))["components"]
     return {"$ref": f"#/components/schemas/{name}", "components": components}
 
 
@@ -346,7 +347,7 @@ ASKED = {
 @pytest.mark.parametrize("name", ASKED)
 def test_the_models_own_options_are_described_within_their_limits(name):
     one, validator = ASKED[name], jsonschema.Draft202012Validator(described(name))
-    for option, (low, high) in {**WHOLES, **NUMBERS}.items():
+    for option, (low, high) in {**INTEGER_LIMITS, **NUMBER_LIMITS}.items():
         least, most = (min(BUDGETS), max(BUDGETS)) if option == "image_tokens" else (low, high)
         assert [validator.is_valid({**one, option: value}) for value in (least, most)] == [True, True], option
         assert not any(validator.is_valid({**one, option: value}) for value in (low - 1, high + 1)), option

@@ -1,0 +1,256 @@
+"""The prefix cache's folder: what a restart brings back, and which files are ignored."""
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from loop import tiny_engine, tiny_request
+from prefixes import ONCE, PLENTY, ask, run, same, some
+from support import RED, refusal, strip
+
+from mlx_dgemma.errors import OptionError
+from mlx_dgemma.serving.prefix_cache import PrefixCache, fingerprint
+
+
+@pytest.fixture(scope="module")
+def filled(tiny, tmp_path_factory):
+    """Makes a folder as a process that answered so many prompts left it, and tells its files, the oldest first."""
+    left = tmp_path_factory.mktemp("left")
+    cache, names = PrefixCache(tiny, PLENTY, left), []
+    for n in range(3):
+        ask(tiny, cache, some(n, 80), blocks=3)
+        assert not cache.save_one()
+        names += [path.name for path in left.iterdir() if path.name not in names]
+
+    def fill(folder, prompts=1):
+        folder.mkdir(parents=True, exist_ok=True)
+        for n, name in enumerate(names[:prompts]):
+            shutil.copyfile(left / name, folder / name)
+            os.utime(folder / name, (n, n))
+        return [folder / name for name in names[:prompts]]
+
+    return fill
+
+
+def test_after_a_restart_the_first_request_is_a_hit(tiny, filled, tmp_path):
+    filled(tmp_path / "some" / "where", 3)
+    cache = PrefixCache(tiny, PLENTY, tmp_path / "some" / "where")
+    assert (len(cache), cache.save_one()) == (3, False)
+    for n in range(3):
+        assert ask(tiny, cache, some(n, 80))[0] == 80  # to the mark
+    _, answer = ask(tiny, cache, some(0, 80), blocks=3)
+    cache = PrefixCache(tiny, PLENTY, tmp_path / "some" / "where")
+    assert ask(tiny, cache, [*some(0, 80), *answer, 1])[0] == 80 + 8
+
+
+def test_after_a_restart_the_demo_answers_as_before(engine, tmp_path):
+    prompt, picture = "What color is the shape? " * 8, [strip(RED)]
+    cache = PrefixCache(engine, PLENTY, tmp_path)
+    first = same(engine, cache, prompt, images=picture, **ONCE)
+    assert not cache.save_one()
+    again = same(engine, PrefixCache(engine, PLENTY, tmp_path), prompt, images=picture, **ONCE)
+    assert (again.stats.reused_tokens, again.stats.images_encoded) == (first.stats.prompt_tokens, 0)
+
+
+def test_the_newest_files_come_back_within_the_budget(tiny, filled, tmp_path):
+    filled(tmp_path, 3)
+    size = PrefixCache(tiny, PLENTY, tmp_path).nbytes // 3
+    cache = PrefixCache(tiny, 2 * size + 1, tmp_path)
+    assert [cache.find(some(n, 80))[0] is not None for n in range(3)] == [False, True, True]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_holds_what_memory_holds(tiny, filled, tmp_path):
+    (file,) = filled(tmp_path)
+    cache = PrefixCache(tiny, PLENTY, tmp_path)
+    cache = PrefixCache(tiny, cache.nbytes, tmp_path)
+    ask(tiny, cache, some(1, 80), blocks=3)
+    assert (len(cache), list(tmp_path.iterdir())) == (1, [])
+    assert not cache.save_one()
+    assert [path != file for path in tmp_path.iterdir()] == [True]
+
+
+def ignored(tiny, folder):
+    """The warnings of a start with a file that is broken; that it is gone, and that the other one is taken."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache = PrefixCache(tiny, PLENTY, folder)
+    assert len(cache) == len(list(folder.iterdir())) == 1
+    assert [len(cache.find(some(n, 80))[0].cache_key) if n else cache.find(some(n, 80))[0] for n in range(2)] == [
+        None,
+        88,
+    ]
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("part", [0, 1, 7, 8, 9, 0.01, 0.5, 0.999, -1])
+def test_a_file_cut_short_is_ignored(tiny, filled, tmp_path, part):
+    file, _ = filled(tmp_path, 2)
+    content = file.read_bytes()
+    (header,) = np.frombuffer(content[:8], np.uint64).tolist()
+    length = part if isinstance(part, int) else int(part * len(content))
+    cut = content[:length]
+    file.write_bytes(cut)
+    if len(cut) < 8:
+        why = "unpack requires a buffer of 8 bytes"
+    elif len(cut) < header:
+        why = "its header is cut short"
+    else:
+        why = f"it has {len(cut)} bytes and should have {len(content)}"
+    assert ignored(tiny, tmp_path) == [f"{file.name} in the prefix cache is broken ({why}); it is ignored."]
+
+
+def header_of(value):
+    text = json.dumps(value).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"garbage, and more of it, which is long enough for a header",
+        bytes(1000),
+        b"\xff" * 1000,
+        header_of([]),
+        header_of(7),
+        header_of({}),
+        header_of({"a": 1}),
+        header_of({"a": {"data_offsets": 3}}),
+        header_of({"a": {"data_offsets": [0, "x"]}}),
+        header_of({"__metadata__": {"key": "x"}}),
+    ],
+)
+def test_garbage_is_ignored(tiny, filled, tmp_path, content):
+    file, _ = filled(tmp_path, 2)
+    file.write_bytes(content)
+    for message in ignored(tiny, tmp_path):
+        assert message.startswith(f"{file.name} in the prefix cache is broken (")
+        assert message.endswith("); it is ignored.")
+
+
+def test_files_of_another_adapter_are_not_taken(tiny, tmp_path):
+    """A folder's sessions are for one model: neither without its adapter nor with another one."""
+    adapter, other = (tmp_path / name for name in ("adapter", "other"))
+    for folder, weights in ((adapter, b"a" * 200_000), (other, b"a" * 100_000 + b"b" + b"a" * 99_999)):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+    engines = [tiny, replace(tiny, adapter=adapter), replace(tiny, adapter=other)]
+    cache = PrefixCache(engines[1], PLENTY, tmp_path / "kept")
+    run(engines[1], cache, tiny_request(some(0, 80)))
+    assert not cache.save_one()
+    assert len(PrefixCache(engines[1], PLENTY, tmp_path / "kept")) == 1
+    copied = shutil.copytree(adapter, tmp_path / "copy")
+    assert len(PrefixCache(replace(tiny, adapter=copied), PLENTY, tmp_path / "kept")) == 1
+    for engine in (engines[0], engines[2]):
+        shutil.copytree(tmp_path / "kept", tmp_path / "again", dirs_exist_ok=True)
+        assert len(PrefixCache(engine, PLENTY, tmp_path / "again")) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("key", "another", None),
+        ("cache_key", "[1, 2]", "its tokens and its keys differ in number"),
+        ("cache_key", "5", "object of type 'int' has no len()"),
+        ("offset", "many", "invalid literal for int() with base 10: 'many'"),
+        ("mark", None, "'mark'"),
+    ],
+)
+def test_files_that_say_something_else_are_ignored(tiny, filled, tmp_path, name, value, why):
+    """Silently where it is another checkpoint's."""
+    file, _ = filled(tmp_path, 2)
+    arrays, about = mx.load(str(file), return_metadata=True)
+    mx.eval(arrays)
+    file.unlink()
+    mx.save_safetensors(str(file), arrays, {k: v for k, v in {**about, name: value}.items() if v is not None})
+    expected = [f"{file.name} in the prefix cache is broken ({why}); it is ignored."] if why else []
+    assert ignored(tiny, tmp_path) == expected
+
+
+def test_a_file_without_an_array_is_ignored(tiny, filled, tmp_path):
+    file, _ = filled(tmp_path, 2)
+    arrays, about = mx.load(str(file), return_metadata=True)
+    mx.eval(arrays)
+    del arrays["1.values"]
+    file.unlink()
+    mx.save_safetensors(str(file), arrays, about)
+    why = "'1.values'"
+    assert ignored(tiny, tmp_path) == [f"{file.name} in the prefix cache is broken ({why}); it is ignored."]
+
+
+@pytest.mark.parametrize("changed", ["config.json", "model.safetensors", "chat_template.jinja"])
+def test_another_checkpoint_takes_nothing(tiny, filled, tmp_path, changed):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy2(tiny.checkpoint.path / name, checkpoint / name)
+    filled(tmp_path / "cache")
+    other = tiny_engine(checkpoint)
+    assert len(PrefixCache(other, PLENTY, tmp_path / "cache")) == 1  # where it lies does not matter
+    with (checkpoint / changed).open("ab") as file:
+        file.write(b" ")
+    assert len(PrefixCache(other, PLENTY, tmp_path / "cache")) == 0
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_is_no_file_of_the_cache_is_left_alone(tiny, tmp_path):
+    """Above all a checkpoint's weights, where the cache is put beside or into its folder."""
+    checkpoint, other = tmp_path / "checkpoint", tmp_path / "other"
+    shutil.copytree(tiny.checkpoint.path, checkpoint)
+    engine = tiny_engine(checkpoint)
+    assert refusal(OptionError, PrefixCache, engine, PLENTY, checkpoint) == (
+        f"The cache folder {checkpoint} is the checkpoint's own; name another."
+    )
+    shutil.copytree(checkpoint, other)
+    (other / "x.part.safetensors").write_bytes(b"a")
+    before = sorted(file.name for file in other.iterdir())
+    assert len(PrefixCache(engine, PLENTY, other)) == 0
+    assert sorted(file.name for file in other.iterdir()) == before
+
+
+def test_the_folder_is_its_owners_alone(tiny, tmp_path):
+    """Its files hold prompts."""
+    PrefixCache(tiny, PLENTY, tmp_path / "cache")
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
+def test_weights_written_anew_are_another_checkpoint(tiny, tmp_path):
+    """Tuned weights can have the size, the beginning and the end of those before."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny.checkpoint.path, checkpoint)
+    engine, file = tiny_engine(checkpoint), checkpoint / "model.safetensors"
+    before, held = fingerprint(engine), bytearray(file.read_bytes())
+    held[len(held) // 2] ^= 1
+    file.write_bytes(held)
+    assert fingerprint(engine) != before
+
+
+def test_what_was_being_written_when_a_process_ended_is_removed(tiny, filled, tmp_path):
+    file, _ = filled(tmp_path, 2)
+    file.rename(tmp_path / f"{file.stem}.part.safetensors")
+    assert ignored(tiny, tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
+        assert refusal(OptionError, PrefixCache, tiny, PLENTY, folder) == (
+            f"The cache folder {folder} cannot be used ({why}); name another."
+        )
+
+
+def test_a_folder_that_goes_away_is_told_once_and_memory_serves_on(tiny, tmp_path):
+    folder = tmp_path / "cache"
+    cache = PrefixCache(tiny, PLENTY, folder)
+    ask(tiny, cache, some(0, 80))
+    folder.rmdir()
+    with pytest.warns(UserWarning, match=r"^The prefix cache cannot be written \(.+\); it stays in memory\.$"):
+        assert not cache.save_one()
+    assert [ask(tiny, cache, some(n, 80))[0] for n in (0, 1)] == [80, 0]
+    assert not cache.save_one()
