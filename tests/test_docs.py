@@ -127,6 +127,13 @@ def test_the_readme_is_short_and_names_every_page():
     assert [page.name for page in PAGES[1:] if page.name not in readme] == []
 
 
+def test_the_tree_in_the_architecture_names_every_module():
+    tree = CODE.findall((ROOT / "docs" / "architecture.md").read_text())[1]
+    named = {name.rpartition("/")[2] for name in re.findall(r"[\w/]+\.py", tree)}
+    files = [*(ROOT / "convert").glob("*.py"), *(ROOT / "mlx_dgemma").rglob("*.py")]
+    assert named == {file.name for file in files if not file.name.startswith("__")}
+
+
 def test_the_command_line_page_names_every_command_and_option():
     page = (ROOT / "docs" / "cli.md").read_text()
     context = click.Context(main)
