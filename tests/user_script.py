@@ -8,7 +8,7 @@ from mlx_dgemma.convert import Report, convert
 
 engine = mlx_dgemma.load("folder", dtype="float32")
 assert_type(engine, Engine)
-answer = engine.generate("hi", seed=0, max_tokens=5, temperature=0.5, exact=True, system="Be short.")
+answer = engine.generate("hi", seed=0, max_tokens=5, max_denoising_steps=12, exact=True, system="Be short.")
 assert_type(answer, mlx_dgemma.Result)
 assert_type(answer.text, str)
 assert_type(answer.tokens, list[int])
@@ -30,7 +30,7 @@ mlx_dgemma.load(dtype=16)  # type: ignore[arg-type]
 engine.generate("hi", sed=0)  # type: ignore[call-arg]
 engine.generate("hi", max_tokens="5")  # type: ignore[arg-type]
 engine.stream("hi", sed=0)  # type: ignore[call-arg]
-engine.stream("hi", temperature="warm")  # type: ignore[arg-type]
+engine.stream("hi", max_denoising_steps="12")  # type: ignore[arg-type]
 engine.infill("a = ", "\n", sed=0)  # type: ignore[call-arg]
 engine.edit("The cat.", "Replace cat with dog.", sed=0)  # type: ignore[call-arg]
 convert("folder", "new", recipy="4bit")  # type: ignore[call-arg]

@@ -133,3 +133,12 @@ def test_states_are_counted():
     tree = parse_plain("[ab]*a[ab]{6}")
     assert dfa_size_exceeds(tree, 63)
     assert not dfa_size_exceeds(tree, 128)
+
+
+def test_states_are_never_overestimated():
+    """What is counted is at most what the library makes, so that nothing is refused which would fit."""
+    for pattern in ("abc", "a|ab", "(?:ab|a)*c?", "[ab]*a[ab]{6}", "(?:a?){20}", "(?:a{1,5}){1,5}", "(?:a|b|ab){2,}c"):
+        tree = parse_plain(python_regex_to_plain(pattern))
+        assert not dfa_size_exceeds(tree, len(build_dfa(python_regex_to_plain(pattern))[0]) - 1), pattern
+    assert dfa_size_exceeds(parse_plain(python_regex_to_plain("[ab]*a[ab]{6}")), 63)
+    assert not dfa_size_exceeds(parse_plain(python_regex_to_plain("[ab]*a[ab]{6}")), 64)

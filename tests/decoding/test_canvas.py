@@ -6,15 +6,14 @@ The plain loop takes a fresh prefix for every step and leaves pinned positions o
 from dataclasses import replace
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from loop import Reader, request_of
 from naive import two_levels
-from support import FULL, engine_of, gap, random_tokens, small_model
+from support import engine_of, random_tokens, small_model
 
 from mlx_dgemma.decoding import sampler
-from mlx_dgemma.decoding.control import Control, Layout, fitting_size
+from mlx_dgemma.decoding.control import Control, Layout
 from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.loop import Loop
@@ -24,7 +23,6 @@ from mlx_dgemma.decoding.step import CONFIDENT, GUIDED_UNCERTAINTY
 from mlx_dgemma.model import head, rng
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.tasks.constrained import LanguageGuide as Guide
-from mlx_dgemma.tasks.edit import Drafted
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 OPTIONS = GenerationOptions(
@@ -373,111 +371,6 @@ def test_a_guide_is_asked_for_rows_that_have_not_settled(model):
     steps = list(denoise_block(model, prefix_of(model, PROMPT, PROMPT), OPTIONS, keys_of(0, 1), None, layout, guide))
     assert asked.count(0) == 1
     assert asked.count(1) == steps[-1].steps[1] > 1
-
-
-# Readings.
-
-
-def reading_of(kind):
-    """(model, reading, its whole logits): a random vocabulary of 1000."""
-    model = small_model(2, layers=(FULL,), vocab_size=1000, hidden_size=64)
-    if kind != "float32":
-        how = {"8bit": {"bits": 8, "group_size": 64}, "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}[kind]
-        nn.quantize(model, class_predicate=lambda _, module: isinstance(module, nn.Embedding), **how)
-    hidden = mx.random.normal((2, 4, 64), key=mx.random.key(1)) * mx.array([0.05, 0.3, 1, 2])[:, None]
-    return model, model.head.predict(hidden, 0.7, keys_of(3, 4)), model.logits(hidden) / 0.7
-
-
-@pytest.mark.parametrize("kind", ["float32", "8bit", "mxfp4"])
-def test_log_probabilities_are_those_of_whole_logits(kind):
-    model, reading, logits = reading_of(kind)
-    log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    tokens = mx.array([0, 999, 5, 5, 640, 17])
-    assert gap(reading.log_probs(model.head, tokens), log_p[..., tokens]) < (1e-5 if kind == "float32" else 1e-3)
-    assert reading.log_probs(model.head, tokens[:1]).shape == (2, 4, 1)
-    every = reading.log_probs(model.head, mx.arange(1000))
-    assert np.allclose(np.exp(np.array(every, np.float64)).sum(-1), 1, atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["float32", "8bit", "mxfp4"])
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_pinned_reading_is_certain_there_and_the_same_elsewhere(kind, whole):
-    model, reading, _ = reading_of(kind)
-    if whole:
-        reading = model.head.predict(reading.hidden, 0.7, keys_of(3, 4), True)
-    tokens = random_tokens(1, 2, 4, vocab=1000)
-    where = mx.array([[True, False, True, False], [False, False, True, True]])
-    pinned = reading.fix(tokens, where)
-    at, plain = np.array(where), reading.condition(model.head, 8)
-    for name, value in (("argmax", tokens), ("sample", tokens), ("confidence", 1), ("entropy", 0)):
-        got, before = np.array(getattr(pinned, name)), np.array(getattr(reading, name))
-        assert (got == np.where(at, np.array(value), before)).all(), name
-        assert got.dtype == before.dtype, name
-    assert not np.array(pinned.needs_full_vocab)[at].any()
-    assert (np.array(pinned.needs_full_vocab)[~at] == np.array(reading.needs_full_vocab)[~at]).all()
-    one_hot = np.array(model.model.decoder.embed_tokens(tokens).astype(mx.float32)) * 8
-    for dense in (0, 5, 8) if whole else (8,):
-        got = np.array(pinned.condition(model.head, dense))
-        assert np.abs(got - one_hot)[at].max() < 1e-4
-        assert np.abs(got - np.array(plain))[~at].max() < 1e-3
-    assert gap(reading.fix(tokens, mx.zeros((2, 4), mx.bool_)).condition(model.head, 8), plain) == 0
-
-
-# Drafts and sizes.
-
-
-def test_sizes_are_quarters_of_the_canvas():
-    assert [fitting_size(count, 64) for count in (1, 16, 17, 32, 33, 48, 49, 64, 65, 1000)] == [
-        16, 16, 32, 32, 48, 48, 64, 64, 64, 64
-    ]  # fmt: skip
-    assert [fitting_size(count, 256) for count in (64, 65)] == [64, 128]
-    assert [fitting_size(count, 2) for count in (1, 2, 3)] == [1, 2, 2]
-    assert [fitting_size(count, 6) for count in (1, 5, 6, 7)] == [1, 5, 6, 6]
-
-
-def test_a_draft_begins_with_its_tokens():
-    layout = Drafted([5, 6, 7], 9, 0, 16, 0).layout()
-    assert layout.tokens.tolist() == [[5, 6, 7, 9, *[0] * 4]]
-    assert layout.initial.all().item()
-    assert not layout.fixed.any().item()
-    noise = Drafted([5, 6, 7], 9, 1, 16, 0).layout()
-    assert not noise.initial.any().item()
-    assert Drafted([], 9, 0, 16, 0).layout() is None
-    assert Drafted(range(40), 9, 0, 16, 0).layout().tokens.tolist() == [list(range(16))]
-    assert Drafted(range(15), 9, 0, 16, 0).layout().tokens.tolist() == [[*range(15), 9]]
-    assert Drafted(range(6), 9, 0, 16, 0).layout().tokens.shape == (1, 8)
-    assert Drafted(range(7), 9, 0, 16, 0).layout().tokens.shape == (1, 12)  # eight, and a quarter more
-
-
-def test_half_a_draft_is_noised_as_its_seed_says():
-    layouts = [Drafted(range(200), 9, 0.25, 256, seed).layout().initial for seed in (0, 0, 1)]
-    assert layouts[0].tolist() == layouts[1].tolist() != layouts[2].tolist()
-    assert 0.65 < layouts[0].astype(mx.float32).mean().item() < 0.85
-
-
-@pytest.mark.parametrize(
-    ("draft", "canvas", "rest"),
-    [
-        (range(10, 20), range(10, 14), range(14, 20)),  # taken as it is
-        (range(10, 20), [10, 11, 99, 13], range(14, 20)),  # a token replaced
-        (range(10, 20), [10, 98, 99, 11], range(12, 20)),  # two put in
-        (range(10, 20), [10, 12, 13, 14], range(15, 20)),  # one left out
-        (range(10, 20), [10, 11, 98, 99], range(14, 20)),  # the end rewritten, which stands for as much
-        (range(10, 20), [96, 97, 98, 99], range(14, 20)),  # nothing in common
-        (range(10, 13), [10, 11, 12, 9], []),
-        (range(10, 13), [96, 97, 98, 99], []),
-        ([5, 5, 5, 6, 6, 6], [5, 5, 6, 6], [6]),
-    ],
-)
-def test_a_draft_goes_on_behind_what_a_canvas_answers(draft, canvas, rest):
-    control = Drafted(draft, 9, 0, 4, 0)
-    control.commit(canvas)
-    rest = list(rest)
-    layout = control.layout()
-    assert (layout is None) == (not rest)
-    if rest:
-        size = layout.tokens.shape[1]
-        assert layout.tokens.tolist() == [([*rest, 9] + [0] * size)[:size]]
 
 
 # Through the engine.

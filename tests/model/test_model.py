@@ -1,5 +1,6 @@
 """The model against Transformers' float32 outputs on the demo's weights, and what they do not cover."""
 
+import json
 import re
 
 import mlx.core as mx
@@ -7,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from support import engine_of, gap, random_tokens, reference, small_model
+from support import DATA, engine_of, gap, random_tokens, reference, small_model
 
 from mlx_dgemma.decoding import sampler
 from mlx_dgemma.errors import PromptError
@@ -81,7 +82,7 @@ def test_pictures_equal_transformers(model, name):
 
 
 def test_every_step_of_a_generation_is_reproduced(model):
-    """Acceptance, argmax, entropy, canvas and stop of 23 steps; conditioning comes from our own logits."""
+    """Acceptance, argmax, entropy, canvas and stop of 14 steps; conditioning comes from our own logits."""
     expected = {name: np.array(array) for name, array in reference("trajectory").items()}
     prompt, rows = expected["input_ids"].shape[1], len(expected["cur_step"])
     prefix = model.new_prefix()
@@ -107,6 +108,19 @@ def test_every_step_of_a_generation_is_reproduced(model):
         conditioning, earlier = model.condition(processed), [best]
     blocks = expected["argmax"][expected["finished"]]
     assert blocks.flatten().tolist() == expected["sequence"][0, prompt:].tolist()
+
+
+def test_the_encoder_alone_continues_as_transformers_does(demo):
+    """Greedy decoding token by token: every token is the argmax behind the ones before it, seen in one causal pass."""
+    model = engine_of(demo).model
+    for case in json.loads((DATA / "causal.json").read_text()):
+        tokens, start = mx.array([case["prompt_ids"] + case["tokens"]]), len(case["prompt_ids"]) - 1
+        states = model.encode(tokens[:, :-1], model.new_prefix())
+        ahead = model.logits(states[:, start:])[0]
+        assert mx.argmax(ahead, axis=-1).tolist() == case["tokens"], case["task"]
+        log_probs = ahead - mx.logsumexp(ahead, axis=-1, keepdims=True)
+        total = mx.take_along_axis(log_probs, tokens[0, start + 1 :, None], axis=-1).sum().item()
+        assert abs(total - case["log_prob"]) < 1e-3, case["task"]
 
 
 def test_pictures_encoded_in_groups_and_by_chunks_of_queries_are_the_same(demo, monkeypatch):

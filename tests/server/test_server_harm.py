@@ -18,9 +18,6 @@ from support import BLUE, engine_of, square
 
 import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.constraints import dfa
-from mlx_dgemma.constraints.dfa_size import dfa_size_exceeds
-from mlx_dgemma.constraints.patterns import python_regex_to_plain
 from mlx_dgemma.decoding.events import Finished
 from mlx_dgemma.prompt import builder
 from mlx_dgemma.prompt.images import open_image
@@ -172,15 +169,6 @@ def test_a_long_regex_is_not_read(url):
     assert answer.json()["error"]["message"] == (
         "regex is 'aaaaaaaaaaaa...aaaaaaaaaaaaa'; at most 20,000 characters are read: give a shorter one."
     )
-
-
-def test_states_are_never_overestimated():
-    """What is counted is at most what the library makes, so that nothing is refused which would fit."""
-    for pattern in ("abc", "a|ab", "(?:ab|a)*c?", "[ab]*a[ab]{6}", "(?:a?){20}", "(?:a{1,5}){1,5}", "(?:a|b|ab){2,}c"):
-        tree = dfa.parse_plain(python_regex_to_plain(pattern))
-        assert not dfa_size_exceeds(tree, len(dfa.build_dfa(python_regex_to_plain(pattern))[0]) - 1), pattern
-    assert dfa_size_exceeds(dfa.parse_plain(python_regex_to_plain("[ab]*a[ab]{6}")), 63)
-    assert not dfa_size_exceeds(dfa.parse_plain(python_regex_to_plain("[ab]*a[ab]{6}")), 64)
 
 
 def test_a_listener_whose_loop_is_closed_is_silent():
