@@ -11,7 +11,7 @@ from support import engine_of
 
 import mlx_dgemma
 from mlx_dgemma import Block, Draft, Engine, Finished, GenerationOptions, OptionError, PromptError, Result
-from mlx_dgemma.engine import Stats
+from mlx_dgemma.decoding.events import Stats
 
 JSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
 ANSWER = '{"name": "Anna", "age": 31, "city": "Oslo"}'
