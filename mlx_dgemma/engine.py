@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .tasks.answer import AnswerKeywords
+    from .tasks.choose import ChooseKeywords
     from .tasks.edit import EditKeywords
     from .tasks.fill import FillKeywords, Holes
     from .tasks.infill import InfillKeywords
@@ -175,7 +176,9 @@ class Engine:
                         results[request] = event.result
         return [results[request] for request in requests]
 
-    def choose(self, prompt: Prompt, labels: Labels | dict[str, Labels], **keywords: Any) -> dict[Any, Any]:
+    def choose(
+        self, prompt: Prompt, labels: Labels | dict[str, Labels], **keywords: Unpack[ChooseKeywords]
+    ) -> dict[Any, Any]:
         """How probable each label is as the answer, read in one denoising step.
 
         Args:

@@ -11,7 +11,9 @@ from support import engine_of
 
 import mlx_dgemma
 from mlx_dgemma import Block, Draft, Engine, Finished, GenerationOptions, OptionError, PromptError, Result
-from mlx_dgemma.engine import Stats
+from mlx_dgemma.decoding.events import Stats
+from mlx_dgemma.decoding.options import OptionKeywords
+from mlx_dgemma.tasks import answer, choose, edit, fill, infill
 
 JSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
 ANSWER = '{"name": "Anna", "age": 31, "city": "Oslo"}'
@@ -51,6 +53,28 @@ def test_the_package_gives_its_public_names():
     assert {"load", "Draft", "Block", "Finished"} <= set(mlx_dgemma.__all__)
     with pytest.raises(AttributeError, match=r"^module 'mlx_dgemma' has no attribute 'nothing'$"):
         mlx_dgemma.nothing  # noqa: B018
+
+
+def test_typed_keywords_are_those_that_the_verbs_take():
+    """Type checkers read these; the functions themselves check at run time."""
+    options = {f.name for f in fields(GenerationOptions)}
+    assert set(OptionKeywords.__annotations__) == options
+    for task, keywords in (
+        (answer.answer, answer.AnswerKeywords),
+        (infill.infill, infill.InfillKeywords),
+        (fill.fill, fill.FillKeywords),
+        (edit.edit, edit.EditKeywords),
+    ):
+        own = {n for n, one in inspect.signature(task).parameters.items() if one.kind is one.KEYWORD_ONLY}
+        assert set(keywords.__annotations__) == own | options
+    own = {n for n, one in inspect.signature(choose.choose).parameters.items() if one.kind is one.KEYWORD_ONLY}
+    assert set(choose.ChooseKeywords.__annotations__) == own | set(choose.OPTIONS)
+
+
+def test_engines_and_sessions_are_shown_in_a_line(demo):
+    engine = engine_of(demo)
+    assert repr(engine) == f"Engine({str(demo)!r}, mlx.core.float32)"
+    assert repr(engine.session()) == "Session(0 tokens)"
 
 
 def test_importing_the_package_does_not_import_mlx():

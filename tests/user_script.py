@@ -22,7 +22,8 @@ for event in engine.stream([{"role": "user", "content": "hi"}], session=conversa
 
 engine.infill("a = ", "\n", length=3, seed=0)
 engine.edit("The cat.", "Replace cat with dog.", strength=0.5)
-print(engine.choose("Which is larger, 51 or 23?", ["51", "23"])["51"])
+engine.fill("Dear {name},", {"name": 20}, seed=0)
+print(engine.choose("Which is larger, 51 or 23?", ["51", "23"], calibrate=True)["51"])
 assert_type(convert("folder", "new", recipe="4bit"), Report)
 
 mlx_dgemma.lode()  # type: ignore[attr-defined]
@@ -32,5 +33,7 @@ engine.generate("hi", max_tokens="5")  # type: ignore[arg-type]
 engine.stream("hi", sed=0)  # type: ignore[call-arg]
 engine.stream("hi", max_denoising_steps="12")  # type: ignore[arg-type]
 engine.infill("a = ", "\n", sed=0)  # type: ignore[call-arg]
+engine.fill("Dear {name},", {"name": 20}, sed=0)  # type: ignore[call-arg]
+engine.choose("Which?", ["a", "b"], sed=0)  # type: ignore[call-arg]
 engine.edit("The cat.", "Replace cat with dog.", sed=0)  # type: ignore[call-arg]
 convert("folder", "new", recipy="4bit")  # type: ignore[call-arg]

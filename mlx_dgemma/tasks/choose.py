@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import mlx.core as mx
 import numpy as np
@@ -287,6 +287,21 @@ def _plan(tokenizer: Any, config: ModelConfig, questions: list[Question], answer
     else:
         fixed, labels = template_canvases(answer, questions, encode, edges, length)
     return _Plan(questions, labels, fixed, answer is None, length, edges)
+
+
+class ChooseKeywords(TypedDict, total=False):
+    """Keyword arguments of `choose`."""
+
+    answer: str | None
+    images: Sequence[Any]
+    video: Any
+    system: str | None
+    seed: int
+    calibrate: bool
+    image_tokens: int | None
+    fps: float | None
+    max_frames: int | None
+    prefill_chunk: int | None
 
 
 def encoded(model: DiffusionGemma, prompt: PromptTokens, chunk: int | None = None) -> Prefix:

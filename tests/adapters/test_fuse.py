@@ -21,7 +21,7 @@ from adapter_models import (
     stored,
     written,
 )
-from conftest import INDEX, read_folder, write_safetensors
+from safetensors_files import INDEX, read_folder, write_safetensors
 from support import gap, refusal
 
 import mlx_dgemma

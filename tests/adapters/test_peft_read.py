@@ -5,8 +5,8 @@ import re
 
 import mlx.core as mx
 import pytest
-from conftest import write_safetensors
 from peft_files import BOUND, DOWN, EXPERTS_DOWN, GATE, THEIRS, A, B, Q, array, pair, same, save
+from safetensors_files import write_safetensors
 from support import DATA, gap, reference, refusal
 
 from mlx_dgemma.adapters import peft

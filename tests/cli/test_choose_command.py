@@ -28,7 +28,7 @@ def run(*arguments, data=b""):
 
 @pytest.fixture
 def loaded(engine, monkeypatch):
-    monkeypatch.setattr("mlx_dgemma.cli.choose.load_engine", lambda *_: engine)
+    monkeypatch.setattr("mlx_dgemma.cli.common.ModelChoice.load", lambda *_: engine)
 
 
 @pytest.mark.usefixtures("loaded")

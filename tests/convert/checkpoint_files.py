@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from conftest import INDEX, read_safetensors, write_safetensors
+from safetensors_files import INDEX, read_safetensors, write_safetensors
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 import safetensors
 from checkpoint_files import contents, floats, left_in, same
-from conftest import INDEX, read_folder, read_safetensors
+from safetensors_files import INDEX, read_folder, read_safetensors
 
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.convert import DEFAULT, Report, convert

@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoint_files import floats, left_in
-from conftest import read_folder
 from mlx.utils import tree_flatten
+from safetensors_files import read_folder
 from support import small_config
 
 from mlx_dgemma.checkpoint.folder import Checkpoint

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import INDEX, read_safetensors, write_safetensors
+from safetensors_files import INDEX, read_safetensors, write_safetensors
 
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.convert import cli as cli_module

@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoint_files import changed, contents, floats, left_in, same
-from conftest import read_folder, read_safetensors, write_safetensors
 from mlx.utils import tree_flatten, tree_unflatten
+from safetensors_files import read_folder, read_safetensors, write_safetensors
 from support import gap
 
 from mlx_dgemma.checkpoint.build import build
