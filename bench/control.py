@@ -39,7 +39,7 @@ from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.tasks.constrained import Constrained
-from mlx_dgemma.tasks.infill import Seams
+from mlx_dgemma.tasks.infill import HoleContext
 
 sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 from constraints import PATTERNS, PERSON, SCHEMAS, TEN, Pieces, determined, hole
@@ -151,8 +151,8 @@ def infill(engine: mlx_dgemma.Engine, count: int) -> list[list]:
         for group in groups + fixed * (i % 3 == 0) * ["determined, cut in a word"]:
             tally.update({(group, "n"): 1, (group, "ours"): good, (group, "other"): other, (group, "third"): third})
         if r and not good:
-            seams = Seams.of(engine.tokenizer, prefix, suffix)
-            right = len(engine.tokenizer.encode(seams.tail + cut + seams.head, add_special_tokens=False))
+            context = HoleContext.of(engine.tokenizer, prefix, suffix)
+            right = len(engine.tokenizer.encode(context.tail + cut + context.head, add_special_tokens=False))
             told = tried(asked, engine.infill, length=right, **asked)
             kind = "too long" if len(r.tokens) > right else "too short" if len(r.tokens) < right else "wrong word"
             kind += ", determined" if fixed else ", open"

@@ -3,6 +3,8 @@
 import ast
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -315,3 +317,14 @@ def test_misplaced_modules_are_found(tmp_path):
         "loop stands at the root of the package",
         f"{PACKAGE}/model has 16 modules",
     ]
+
+
+def test_what_benches_import_from_the_package_exists():
+    """No other test runs them."""
+    for file in sorted((ROOT / "bench").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
+                module = import_module(node.module)
+                for one in node.names:
+                    there = hasattr(module, one.name) or find_spec(f"{node.module}.{one.name}")
+                    assert there, f"{file.name}:{node.lineno} imports {one.name} from {node.module}"
