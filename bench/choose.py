@@ -126,7 +126,7 @@ def run(engine: mlx_dgemma.Engine, family: str, args: argparse.Namespace) -> dic
             seconds[way].append(time.perf_counter() - started)
 
     def together(case: Case, labels: list[str]) -> float:
-        return choose.choose(engine, case.messages, labels, **case.media).named[""]
+        return choose.choose(engine.model, engine.builder, case.messages, labels, **case.media).named[""]
 
     return {
         "prompts": len(asked),

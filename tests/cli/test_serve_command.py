@@ -51,9 +51,15 @@ def test_the_command_refuses_before_it_loads(never_loaded, monkeypatch):
 
 
 def test_the_command_serves_until_it_is_stopped():
-    """It has no time limit to exceed: nothing runs and no connection is open when it is stopped."""
-    command = [sys.executable, "-m", "mlx_dgemma", "serve", "--model", str(DEMO), "--port", "0", "--api-key", "k"]
-    with subprocess.Popen([*command, "--shutdown-seconds", str(LIMIT)], stderr=subprocess.PIPE, text=True) as process:
+    """It has no time limit to exceed: nothing runs and no connection is open when it is stopped.
+
+    A shell starts background jobs with SIGINT ignored, which would pass to the command if these tests run in one.
+    """
+    listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = f"import signal, sys; {listen}; from mlx_dgemma.cli.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", start, "serve", "--model", str(DEMO), "--port", "0", "--api-key", "k"]
+    command += ["--shutdown-seconds", str(LIMIT)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             line = next(line for line in process.stderr if line.startswith("Listening"))
             url = re.fullmatch(r"Listening on (http://127\.0\.0\.1:\d+/v1); Ctrl-C stops it\.\n", line)[1]
