@@ -99,7 +99,7 @@ def test_every_recipe_loads_and_stays_close(demo, tmp_path, name):
     assert found.positions == 64
     bits = RECIPES[name].experts.bits
     assert found.mean_kl > 0
-    assert bits == 3 or found.mean_kl < {4: 0.05}.get(bits, 0.01)  # 3 bits: the next test
+    assert found.mean_kl < {3: 0.15, 4: 0.05}.get(bits, 0.01)  # 3 bits are compared exactly in the next test
     assert found.argmax_agreement > 0.8
     model = build(checkpoint, "float32")
     tokens = mx.array([[2, 5, 7]])
