@@ -20,8 +20,8 @@ class Pieces:
     def __init__(self, *pieces, special=0):
         self.pieces, self.all_special_ids = pieces, list(range(special))
 
-    def __len__(self):
-        return len(self.pieces)
+    def get_vocab(self):
+        return {piece: token for token, piece in enumerate(self.pieces)}
 
     def convert_ids_to_tokens(self, ids):
         return [self.pieces[i] for i in ids]

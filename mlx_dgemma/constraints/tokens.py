@@ -26,7 +26,7 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any, vocab_size: int, silent: Iterable[int] = ()):
         special = {*tokenizer.all_special_ids, *silent}
-        pieces = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), vocab_size))))
+        pieces = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer.get_vocab()), vocab_size))))
         self.bytes = np.zeros((vocab_size, MAX_TOKEN_BYTES), np.uint8)
         self.length = np.zeros(vocab_size, np.int32)
         is_byte_token = np.zeros(vocab_size, bool)

@@ -31,7 +31,7 @@ def test_texts_are_spelt_as_they_are_encoded(tokenizer, token_bytes):
 
 
 def test_special_and_unused_tokens_spell_nothing(tokenizer, token_bytes):
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer.get_vocab()))))
     unused = [token for token, piece in enumerate(pieces) if re.fullmatch(r"<unused\d+>", piece)]
     assert len(unused) > 100
     added = [token for token, one in tokenizer.added_tokens_decoder.items() if one.special]
