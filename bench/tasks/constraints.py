@@ -101,6 +101,9 @@ class Pieces:
     def __len__(self) -> int:
         return len(self._pieces)
 
+    def get_vocab(self) -> dict[str, int]:
+        return {str(token): token for token in range(len(self))}
+
     def convert_ids_to_tokens(self, tokens: list[int]) -> list[str]:
         """As Transformers does."""
         return [self._pieces[token] for token in tokens]
