@@ -309,7 +309,8 @@ def test_models(client):
     assert client.models.retrieve("default") == one
 
 
-def test_health_and_metrics(url, scheduler):
+def test_health_and_metrics(client, scheduler):
+    client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Spell the word cat."}], seed=0)
     app = create_app(scheduler, Settings(model=MODEL))
     told = {"status": "ok", "model": MODEL, "running": 0, "waiting": 0}
     assert json.loads(ask(app, "GET", "/health")[2]) == told
