@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..errors import CheckpointError, OptionError
+from ..model import kernels
+from ..model.attention import LayerContext
 from ..model.config import ModelConfig
 from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
+from ..model.kv_cache import LayerKV
+from ..model.masks import Mask
 from . import weights
 from .folder import Checkpoint, parameter_shapes
 from .headers import FLOATS, TensorInfo
@@ -53,18 +59,69 @@ def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = F
     return model
 
 
-def suit_device(model: nn.Module) -> None:
-    """Store weights in the layout that MLX's default device computes fastest: on the CPU column by column.
+def suit_device(model: DiffusionGemma) -> None:
+    """Prepare a model for generation on MLX's default device: custom kernels on a GPU, weights by columns on the CPU.
 
     The BLAS of the CPU wheels takes half the time for columns. It computes experts in float32 only.
     """
+    model.eval()
     if not on_cpu():
+        mx.eval(model.parameters())
+        choose_kernels(model)
         return
     for module in model.modules():
         if isinstance(module, SwitchLinear):
             module.weight = module.weight.astype(mx.float32)
         if isinstance(module, (nn.Linear, SwitchLinear)):
             module.weight = mx.contiguous(module.weight.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+def choose_kernels(model: DiffusionGemma) -> None:
+    """Use the custom kernels if this device computes the same with them as without, and warn if it does not.
+
+    A layer of each type and the head are compared on random states. In bfloat16 single roundings differ; a wrong kernel
+    differs in everything.
+    """
+    text = model.config.text
+    if text.num_experts > kernels.LAYOUT_THREADS or text.top_k_experts > kernels.MAX_TOP_K:
+        return
+    rows = min(model.config.canvas_length, 64)
+    h = mx.random.normal((1, rows, text.hidden_size), key=mx.random.key(0)).astype(model.dtype)
+    kinds = {kind: text.layer_types.index(kind) for kind in text.layer_types}
+    turns = model.turns(0, rows)
+
+    def computed(use: bool) -> list[mx.array]:
+        found = []
+        for kind, i in kinds.items():
+            context = LayerContext([LayerKV(None)], [0], [Mask(np.arange(rows))], 0, True, turns[kind] if use else None)
+            layer = model.model.decoder.layers[i]
+            found.append(layer(h, layer.layer_scalar, context)[0])
+        model.uses_kernels = use
+        made = model.head.predict(h[:, :8], 1.0, mx.random.key(0)[None])
+        found += [made.entropy, made.logsumexp, made.top_probs.max(axis=-1)]
+        mx.eval(found)
+        return found
+
+    try:
+        plain, fast = computed(False), computed(True)
+        agree = all(_agree(a, b) for a, b in zip(plain, fast))
+        reason = "they compute something else here"
+    except (RuntimeError, ValueError) as error:
+        agree, reason = False, str(error).strip().partition("\n")[0]
+    model.uses_kernels = agree
+    if not agree:
+        said = f"Custom kernels are not used, which costs speed ({reason}); please report it."
+        warnings.warn(said, stacklevel=2)
+
+
+def _agree(expected: mx.array, found: mx.array) -> bool:
+    """Whether most rows are equal up to roundings: [rows, ...] each."""
+    if expected.dtype != found.dtype:
+        return False
+    a, b = (one.astype(mx.float32).reshape(one.shape[0], -1) for one in (expected, found))
+    error = mx.abs(a - b).max(axis=-1) / (mx.abs(a).max(axis=-1) + 1e-6)
+    bound = 1e-3 if expected.dtype == mx.float32 else 0.03
+    return bool((mx.sort(error)[error.size * 3 // 4] < bound).item())
 
 
 def _quantize(model: nn.Module, quantization: dict, stored: set[str], config: ModelConfig) -> None:

@@ -8,15 +8,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.rope_utils import initialize_rope
 
+from . import kernels
 from .config import TextConfig
-from .device import fused
+from .device import on_cpu, on_metal
 from .functions import rms_norm
 from .kv_cache import LayerKV
 from .masks import Mask
 
-SCORE_BYTES = 256 * 2**20  # of attention scores at once; a pass that has more attends to its keys chunk by chunk
-KEY_CHUNK = 256  # keys; a chunk is a multiple of this
-MAX_KEY_CHUNK = 4096  # keys of a chunk at most: larger chunks take more memory and are not faster
+SCORE_BYTES = 256 * 2**20  # of attention scores at once; a pass that has more takes its queries group by group
 
 
 def attend(
@@ -24,56 +23,72 @@ def attend(
 ) -> mx.array:
     """Grouped-query attention with scale 1.
 
-    Where the scores would take more than `SCORE_BYTES`, the keys are taken in chunks, which are merged by log-sum-exp
-    in float32. Matrix products are computed in the dtype of their factors either way.
+    Where the scores would take more than `SCORE_BYTES`, the queries are taken in groups, each with the keys that it
+    may see. Products are computed in the dtype of their factors, the softmax in float32.
 
     Args:
         queries: [B, heads, L, D].
         keys: [B, kv_heads, N, D].
         values: [B, kv_heads, N, D].
         mask: of L queries and N keys; every query sees at least one key.
-        stages: one small array per chunk is appended to it; when they are evaluated in order, one chunk is in memory
-            at a time.
+        stages: one small array per group is appended to it; when they are evaluated in order, one group's scores are in
+            memory at a time.
 
     Returns:
         [B, heads, L, D] in the dtype of the values.
     """
+    batch, heads, length, _ = queries.shape
+    per_query = batch * heads * keys.shape[2] * queries.dtype.size
+    if length * per_query <= SCORE_BYTES:
+        visible = mask.all_keys
+        if visible is None and not on_cpu():
+            return _unfused(queries, keys, values)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible)
+    if on_metal() and (fused := _fused_in_blocks(queries, keys, values, mask)) is not None:
+        return fused
+    size, found = queries_at_once(per_query), []
+    for start in range(0, length, size):
+        rows = slice(start, min(start + size, length))
+        first, last = mask.visible_keys(rows)
+        visible = mask.of_keys(first, last, rows) if first < last else None
+        found.append(_unfused(queries[:, :, rows], keys[:, :, :last], values[:, :, :last], visible))
+        queries = mx.depends(queries, [found[-1]])  # the next group waits for this one
+        if stages is not None:
+            stages.append(found[-1][..., :1])
+    return mx.concatenate(found, axis=2)
+
+
+def queries_at_once(per_query: int) -> int:
+    """Queries of a group, at least one, whose scores of `per_query` bytes each fit into `SCORE_BYTES`."""
+    return max(SCORE_BYTES // per_query, 1)
+
+
+def _unfused(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array | None = None) -> mx.array:
+    """As MLX computes it for heads of this size, but in one matrix of queries per KV head and without the scale.
+
+    `visible` is the mask of the last keys; those before are visible.
+    """
     batch, heads, length, dim = queries.shape
     kv_heads, count = keys.shape[1:3]
-    rows = batch * heads * length
-    if rows * count * queries.dtype.size <= SCORE_BYTES:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask.all_keys)
-    size = min(max(SCORE_BYTES // (2 * rows * mx.float32.size) // KEY_CHUNK * KEY_CHUNK, KEY_CHUNK), MAX_KEY_CHUNK)
-    queries = queries.reshape(batch, kv_heads, -1, dim)  # the queries of a KV head in one matrix: no key is repeated
-    # Finite, unlike the scores of hidden keys: a chunk whose keys are all hidden then adds zeros instead of NaN.
-    top = mx.full((*queries.shape[:3], 1), mx.finfo(mx.float32).min)
-    total, out = mx.zeros(top.shape), mx.zeros(queries.shape)
-    for start in range(0, count, size):
-        end = min(start + size, count)
-        scores = queries @ keys[:, :, start:end].swapaxes(-1, -2)
-        visible = mask.of_keys(start, end)
-        if visible is not None:
-            grouped = scores.reshape(batch, kv_heads, -1, length, end - start)
-            scores = mx.where(visible[:, :, None], grouped, -mx.inf).reshape(scores.shape)
-        highest = mx.maximum(top, scores.max(axis=-1, keepdims=True))
-        shares, kept = _exp_above(scores, highest), _exp_above(top, highest)
-        total = _add_scaled(total, kept, shares.sum(axis=-1, keepdims=True))
-        out = _add_scaled(out, kept, shares.astype(values.dtype) @ values[:, :, start:end])
-        top = highest
-        queries, total = mx.depends([queries, total], [out])  # the next chunk waits for this one
-        if stages is not None:
-            stages.append(mx.array(total))
-    return (out / total).astype(values.dtype).reshape(batch, heads, length, dim)
+    scores = queries.reshape(batch, kv_heads, -1, dim) @ keys.swapaxes(-1, -2)
+    if visible is not None:
+        grouped = scores.reshape(batch, kv_heads, -1, length, count)
+        masked = count - visible.shape[-1]
+        grouped[..., masked:] = mx.where(visible[:, :, None], grouped[..., masked:], -mx.inf)
+        scores = grouped.reshape(scores.shape)
+    shares = mx.softmax(scores, axis=-1, precise=True)
+    return (shares @ values).reshape(batch, heads, length, dim)
 
 
-@fused
-def _exp_above(scores: mx.array, highest: mx.array) -> mx.array:
-    return mx.exp(scores.astype(mx.float32) - highest)
-
-
-@fused
-def _add_scaled(old: mx.array, scale: mx.array, new: mx.array) -> mx.array:
-    return old * scale + new
+def _fused_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array | None:
+    """Attention by a kernel of MLX that keeps no scores; None where Metal has none for this shape."""
+    visible = mask.all_keys
+    if visible is not None and not isinstance(visible, str):
+        return None
+    try:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible, force_fused=True)
+    except ValueError:  # what has a kernel depends on the chip, the head's size and MLX's version
+        return None
 
 
 class LayerContext(NamedTuple):
@@ -87,6 +102,7 @@ class LayerContext(NamedTuple):
     masks: list[Mask]
     rope_offset: int | mx.array  # position of the first new token; [B] where it differs by row
     canvas: bool  # attend to prefix and canvas without extending the prefix; false: append the new positions to it
+    turn: tuple[mx.array, mx.array] | None  # of RoPE, for the custom kernels; None: compute without them
 
 
 class Attention(nn.Module):
@@ -94,15 +110,14 @@ class Attention(nn.Module):
 
     def __init__(self, config: TextConfig, layer_type: str):
         super().__init__()
-        self._heads = config.num_attention_heads
-        self._kv_heads, self._dim = config.kv_shape(layer_type)
+        kv_heads, self._dim = config.kv_shape(layer_type)
         self._eps = config.rms_norm_eps
         full = layer_type == "full_attention"
-        width = self._heads * self._dim
+        width = config.num_attention_heads * self._dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self._kv_heads * self._dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self._dim, bias=False)
         if not full:
-            self.v_proj = nn.Linear(config.hidden_size, self._kv_heads * self._dim, bias=False)
+            self.v_proj = nn.Linear(config.hidden_size, kv_heads * self._dim, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(self._dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self._dim, eps=config.rms_norm_eps)
@@ -118,13 +133,16 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, context: LayerContext) -> mx.array:
         """x [B, L, H] -> [B, L, H]; rows with prefixes of their own attend one after the other."""
         batch, length, _ = x.shape
-        queries = self.q_norm(self.q_proj(x).reshape(batch, length, self._heads, self._dim))
-        raw = self.k_proj(x).reshape(batch, length, self._kv_heads, self._dim)
-        keys = self.k_norm(raw)
-        values = raw if "v_proj" not in self else self.v_proj(x).reshape(raw.shape)
-        values = rms_norm(values, self._eps).transpose(0, 2, 1, 3)
-        queries = self._rope(queries.transpose(0, 2, 1, 3), offset=context.rope_offset)
-        keys = self._rope(keys.transpose(0, 2, 1, 3), offset=context.rope_offset)
+        q, k = self.q_proj(x), self.k_proj(x)
+        v = k if "v_proj" not in self else self.v_proj(x)
+        if context.turn is not None:
+            norms = self.q_norm.weight, self.k_norm.weight
+            queries, keys, values = kernels.split_heads(q, k, v, norms, context.turn, self._eps)
+        else:
+            queries, keys, values = (one.reshape(batch, length, -1, self._dim) for one in (q, k, v))
+            queries, keys = self.q_norm(queries).transpose(0, 2, 1, 3), self.k_norm(keys).transpose(0, 2, 1, 3)
+            queries, keys = (self._rope(one, offset=context.rope_offset) for one in (queries, keys))
+            values = rms_norm(values, self._eps).transpose(0, 2, 1, 3)
         new, rows = (queries, keys, values), []
         for i, (cache, offset, mask) in enumerate(zip(context.caches, context.offsets, context.masks)):
             q, k, v = new if len(context.caches) == 1 else (a[i : i + 1] for a in new)

@@ -13,6 +13,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import CheckpointError
 
 # Keys that do not change the computation: bookkeeping, training and serving hints.
@@ -134,6 +136,14 @@ class TextConfig:
         if layer_type == "full_attention":
             return self.num_global_key_value_heads, self.global_head_dim
         return self.num_key_value_heads, self.head_dim
+
+    def rope_frequencies(self, layer_type: str) -> np.ndarray:
+        """Radians a position by which RoPE turns each pair of a head of this layer type, [D / 2] float32."""
+        rope = (self.full_rope if layer_type == "full_attention" else self.sliding_rope) or {}
+        dim = self.kv_shape(layer_type)[1]
+        frequencies = rope.get("rope_theta", 1e4) ** (-2 * np.arange(dim // 2) / dim)
+        frequencies[int(rope.get("partial_rotary_factor", 1) * dim / 2) :] = 0
+        return frequencies.astype(np.float32)
 
 
 def _text_config(raw: dict) -> TextConfig:

@@ -17,6 +17,11 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.cpu
 
 
+def on_metal() -> bool:
+    """Whether MLX computes on an Apple GPU."""
+    return not on_cpu() and mx.metal.is_available()
+
+
 def fused(function: Callable, shapeless: bool = True) -> Callable:
     """Compile a chain of elementwise operations, on a GPU only: on the CPU, MLX needs a C++ compiler to do so."""
     compiled = mx.compile(function, shapeless=shapeless)

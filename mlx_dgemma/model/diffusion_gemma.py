@@ -82,6 +82,7 @@ class DiffusionGemma(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self._apply: Callable[..., mx.array] = Layer.__call__  # called with (layer, h, scalar, context)
+        self.uses_kernels = False  # custom kernels, which have no gradient; training mode computes without them
         self._encoder_layers: tuple[Layer, ...] | None = None  # set where an adapter changes the two modes differently
 
     @property
@@ -182,7 +183,9 @@ class DiffusionGemma(nn.Module):
         """The vocabulary: logits, samples and conditioning (the embedding is tied to it)."""
         text = self.config.text
         table = self.model.decoder.embed_tokens
-        return Head(table, text.vocab_size, text.final_logit_softcapping, text.hidden_size**0.5, self.dtype)
+        uses_kernels = self.uses_kernels and not self.training
+        scale = text.hidden_size**0.5
+        return Head(table, text.vocab_size, text.final_logit_softcapping, scale, self.dtype, uses_kernels)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[B, C, H] -> [B, C, V] float32, softcapped, before temperature."""
@@ -202,17 +205,37 @@ class DiffusionGemma(nn.Module):
     def _embed(self, tokens: mx.array) -> mx.array:
         return self.model.decoder.embed_tokens(tokens).astype(self.dtype) * self.head.embed_scale
 
+    def turns(self, offset: int | mx.array, length: int) -> dict[str, tuple[mx.array, mx.array]]:
+        """RoPE's cosines and sines for the custom kernels, by layer type.
+
+        Args:
+            offset: position of the first token; [B] where it differs by row.
+            length: L.
+
+        Returns:
+            Pairs of [1 or B, L, D / 2] float32.
+        """
+        text, found = self.config.text, {}
+        positions = mx.arange(length) + (offset[:, None] if isinstance(offset, mx.array) else offset)
+        for kind in dict.fromkeys(text.layer_types):
+            angles = positions.reshape(-1, length, 1).astype(mx.float32) * mx.array(text.rope_frequencies(kind))
+            found[kind] = mx.cos(angles), mx.sin(angles)
+        return found
+
     def _run(
         self, h: mx.array, prefixes: Sequence[Prefix], masks: list[dict], scalars: list[mx.array], canvas: bool
     ) -> mx.array:
         offsets, rope_offset = [prefix.offset for prefix in prefixes], prefixes[0].rope_offset()
         if len(prefixes) > 1:
             rope_offset = mx.array(offsets)
+        turns = self.turns(rope_offset, h.shape[1]) if self.uses_kernels and not self.training else {}
         layers = self.model.decoder.layers if canvas or self._encoder_layers is None else self._encoder_layers
         for i, (layer, scalar) in enumerate(zip(layers, scalars)):
             kind = layer._layer_type
             caches = [prefix.layers[i] for prefix in prefixes]
-            context = LayerContext(caches, offsets, [mask[kind] for mask in masks], rope_offset, canvas)
+            context = LayerContext(
+                caches, offsets, [mask[kind] for mask in masks], rope_offset, canvas, turns.get(kind)
+            )
             h = self._apply(layer, h, scalar, context)
         return self.model.decoder.norm(h)
 

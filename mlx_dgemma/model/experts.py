@@ -8,11 +8,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from . import kernels
 from .config import TextConfig
 from .device import fused
 from .functions import geglu, rms_norm
 
 MATMUL_ROWS = 512  # up to so many rows CUDA gathers faster by a product with a one-hot matrix
+GROUPED_FROM = 4  # rows an expert, on average, from which Metal reads an expert once for several rows
+PAD_FROM = 2  # rows an expert from which it pays to fill up to `GROUPED_FROM` by rows that nobody reads
 SORT_FROM = 64  # rows * top_k from which sorting by expert is faster; MLX's grouped kernels need sorted rows
 
 
@@ -33,10 +36,15 @@ class Router(nn.Module):
 
         The softmax over the chosen logits equals the softmax over all logits, renormalised over the chosen ones.
         """
-        scores = self.proj(rms_norm(x, self._eps) * self.scale * self._root)
+        scaled = (rms_norm(x, self._eps) * self.scale).astype(mx.float32) * self._root  # the root is not rounded
+        scores = self.proj(scaled.astype(x.dtype))
         indices = mx.stop_gradient(mx.argpartition(scores, kth=-self._top_k, axis=-1)[..., -self._top_k :])
         weights = mx.softmax(mx.take_along_axis(scores, indices, axis=-1), axis=-1, precise=True)
         return indices, weights * self.per_expert_scale[indices]
+
+    def choose(self, scaled: mx.array) -> list[mx.array]:
+        """As `__call__`, by a custom kernel, of rows [N, H] that were normed and scaled already."""
+        return kernels.route(self.proj(scaled), self.per_expert_scale, self._top_k)
 
 
 class Experts(nn.Module):
@@ -63,12 +71,39 @@ class Experts(nn.Module):
         y = y.reshape(rows, top_k, -1)
         return (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
 
+    def rows(self, x: mx.array, chosen: mx.array) -> tuple[mx.array, mx.array]:
+        """As `__call__`, by custom kernels and before rows are summed.
+
+        Args:
+            x: [N, H].
+            chosen: [N, K] int32.
+
+        Returns:
+            What the experts make of the rows, [S, H] in order of slots, and the slots of each row, [N, K] int32.
+        """
+        experts, size = self.gate_up_proj.num_experts, x.shape[-1]
+        if uses_padded_runs():
+            length = self._run_length(chosen.size)
+            runs = kernels.lay_out(chosen, experts, length)
+            y = self._mlp(kernels.take_rows(x, runs.source, length), runs.owners)
+        elif chosen.size < PAD_FROM * experts:
+            y, slots = self._mlp(x[:, None, None], chosen), mx.arange(chosen.size, dtype=mx.int32)
+            return y.reshape(-1, size), slots.reshape(chosen.shape)
+        else:
+            runs = kernels.lay_out(chosen, experts, 1, GROUPED_FROM * experts)
+            y = self._mlp(kernels.take_rows(x, runs.source, 1), runs.owners, sorted_indices=True)
+        return y.reshape(-1, size), runs.slots
+
+    def _run_length(self, count: int) -> int:
+        # CUDA compiles gather_qmm for every length, which takes a minute: quantized weights use a single length.
+        longest = 64 if isinstance(_without_adapter(self.gate_up_proj), SwitchLinear) else 16
+        return run_length(count, self.gate_up_proj.num_experts, longest)
+
     def _in_padded_runs(self, x: mx.array, chosen: mx.array, weights: mx.array) -> mx.array:
         """As `__call__`, by runs of equal length: x [N, H], experts and weights [N * K] in order of rows -> [N, H]."""
         rows, size = x.shape
-        # CUDA compiles gather_qmm for every length, which takes a minute: quantized weights use a single length.
-        longest = 64 if isinstance(_without_adapter(self.gate_up_proj), SwitchLinear) else 16
-        slots, owners, length = lay_out_runs(chosen, self.gate_up_proj.num_experts, longest)
+        length = self._run_length(chosen.size)
+        slots, owners = lay_out_runs(chosen, self.gate_up_proj.num_experts, length)
         source, share = slot_contents(slots, weights, owners.size * length, rows)
         if rows <= MATMUL_ROWS:
             take, mix = gather_matrices(source, share, rows, x)
@@ -100,22 +135,23 @@ def uses_padded_runs() -> bool:
     return mx.default_device() == mx.gpu and not mx.metal.is_available()
 
 
-def lay_out_runs(chosen: mx.array, experts: int, longest: int) -> tuple[mx.array, mx.array, int]:
+def run_length(count: int, experts: int, longest: int) -> int:
+    """Slots of a run: a power of two near the mean of `count` rows an expert, from 16 to `longest`."""
+    return min(max(16, 1 << (max(count // experts, 1).bit_length() - 1)), longest)
+
+
+def lay_out_runs(chosen: mx.array, experts: int, length: int) -> tuple[mx.array, mx.array]:
     """Assign rows to the slots of runs of equal length; a run holds rows of one expert, then padding.
 
     Args:
         chosen: [N] expert of each row.
         experts: number of experts.
-        longest: upper bound of a run's length, a power of two.
+        length: of a run. `run_length` keeps the padding below one run per expert.
 
     Returns:
-        [N] slot of each row, [runs] expert of each run, and the length of a run. The length is a power of two near the
-        mean number of rows of an expert, at least 16, so that padding stays below one run per expert.
+        [N] slot of each row, and [runs] expert of each run.
     """
-    count = chosen.size
-    length = min(max(16, 1 << (max(count // experts, 1).bit_length() - 1)), longest)
-    slots, owners = _assign_slots(chosen.astype(mx.int32), experts, length)
-    return slots, owners, length
+    return _assign_slots(chosen.astype(mx.int32), experts, length)
 
 
 @partial(fused, shapeless=False)

@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import rng
+from . import kernels, rng
 from .device import fused, on_cpu
 from .functions import entropy
 
 TILES = 4096  # about so many: more take more memory, fewer let likely tokens fall into the same tile
 STRIDE = 64  # distance of a tile's tokens: neighbouring tokens such as the digits are often likely together
-CHUNK_BYTES = 16 << 20  # of float32 logits at once
+CHUNK_BYTES = 16 << 20  # of float32 logits at once, of which some six arrays are made
+KERNEL_CHUNK_BYTES = 128 << 20  # of products at once, in the dtype of the model, where a kernel reduces them
 TOP_TOKENS = 32  # per position; their embeddings are the conditioning where their probability suffices
 TAIL = 1e-4  # probability that the conditioning may leave out
-PAD_LOGIT = -1e9  # logit of the padding of the last tiles; finite, because 0 * -inf is not a number
+PAD_LOGIT = -6e4  # logit of the padding of the last tiles; finite in float16 too, because 0 * -inf is not a number
 
 
 class Prediction(NamedTuple):
@@ -82,7 +83,7 @@ class Prediction(NamedTuple):
         rows = head.table(tokens).astype(head.dtype)
         return _scaled_softcap(self.hidden @ rows.T, head.cap, self.temperature) - self.logsumexp[..., None]
 
-    def condition(self, head: Head, full_positions: int, nbytes: int = CHUNK_BYTES) -> mx.array:
+    def condition(self, head: Head, full_positions: int, nbytes: int | None = None) -> mx.array:
         """The expected embedding, which conditions the next step.
 
         Where the top tokens hold all but `TAIL` of the probability, the embedding is theirs. What is left out changes
@@ -92,7 +93,7 @@ class Prediction(NamedTuple):
         Args:
             head: the one that made this prediction.
             full_positions: how many positions of the batch the second pass computes; at least as many as need it.
-            nbytes: bytes of float32 logits at once.
+            nbytes: as in `Head.predict`.
 
         Returns:
             [B, C, H] as `Head.condition`.
@@ -109,9 +110,9 @@ class Prediction(NamedTuple):
             states, logsumexp = self.hidden.reshape(flat.shape)[index], self.logsumexp.flatten()[index, None]
             t = mx.broadcast_to(self.temperature, (*self.logsumexp.shape, 1)).reshape(-1, 1)[index]
             total = mx.zeros(states.shape, mx.float32)
-            for start, end in vocab_chunks(head.vocab_size, full_positions, nbytes):
-                z = _round(head.logits_slice(states, t, start, end), dtype)
-                p = mx.exp(z - logsumexp).astype(dtype)
+            for start, end in head.chunks(full_positions, nbytes):
+                products = matmul_slice(table, states, start, end)
+                p = _shares(products, head.cap, t, logsumexp, mx.zeros((1,), dtype))
                 total = total + matmul_slice(table, p, start, end, transpose=False)
                 states = mx.depends(states, [total])  # one chunk in memory at a time
             flat[index] = mx.where(needed[index, None], total.astype(dtype), flat[index])
@@ -189,6 +190,18 @@ def _scaled_softcap(x: mx.array, cap: mx.array, temperature: mx.array) -> mx.arr
 
 
 @fused
+def _shares(x: mx.array, cap: mx.array, temperature: mx.array, level: mx.array, like: mx.array) -> mx.array:
+    """exp(logit - level) of products x, with logits and shares rounded to the dtype of `like`."""
+    z = (cap * mx.tanh(x.astype(mx.float32) / cap) / temperature).astype(like.dtype)
+    return mx.exp(z.astype(mx.float32) - level).astype(like.dtype)
+
+
+@fused
+def _scores(top: mx.array, mass: mx.array, noise: mx.array) -> mx.array:
+    return top + mx.log(mass) + noise
+
+
+@fused
 def _masses(z: mx.array, top: mx.array, like: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """exp(z - top), its product with z - top, and exp(z - top) of numbers rounded to the dtype of `like`."""
     mass = mx.exp(z - top)
@@ -230,14 +243,16 @@ def matmul_slice(table: nn.Module, x: mx.array, start: int, end: int, transpose:
     return x @ weight.T
 
 
-def vocab_chunks(vocab_size: int, positions: int, nbytes: int) -> Iterator[tuple[int, int]]:
+def vocab_chunks(
+    vocab_size: int, positions: int, nbytes: int, itemsize: int = mx.float32.size
+) -> Iterator[tuple[int, int]]:
     """(start, end) of the chunks of the vocabulary.
 
-    A chunk is a multiple of `tile_size` * `STRIDE` tokens, at least one, whose float32 logits at `positions` positions
-    take at most `nbytes`.
+    A chunk is a multiple of `tile_size` * `STRIDE` tokens, at least one, whose logits of `itemsize` bytes at
+    `positions` positions take at most `nbytes`.
     """
     block = tile_size(vocab_size) * STRIDE
-    size = max(nbytes // (4 * block * positions), 1) * block
+    size = max(nbytes // (itemsize * block * positions), 1) * block
     for start in range(0, vocab_size, size):
         yield start, min(start + size, vocab_size)
 
@@ -252,6 +267,7 @@ class Head:
         softcap: logits are softcap * tanh(x / softcap).
         scale: factor of embeddings, sqrt(H).
         dtype: of activations.
+        uses_kernels: reduce tiles by a custom kernel.
     """
 
     table: nn.Module
@@ -259,6 +275,7 @@ class Head:
     softcap: float
     scale: float
     dtype: mx.Dtype
+    uses_kernels: bool = False
 
     @property
     def cap(self) -> mx.array:
@@ -293,7 +310,7 @@ class Head:
         temperature: mx.array | float,
         keys: mx.array,
         expected_embedding: bool = False,
-        nbytes: int = CHUNK_BYTES,
+        nbytes: int | None = None,
     ) -> Prediction:
         """Argmax, entropy, a sample and the top tokens of every position, in one pass over the vocabulary.
 
@@ -306,43 +323,87 @@ class Head:
             keys: [B, 2], one random key per row of the batch.
             expected_embedding: compute the expected embedding in the same pass, for all positions. It takes half the
                 time of a second pass over as many positions, so it pays where most of them need the full vocabulary.
-            nbytes: bytes of float32 logits at once; no result depends on it.
+            nbytes: bytes of logits at once; no result depends on it.
         """
         t, shape, tall = mx.array(temperature, mx.float32), hidden.shape[:2], tile_size(self.vocab_size)
         block = tall * STRIDE
         tile_keys, token_keys = rng.split(keys, 2)
         noise = rng.gumbel((shape[1], -(-self.vocab_size // block) * STRIDE), tile_keys)
+        reduce = self._reduce_by_kernel if self.uses_kernels else self._reduce_plainly
         kept: list[_Tiles] = []
         # Of the tile that leads so far: its score, its logits and its first token.
         lead = [mx.full((*shape, 1), -mx.inf), mx.zeros((*shape, tall)), mx.zeros((*shape, 1), mx.int32)]
         level, total = mx.full((*shape, 1), PAD_LOGIT), mx.zeros(hidden.shape)  # the sum is total * exp(level)
         stages = [hidden]
-        for start, end in vocab_chunks(self.vocab_size, shape[0] * shape[1], nbytes):
-            z, blocks = self.logits_slice(stages[-1], t, start, end), -(-(end - start) // block)
-            if padding := blocks * block - (end - start):
-                z = mx.pad(z, [(0, 0), (0, 0), (0, padding)], constant_values=PAD_LOGIT)
-            first = mx.arange(blocks * STRIDE, dtype=mx.int32)  # token of each tile, counted from `start`
-            first = first + first // STRIDE * (block - STRIDE)
-            tiles, shares = _summarise(z.reshape(*shape, blocks, tall, STRIDE), start + first, self.dtype)
-            kept.append(tiles)
-            scores = tiles.top + mx.log(tiles.mass) + noise[..., start // tall : start // tall + blocks * STRIDE]
-            lead = _leading_tile(lead, scores, z, first, start)
+        for start, end in self.chunks(shape[0] * shape[1], nbytes):
+            products = matmul_slice(self.table, stages[-1], start, end)
+            tiles, logits_of = reduce(products, t)
+            tile = start // block * STRIDE
+            scores = _scores(tiles.top, tiles.mass, noise[..., tile : tile + tiles.top.shape[-1]])
+            lead = _leading_tile(lead, scores, logits_of, tall, start)
+            kept.append(tiles._replace(token=tiles.token + start))
             if expected_embedding:
-                low = _round(tiles.top, self.dtype)
-                higher = mx.maximum(level, low.max(axis=-1, keepdims=True))
-                shares = shares * mx.exp(low - higher).reshape(*shape, blocks, 1, STRIDE)
-                p = shares.reshape(*shape, -1)[..., : end - start].astype(self.dtype)
+                higher = mx.maximum(level, _round(tiles.top, self.dtype).max(axis=-1, keepdims=True))
+                p = _shares(products, self.cap, t, higher, mx.zeros((1,), self.dtype))
                 total = total * mx.exp(level - higher) + matmul_slice(self.table, p, start, end, transpose=False)
                 level = higher
             stages.append(mx.depends(stages[-1], [*tiles, *lead, total]))  # the next chunk waits for this one
         _, inside, begin = lead
         sample = mx.argmax(inside + rng.gumbel((shape[1], tall), token_keys), axis=-1, keepdims=True)
         sample = (begin + sample.astype(mx.int32) * STRIDE)[..., 0]
-        reduced = _reduce(_Tiles(*(mx.concatenate(list(parts), axis=-1) for parts in zip(*kept))), self.dtype)
+        joined = kept[0] if len(kept) == 1 else _Tiles(*(mx.concatenate(parts, axis=-1) for parts in zip(*kept)))
+        reduced = _reduce(joined, self.dtype)
         made = Prediction(sample=sample, hidden=hidden, temperature=t, stages=tuple(stages), **reduced)
         if not expected_embedding:
             return made
         return made._replace(expected_embedding=total * mx.exp(level - made.logsumexp[..., None]))
+
+    def chunks(self, positions: int, nbytes: int | None = None) -> Iterator[tuple[int, int]]:
+        """`vocab_chunks` for `positions` positions, of `nbytes` or as many bytes as suit the way of reducing them."""
+        itemsize = self.dtype.size if self.uses_kernels else mx.float32.size
+        if nbytes is None:
+            nbytes = KERNEL_CHUNK_BYTES if self.uses_kernels else CHUNK_BYTES
+        return vocab_chunks(self.vocab_size, positions, nbytes, itemsize)
+
+    def _reduce_plainly(self, products: mx.array, t: mx.array) -> tuple[_Tiles, Callable[[mx.array], mx.array]]:
+        """The tiles of a chunk, tokens counted from its first, and a function that gives the logits of tokens.
+
+        Args:
+            products: [B, C, tokens] of hidden states and embeddings.
+            t: temperature, a scalar or [B, 1, 1].
+        """
+        z, tall = _scaled_softcap(products, self.cap, t), tile_size(self.vocab_size)
+        blocks = -(-z.shape[-1] // (tall * STRIDE))
+        if padding := blocks * tall * STRIDE - z.shape[-1]:
+            z = mx.pad(z, [(0, 0), (0, 0), (0, padding)], constant_values=PAD_LOGIT)
+        tiled, shape = z.reshape(*z.shape[:2], blocks, tall, STRIDE), (*z.shape[:2], -1)
+        top = tiled.max(axis=-2, keepdims=True)
+        tile = mx.arange(blocks * STRIDE, dtype=mx.int32)
+        token = tile // STRIDE * (tall * STRIDE) + tile % STRIDE
+        token = token + mx.argmax(tiled, axis=-2).astype(mx.int32).reshape(shape) * STRIDE
+        masses, depths, shares = _masses(tiled, top, mx.zeros((1,), self.dtype))
+        mass, depth = masses.sum(axis=-2), depths.sum(axis=-2)
+        rounded = mass if self.dtype == mx.float32 else shares.sum(axis=-2)
+        tiles = _Tiles(top.reshape(shape), token, *(one.reshape(shape) for one in (mass, depth, rounded)))
+        return tiles, lambda tokens: mx.take_along_axis(z, tokens, axis=-1)
+
+    def _reduce_by_kernel(self, products: mx.array, t: mx.array) -> tuple[_Tiles, Callable[[mx.array], mx.array]]:
+        """As `_reduce_plainly`, in one pass and without float32 arrays of the vocabulary's size."""
+        batch, length, count = products.shape
+        made = kernels.tiles(
+            products.reshape(-1, count),
+            self.cap.reshape(1),
+            t.reshape(-1),
+            tile_size(self.vocab_size),
+            STRIDE,
+            PAD_LOGIT,
+        )
+
+        def logits_of(tokens: mx.array) -> mx.array:
+            z = mx.take_along_axis(products, mx.minimum(tokens, count - 1), axis=-1)
+            return mx.where(tokens < count, _scaled_softcap(z, self.cap, t), PAD_LOGIT)
+
+        return _Tiles(*(one.reshape(batch, length, -1) for one in made)), logits_of
 
     def predict_full(self, hidden: mx.array, temperature: mx.array | float, keys: mx.array) -> FullPrediction:
         """As `predict`, from [B, C, V] logits at once; the sample takes a random number for every token."""
@@ -352,40 +413,24 @@ class Head:
         return FullPrediction(logits, argmax, confidence, entropy(logits), rng.sample(logits, keys))
 
 
-def _leading_tile(lead: list[mx.array], scores: mx.array, z: mx.array, first: mx.array, start: int) -> list[mx.array]:
+def _leading_tile(
+    lead: list[mx.array], scores: mx.array, logits_of: Callable[[mx.array], mx.array], tall: int, start: int
+) -> list[mx.array]:
     """The tile with the highest score so far: [its score, its logits, its first token].
 
     Args:
         lead: the leading tile of earlier chunks.
         scores: [B, C, tiles] of this chunk, Gumbel noise included.
-        z: [B, C, tokens] logits of this chunk.
-        first: [tiles] first token of each tile, counted from `start`.
+        logits_of: gives the logits of tokens [B, C, tall], counted from the first of this chunk.
+        tall: tokens of a tile.
         start: first token of this chunk.
     """
-    tile = mx.argmax(scores, axis=-1, keepdims=True)
-    tokens = first[tile] + mx.arange(lead[1].shape[-1], dtype=mx.int32) * STRIDE
-    found = mx.take_along_axis(scores, tile, axis=-1), mx.take_along_axis(z, tokens, axis=-1), start + first[tile]
+    tile = mx.argmax(scores, axis=-1, keepdims=True).astype(mx.int32)
+    first = tile // STRIDE * (tall * STRIDE) + tile % STRIDE
+    tokens = first + mx.arange(tall, dtype=mx.int32) * STRIDE
+    found = mx.take_along_axis(scores, tile, axis=-1), logits_of(tokens), start + first
     better = found[0] > lead[0]
     return [mx.where(better, new, old) for new, old in zip(found, lead)]
-
-
-def _summarise(tiled: mx.array, first: mx.array, dtype: mx.Dtype) -> tuple[_Tiles, mx.array]:
-    """The numbers of each tile, and exp(logit - the tile's largest) of the logits rounded to the model's dtype.
-
-    Args:
-        tiled: [B, C, blocks, tile, STRIDE] logits.
-        first: [tiles], the first token of each tile.
-        dtype: the model's.
-    """
-    shape = (*tiled.shape[:2], -1)
-    top = tiled.max(axis=-2, keepdims=True)
-    token = mx.argmax(tiled, axis=-2).astype(mx.int32)
-    masses, depths, shares = _masses(tiled, top, mx.zeros((1,), dtype))
-    mass, depth = masses.sum(axis=-2), depths.sum(axis=-2)
-    rounded = mass if dtype == mx.float32 else shares.sum(axis=-2)
-    token = first + token.reshape(shape) * STRIDE
-    kept = top.reshape(shape), token, mass.reshape(shape), depth.reshape(shape), rounded.reshape(shape)
-    return _Tiles(*kept), shares
 
 
 def _reduce(tiles: _Tiles, dtype: mx.Dtype) -> dict[str, mx.array]:

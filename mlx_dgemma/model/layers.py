@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import kernels
 from .attention import Attention, LayerContext
 from .config import TextConfig
 from .experts import Experts, Router
@@ -49,12 +50,34 @@ class Layer(nn.Module):
 
     def __call__(self, x: mx.array, scalar: mx.array, context: LayerContext) -> mx.array:
         """x [B, L, H] -> [B, L, H]; `scalar` is the layer's factor in this mode (encoder or decoder)."""
-        h = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), context))
+        attended = self.self_attn(self.input_layernorm(x), context)
+        if context.turn is not None:
+            return self._with_kernels(x, attended, scalar)
+        h = x + self.post_attention_layernorm(attended)
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
         flat = h.reshape(-1, h.shape[-1])
         sparse = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat)).reshape(h.shape)
         sparse = self.post_feedforward_layernorm_2(sparse)
         return (h + self.post_feedforward_layernorm(dense + sparse)) * scalar
+
+    def _with_kernels(self, x: mx.array, attended: mx.array, scalar: mx.array) -> mx.array:
+        """The rest of `__call__` behind attention, by custom kernels."""
+        eps, flat = self.input_layernorm.eps, (-1, x.shape[-1])
+        h, for_dense, for_experts, for_router = kernels.add_and_norm(
+            x,
+            attended,
+            self.post_attention_layernorm.weight,
+            self.pre_feedforward_layernorm.weight,
+            self.pre_feedforward_layernorm_2.weight,
+            self.router.scale,
+            eps,
+        )
+        chosen, shares = self.router.choose(for_router.reshape(flat))
+        rows, slots = self.experts.rows(for_experts.reshape(flat), chosen)
+        norms = self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2, self.post_feedforward_layernorm
+        dense_norm, experts_norm, norm = (one.weight for one in norms)
+        dense = self.mlp(for_dense)
+        return kernels.combine(h, dense, rows, slots, shares, (dense_norm, experts_norm, norm), scalar, eps)
 
 
 class SelfConditioning(nn.Module):

@@ -14,7 +14,7 @@ import numpy as np
 class Mask:
     """Which keys each query may attend to: L queries, N keys, B rows."""
 
-    keys: np.ndarray  # [N], the position that each key holds
+    keys: np.ndarray  # [N], the position that each key holds; ascending without a window
     queries: np.ndarray | None = None  # [L], the position of each query; None: all attend to every key but padding
     window: int | None = None  # positions that a query attends to, itself included
     padding: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int32))  # [B or 1], left padding of each row
@@ -28,30 +28,45 @@ class Mask:
             return "causal"
         return self.of_keys(0, len(self.keys))
 
-    def of_keys(self, start: int, end: int) -> mx.array | None:
-        """The mask of keys[start:end], bool [B or 1, 1, L or 1, end - start]; None where no key is hidden."""
+    def of_keys(self, start: int, end: int, rows: slice = slice(None)) -> mx.array | None:
+        """The mask of keys[start:end] and of the queries of `rows`; None where no key is hidden.
+
+        Returns:
+            bool [B or 1, 1, queries or 1, end - start].
+        """
         keys = self.keys[start:end]
+        queries = None if self.queries is None else self.queries[rows]
         padded = keys.min() < self.padding.max()
-        future = self.queries is not None and keys.max() > self.queries[0]
+        future = queries is not None and keys.max() > queries[0]
         if not (padded or future or self._passes_window(keys)):
             return None
         key = mx.array(keys)[None, None, None]
         pad = mx.array(self.padding)[:, None, None, None]
-        if self.queries is None:
+        if queries is None:
             return key >= pad
-        query = mx.array(self.queries)[None, None, :, None]
+        query = mx.array(queries)[None, None, :, None]
         mask = key <= query
         if self.window is not None:
             mask = mask & (key > query - self.window)
-        if self.spans is not None:
+        if self.spans is not None and self.queries is not None:
             earlier = len(self.keys) - len(self.queries)
-            span = mx.array(self.spans)[:, None, :, None]
+            span = mx.array(self.spans[:, rows])[:, None, :, None]
             other = mx.array(np.pad(self.spans, ((0, 0), (earlier, 0)))[:, start:end])[:, None, None]
             mask = mask | ((span == other) & (span > 0))
         if padded:
             # A padded query attends to itself: without any key its output would be NaN.
             mask = mask & ((key >= pad) | (key == query))
         return mask
+
+    def visible_keys(self, rows: slice) -> tuple[int, int]:
+        """(first, last): keys[:first] are visible to all queries of `rows`, keys[last:] to none of them."""
+        count = len(self.keys)
+        if self.padding.any() or self.spans is not None or self.window is not None:
+            return 0, count
+        if self.queries is None:
+            return count, count
+        ends = np.searchsorted(self.keys, [self.queries[rows][0], self.queries[rows][-1]], side="right")
+        return int(ends[0]), int(ends[1])
 
     def _passes_window(self, keys: np.ndarray) -> bool:
         """Whether one of these keys is outside the window of the last query."""

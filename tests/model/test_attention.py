@@ -1,4 +1,4 @@
-"""Attention in chunks of keys against attention in one piece; masks of ranges of keys against masks of all keys."""
+"""Attention by groups of queries against attention in one piece; masks of ranges of keys against masks of all keys."""
 
 import traceback
 
@@ -13,12 +13,12 @@ from mlx_dgemma.model.masks import Mask
 
 
 @pytest.fixture
-def chunked(monkeypatch):
-    """A function that makes attention take at most so many keys at once."""
+def grouped(monkeypatch):
+    """A function that makes attention take at most so many queries at once."""
 
-    def force(keys):
+    def force(queries):
         monkeypatch.setattr(attention, "SCORE_BYTES", 1)
-        monkeypatch.setattr(attention, "KEY_CHUNK", keys)
+        monkeypatch.setattr(attention, "queries_at_once", lambda _: queries)
 
     return force
 
@@ -108,28 +108,28 @@ def test_a_mask_of_ranges_is_the_mask_of_all_keys(batch, heads, kv_heads, length
             assert (mask.all_keys is None) == (mask.of_keys(0, whole) is None), name
 
 
-@pytest.mark.parametrize("keys", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "count"), SHAPES)
-def test_attention_in_chunks_equals_a_plain_loop(chunked, batch, heads, kv_heads, length, count, keys):
-    for name, mask in masks(batch, length, count, keys).items():
+def test_attention_in_groups_equals_a_plain_loop(grouped, batch, heads, kv_heads, length, count, group):
+    for name, mask in masks(batch, length, count, group).items():
         queries, k, v = draw(batch, heads, kv_heads, length, len(mask.keys))
         expected = plain(queries, k, v, table(mask, batch, length))
         with pytest.MonkeyPatch.context() as once:
             once.setattr(attention, "SCORE_BYTES", 2**40)
             assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
-        chunked(keys)
+        grouped(group)
         assert np.abs(np.array(attend(queries, k, v, mask)) - expected).max() < 1e-5, name
 
 
 @pytest.mark.parametrize("spread", [1.0, 40.0])
-def test_chunks_keep_the_dtype_and_its_precision(chunked, spread):
+def test_groups_keep_the_dtype_and_its_precision(grouped, spread):
     """Scores of several hundred, whose exponentials are infinite without a running maximum."""
     queries, keys, values = draw(1, 4, 2, 6, 90, dtype=mx.bfloat16)
     queries = queries * spread
     mask = Mask(np.arange(90), np.arange(84, 90))
     expected = plain(queries, keys, values, table(mask, 1, 6))
     one = attend(queries, keys, values, mask)
-    chunked(16)
+    grouped(2)
     several = attend(queries, keys, values, mask)
     assert several.dtype == one.dtype == mx.bfloat16
     errors = [np.abs(np.array(a.astype(mx.float32)) - expected).max() for a in (one, several)]
@@ -137,25 +137,30 @@ def test_chunks_keep_the_dtype_and_its_precision(chunked, spread):
 
 
 def test_scores_within_the_budget_are_computed_in_one_piece(monkeypatch):
-    """One byte less than the scores need, and keys come in chunks: a multiple of 256, at most `MAX_KEY_CHUNK`."""
-    queries, keys, values = draw(2, 4, 2, 3, 5000)
-    asked = []
-    monkeypatch.setattr(Mask, "of_keys", lambda self, start, end: asked.append((start, end)))
-    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 4 * 3 * 5000 * 4)
-    attend(queries, keys, values, Mask(np.arange(5000)))
-    assert asked == [(0, 5000)]
-    asked.clear()
-    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 4 * 3 * 5000 * 4 - 1)
-    attend(queries, keys, values, Mask(np.arange(5000)))
-    assert asked == [(0, 2304), (2304, 4608), (4608, 5000)]
-    asked.clear()
-    monkeypatch.setattr(attention, "MAX_KEY_CHUNK", 2048)
-    attend(queries, keys, values, Mask(np.arange(5000)))
-    assert asked == [(0, 2048), (2048, 4096), (4096, 5000)]
-    asked.clear()
-    monkeypatch.setattr(attention, "SCORE_BYTES", 1)
-    attend(queries, keys, values, Mask(np.arange(5000)))
-    assert asked == [(i, min(i + 256, 5000)) for i in range(0, 5000, 256)]
+    """One byte less than the scores need, and queries come in groups, each with the keys that it may see."""
+    arrays, mask = draw(2, 4, 2, 300, 5000), Mask(np.arange(5000), np.arange(4700, 5000))
+    seen = []
+    unfused = attention._unfused
+
+    def watched(queries, keys, values, visible=None):
+        seen.append((queries.shape[2], keys.shape[2], None if visible is None else visible.shape[-1]))
+        return unfused(queries, keys, values, visible)
+
+    monkeypatch.setattr(attention, "_unfused", watched)
+    needed = 2 * 4 * 300 * 5000 * 4
+    monkeypatch.setattr(attention, "SCORE_BYTES", needed)
+    attend(*arrays, mask)
+    assert seen == []  # one call of MLX's own
+    monkeypatch.setattr(attention, "SCORE_BYTES", needed - 1)
+    attend(*arrays, mask)
+    assert seen == [(299, 4999, 298), (1, 5000, None)]
+    seen.clear()
+    monkeypatch.setattr(attention, "SCORE_BYTES", needed // 3)
+    attend(*arrays, mask)
+    assert seen == [(100, 4800, 99), (100, 4900, 99), (100, 5000, 99)]
+    seen.clear()
+    attend(*arrays, Mask(np.arange(5000)))
+    assert seen == [(100, 5000, None)] * 3
 
 
 def peak(queries, keys, values):
@@ -173,8 +178,8 @@ def peak(queries, keys, values):
     return mx.get_peak_memory() - before
 
 
-def test_chunks_and_waiting_bound_the_peak(monkeypatch):
-    """64 MiB of scores in chunks of 1 MiB: a few chunks are in memory at once."""
+def test_groups_and_waiting_bound_the_peak(monkeypatch):
+    """64 MiB of scores in groups of 1 MiB: a few groups are in memory at once."""
     arrays = draw(1, 4, 1, 64, 65536)
     assert peak(*arrays) >= 2**26
     monkeypatch.setattr(attention, "SCORE_BYTES", 2**20)
@@ -182,10 +187,10 @@ def test_chunks_and_waiting_bound_the_peak(monkeypatch):
     assert peak(*arrays) < 6 * 2**20
 
 
-@pytest.mark.parametrize("keys", [1, 3, 4, 64])
+@pytest.mark.parametrize("group", [1, 3, 4])
 @pytest.mark.parametrize("kinds", [(SLIDING, FULL, SLIDING), (FULL, FULL)])
-def test_a_model_in_chunks_gives_the_same_logits(chunked, kinds, keys):
-    """With chunked prefill, padded rows, rings that wrapped, an image span, a commit and a conditioned canvas."""
+def test_a_model_in_groups_gives_the_same_logits(grouped, kinds, group):
+    """With grouped prefill, padded rows, rings that wrapped, an image span, a commit and a conditioned canvas."""
     model = small_model(4, layers=kinds)
     tokens, more, canvas = random_tokens(0, 3, 21), random_tokens(1, 3, 6), random_tokens(2, 3, 4)
     padded = np.arange(21)[None] >= np.array([[0], [13], [20]])
@@ -207,13 +212,13 @@ def test_a_model_in_chunks_gives_the_same_logits(chunked, kinds, keys):
         return model.logits(seen)
 
     expected = logits()
-    chunked(keys)
+    grouped(group)
     assert gap(logits(), expected) < 1e-4
 
 
 @pytest.mark.parametrize("budget", [2**40, 1])
 def test_attention_is_computed_in_the_fifth_frame_from_denoise(monkeypatch, budget):
-    """In one piece and in chunks, for a batch and for rows with prefixes of their own."""
+    """In one piece and in groups, for a batch and for rows with prefixes of their own."""
     model, seen = small_model(4), set()
 
     def watch(module, name):
@@ -229,11 +234,11 @@ def test_attention_is_computed_in_the_fifth_frame_from_denoise(monkeypatch, budg
 
     monkeypatch.setattr(attention, "SCORE_BYTES", budget)
     watch(mx.fast, "scaled_dot_product_attention")
-    watch(attention, "_exp_above")
+    watch(attention, "_unfused")
     prefixes = [model.new_prefix(), model.new_prefix()]
     for prefix in prefixes:
         model.encode(random_tokens(0, 1, 7), prefix)
     model.denoise(random_tokens(1, 1, 4), prefixes[0])
     model.denoise(random_tokens(1, 2, 4), prefixes)
-    product = "_exp_above" if budget == 1 else "scaled_dot_product_attention"
+    product = "_unfused" if budget == 1 else "scaled_dot_product_attention"
     assert seen == {(product, "denoise", "_run", "__call__", "__call__", "attend")}

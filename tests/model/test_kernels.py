@@ -1,0 +1,215 @@
+"""The custom kernels, emulated on the CPU, against the plain way of computing the same."""
+
+import shutil
+
+import emulator
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from support import FULL, SLIDING, engine_of, random_tokens, small_model
+
+from mlx_dgemma.checkpoint import build
+from mlx_dgemma.model import experts, head, kernels
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+EPS = 1e-6
+DTYPES = [mx.float32, mx.bfloat16, mx.float16]
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    monkeypatch.setattr(kernels, "_launch", emulator.launch)
+
+
+def draw(seed, *shape, dtype=mx.float32, scale=1.0):
+    return (mx.random.normal(shape, key=mx.random.key(seed)) * scale).astype(dtype)
+
+
+def norm(x, weight=None):
+    """As the reference rounds it: once, at the end."""
+    wide = x.astype(mx.float32)
+    wide = wide * mx.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + EPS)
+    return (wide if weight is None else wide * weight.astype(mx.float32)).astype(x.dtype)
+
+
+def same(found, expected, dtype):
+    """Equal up to a rounding of the dtype here and there."""
+    assert found.dtype == expected.dtype == dtype
+    assert found.shape == expected.shape
+    a, b = (np.array(one.astype(mx.float32), np.float64) for one in (found, expected))
+    step = {mx.float32: 2e-6, mx.bfloat16: 1 / 128, mx.float16: 1 / 1024}[dtype]
+    assert np.abs(a - b).max() <= 2 * step * max(np.abs(b).max(), 1)
+    assert (np.abs(a - b) > 1e-6 * np.abs(b)).mean() <= 0.2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [64, 300])
+def test_add_and_norm(dtype, size):
+    x, y = draw(0, 2, 5, size, dtype=dtype), draw(1, 2, 5, size, dtype=dtype, scale=30)
+    weight, dense, sparse, scale = (draw(i, size, dtype=dtype) for i in (2, 3, 4, 5))
+    total = x + norm(y, weight)
+    expected = [
+        total,
+        norm(total, dense),
+        norm(total, sparse),
+        ((norm(total) * scale).astype(mx.float32) * size**-0.5).astype(dtype),
+    ]
+    for found, wanted in zip(kernels.add_and_norm(x, y, weight, dense, sparse, scale, EPS), expected):
+        same(found, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size, top_k", [(64, 2), (300, 8), (40, 1)])
+def test_combine(dtype, size, top_k):
+    x, dense = draw(0, 1, 6, size, dtype=dtype), draw(1, 1, 6, size, dtype=dtype)
+    rows = draw(2, 50, size, dtype=dtype)
+    slots = mx.random.randint(0, 50, (6, top_k), key=mx.random.key(3))
+    shares = mx.random.uniform(0.1, 1, (6, top_k), key=mx.random.key(4)).astype(dtype)
+    norms, scalar = tuple(draw(i, size, dtype=dtype) for i in (5, 6, 7)), mx.array([0.7], dtype)
+    mixed = (rows[slots].astype(mx.float32) * shares[..., None].astype(mx.float32)).sum(axis=1).astype(dtype)[None]
+    both = norm(dense, norms[0]) + norm(mixed, norms[1])
+    expected = (x + norm(both, norms[2])) * scalar
+    same(kernels.combine(x, dense, rows, slots, shares, norms, scalar, EPS), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [SLIDING, FULL])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_split_heads(demo, dtype, kind, batch):
+    """Against the layer's own norms and RoPE, for one offset and for offsets of rows."""
+    model = engine_of(demo).model
+    attention = next(one.self_attn for one in model.model.decoder.layers if one._layer_type == kind)
+    dim, length = attention._dim, 4
+    offset = 700 if batch == 1 else mx.array([0, 3, 900])
+    q, k, v = (draw(i, batch, length, heads * dim, dtype=dtype) for i, heads in enumerate((6, 2, 2)))
+    norms = attention.q_norm.weight.astype(dtype), attention.k_norm.weight.astype(dtype)
+    queries, keys, values = kernels.split_heads(q, k, v, norms, model.turns(offset, length)[kind], EPS)
+
+    def by_head(x):
+        return x.reshape(batch, length, -1, dim)
+
+    for found, x, weight in ((queries, q, norms[0]), (keys, k, norms[1])):
+        normed = norm(by_head(x), weight).transpose(0, 2, 1, 3)
+        expected = attention._rope(normed.astype(mx.float32), offset=offset).astype(dtype)
+        if dtype == mx.float32:  # MLX rounds its frequencies, which shows at position 900
+            assert mx.abs(found - expected).max() < 3e-4
+        else:
+            same(found, expected, dtype)
+    same(values, norm(by_head(v)).transpose(0, 2, 1, 3), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count, top_k", [(8, 2), (128, 8), (40, 3), (5, 5), (300, 32)])
+def test_route(dtype, count, top_k):
+    scores, scales = draw(0, 9, count, dtype=dtype, scale=3), mx.random.uniform(0.5, 2, (count,)).astype(dtype)
+    chosen, shares = kernels.route(scores, scales, top_k)
+    numbers = np.array(scores.astype(mx.float32))
+    expected = np.argsort(-numbers, axis=1, kind="stable")[:, :top_k]  # of equal ones the first
+    assert np.array(chosen).tolist() == expected.tolist()
+    weights = mx.softmax(mx.take_along_axis(scores, mx.array(expected), axis=-1), axis=-1, precise=True)
+    same(shares, weights * scales[mx.array(expected)], dtype)
+
+
+def test_route_stays_within_bounds_without_a_number():
+    chosen, _ = kernels.route(mx.full((2, 8), mx.nan), mx.ones((8,)), 4)
+    assert np.array(chosen).max() < 8
+
+
+CASES = [(1, 1, 4, 1, 0), (7, 2, 4, 16, 0), (64, 8, 128, 16, 0), (40, 3, 1, 16, 0), (256, 8, 128, 1, 512)]
+CASES += [(33, 8, 128, 1, 512), (9, 2, 300, 1, 0)]
+
+
+@pytest.mark.parametrize("rows, top_k, count, length, least", CASES)
+def test_lay_out_and_take_rows(rows, top_k, count, length, least):
+    chosen = mx.random.randint(0, count, (rows, top_k), key=mx.random.key(rows))
+    runs = kernels.lay_out(chosen, count, length, least)
+    slots, source, owners = (np.array(one) for one in runs)
+    assert sorted(set(slots.flatten())) == sorted(slots.flatten())  # no slot twice
+    assert (owners[slots // length] == np.array(chosen)).all()
+    assert (source[slots] == np.arange(rows)[:, None]).all()
+    assert (np.diff(owners.astype(int)) >= 0).all()
+    assert source.min() >= 0 and source.max() < rows
+    assert owners.size * length >= least
+    if length > 1:  # the plain way uses the same slots
+        plain_slots, plain_owners = experts.lay_out_runs(chosen.flatten(), count, length)
+        assert slots.flatten().tolist() == np.array(plain_slots).tolist()
+        assert owners.tolist() == np.array(plain_owners).tolist()
+    x = draw(1, rows, 24, dtype=mx.bfloat16)
+    assert mx.array_equal(kernels.take_rows(x, runs.source, length).reshape(-1, 24), x[runs.source])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [64, 1000, 64 * 70])
+def test_tiles_and_what_the_head_makes_of_them(monkeypatch, dtype, vocabulary):
+    """In one chunk and in several, with a tile that is cut short, against the plain reduction."""
+    monkeypatch.setattr(head, "TILES", 64)  # tiles of several tokens
+    table = mx.zeros((vocabulary, 16))
+    hidden = draw(0, 2, 3, 16, dtype=dtype)
+    plain = head.Head(mlx_embedding(draw(1, *table.shape, dtype=dtype)), vocabulary, 5.0, 4.0, dtype)
+    fast = head.Head(plain.table, vocabulary, 5.0, 4.0, dtype, uses_kernels=True)
+    t, keys = mx.array([0.5, 0.9])[:, None, None], mx.random.split(mx.random.key(2), 2)
+    for whole in (False, True):
+        expected = plain.predict(hidden, t, keys, whole)
+        for nbytes in (None, 1):
+            found = fast.predict(hidden, t, keys, whole, nbytes)
+            assert mx.array_equal(found.argmax, expected.argmax)
+            assert mx.array_equal(found.sample, expected.sample)
+            for name in ("confidence", "entropy", "top_probs", "logsumexp"):
+                assert mx.abs(getattr(found, name) - getattr(expected, name)).max() < 1e-5, name
+            made = found.condition(fast, 6, nbytes).astype(mx.float32)
+            wanted = expected.condition(plain, 6).astype(mx.float32)
+            assert mx.abs(made - wanted).max() < (1e-4 if dtype == mx.float32 else 0.1)
+
+
+def mlx_embedding(weight):
+    table = nn.Embedding(1, 1)
+    table.weight = weight
+    return table
+
+
+@pytest.mark.parametrize("way", ["runs", "sorted", "gathered"])
+def test_a_model_with_kernels_gives_the_same_states(monkeypatch, way):
+    """Prompt, commit, canvases of one prefix and of several, in all ways of laying out rows."""
+    monkeypatch.setattr(experts, "uses_padded_runs", lambda: way == "runs")
+    monkeypatch.setattr(experts, "PAD_FROM", 0 if way == "sorted" else 10**6)
+    model = small_model(4, layers=(SLIDING, FULL, SLIDING))
+    tokens, canvas = random_tokens(0, 2, 21), random_tokens(2, 2, 4)
+    conditioning = draw(3, 2, 4, 16)
+    model.eval()
+
+    def states():
+        prefix, others = model.new_prefix(2), [model.new_prefix(), model.new_prefix()]
+        found = [model.encode(tokens[:, :12], prefix), model.encode(tokens[:, 12:], prefix)]
+        for one, length in zip(others, (5, 9)):
+            found.append(model.encode(tokens[:1, :length], one))
+        found += [model.denoise(canvas, prefix, conditioning), model.denoise(canvas, others)]
+        return found
+
+    expected = states()
+    model.uses_kernels = True
+    for a, b in zip(states(), expected):
+        assert mx.abs(a - b).max() < 1e-4
+    model.train()
+    for a, b in zip(states(), expected):
+        assert mx.array_equal(a, b)  # training takes the plain way
+
+
+def test_kernels_are_used_where_they_agree_and_else_refused_aloud(monkeypatch):
+    model = small_model(4, layers=(SLIDING, FULL))
+    model.eval()
+    build.choose_kernels(model)
+    assert model.uses_kernels
+    right = kernels.route
+    monkeypatch.setattr(kernels, "route", lambda scores, scales, k: right(-scores, scales, k))
+    with pytest.warns(UserWarning, match=r"^Custom kernels are not used, .* \(they compute something else here\)"):
+        build.choose_kernels(model)
+    assert not model.uses_kernels
+
+    def broken(*_):
+        raise RuntimeError("[metal::Device] Unable to load kernel route\nin a library")
+
+    monkeypatch.setattr(kernels, "route", broken)
+    with pytest.warns(UserWarning, match=r"\(\[metal::Device\] Unable to load kernel route\); please report it"):
+        build.choose_kernels(model)
+    assert not model.uses_kernels
