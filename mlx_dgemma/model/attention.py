@@ -16,10 +16,16 @@ from .kv_cache import LayerKV
 from .masks import Mask
 
 SCORE_BYTES = 256 * 2**20  # of attention scores at once; a pass that has more takes its queries group by group
+ALIGNMENT = 8  # keys; products of other sizes take CUDA twice as long
 
 
 def attend(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, stages: list[mx.array] | None = None
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    mask: Mask,
+    stages: list[mx.array] | None = None,
+    count: int | None = None,
 ) -> mx.array:
     """Grouped-query attention with scale 1.
 
@@ -33,6 +39,7 @@ def attend(
         mask: of L queries and N keys; every query sees at least one key.
         stages: one small array per group is appended to it; when they are evaluated in order, one group's scores are in
             memory at a time.
+        count: keys of the mask, all of which every query sees, where more keys lie behind them; for custom kernels.
 
     Returns:
         [B, heads, L, D] in the dtype of the values.
@@ -40,6 +47,8 @@ def attend(
     batch, heads, length, _ = queries.shape
     per_query = batch * heads * keys.shape[2] * queries.dtype.size
     if length * per_query <= SCORE_BYTES:
+        if count is not None:
+            return _unfused(queries, keys, values, count=count)
         visible = mask.all_keys
         if visible is None and not on_cpu():
             return _unfused(queries, keys, values)
@@ -49,9 +58,12 @@ def attend(
     size, found = queries_at_once(per_query), []
     for start in range(0, length, size):
         rows = slice(start, min(start + size, length))
-        first, last = mask.visible_keys(rows)
-        visible = mask.of_keys(first, last, rows) if first < last else None
-        found.append(_unfused(queries[:, :, rows], keys[:, :, :last], values[:, :, :last], visible))
+        if count is not None:
+            found.append(_unfused(queries[:, :, rows], keys, values, count=count))
+        else:
+            first, last = mask.visible_keys(rows)
+            visible = mask.of_keys(first, last, rows) if first < last else None
+            found.append(_unfused(queries[:, :, rows], keys[:, :, :last], values[:, :, :last], visible))
         queries = mx.depends(queries, [found[-1]])  # the next group waits for this one
         if stages is not None:
             stages.append(found[-1][..., :1])
@@ -63,28 +75,35 @@ def queries_at_once(per_query: int) -> int:
     return max(SCORE_BYTES // per_query, 1)
 
 
-def _unfused(queries: mx.array, keys: mx.array, values: mx.array, visible: mx.array | None = None) -> mx.array:
+def _unfused(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    visible: mx.array | None = None,
+    count: int | None = None,
+) -> mx.array:
     """As MLX computes it for heads of this size, but in one matrix of queries per KV head and without the scale.
 
-    `visible` is the mask of the last keys; those before are visible.
+    `visible` is the mask of the last keys; those before are visible. `count` is as in `attend`.
     """
     batch, heads, length, dim = queries.shape
-    kv_heads, count = keys.shape[1:3]
+    kv_heads, slots = keys.shape[1:3]
     scores = queries.reshape(batch, kv_heads, -1, dim) @ keys.swapaxes(-1, -2)
     if visible is not None:
-        grouped = scores.reshape(batch, kv_heads, -1, length, count)
-        masked = count - visible.shape[-1]
+        grouped = scores.reshape(batch, kv_heads, -1, length, slots)
+        masked = slots - visible.shape[-1]
         grouped[..., masked:] = mx.where(visible[:, :, None], grouped[..., masked:], -mx.inf)
         scores = grouped.reshape(scores.shape)
-    shares = mx.softmax(scores, axis=-1, precise=True)
+    shares = mx.softmax(scores, axis=-1, precise=True) if count is None else kernels.softmax(scores, count)
     return (shares @ values).reshape(batch, heads, length, dim)
 
 
 def _fused_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array | None:
     """Attention by a kernel of MLX that keeps no scores; None where Metal has none for this shape."""
-    visible = mask.all_keys
+    visible, count = mask.all_keys, len(mask.keys)
     if visible is not None and not isinstance(visible, str):
         return None
+    keys, values = keys[:, :, :count], values[:, :, :count]
     try:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible, force_fused=True)
     except ValueError:  # what has a kernel depends on the chip, the head's size and MLX's version
@@ -146,8 +165,13 @@ class Attention(nn.Module):
         new, rows = (queries, keys, values), []
         for i, (cache, offset, mask) in enumerate(zip(context.caches, context.offsets, context.masks)):
             q, k, v = new if len(context.caches) == 1 else (a[i : i + 1] for a in new)
-            k, v = (cache.with_canvas if context.canvas else cache.extend)(k, v, offset)
+            count = None
+            if context.canvas and context.turn is not None and mask.all_keys is None:
+                k, v = cache.with_canvas(k, v, offset, ALIGNMENT)
+                count = len(mask.keys) if k.shape[2] > len(mask.keys) else None
+            else:
+                k, v = (cache.with_canvas if context.canvas else cache.extend)(k, v, offset)
             cache.stages = []
-            rows.append(attend(q, k, v, mask, cache.stages))
+            rows.append(attend(q, k, v, mask, cache.stages, count))
         out = rows[0] if len(rows) == 1 else mx.concatenate(rows)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))

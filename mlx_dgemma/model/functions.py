@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from .device import fused, on_cpu
 
@@ -16,7 +15,9 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     if on_cpu():  # (1 + tanh(u)) / 2 as sigmoid(2 u): powers, tanh and its gradient are slow there
         u = math.sqrt(2 / math.pi) * gate * (1 + 0.044715 * gate * gate)
         return gate * mx.sigmoid(2 * u) * up
-    return nn.gelu_approx(gate) * up
+    x = gate.astype(mx.float32)  # products with small numbers are rounded once
+    x = 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    return x.astype(gate.dtype) * up
 
 
 def rms_norm(x: mx.array, eps: float) -> mx.array:

@@ -23,7 +23,7 @@ from .functions import entropy
 TILES = 4096  # about so many: more take more memory, fewer let likely tokens fall into the same tile
 STRIDE = 64  # distance of a tile's tokens: neighbouring tokens such as the digits are often likely together
 CHUNK_BYTES = 16 << 20  # of float32 logits at once, of which some six arrays are made
-KERNEL_CHUNK_BYTES = 128 << 20  # of products at once, in the dtype of the model, where a kernel reduces them
+KERNEL_CHUNK_BYTES = 32 << 20  # of products at once, in the dtype of the model, where a kernel reduces them
 TOP_TOKENS = 32  # per position; their embeddings are the conditioning where their probability suffices
 TAIL = 1e-4  # probability that the conditioning may leave out
 PAD_LOGIT = -6e4  # logit of the padding of the last tiles; finite in float16 too, because 0 * -inf is not a number
@@ -351,7 +351,7 @@ class Head:
         _, inside, begin = lead
         sample = mx.argmax(inside + rng.gumbel((shape[1], tall), token_keys), axis=-1, keepdims=True)
         sample = (begin + sample.astype(mx.int32) * STRIDE)[..., 0]
-        joined = kept[0] if len(kept) == 1 else _Tiles(*(mx.concatenate(parts, axis=-1) for parts in zip(*kept)))
+        joined = kept[0] if len(kept) == 1 else _Tiles(*(mx.concatenate(list(parts), axis=-1) for parts in zip(*kept)))
         reduced = _reduce(joined, self.dtype)
         made = Prediction(sample=sample, hidden=hidden, temperature=t, stages=tuple(stages), **reduced)
         if not expected_embedding:

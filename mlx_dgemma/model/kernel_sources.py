@@ -236,25 +236,28 @@ ROUTE = """
 # of each slot; owners, the expert of each run of LENGTH slots. An expert's last run is filled up with row 0, which
 # nobody reads. There are as many runs as may be needed, or LEAST; the rest belongs to the last expert.
 LAY_OUT = """
-  constexpr int PARTS = THREADS / EXPERTS;
-  SHARED int counts[THREADS], totals[EXPERTS], starts[EXPERTS + 1];
-  const int part = tid / EXPERTS, expert = tid % EXPERTS;
-  const int count = chosen_shape[0] * chosen_shape[1];
+  constexpr int PARTS = 4096 / EXPERTS < 32 ? 4096 / EXPERTS : 32;
+  SHARED int counts[PARTS * EXPERTS], totals[EXPERTS], starts[EXPERTS + 1];
+  const int count = chosen_shape[0] * chosen_shape[1], top_k = chosen_shape[1];
   const int most = count / LENGTH + (EXPERTS < count ? EXPERTS : count);
   const int runs = LENGTH > 1 ? most : count > LEAST ? count : LEAST;
   const int size = (count + PARTS - 1) / PARTS;
-  const int begin = part * size < count ? part * size : count;
+  const int begin = tid * size < count ? tid * size : count;
   const int end = begin + size < count ? begin + size : count;
-  int found = 0;
-  if (part < PARTS) {
-    for (int i = begin; i < end; i++) found += int(chosen[i]) == expert;
+  for (int i = tid; i < PARTS * EXPERTS; i += THREADS) counts[i] = 0;
+  SYNC();
+  if (tid < PARTS) {
+    for (int i = begin; i < end; i++) counts[tid * EXPERTS + int(chosen[i])]++;
   }
-  counts[tid] = found;
   SYNC();
   if (tid < EXPERTS) {
-    int sum = 0;
-    for (int p = 0; p < PARTS; p++) sum += counts[p * EXPERTS + tid];
-    totals[tid] = sum;
+    int before = 0;
+    for (int p = 0; p < PARTS; p++) {
+      int own = counts[p * EXPERTS + tid];
+      counts[p * EXPERTS + tid] = before;
+      before += own;
+    }
+    totals[tid] = before;
   }
   SYNC();
   if (tid < EXPERTS) {
@@ -270,16 +273,37 @@ LAY_OUT = """
   }
   for (int r = starts[EXPERTS] + tid; r < runs; r += THREADS) owners[r] = EXPERTS - 1;
   for (int s = starts[EXPERTS] * LENGTH + tid; s < runs * LENGTH; s += THREADS) source[s] = 0;
-  if (part < PARTS) {
-    int slot = starts[expert] * LENGTH;
-    for (int p = 0; p < part; p++) slot += counts[p * EXPERTS + expert];
+  if (tid < PARTS) {
     for (int i = begin; i < end; i++) {
-      if (int(chosen[i]) == expert) {
-        slots[i] = slot;
-        source[slot] = i / chosen_shape[1];
-        slot++;
-      }
+      int expert = chosen[i];
+      int slot = starts[expert] * LENGTH + counts[tid * EXPERTS + expert]++;
+      slots[i] = slot;
+      source[slot] = i / top_k;
     }
+  }
+"""
+
+# A group takes a row. scores [N, P], count [1] -> shares [N, P], the softmax of the first `count` scores, then zeros.
+SOFTMAX = """
+  SHARED float peaks[32], masses[32];
+  const int live = count[0], width = scores_shape[1];
+  const long at = long(group) * width;
+  float peak = LOWEST, mass = 0;
+  for (int c = tid; c < live; c += THREADS) {
+    float x = float(scores[at + c]);
+    if (x > peak) { mass = mass * exponential(peak - x) + 1; peak = x; }
+    else mass += exponential(x - peak);
+  }
+  float highest = wave_max(peak);
+  float part = wave_sum(mass * exponential(peak - highest));
+  if (lane == 0) { peaks[wave] = highest; masses[wave] = part; }
+  SYNC();
+  peak = LOWEST;
+  for (int w = 0; w < THREADS / 32; w++) peak = peaks[w] > peak ? peaks[w] : peak;
+  mass = 0;
+  for (int w = 0; w < THREADS / 32; w++) mass += masses[w] * exponential(peaks[w] - peak);
+  for (int c = tid; c < width; c += THREADS) {
+    shares[at + c] = T(c < live ? exponential(float(scores[at + c]) - peak) / mass : 0.0f);
   }
 """
 

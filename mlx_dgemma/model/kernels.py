@@ -6,6 +6,7 @@ them. They have no gradient. `check` compares them with the plain way on the dev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ def _compiled(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], cons
     """A kernel by the name of its source. MLX compiles it anew for every set of integers and dtypes."""
     body = getattr(sources, name)
     given = "".join(f"#define {key} ({value!r}f)\n" for key, value in constants)
+    make: Callable[..., Any]
     if on_metal():
         header, place, make = sources.METAL_PRELUDE, sources.METAL_PLACE, mx.fast.metal_kernel
     else:
@@ -199,6 +201,16 @@ def take_rows(x: mx.array, source: mx.array, length: int) -> mx.array:
         "TAKE_ROWS", {"x": x, "source": source}, {"rows": ((source.size // length, length, size), x.dtype)},
         source.size, THREADS, {"H": size, "THREADS": THREADS},
     )[0]  # fmt: skip
+
+
+def softmax(scores: mx.array, count: int) -> mx.array:
+    """The softmax over the first `count` scores of each row, and zeros behind them: [..., P] -> [..., P]."""
+    width = scores.shape[-1]
+    flat = scores.reshape(-1, width)
+    return _launch(
+        "SOFTMAX", {"scores": flat, "count": mx.array([count], mx.int32)}, {"shares": (flat.shape, flat.dtype)},
+        flat.shape[0], THREADS, {"T": scores.dtype, "THREADS": THREADS}, LOWEST=LOWEST,
+    )[0].reshape(scores.shape)  # fmt: skip
 
 
 def tiles(

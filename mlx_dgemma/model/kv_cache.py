@@ -70,9 +70,21 @@ class LayerKV:
             self._write(keys[:, :, tail:], values[:, :, tail:], 0)
         return seen
 
-    def with_canvas(self, keys: mx.array, values: mx.array, offset: int) -> tuple[mx.array, mx.array]:
-        """Write the canvas into the free slots behind the prefix; returns the keys and values of prefix and canvas."""
-        return self._write(keys, values, self.used(offset))
+    def with_canvas(
+        self, keys: mx.array, values: mx.array, offset: int, alignment: int = 1
+    ) -> tuple[mx.array, mx.array]:
+        """Write the canvas into the free slots behind the prefix.
+
+        Returns:
+            The keys and values of prefix and canvas, and behind them free slots up to a multiple of `alignment`, which
+            divides `BUFFER_STEP`.
+        """
+        keys, values = self._write(keys, values, self.used(offset))
+        assert self.keys is not None and self.values is not None
+        if free := -keys.shape[2] % alignment:
+            end = keys.shape[2] + free
+            keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        return keys, values
 
     def _write(self, keys: mx.array, values: mx.array, at: int) -> tuple[mx.array, mx.array]:
         end = at + keys.shape[2]

@@ -140,6 +140,15 @@ def test_lay_out_and_take_rows(rows, top_k, count, length, least):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count, width", [(1, 8), (25, 32), (300, 304), (8, 8)])
+def test_softmax_of_the_first_scores(dtype, count, width):
+    scores = draw(0, 2, 3, width, dtype=dtype, scale=3)
+    found = kernels.softmax(scores, count)
+    same(found[..., :count], mx.softmax(scores[..., :count], axis=-1, precise=True), dtype)
+    assert (found[..., count:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [64, 1000, 64 * 70])
 def test_tiles_and_what_the_head_makes_of_them(monkeypatch, dtype, vocabulary):
     """In one chunk and in several, with a tile that is cut short, against the plain reduction."""
