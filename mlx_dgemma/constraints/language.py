@@ -115,8 +115,12 @@ class Language:
             if byte < 128:
                 found.append(tokens[length[tokens] == 1][:1])
             narrow = self._states_taking[byte][~self._broad[self._states_taking[byte]]]
+            tokens = tokens[length[tokens] > 1]
+            second = self._token_bytes.bytes[tokens, 1]
             for state in np.unique(self.table[narrow, byte]):
-                found.append(self._within_fixed_text(tokens[length[tokens] > 1], int(state)))
+                if not self._broad[state]:
+                    going_on = live[state].take(second)
+                    found.append(self._within_fixed_text(tokens[going_on], int(state)))
         tokens = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
         if np.isinf(self._distances(self.transitions_of(tokens))[0]):
             # Some character has no token of its own and is spelt in bytes.
@@ -125,7 +129,10 @@ class Language:
         return tokens.astype(np.int32)
 
     def _within_fixed_text(self, tokens: np.ndarray, state: int) -> np.ndarray:
-        """Those tokens that go on from `state`, which their first byte led to, and cross no broad state."""
+        """Those tokens that go on from `state`, which their first byte led to, and cross no broad state.
+
+        Their second byte is known to lead on.
+        """
         token_bytes, kept = self._token_bytes, []
         states = np.full(len(tokens), state)
         for i in range(1, MAX_TOKEN_BYTES):

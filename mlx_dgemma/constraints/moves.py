@@ -7,6 +7,7 @@ tokens lead to come first, without gaps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -69,7 +70,8 @@ class ScoredMoves:
         self.edge_source = edges % states
         self.edge_first = np.searchsorted(edges // states, np.arange(states + 1)).tolist()
         self.edge_starts = np.array(self.edge_first[: self.reached], np.int64)
-        self._find_groups(np.split(self.index[order], first[1:]) if len(edges) else [])
+        index, borders = self.index[order], [*first.tolist(), len(order)]
+        self._find_groups([index[start:stop] for start, stop in pairwise(borders)])
 
     def best_of_groups(self, log_p: np.ndarray) -> np.ndarray:
         """[C, groups] float64, the highest of each group's log-probabilities; `log_p` [C, S] of the tokens."""
@@ -118,6 +120,6 @@ class ScoredMoves:
             width = 1 << (len(part) - 1).bit_length()
             rows = by_width.setdefault(width, [])
             place.append((len(by_width) - 1, len(rows)))
-            rows.append(np.pad(part, (0, width - len(part)), mode="edge"))
+            rows.append(part[np.minimum(np.arange(width), len(part) - 1)])
         self._place = np.array(place, np.int64).reshape(-1, 2)
         self._members = [np.stack(rows, axis=1) for rows in by_width.values()]
