@@ -196,6 +196,39 @@ def edit(engine: mlx_dgemma.Engine, count: int) -> list[list]:
     return rows
 
 
+def search(language: Language, count: int) -> list[tuple[str, list[float]]]:
+    """Seconds of the search for the best text, of arrays as a step has them."""
+    draws, found = np.random.default_rng(0), []
+    ends = np.log(draws.dirichlet(np.ones(2), 256))[:, :1].astype(np.float32)
+    anchors = np.log(draws.dirichlet(np.ones(len(language.always_scored_tokens) + 1000), 256))[:, :-1000]
+    anchors, text = anchors.astype(np.float32), np.zeros(256, np.int32)
+    for what, probabilities in (
+        ("diffuse", [0.9 / 32] * 32),
+        ("settled", [1 - 1e-5] + [1e-7] * 31),
+        ("settled on a text of 100 tokens", [1 - 1e-5] + [1e-7] * 31),
+    ):
+        spent = []
+        for _ in range(count):
+            likely = draws.integers(3, 262144, (256, 32))
+            if "text" in what:
+                likely[:, 0], ends[:], ends[100] = text, -16, -1e-5
+            log_p = np.log(np.broadcast_to(np.array(probabilities, np.float32), likely.shape))
+            seen = Marginals(likely, log_p, likely[:, 0], log_p[:, 0], anchors, ends, ends[:, :0])
+            for _ in range(2):
+                began = time.perf_counter()
+                best = best_text(language, seen, 0, [1], 512)
+                spent.append(time.perf_counter() - began)
+        if what == "diffuse":
+            seen.end_log_p[100] = 999
+            text = best_text(language, seen, 0, [1], 512)
+            assert text[100] == 1, "the text ends there"
+        found += [
+            (f"canvas 256, {what}, {which}", some) for which, some in (("new", spent[::2]), ("known", spent[1::2]))
+        ]
+        assert "text" not in what or best[:101].tolist() == text[:101].tolist()
+    return found
+
+
 def overhead(_: None, count: int, full: bool = False) -> list[list]:
     """What a constraint of ten fields takes to make, and adds to a step, at a large vocabulary."""
     raw = raw_config("26b") if full else raw_config("small", 2, 512, 262144, 64)
@@ -210,22 +243,11 @@ def overhead(_: None, count: int, full: bool = False) -> list[list]:
         _ = make()
         rows[-1] += [held / 2**20 for held in tracemalloc.get_traced_memory()]
         tracemalloc.stop()
-    language, draws = made[1], np.random.default_rng(0)
+    language = made[1]
     rows.append([f"table, {len(language.distance)} states", "", language.table.nbytes / 2**20, ""])
-    ends = np.log(draws.dirichlet(np.ones(2), 256))[:, :1]
-    anchors = np.log(draws.dirichlet(np.ones(len(language.always_scored_tokens) + 1000), 256))[:, :-1000]
-    for what, probabilities in (("diffuse", [0.9 / 32] * 32), ("settled", [1 - 1e-5] + [1e-7] * 31)):
-        spent = []
-        for _ in range(count):
-            likely = draws.integers(3, 262144, (256, 32))
-            log_p = np.log(np.broadcast_to(np.array(probabilities), likely.shape))
-            seen = Marginals(likely, log_p, likely[:, 0], log_p[:, 0], anchors, ends, ends[:, :0])
-            for _ in range(2):
-                began = time.perf_counter()
-                best_text(language, seen, 0, [1], 512)
-                spent.append(time.perf_counter() - began)
-        for which, some in (("new tokens", spent[::2]), ("known tokens", spent[1::2])):
-            rows.append([f"best_text, canvas 256, {what}, {which}", spread(some, 4)["median"], "", ""])
+    rows += [
+        [f"best_text, canvas 256, {what}", spread(some, 4)["median"], "", ""] for what, some in search(language, count)
+    ]
     never = {"patience": 0, "confidence_threshold": 0, "certainty_threshold": 0}  # settled
     options = GenerationOptions(max_denoising_steps=count + 2, **never)
     model = random_model(raw, mx.bfloat16, "4bit") if full else random_model(raw, mx.float32, None)

@@ -7,39 +7,20 @@ every state to the end, so that there is always a way out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache, cached_property
-from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import OptionError
 from .dfa import build_dfa
+from .moves import LikelyMoves, ScoredMoves, Transitions
 from .patterns import ALL_CODE_POINTS, SURROGATES, character_class, subtract
 from .tokens import MAX_TOKEN_BYTES, TokenBytes
+from .walks import Walks
 
 BROAD_STATE = 32  # a state from which more bytes than this may follow lies inside free text
-MAX_CACHED_TOKENS = 2**18  # tokens whose transitions are kept
 MIN_PROBABILITY = 1e-5  # a position's tokens below it are not looked at
-
-
-@dataclass(frozen=True)
-class Transitions:
-    """Moves of tokens through an automaton, as parallel arrays int32."""
-
-    index: np.ndarray  # which of the tokens that were asked about
-    source: np.ndarray  # the state before it
-    target: np.ndarray  # the state behind it
-
-
-class LikelyTransitions(NamedTuple):
-    """Moves of one position's likely tokens, as parallel arrays."""
-
-    source: np.ndarray
-    target: np.ndarray
-    log_p: np.ndarray
-    token: np.ndarray
 
 
 class Language:
@@ -55,6 +36,7 @@ class Language:
         accepting: [states] bool.
         always_scored_tokens: [S] int32, tokens whose probability is needed at every position: all that fit into fixed
             text, and each that is a single character.
+        scored_moves: theirs.
         distance: [states] tokens from each state to the end, of the always scored ones; infinite if there is no way.
 
     Raises:
@@ -73,10 +55,8 @@ class Language:
         if np.isinf(self.distance[0]):
             raise OptionError(f"{what} has no text that this tokenizer can spell; change it.")
         transitions = self._not_stuck(transitions)
-        order = np.argsort(transitions.target, kind="stable")
-        self._scored = Transitions(transitions.index[order], transitions.source[order], transitions.target[order])
-        self._scored_targets, self._target_starts = np.unique(self._scored.target, return_index=True)
-        self._forget()
+        self.scored_moves = ScoredMoves(transitions, len(self.distance))
+        self._walks = Walks(self.table, token_bytes, np.isfinite(self.distance), self.scored_moves.column)
 
     def transitions_of(self, tokens: np.ndarray) -> Transitions:
         """All moves of these tokens from any state to one that is not dead; `index` points into `tokens`."""
@@ -109,83 +89,23 @@ class Language:
         """Tokens of the shortest text, over the whole vocabulary. `distance` uses the always scored tokens alone."""
         return int(self._distances(self.transitions_of(np.flatnonzero(self._token_bytes.length)))[0])
 
-    def extend_scores(
-        self, before: np.ndarray, always_scored_log_p: np.ndarray, likely: LikelyTransitions
-    ) -> np.ndarray:
-        """The best score of every state behind a position.
-
-        Args:
-            before: [states] the best scores before it.
-            always_scored_log_p: [S] its log-probabilities of the always scored tokens.
-            likely: the moves of its likely tokens.
-
-        Returns:
-            [states] float64, minus infinity where no token leads.
-        """
-        after = np.full(len(before), -np.inf)
-        if len(self._scored.index):
-            scores = before[self._scored.source] + always_scored_log_p[self._scored.index]
-            after[self._scored_targets] = np.maximum.reduceat(scores, self._target_starts)
-        np.maximum.at(after, likely.target, before[likely.source] + likely.log_p)
-        return after
-
-    def backtrack(
-        self, before: np.ndarray, always_scored_log_p: np.ndarray, likely: LikelyTransitions, state: int
-    ) -> tuple[int, int]:
-        """One position back from `state`: the token and the previous state with the highest score that lead to it.
-
-        The other arguments are those that `extend_scores` had for the position.
-        """
-        scored, found = self._scored.target == state, likely.target == state
-        index = self._scored.index[scored]
-        tokens = np.concatenate([self.always_scored_tokens[index], likely.token[found]])
-        sources = np.concatenate([self._scored.source[scored], likely.source[found]])
-        log_p = np.concatenate([always_scored_log_p[index], likely.log_p[found]])
-        best = int((before[sources] + log_p).argmax())
-        return int(tokens[best]), int(sources[best])
-
-    def likely_transitions(self, tokens: np.ndarray, log_p: np.ndarray) -> Iterator[LikelyTransitions]:
-        """For each position the moves of its tokens that are not below MIN_PROBABILITY.
+    def likely_moves(self, tokens: np.ndarray, log_p: np.ndarray) -> LikelyMoves:
+        """The moves of each position's tokens that are not below MIN_PROBABILITY.
 
         Args:
             tokens: [C, K] the likely tokens of each position.
             log_p: [C, K] their log-probabilities.
         """
         position, rank = np.nonzero(log_p > np.log(MIN_PROBABILITY))
-        token, token_log_p = tokens[position, rank], log_p[position, rank]
-        self._cache(token)
-        slot = self._cache_slot[token]
-        start, count = self._cache_start[slot], self._cache_start[slot + 1] - self._cache_start[slot]
-        # Each token becomes `count` moves, which lie one behind the other in the cache from `start` on.
-        owner = np.repeat(np.arange(len(token)), count)  # for each move, which token makes it
-        first_move = np.cumsum(count) - count  # for each token, the number of its first move
-        cached = start[owner] + np.arange(len(owner)) - first_move[owner]
-        parts = self._cache_source[cached], self._cache_target[cached], token_log_p[owner], token[owner]
-        borders = np.searchsorted(position[owner], np.arange(1, len(tokens)))
-        for one in zip(*(np.split(part, borders) for part in parts)):
-            yield LikelyTransitions(*one)
-
-    def _forget(self) -> None:
-        """Empty the cache of transitions. A token with slot s has those from start[s] to start[s + 1]."""
-        self._cache_slot = np.full(len(self._token_bytes.length), -1, np.int32)  # -1: not in the cache
-        self._cache_start = np.zeros(1, np.int64)
-        self._cache_source = np.zeros(0, np.int32)
-        self._cache_target = np.zeros(0, np.int32)
-
-    def _cache(self, tokens: np.ndarray) -> None:
-        """Find the moves of tokens that are not in the cache."""
-        if len(self._cache_start) > MAX_CACHED_TOKENS:
-            self._forget()
-        new = np.unique(tokens[self._cache_slot[tokens] < 0])
-        if not len(new):
-            return
-        transitions = self._not_stuck(self.transitions_of(new))
-        order = np.argsort(transitions.index, kind="stable")
-        self._cache_source = np.concatenate([self._cache_source, transitions.source[order]])
-        self._cache_target = np.concatenate([self._cache_target, transitions.target[order]])
-        self._cache_slot[new] = len(self._cache_start) - 1 + np.arange(len(new))
-        count = np.bincount(transitions.index, minlength=len(new))
-        self._cache_start = np.concatenate([self._cache_start, self._cache_start[-1] + np.cumsum(count)])
+        token, token_log_p = tokens[position, rank], log_p[position, rank].astype(np.float64)
+        walk = self._walks.maps_of(token)
+        start = self._walks.start[walk]
+        count = self._walks.start[walk + 1] - start
+        behind = np.cumsum(count)  # Each token becomes `count` moves, which lie one behind the other from `start` on.
+        kept = np.arange(count.sum()) + np.repeat(start - behind + count, count)
+        first = np.concatenate([[0], behind])[np.searchsorted(position, np.arange(len(tokens) + 1))]
+        parts = self._walks.source[kept], self._walks.target[kept], np.repeat(token_log_p, count)
+        return LikelyMoves(first.tolist(), *parts, np.repeat(token, count))
 
     def _find_always_scored(self, live: np.ndarray) -> np.ndarray:
         """All tokens that fit into fixed text, and each that is a single character; see `always_scored_tokens`."""
@@ -195,8 +115,12 @@ class Language:
             if byte < 128:
                 found.append(tokens[length[tokens] == 1][:1])
             narrow = self._states_taking[byte][~self._broad[self._states_taking[byte]]]
+            tokens = tokens[length[tokens] > 1]
+            second = self._token_bytes.bytes[tokens, 1]
             for state in np.unique(self.table[narrow, byte]):
-                found.append(self._within_fixed_text(tokens[length[tokens] > 1], int(state)))
+                if not self._broad[state]:
+                    going_on = live[state].take(second)
+                    found.append(self._within_fixed_text(tokens[going_on], int(state)))
         tokens = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
         if np.isinf(self._distances(self.transitions_of(tokens))[0]):
             # Some character has no token of its own and is spelt in bytes.
@@ -205,7 +129,10 @@ class Language:
         return tokens.astype(np.int32)
 
     def _within_fixed_text(self, tokens: np.ndarray, state: int) -> np.ndarray:
-        """Those tokens that go on from `state`, which their first byte led to, and cross no broad state."""
+        """Those tokens that go on from `state`, which their first byte led to, and cross no broad state.
+
+        Their second byte is known to lead on.
+        """
         token_bytes, kept = self._token_bytes, []
         states = np.full(len(tokens), state)
         for i in range(1, MAX_TOKEN_BYTES):

@@ -1,8 +1,7 @@
 """The most probable text of a regular language on a canvas.
 
 Given the canvas, a denoiser's positions are independent, so the best text is found by dynamic programming over
-positions and automaton states (DINGO, arXiv 2505.23061). `scores[i]` holds, for each state, the log-probability of the
-best tokens for the first i positions that lead to it.
+positions and automaton states (DINGO, arXiv 2505.23061).
 """
 
 from __future__ import annotations
@@ -13,7 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from .language import Language
+from .lattice import Lattice
 
+LOOK = 16  # positions after which the search looks whether to go on
+ROUNDING = 1e-6  # nats, far above the error of a sum of log-probabilities
 FRESH, THINKING = -2, -1  # states before the language: nothing is written yet, and in the middle of a thought
 
 
@@ -51,64 +53,99 @@ def best_text(
     Returns:
         [C] int32 tokens.
     """
-    length = len(marginals.argmax)
-    scores = np.full((length + 1, len(language.distance)), -np.inf)
-    thought_score = np.full(length + 1, -np.inf)  # of still being inside the thought
-    by_closing = np.zeros(length + 1, bool)  # whether the best way to state 0 closes the thought
-    if state == THINKING:
-        thought_score[0] = 0.0
-    else:
-        scores[0, max(state, 0)] = 0.0
-    inside_log_p = marginals.likely_log_p
-    if thought_tokens:
-        never_inside = np.isin(marginals.likely, [*end_tokens, *thought_tokens])
-        inside_log_p = np.where(never_inside, -np.inf, inside_log_p)
-    likely = list(language.likely_transitions(marginals.likely, marginals.likely_log_p))
+    length, begun = len(marginals.argmax), None if state == THINKING else max(state, 0)
+    thought = _Thought(marginals, state, end_tokens, thought_tokens) if thought_tokens else None
+    entry = thought.closed if thought else None
+    lattice = Lattice(language, marginals.always_scored_log_p, marginals.likely, marginals.likely_log_p, begun, entry)
+    inside = thought.score if thought else np.full(length + 1, -np.inf)
+    ends = _Ends(language, marginals, room)
     for i in range(length):
-        scores[i + 1] = language.extend_scores(scores[i], marginals.always_scored_log_p[i], likely[i])
-        if thought_tokens:
-            thought_score[i + 1] = thought_score[i] + inside_log_p[i].max()
-            if i == 0 and state == FRESH:
-                thought_score[1] = marginals.thought_log_p[0, 0]
-            closed = thought_score[i] + marginals.thought_log_p[i, 1]
-            if closed > scores[i + 1, 0]:
-                scores[i + 1, 0], by_closing[i + 1] = closed, True
-    stop, at = _where_to_stop(language, marginals, scores, thought_score[length], room)
+        if i % LOOK == 0 and ends.none_better(lattice.scores, inside, i):
+            break
+        lattice.extend(i)
+    stop, at = ends.best(lattice.scores, inside[length])
     tokens = marginals.argmax.copy()
     if stop < length:
         tokens[stop] = end_tokens[int(marginals.end_log_p[stop].argmax())]
-    for i in reversed(range(stop)):
-        if at == THINKING and i == 0 and state == FRESH:
-            tokens[i] = thought_tokens[0]
-        elif at == THINKING:
-            tokens[i] = marginals.likely[i, inside_log_p[i].argmax()]
-        elif at == 0 and by_closing[i + 1]:
-            tokens[i], at = thought_tokens[1], THINKING
-        else:
-            tokens[i], at = language.backtrack(scores[i], marginals.always_scored_log_p[i], likely[i], at)
+    if at == THINKING:
+        begin = length + 1
+    else:
+        begin, text = lattice.trace(stop, at)
+        tokens[begin:stop] = text
+    if thought and begin > 0:
+        tokens[: begin - 1] = marginals.likely[np.arange(length), thought.best][: begin - 1]
+        tokens[begin - 1 : begin] = thought_tokens[1]
+        if state == FRESH:
+            tokens[0] = thought_tokens[0]
     return tokens
 
 
-def _where_to_stop(
-    language: Language, marginals: Marginals, scores: np.ndarray, thought_score: float, room: int
-) -> tuple[int, int]:
-    """The position of the end token and the state before it, where the whole canvas is most probable.
+class _Thought:
+    """The thought before a text.
 
-    If the text goes on behind the canvas the position is the canvas's length.
+    Attributes:
+        best: [C] the rank of the likely token that goes on with the thought.
+        score: [C + 1] float64, of still being inside it before each position.
+        closed: [C] float64, of closing it at each position.
     """
-    length = len(marginals.argmax)
-    rest = np.concatenate([np.cumsum(marginals.argmax_log_p[::-1])[::-1], [0.0]])  # of all positions from here on
-    accepted = np.where(language.accepting, scores[:-1], -np.inf)
-    ended = accepted.max(axis=1) + marginals.end_log_p.max(axis=1) + rest[1:]
-    ended = np.where(np.arange(length) < room, ended, -np.inf)
-    room_behind = room - length
-    going_on = np.where(language.distance + 1 <= room_behind, scores[length], -np.inf)
-    if room_behind <= language.distance[0] + 1:  # a thought needs one token more, which closes it
-        thought_score = -np.inf
-    if ended.max() >= max(going_on.max(), thought_score):
-        stop = int(ended.argmax())
-        return stop, int(accepted[stop].argmax())
-    return length, int(going_on.argmax()) if going_on.max() >= thought_score else THINKING
+
+    def __init__(self, marginals: Marginals, state: int, end_tokens: Sequence[int], thought_tokens: Sequence[int]):
+        never_inside = np.isin(marginals.likely, [*end_tokens, *thought_tokens])
+        inside = np.where(never_inside, -np.inf, marginals.likely_log_p)
+        self.best = inside.argmax(axis=1)
+        steps = np.concatenate([[0.0 if state == THINKING else -np.inf], inside.max(axis=1)])
+        if state == FRESH:
+            steps[1] = marginals.thought_log_p[0, 0]
+            self.score = np.concatenate([steps[:1], np.cumsum(steps[1:])])
+        else:
+            self.score = np.cumsum(steps)
+        self.closed = self.score[:-1] + marginals.thought_log_p[:, 1]
+
+
+class _Ends:
+    """Where the text may end."""
+
+    def __init__(self, language: Language, marginals: Marginals, room: int):
+        self._language, self._room, length = language, room, len(marginals.argmax)
+        self._column = language.scored_moves.column
+        self._accepting = self._column[language.accepting]
+        self._end_log_p = marginals.end_log_p.max(axis=1)
+        # Of all positions from each one on.
+        self._rest = np.concatenate([np.cumsum(marginals.argmax_log_p[::-1])[::-1], [0.0]])
+        self._allowed = np.arange(length) < room
+        parts = marginals.always_scored_log_p, marginals.likely_log_p, marginals.end_log_p, marginals.thought_log_p
+        most = np.max([part.max(axis=1, initial=-np.inf) for part in parts], axis=0).astype(np.float64)
+        self._most = np.cumsum(np.maximum(most, marginals.argmax_log_p)[::-1])[::-1]
+
+    def none_better(self, scores: np.ndarray, inside: np.ndarray, i: int) -> bool:
+        """Whether no text that takes position i can be as probable as one that ends before it."""
+        ended = self._ended(scores[:i], slice(i)).max(initial=-np.inf)
+        return bool(max(scores[i].max(), inside[i]) + self._most[i] < ended - ROUNDING)
+
+    def best(self, scores: np.ndarray, thought_score: float) -> tuple[int, int]:
+        """The position of the end token and the column of the state before it, where all is most probable.
+
+        If the text goes on behind the canvas the position is the canvas's length.
+
+        Args:
+            scores: of the `Lattice`.
+            thought_score: of being inside a thought behind the canvas, which is then the state.
+        """
+        length = len(scores) - 1
+        ended = self._ended(scores[:length], slice(length))
+        room_behind, distance = self._room - length, self._language.distance
+        going_on = np.where(distance + 1 <= room_behind, scores[length, self._column], -np.inf)
+        if room_behind <= distance[0] + 1:  # a thought needs one token more, which closes it
+            thought_score = -np.inf
+        if ended.max() >= max(going_on.max(), thought_score):
+            stop = int(ended.argmax())
+            return stop, int(self._accepting[scores[stop, self._accepting].argmax()])
+        return length, int(self._column[going_on.argmax()]) if going_on.max() >= thought_score else THINKING
+
+    def _ended(self, scores: np.ndarray, at: slice) -> np.ndarray:
+        """The score of the whole canvas where the text ends at each position."""
+        ended = scores[:, self._accepting].max(axis=1) + self._end_log_p[at] + self._rest[1:][at]
+        return np.where(self._allowed[at], ended, -np.inf)
 
 
 def exact_text(
@@ -128,16 +165,14 @@ def exact_text(
         tokens: [stop - start] int32; the argmax of each position if there is no such text.
         score: their log-probability; minus infinity if there is no such text.
     """
-    always_scored_log_p = marginals.always_scored_log_p[start:stop]
-    scores = np.full((stop - start + 1, len(language.distance)), -np.inf)
-    scores[0, state] = 0.0
-    likely = list(language.likely_transitions(marginals.likely[start:stop], marginals.likely_log_p[start:stop]))
+    window, column = slice(start, stop), language.scored_moves.column
+    likely, likely_log_p = marginals.likely[window], marginals.likely_log_p[window]
+    lattice = Lattice(language, marginals.always_scored_log_p[window], likely, likely_log_p, state)
     for i in range(stop - start):
-        scores[i + 1] = language.extend_scores(scores[i], always_scored_log_p[i], likely[i])
-    final = np.where(language.distance <= room, scores[-1], -np.inf)
-    at = int(final.argmax())
-    tokens, score = marginals.argmax[start:stop].copy(), float(final[at])
+        lattice.extend(i)
+    final = np.where(language.distance <= room, lattice.scores[-1, column], -np.inf)
+    best = int(final.argmax())
+    tokens, score, at = marginals.argmax[window].copy(), float(final[best]), int(column[best])
     if np.isfinite(score):
-        for i in reversed(range(stop - start)):
-            tokens[i], at = language.backtrack(scores[i], always_scored_log_p[i], likely[i], at)
+        _, tokens = lattice.trace(stop - start, at)
     return tokens, score

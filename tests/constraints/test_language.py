@@ -7,7 +7,7 @@ import pytest
 from pieces import ENDS, SMALL, Pieces, language_of, marginals, random_log_p
 from support import refusal
 
-from mlx_dgemma.constraints import language as language_module
+from mlx_dgemma.constraints import walks
 from mlx_dgemma.constraints.language import Language, accepts_every_line
 from mlx_dgemma.constraints.patterns import python_regex_to_plain
 from mlx_dgemma.constraints.search import best_text, exact_text
@@ -134,11 +134,15 @@ def test_languages_of_every_line(pattern, covers, token_bytes):
     assert accepts_every_line(language_of(pattern, token_bytes)) is covers
 
 
-@pytest.mark.parametrize("known", [0, 1, 3, 7])
-def test_what_is_forgotten_is_learned_again(monkeypatch, known):
-    expected, got = [], []
-    for results, limit in ((expected, language_module.MAX_CACHED_TOKENS), (got, known)):
-        monkeypatch.setattr(language_module, "MAX_CACHED_TOKENS", limit)
+@pytest.mark.parametrize("limit", ["MAX_MAPS", "MAX_MOVES"])
+@pytest.mark.parametrize("known", [0, 2, 4, 6])
+def test_what_is_forgotten_is_learned_again(monkeypatch, known, limit):
+    expected, got, forgotten = [], [], []
+    forget = walks.Walks._forget
+    monkeypatch.setattr(walks.Walks, "_forget", lambda self: (forgotten.append(self), forget(self)))
+    for results, value in ((expected, getattr(walks, limit)), (got, known)):
+        monkeypatch.setattr(walks, limit, value)
+        forgotten.clear()
         language = Language(python_regex_to_plain("[ab ]{2,}|(?:a|b)c ?a*"), SMALL)
         for seed in range(40):
             random = np.random.default_rng(seed)
@@ -149,3 +153,4 @@ def test_what_is_forgotten_is_learned_again(monkeypatch, known):
             tokens, score = exact_text(language, seen, 1, 4)
             results.append((tokens.tolist(), score))
     assert got == expected
+    assert len(forgotten) > 1  # the first time is the beginning
