@@ -134,7 +134,9 @@ def _source(name, inputs, outputs, integers, constants):
     lines += ["static void body() {", "  int group = arguments.group, tid = current, lane = tid % 32, wave = tid / 32;"]
     for key, value in integers.items():
         given = (
-            f"  using {key} = {NAMES[value]};" if isinstance(value, mx.Dtype) else f"  constexpr int {key} = {value};"
+            f"  using {key} = {NAMES[value]};"
+            if isinstance(value, mx.Dtype)
+            else f"  constexpr int {key} = {int(value)};"
         )
         lines.append(given)
     for i, (key, array) in enumerate(arrays):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
@@ -85,13 +86,14 @@ class Experts(nn.Module):
         if uses_padded_runs():
             length = self._run_length(chosen.size)
             runs = kernels.lay_out(chosen, experts, length)
-            y = self._mlp(kernels.take_rows(x, runs.source, length), runs.owners)
+            y = self._mlp(kernels.take_rows(x, runs.source, length), runs.owners, activate=kernels.geglu)
         elif chosen.size < PAD_FROM * experts:
-            y, slots = self._mlp(x[:, None, None], chosen), mx.arange(chosen.size, dtype=mx.int32)
+            y = self._mlp(x[:, None, None], chosen, activate=kernels.geglu)
+            slots = mx.arange(chosen.size, dtype=mx.int32)
             return y.reshape(-1, size), slots.reshape(chosen.shape)
         else:
             runs = kernels.lay_out(chosen, experts, 1, GROUPED_FROM * experts)
-            y = self._mlp(kernels.take_rows(x, runs.source, 1), runs.owners, sorted_indices=True)
+            y = self._mlp(kernels.take_rows(x, runs.source, 1), runs.owners, True, kernels.geglu)
         return y.reshape(-1, size), runs.slots
 
     def _run_length(self, count: int) -> int:
@@ -112,13 +114,19 @@ class Experts(nn.Module):
         y = y.reshape(-1, size)[slots].reshape(rows, -1, size)
         return (y * weights.reshape(rows, -1, 1)).sum(axis=-2).astype(x.dtype)
 
-    def _mlp(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+    def _mlp(
+        self,
+        x: mx.array,
+        indices: mx.array,
+        sorted_indices: bool = False,
+        activate: Callable[[mx.array], mx.array] = lambda both: geglu(*mx.split(both, 2, axis=-1)),
+    ) -> mx.array:
         """x [..., rows, H] through the experts of `indices` [...]."""
         dtype = x.dtype
         if isinstance(base := _without_adapter(self.gate_up_proj), SwitchLinear):
             x = x.astype(base.weight.dtype)  # on the CPU experts are float32 whatever the dtype of activations
-        gate, up = mx.split(self.gate_up_proj(x, indices, sorted_indices=sorted_indices), 2, axis=-1)
-        return self.down_proj(geglu(gate, up), indices, sorted_indices=sorted_indices).astype(dtype)
+        both = self.gate_up_proj(x, indices, sorted_indices=sorted_indices)
+        return self.down_proj(activate(both), indices, sorted_indices=sorted_indices).astype(dtype)
 
 
 def _without_adapter(module: nn.Module) -> nn.Module:

@@ -284,26 +284,61 @@ LAY_OUT = """
 """
 
 # A group takes a row. scores [N, P], count [1] -> shares [N, P], the softmax of the first `count` scores, then zeros.
+# With SHORT a thread keeps its scores: P is at most 8 * THREADS.
 SOFTMAX = """
   SHARED float peaks[32], masses[32];
   const int live = count[0], width = scores_shape[1];
   const long at = long(group) * width;
-  float peak = LOWEST, mass = 0;
-  for (int c = tid; c < live; c += THREADS) {
-    float x = float(scores[at + c]);
-    if (x > peak) { mass = mass * exponential(peak - x) + 1; peak = x; }
-    else mass += exponential(x - peak);
+  float peak = LOWEST, mass = 0, kept[8];
+  if (SHORT) {
+    for (int i = 0; i < 8; i++) {
+      int c = tid + i * THREADS;
+      kept[i] = c < live ? float(scores[at + c]) : LOWEST;
+      peak = kept[i] > peak ? kept[i] : peak;
+    }
+  } else {
+    for (int c = tid; c < live; c += THREADS) {
+      float x = float(scores[at + c]);
+      if (x > peak) { mass = mass * exponential(peak - x) + 1; peak = x; }
+      else mass += exponential(x - peak);
+    }
   }
   float highest = wave_max(peak);
-  float part = wave_sum(mass * exponential(peak - highest));
-  if (lane == 0) { peaks[wave] = highest; masses[wave] = part; }
+  if (SHORT) {
+    for (int i = 0; i < 8; i++) {
+      if (tid + i * THREADS < live) mass += kept[i] = exponential(kept[i] - highest);
+    }
+  } else mass *= exponential(peak - highest);
+  mass = wave_sum(mass);
+  if (lane == 0) { peaks[wave] = highest; masses[wave] = mass; }
   SYNC();
   peak = LOWEST;
   for (int w = 0; w < THREADS / 32; w++) peak = peaks[w] > peak ? peaks[w] : peak;
   mass = 0;
   for (int w = 0; w < THREADS / 32; w++) mass += masses[w] * exponential(peaks[w] - peak);
-  for (int c = tid; c < width; c += THREADS) {
-    shares[at + c] = T(c < live ? exponential(float(scores[at + c]) - peak) / mass : 0.0f);
+  if (SHORT) {
+    float factor = exponential(highest - peak) / mass;
+    for (int i = 0; i < 8; i++) {
+      int c = tid + i * THREADS;
+      if (c < width) shares[at + c] = T(c < live ? kept[i] * factor : 0.0f);
+    }
+  } else {
+    for (int c = tid; c < width; c += THREADS) {
+      shares[at + c] = T(c < live ? exponential(float(scores[at + c]) - peak) / mass : 0.0f);
+    }
+  }
+"""
+
+# A thread takes an element. gate, up [N, S], or with PACKED both in gate [N, 2 * S] -> out [N, S]: tanh-approximated
+# GELU of gate, times up.
+GEGLU = """
+  const long i = long(group) * THREADS + tid, row = i / S, column = i % S;
+  if (row < gate_shape[0]) {
+    const long at = PACKED ? row * 2 * S + column : i;
+    float x = float(gate[at]);
+    float by = PACKED ? float(gate[at + S]) : float(up[at]);
+    float bent = 0.5f * x * (1 + hyperbolic_tangent(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+    out[i] = T(float(T(bent)) * by);
   }
 """
 

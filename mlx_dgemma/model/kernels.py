@@ -16,6 +16,7 @@ from . import kernel_sources as sources
 from .device import on_metal
 
 THREADS = 256  # of a group
+ROW_THREADS = 512  # of a group that takes a whole row
 LAYOUT_THREADS = 512  # of the one group that lays out rows; a model with more experts takes the plain way
 MAX_TOP_K = 32  # lanes of a wave
 
@@ -82,7 +83,7 @@ def add_and_norm(
             "router_scale": router_scale,
         },
         {"total": of_row, "for_dense": of_row, "for_experts": of_row, "for_router": of_row},
-        x.size // size, THREADS, {"T": x.dtype, "H": size, "THREADS": THREADS}, EPS=eps, ROOT=size**-0.5,
+        x.size // size, ROW_THREADS, {"T": x.dtype, "H": size, "THREADS": ROW_THREADS}, EPS=eps, ROOT=size**-0.5,
     )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def combine(
             "experts_norm": experts_norm, "norm": norm, "scalar": scalar,
         },
         {"out": (x.shape, x.dtype)},
-        x.size // size, THREADS, {"T": x.dtype, "H": size, "K": top_k, "THREADS": THREADS}, EPS=eps,
+        x.size // size, ROW_THREADS, {"T": x.dtype, "H": size, "K": top_k, "THREADS": ROW_THREADS}, EPS=eps,
     )[0]  # fmt: skip
 
 
@@ -209,8 +210,20 @@ def softmax(scores: mx.array, count: int) -> mx.array:
     flat = scores.reshape(-1, width)
     return _launch(
         "SOFTMAX", {"scores": flat, "count": mx.array([count], mx.int32)}, {"shares": (flat.shape, flat.dtype)},
-        flat.shape[0], THREADS, {"T": scores.dtype, "THREADS": THREADS}, LOWEST=LOWEST,
+        flat.shape[0], THREADS, {"T": scores.dtype, "THREADS": THREADS, "SHORT": width <= 8 * THREADS}, LOWEST=LOWEST,
     )[0].reshape(scores.shape)  # fmt: skip
+
+
+def geglu(gate: mx.array, up: mx.array | None = None) -> mx.array:
+    """tanh-approximated GELU of `gate` [..., S] times `up` [..., S]; without `up` both are in `gate` [..., 2 * S]."""
+    size = gate.shape[-1] if up is not None else gate.shape[-1] // 2
+    shape = (*gate.shape[:-1], size)
+    gate = gate.reshape(-1, gate.shape[-1])
+    return _launch(
+        "GEGLU", {"gate": gate, "up": gate if up is None else up}, {"out": (shape, gate.dtype)},
+        -(-gate.shape[0] * size // THREADS), THREADS,
+        {"T": gate.dtype, "S": size, "PACKED": up is None, "THREADS": THREADS},
+    )[0]  # fmt: skip
 
 
 def tiles(

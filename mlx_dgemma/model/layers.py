@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -21,9 +23,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, activate: Callable[[mx.array, mx.array], mx.array] = geglu) -> mx.array:
         """[..., H] -> [..., H]."""
-        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(activate(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -76,7 +78,7 @@ class Layer(nn.Module):
         rows, slots = self.experts.rows(for_experts.reshape(flat), chosen)
         norms = self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2, self.post_feedforward_layernorm
         dense_norm, experts_norm, norm = (one.weight for one in norms)
-        dense = self.mlp(for_dense)
+        dense = self.mlp(for_dense, kernels.geglu)
         return kernels.combine(h, dense, rows, slots, shares, (dense_norm, experts_norm, norm), scalar, eps)
 
 

@@ -40,7 +40,7 @@ def same(found, expected, dtype):
     a, b = (np.array(one.astype(mx.float32), np.float64) for one in (found, expected))
     step = {mx.float32: 2e-6, mx.bfloat16: 1 / 128, mx.float16: 1 / 1024}[dtype]
     assert np.abs(a - b).max() <= 2 * step * max(np.abs(b).max(), 1)
-    assert (np.abs(a - b) > 1e-6 * np.abs(b)).mean() <= 0.2
+    assert (np.abs(a - b) > 4e-6 * np.abs(b)).mean() <= 0.2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,12 +140,21 @@ def test_lay_out_and_take_rows(rows, top_k, count, length, least):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count, width", [(1, 8), (25, 32), (300, 304), (8, 8)])
+@pytest.mark.parametrize("count, width", [(1, 8), (25, 32), (300, 304), (8, 8), (2500, 2504), (3001, 3008)])
 def test_softmax_of_the_first_scores(dtype, count, width):
     scores = draw(0, 2, 3, width, dtype=dtype, scale=3)
     found = kernels.softmax(scores, count)
     same(found[..., :count], mx.softmax(scores[..., :count], axis=-1, precise=True), dtype)
     assert (found[..., count:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_geglu(dtype):
+    both = draw(0, 3, 5, 80, dtype=dtype, scale=2)
+    gate, up = mx.split(both, 2, axis=-1)
+    expected = nn.gelu_approx(gate.astype(mx.float32)).astype(dtype) * up
+    same(kernels.geglu(both), expected, dtype)
+    same(kernels.geglu(mx.contiguous(gate), mx.contiguous(up)), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
