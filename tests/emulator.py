@@ -61,8 +61,11 @@ template <typename X> struct Array {
     if (i < 0 || i >= size) { fprintf(stderr, "index %ld of an array of %ld\n", i, size); abort(); }
     return data[i];
   }
+  X* operator+(long i) const { return &(*this)[i]; }
 };
+template <typename T> struct Four { T x[4]; };
 
+#define GLOBAL
 #define SHARED static
 #define DEVICE static inline
 #define SYNC() pause()

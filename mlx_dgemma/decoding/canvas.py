@@ -151,6 +151,11 @@ class CanvasBatch:
         """What the prefixes' layers have to compute, layer by layer: every start of an evaluation has its price."""
         return [list(stages) for stages in zip_longest(*(prefix.stages for prefix in self.prefixes))]
 
+    @property
+    def in_flight(self) -> int:
+        """Bytes that the queue of these stages may have in flight."""
+        return max(prefix.in_flight for prefix in self.prefixes)
+
     def _align(self, other: CanvasBatch) -> None:
         """Fill in what the rows of another batch have and these do not: the step before, and earlier argmaxes."""
         rows, missing = self.rows, len(other.rows.earlier) - len(self.rows.earlier)

@@ -46,8 +46,8 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
         return _step(batch, guided, told)
     build = fast_step if batch.options.fast else plain_step
     if batch.ahead is None:
-        batch.queue = device.Queue()
         current = build(batch, batch.rows.last, batch.steps, batch.dense)
+        batch.queue = device.Queue(batch.in_flight)
         batch.queue.add(*batch.stages())
     else:
         current = batch.ahead
@@ -69,7 +69,7 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
             prefix.restore(buffers.pop(0))
         following = None if over else build(batch, current, steps, batch.dense)
     del buffers  # or the next write would copy the buffers
-    batch.queue = device.Queue()
+    batch.queue = device.Queue(batch.in_flight)
     if following is not None:
         batch.queue.add(*batch.stages())
     batch.ahead = following

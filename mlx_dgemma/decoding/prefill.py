@@ -42,6 +42,7 @@ def encode_in_chunks(
     images = np.zeros_like(tokens, bool)
     if any(one is not None for one in features):
         images = tokens == model.config.image_token_id
+    queue = device.Queue()
     for start, end in chunks(images, chunk or fitting_chunk(model, *tokens.shape)):
         in_chunk = [
             one[int(row[:start].sum()) : int(row[:end].sum())]
@@ -54,30 +55,33 @@ def encode_in_chunks(
             mask=None if mask is None else mask[:, start:end],
             features=mx.concatenate(in_chunk) if in_chunk else None,
         )
-        evaluate(prefix)
-        if end < tokens.shape[1]:
+        queue.finish()  # the one before: its last layers were under way while this chunk was built
+        if start:
             mx.clear_cache()
+        queue = begin(prefix)
+        if end == tokens.shape[1]:
+            queue.finish()
         yield
 
 
 def fitting_chunk(model: DiffusionGemma, batch_size: int, length: int) -> int:
-    """Prompt tokens to encode at once: 512, or 1,024 of a prompt beyond 4,096.
+    """Prompt tokens to encode at once: 512, or 1,024 of a prompt beyond 4,096 and on Metal, which has kernels for it.
 
     Longer passes read the weights less often but hold more: at the release's shape 2,048 tokens take 2 GiB. Fewer,
     256 at least, where a sliding layer's scores would exceed `SCORE_BYTES`.
     """
-    config, size = model.config.text, 512 if length <= 4096 else 1024
+    config, size = model.config.text, 512 if length <= 4096 and not device.on_metal() else 1024
     per_score = batch_size * config.num_attention_heads * model.dtype.size  # bytes, of a query over a key
     while size > 256 and per_score * size * (config.sliding_window - 1 + size) > SCORE_BYTES:
         size //= 2
     return size
 
 
-def evaluate(prefix: Prefix) -> None:
-    """Compute what was encoded, layer after layer."""
-    queue = device.Queue()
+def begin(prefix: Prefix) -> device.Queue:
+    """Start to compute what was encoded, layer after layer; the queue's `finish` waits for the end."""
+    queue = device.Queue(prefix.in_flight)
     queue.add(*prefix.stages, prefix.state)
-    queue.finish()
+    return queue
 
 
 def chunks(images: np.ndarray, size: int) -> Iterator[tuple[int, int]]:

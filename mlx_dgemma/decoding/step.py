@@ -160,7 +160,7 @@ def _chosen(batch: CanvasBatch, prediction: head.Prediction) -> mx.array:
         prediction.map(lambda a, row=row: a[row : row + 1]).log_probs(batch.model.head, guide.tokens)
         for row, (guide, _) in enumerate(batch.guides)
     ]
-    batch.queue = device.Queue()
+    batch.queue = device.Queue(batch.in_flight)
     batch.queue.add(*batch.stages(), *prediction.stages, [*prediction.carried, seen, asked])
     batch.queue.finish()
     on_host = {name: np.asarray(array) for name, array in seen.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from . import kernels
 from .config import TextConfig
-from .device import on_cpu, on_metal
+from .device import on_metal
 from .functions import rms_norm
 from .kv_cache import LayerKV
 from .masks import Mask
@@ -20,12 +21,7 @@ ALIGNMENT = 8  # keys; products of other sizes take CUDA twice as long
 
 
 def attend(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    mask: Mask,
-    stages: list[mx.array] | None = None,
-    count: int | None = None,
+    queries: mx.array, keys: mx.array, values: mx.array, mask: Mask, stages: list[mx.array] | None = None
 ) -> mx.array:
     """Grouped-query attention with scale 1.
 
@@ -39,7 +35,6 @@ def attend(
         mask: of L queries and N keys; every query sees at least one key.
         stages: one small array per group is appended to it; when they are evaluated in order, one group's scores are in
             memory at a time.
-        count: keys of the mask, all of which every query sees, where more keys lie behind them; for custom kernels.
 
     Returns:
         [B, heads, L, D] in the dtype of the values.
@@ -47,32 +42,71 @@ def attend(
     batch, heads, length, _ = queries.shape
     per_query = batch * heads * keys.shape[2] * queries.dtype.size
     if length * per_query <= SCORE_BYTES:
-        if count is not None:
-            return _unfused(queries, keys, values, count=count)
-        visible = mask.all_keys
-        if visible is None and not on_cpu():
-            return _unfused(queries, keys, values)
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible)
-    if on_metal() and (fused := _fused_in_blocks(queries, keys, values, mask)) is not None:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask.all_keys)
+    size = queries_at_once(per_query)
+
+    def of_group(some: mx.array, rows: slice) -> mx.array:
+        first, last = mask.visible_keys(rows)
+        visible = mask.of_keys(first, last, rows) if first < last else None
+        return _unfused(some, keys[:, :, :last], values[:, :, :last], visible)
+
+    return _in_groups(queries, size, of_group, stages)
+
+
+def attend_by_kernel(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    leading: tuple[int, int],
+    stages: list[mx.array] | None = None,
+) -> mx.array:
+    """As `attend`, with a custom kernel for the softmax, where each query sees the first keys.
+
+    Args:
+        queries: [B, heads, L, D].
+        keys: [B, kv_heads, N, D], where N is a multiple of `ALIGNMENT`.
+        values: [B, kv_heads, N, D].
+        leading: as `Mask.leading`; what lies behind these keys is not looked at, but must be finite.
+        stages: as in `attend`.
+    """
+    batch, heads, length, _ = queries.shape
+    count, step = leading
+    per_query = batch * heads * keys.shape[2] * queries.dtype.size
+    size = length if length * per_query <= SCORE_BYTES else queries_at_once(per_query)
+    if size < length and on_metal() and (fused := _fused_in_blocks(queries, keys, values, leading)) is not None:
         return fused
-    size, found = queries_at_once(per_query), []
+
+    def of_group(some: mx.array, rows: slice) -> mx.array:
+        last = count + step * (rows.stop - 1)
+        last += -last % ALIGNMENT
+        return _unfused(some, keys[:, :, :last], values[:, :, :last], leading=(count + step * rows.start, step))
+
+    return _in_groups(queries, size, of_group, stages)
+
+
+def queries_at_once(per_query: int) -> int:
+    """Queries of a group whose scores of `per_query` bytes each fit into `SCORE_BYTES`: by eights, but at least one."""
+    size = max(SCORE_BYTES // per_query, 1)
+    return size // ALIGNMENT * ALIGNMENT or size
+
+
+def _in_groups(
+    queries: mx.array,
+    size: int,
+    of_group: Callable[[mx.array, slice], mx.array],
+    stages: list[mx.array] | None,
+) -> mx.array:
+    """Attention of `size` queries after the other, one group's scores in memory at a time."""
+    length, found = queries.shape[2], []
+    if size >= length:
+        return of_group(queries, slice(0, length))
     for start in range(0, length, size):
         rows = slice(start, min(start + size, length))
-        if count is not None:
-            found.append(_unfused(queries[:, :, rows], keys, values, count=count))
-        else:
-            first, last = mask.visible_keys(rows)
-            visible = mask.of_keys(first, last, rows) if first < last else None
-            found.append(_unfused(queries[:, :, rows], keys[:, :, :last], values[:, :, :last], visible))
+        found.append(of_group(queries[:, :, rows], rows))
         queries = mx.depends(queries, [found[-1]])  # the next group waits for this one
         if stages is not None:
             stages.append(found[-1][..., :1])
     return mx.concatenate(found, axis=2)
-
-
-def queries_at_once(per_query: int) -> int:
-    """Queries of a group, at least one, whose scores of `per_query` bytes each fit into `SCORE_BYTES`."""
-    return max(SCORE_BYTES // per_query, 1)
 
 
 def _unfused(
@@ -80,11 +114,11 @@ def _unfused(
     keys: mx.array,
     values: mx.array,
     visible: mx.array | None = None,
-    count: int | None = None,
+    leading: tuple[int, int] | None = None,
 ) -> mx.array:
     """As MLX computes it for heads of this size, but in one matrix of queries per KV head and without the scale.
 
-    `visible` is the mask of the last keys; those before are visible. `count` is as in `attend`.
+    `visible` is the mask of the last keys; those before are visible. `leading` is as in `attend_by_kernel`.
     """
     batch, heads, length, dim = queries.shape
     kv_heads, slots = keys.shape[1:3]
@@ -94,18 +128,22 @@ def _unfused(
         masked = slots - visible.shape[-1]
         grouped[..., masked:] = mx.where(visible[:, :, None], grouped[..., masked:], -mx.inf)
         scores = grouped.reshape(scores.shape)
-    shares = mx.softmax(scores, axis=-1, precise=True) if count is None else kernels.softmax(scores, count)
+    if leading is None or leading == (slots, 0):
+        shares = mx.softmax(scores, axis=-1, precise=True)
+    else:
+        shares = kernels.softmax(scores, *leading, length)
     return (shares @ values).reshape(batch, heads, length, dim)
 
 
-def _fused_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array | None:
+def _fused_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, leading: tuple[int, int]) -> mx.array | None:
     """Attention by a kernel of MLX that keeps no scores; None where Metal has none for this shape."""
-    visible, count = mask.all_keys, len(mask.keys)
-    if visible is not None and not isinstance(visible, str):
-        return None
+    count, step = leading
+    count += step * (queries.shape[2] - 1)
     keys, values = keys[:, :, :count], values[:, :, :count]
     try:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=visible, force_fused=True)
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=1.0, mask="causal" if step else None, force_fused=True
+        )
     except ValueError:  # what has a kernel depends on the chip, the head's size and MLX's version
         return None
 
@@ -165,13 +203,13 @@ class Attention(nn.Module):
         new, rows = (queries, keys, values), []
         for i, (cache, offset, mask) in enumerate(zip(context.caches, context.offsets, context.masks)):
             q, k, v = new if len(context.caches) == 1 else (a[i : i + 1] for a in new)
-            count = None
-            if context.canvas and context.turn is not None and mask.all_keys is None:
-                k, v = cache.with_canvas(k, v, offset, ALIGNMENT)
-                count = len(mask.keys) if k.shape[2] > len(mask.keys) else None
-            else:
-                k, v = (cache.with_canvas if context.canvas else cache.extend)(k, v, offset)
+            leading = mask.leading if context.turn is not None else None
+            alignment = 1 if leading is None and (context.canvas or context.turn is None) else ALIGNMENT
+            k, v = (cache.with_canvas if context.canvas else cache.extend)(k, v, offset, alignment)
             cache.stages = []
-            rows.append(attend(q, k, v, mask, cache.stages, count))
+            if leading is None:
+                rows.append(attend(q, k, v, mask, cache.stages))
+            else:
+                rows.append(attend_by_kernel(q, k, v, leading, cache.stages))
         out = rows[0] if len(rows) == 1 else mx.concatenate(rows)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))

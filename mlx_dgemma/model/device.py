@@ -34,7 +34,8 @@ def fused(function: Callable, shapeless: bool = True) -> Callable:
 
 
 SOFT_LIMIT = 2**28  # bytes in flight; above it a queue waits for its oldest stage before it starts another
-HARD_LIMIT = 3 * SOFT_LIMIT  # bytes in flight; above it a queue waits for everything
+GROUPS_LIMIT = 5 * 2**27  # the same where attention goes by groups of queries, whose stages are larger
+HARD = 2  # times the limit; above it a queue waits for everything
 
 
 def available() -> int:
@@ -52,19 +53,23 @@ class Queue:
     MLX enqueues up to a thousand operations and allocates their results before they run. At the release's size that
     is half the layers of a step, several gigabytes. Above `SOFT_LIMIT` bytes the queue waits for its oldest stage, but
     never for the newest one, so that the device always has work. Freed buffers return late when stages are short;
-    above `HARD_LIMIT` bytes the queue therefore waits for everything.
+    at `HARD` times as many bytes the queue therefore waits for everything.
+
+    Args:
+        limit: bytes, None for `SOFT_LIMIT`.
     """
 
-    def __init__(self):
+    def __init__(self, limit: int | None = None):
+        self.limit = SOFT_LIMIT if limit is None else limit
         self._base = mx.get_active_memory()
         self._waiting: deque[Any] = deque()
 
     def add(self, *stages: Any) -> None:
         """Start stages (arrays or trees of arrays), in the order in which they are computed."""
         for stage in stages:
-            while len(self._waiting) > 1 and mx.get_active_memory() > self._base + SOFT_LIMIT:
+            while len(self._waiting) > 1 and mx.get_active_memory() > self._base + self.limit:
                 mx.eval(self._waiting.popleft())
-            if mx.get_active_memory() > self._base + HARD_LIMIT:
+            if mx.get_active_memory() > self._base + HARD * self.limit:
                 mx.synchronize()
             mx.async_eval(stage)
             self._waiting.append(stage)

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import PromptError
-from .attention import LayerContext
+from .attention import ALIGNMENT, LayerContext
 from .config import ModelConfig
 from .head import Head
 from .kv_cache import Prefix
@@ -129,7 +129,7 @@ class DiffusionGemma(nn.Module):
             features = self.encode_images(images)
         if features is not None:
             h, spans = self._insert_image_features(tokens, h, features)
-        masks = prefix.encode_masks(tokens.shape[1], spans)
+        masks = prefix.encode_masks(tokens.shape[1], spans, ALIGNMENT if self._with_kernels else 1)
         scalars = [one.layer_scalar for one in self.model.encoder.language_model.layers]
         h = self._run(h, [prefix], [masks], scalars, canvas=False)
         prefix.offset += tokens.shape[1]
@@ -183,9 +183,8 @@ class DiffusionGemma(nn.Module):
         """The vocabulary: logits, samples and conditioning (the embedding is tied to it)."""
         text = self.config.text
         table = self.model.decoder.embed_tokens
-        uses_kernels = self.uses_kernels and not self.training
         scale = text.hidden_size**0.5
-        return Head(table, text.vocab_size, text.final_logit_softcapping, scale, self.dtype, uses_kernels)
+        return Head(table, text.vocab_size, text.final_logit_softcapping, scale, self.dtype, self._with_kernels)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[B, C, H] -> [B, C, V] float32, softcapped, before temperature."""
@@ -201,6 +200,10 @@ class DiffusionGemma(nn.Module):
             [B, C, H]: softmax(logits rounded to the model's dtype) @ embedding * sqrt(H).
         """
         return self.head.condition(processed_logits)
+
+    @property
+    def _with_kernels(self) -> bool:
+        return self.uses_kernels and not self.training
 
     def _embed(self, tokens: mx.array) -> mx.array:
         return self.model.decoder.embed_tokens(tokens).astype(self.dtype) * self.head.embed_scale
@@ -228,7 +231,7 @@ class DiffusionGemma(nn.Module):
         offsets, rope_offset = [prefix.offset for prefix in prefixes], prefixes[0].rope_offset()
         if len(prefixes) > 1:
             rope_offset = mx.array(offsets)
-        turns = self.turns(rope_offset, h.shape[1]) if self.uses_kernels and not self.training else {}
+        turns = self.turns(rope_offset, h.shape[1]) if self._with_kernels else {}
         layers = self.model.decoder.layers if canvas or self._encoder_layers is None else self._encoder_layers
         for i, (layer, scalar) in enumerate(zip(layers, scalars)):
             kind = layer._layer_type

@@ -9,6 +9,8 @@ activations; names in capitals are integers that are fixed when the kernel is co
 from __future__ import annotations
 
 METAL_PRELUDE = """
+template <typename T> struct alignas(4 * sizeof(T)) Four { T x[4]; };
+#define GLOBAL device
 #define SHARED threadgroup
 #define DEVICE inline
 #define SYNC() metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup)
@@ -21,6 +23,8 @@ DEVICE float inverse_root(float x) { return metal::precise::rsqrt(x); }
 """
 
 CUDA_PRELUDE = """
+template <typename T> struct alignas(4 * sizeof(T)) Four { T x[4]; };
+#define GLOBAL
 #define SHARED __shared__
 #define DEVICE __device__ inline
 #define SYNC() __syncthreads()
@@ -283,11 +287,12 @@ LAY_OUT = """
   }
 """
 
-# A group takes a row. scores [N, P], count [1] -> shares [N, P], the softmax of the first `count` scores, then zeros.
+# A group takes a row. scores [N, P], shape [3] -> shares [N, P]: the softmax of a row's first scores, then zeros.
+# `shape` is (count, step, length): row i has count + step * (i % length) scores. P is a multiple of four.
 # With SHORT a thread keeps its scores: P is at most 8 * THREADS.
 SOFTMAX = """
   SHARED float peaks[32], masses[32];
-  const int live = count[0], width = scores_shape[1];
+  const int width = scores_shape[1], live = shape[0] + shape[1] * (group % shape[2]);
   const long at = long(group) * width;
   float peak = LOWEST, mass = 0, kept[8];
   if (SHORT) {
@@ -297,10 +302,16 @@ SOFTMAX = """
       peak = kept[i] > peak ? kept[i] : peak;
     }
   } else {
-    for (int c = tid; c < live; c += THREADS) {
-      float x = float(scores[at + c]);
-      if (x > peak) { mass = mass * exponential(peak - x) + 1; peak = x; }
-      else mass += exponential(x - peak);
+    for (int c = 4 * tid; c < live; c += 4 * THREADS) {
+      Four<T> four = *(const GLOBAL Four<T>*)(scores + (at + c));
+      float x[4], highest = peak;
+      for (int i = 0; i < 4; i++) {
+        x[i] = c + i < live ? float(four.x[i]) : LOWEST;
+        highest = x[i] > highest ? x[i] : highest;
+      }
+      mass *= exponential(peak - highest);
+      for (int i = 0; i < 4; i++) mass += exponential(x[i] - highest);
+      peak = highest;
     }
   }
   float highest = wave_max(peak);
@@ -323,8 +334,13 @@ SOFTMAX = """
       if (c < width) shares[at + c] = T(c < live ? kept[i] * factor : 0.0f);
     }
   } else {
-    for (int c = tid; c < width; c += THREADS) {
-      shares[at + c] = T(c < live ? exponential(float(scores[at + c]) - peak) / mass : 0.0f);
+    float factor = 1 / mass;
+    for (int c = 4 * tid; c < width; c += 4 * THREADS) {
+      Four<T> four = *(const GLOBAL Four<T>*)(scores + (at + c));
+      for (int i = 0; i < 4; i++) {
+        four.x[i] = T(c + i < live ? exponential(float(four.x[i]) - peak) * factor : 0.0f);
+      }
+      *(GLOBAL Four<T>*)(shares + (at + c)) = four;
     }
   }
 """

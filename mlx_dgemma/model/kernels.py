@@ -204,13 +204,23 @@ def take_rows(x: mx.array, source: mx.array, length: int) -> mx.array:
     )[0]  # fmt: skip
 
 
-def softmax(scores: mx.array, count: int) -> mx.array:
-    """The softmax over the first `count` scores of each row, and zeros behind them: [..., P] -> [..., P]."""
+def softmax(scores: mx.array, count: int, step: int = 0, length: int = 1) -> mx.array:
+    """The softmax over the first scores of each row, and zeros behind them.
+
+    Args:
+        scores: [..., P], where P is a multiple of four.
+        count: scores of the first row.
+        step: how many more the next row has, from the first of `length` rows to the last; then it begins anew.
+        length: see `step`.
+
+    Returns:
+        [..., P].
+    """
     width = scores.shape[-1]
-    flat = scores.reshape(-1, width)
+    flat, shape = scores.reshape(-1, width), mx.array([count, step, length], mx.int32)
     return _launch(
-        "SOFTMAX", {"scores": flat, "count": mx.array([count], mx.int32)}, {"shares": (flat.shape, flat.dtype)},
-        flat.shape[0], THREADS, {"T": scores.dtype, "THREADS": THREADS, "SHORT": width <= 8 * THREADS}, LOWEST=LOWEST,
+        "SOFTMAX", {"scores": flat, "shape": shape}, {"shares": (flat.shape, flat.dtype)}, flat.shape[0], THREADS,
+        {"T": scores.dtype, "THREADS": THREADS, "SHORT": width <= 8 * THREADS}, LOWEST=LOWEST,
     )[0].reshape(scores.shape)  # fmt: skip
 
 

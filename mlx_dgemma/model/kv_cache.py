@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import OptionError
+from . import device
 from .config import TextConfig
 from .masks import Mask
 
@@ -40,26 +41,30 @@ class LayerKV:
         """How many slots hold the prefix after `offset` positions."""
         return offset if self.window_slots is None else min(offset, self.window_slots)
 
-    def extend(self, keys: mx.array, values: mx.array, offset: int) -> tuple[mx.array, mx.array]:
+    def extend(self, keys: mx.array, values: mx.array, offset: int, alignment: int = 1) -> tuple[mx.array, mx.array]:
         """Append L positions.
 
         Args:
             keys: [B, heads, L, D].
             values: [B, heads, L, D].
             offset: positions that the prefix holds.
+            alignment: the number of keys that is returned is a multiple of it, where earlier keys are returned too.
 
         Returns:
-            The keys and values that these positions attend to; a mask decides which of them each position sees.
+            The keys and values that these positions attend to; a mask decides which of them each position sees. Free
+            slots stand behind them, or in front of those of a full ring.
         """
         length = keys.shape[2]
         used = self.used(offset)
         if self.window_slots is None or offset + length <= self.window_slots:
-            return self._write(keys, values, used)
+            self._write(keys, values, used)
+            return self._first(used + length, alignment)
         seen = keys, values
         if used and self.keys is not None and self.values is not None:
+            free = -(used + length) % alignment
             seen = (
-                mx.concatenate([self.keys[:, :, :used], keys], axis=2),
-                mx.concatenate([self.values[:, :, :used], values], axis=2),
+                mx.concatenate([self.keys[:, :, :free], self.keys[:, :, :used], keys], axis=2),
+                mx.concatenate([self.values[:, :, :free], self.values[:, :, :used], values], axis=2),
             )
         kept = min(length, self.window_slots)
         start = (offset + length - kept) % self.window_slots
@@ -79,20 +84,21 @@ class LayerKV:
             The keys and values of prefix and canvas, and behind them free slots up to a multiple of `alignment`, which
             divides `BUFFER_STEP`.
         """
-        keys, values = self._write(keys, values, self.used(offset))
-        assert self.keys is not None and self.values is not None
-        if free := -keys.shape[2] % alignment:
-            end = keys.shape[2] + free
-            keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        return keys, values
+        used = self.used(offset)
+        self._write(keys, values, used)
+        return self._first(used + keys.shape[2], alignment)
 
-    def _write(self, keys: mx.array, values: mx.array, at: int) -> tuple[mx.array, mx.array]:
+    def _write(self, keys: mx.array, values: mx.array, at: int) -> None:
         end = at + keys.shape[2]
         self._reserve(end, keys, values)
         assert self.keys is not None and self.values is not None
         self.keys[:, :, at:end] = keys
         self.values[:, :, at:end] = values
-        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _first(self, slots: int, alignment: int) -> tuple[mx.array, mx.array]:
+        slots += -slots % alignment
+        assert self.keys is not None and self.values is not None
+        return self.keys[:, :, :slots], self.values[:, :, :slots]
 
     def _reserve(self, slots: int, keys: mx.array, values: mx.array) -> None:
         have = 0 if self.keys is None else self.keys.shape[2]
@@ -143,6 +149,11 @@ class Prefix:
         return [stage for layer in self.layers for stage in (_handle(layer.keys), *layer.stages)]
 
     @property
+    def in_flight(self) -> int:
+        """Bytes that a `device.Queue` of these stages may have in flight: more where attention goes by groups."""
+        return device.GROUPS_LIMIT if any(layer.stages for layer in self.layers) else device.SOFT_LIMIT
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays, preallocated slots and the rewind point included."""
         saved = [a for pair in self._rewind_point[1] for a in pair if a is not None] if self._rewind_point else []
@@ -181,17 +192,22 @@ class Prefix:
         earlier = self._window_positions() if sliding else np.arange(self.offset)
         return np.concatenate([earlier, np.arange(self.offset, self.offset + length)])
 
-    def encode_masks(self, length: int, spans: np.ndarray | None = None) -> dict[str, Mask]:
+    def encode_masks(self, length: int, spans: np.ndarray | None = None, alignment: int = 1) -> dict[str, Mask]:
         """Causal masks for `length` new positions, by layer type.
 
         Args:
             length: L, the number of new positions.
             spans: [B, L] ids of image spans, 0 for text; a span attends to itself in both directions.
+            alignment: as `LayerKV.extend` takes it.
         """
+        sliding = self._key_positions(length, True)
+        if self.offset and self.offset + length > self._window_slots:
+            hidden = np.full(-len(sliding) % alignment, self.offset - self.window)  # of the slots in front
+            sliding = np.concatenate([hidden, sliding])
         queries = np.arange(self.offset, self.offset + length)
         return {
             "full_attention": Mask(self._key_positions(length, False), queries, None, self._padding(), spans),
-            "sliding_attention": Mask(self._key_positions(length, True), queries, self.window, self._padding(), spans),
+            "sliding_attention": Mask(sliding, queries, self.window, self._padding(), spans),
         }
 
     def denoise_masks(self, length: int) -> dict[str, Mask]:

@@ -28,6 +28,16 @@ class Mask:
             return "causal"
         return self.of_keys(0, len(self.keys))
 
+    @property
+    def leading(self) -> tuple[int, int] | None:
+        """(count, step) where query i sees the first count + step * i keys and no others; None for other masks."""
+        visible = self.all_keys
+        if visible is None:
+            return len(self.keys), 0
+        if isinstance(visible, str) and self.queries is not None:
+            return len(self.keys) - len(self.queries) + 1, 1
+        return None
+
     def of_keys(self, start: int, end: int, rows: slice = slice(None)) -> mx.array | None:
         """The mask of keys[start:end] and of the queries of `rows`; None where no key is hidden.
 

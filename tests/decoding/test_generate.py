@@ -154,7 +154,7 @@ def test_a_prefill_chunk_that_is_asked_for_is_taken_as_it_is(chunk, taken):
         dtype=mx.bfloat16,
         encode=lambda tokens, prefix, mask, features: encoded.append(tokens.shape[1]),
     )
-    prefill(model, SimpleNamespace(batch_size=4, state=[], stages=[]), tokens, chunk)
+    prefill(model, SimpleNamespace(batch_size=4, state=[], stages=[], in_flight=2**28), tokens, chunk)
     assert encoded == taken
 
 

@@ -61,13 +61,13 @@ def test_above_the_soft_limit_a_queue_waits_for_the_oldest_stage(monkeypatch):
 
 
 def test_above_the_hard_limit_a_queue_waits_for_everything(monkeypatch):
-    """Stages of 4 MiB that stay in memory: above the hard limit the queue waits at every stage."""
+    """Stages of 4 MiB that stay in memory: above the hard limit of 17 MiB the queue waits at every stage."""
     waited = []
     monkeypatch.setattr(mx, "synchronize", lambda: waited.append(mx.get_active_memory()))
-    for limit, expected in ((2**40, 0), (17 * 2**20, 3)):
-        monkeypatch.setattr(device, "HARD_LIMIT", limit)
+    monkeypatch.setattr(device, "HARD", 0.5)
+    for limit, expected in ((2**40, 0), (34 * 2**20, 3)):
         waited.clear()
-        queue, stages = device.Queue(), stages_of(8, 4)
+        queue, stages = device.Queue(limit), stages_of(8, 4)
         queue.add(*stages)
         queue.finish()
         assert len(waited) == expected
