@@ -53,10 +53,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, changes
 )
 def test_training_lowers_the_loss_and_only_changes_trainable_weights(kind, targets):
     own = {"rank": 16, "alpha": 32.0} if kind == "full" else {}
-    one = trainer(kind=kind, targets=targets, steps=40, learning_rate=0.02, **own)
+    one = trainer(kind=kind, targets=targets, steps=20, learning_rate=0.04, **own)
     before, batch = weights(one.model), batch_of(1, 4)
     start = np.mean([one.validation_loss(batch, i).total.item() for i in range(8)])
-    for _ in range(40):
+    for _ in range(20):
         one.update([batch])
     assert np.mean([one.validation_loss(batch, i).total.item() for i in range(8)]) < 0.8 * start
     after = weights(one.model)
@@ -221,7 +221,7 @@ def test_the_memory_estimate_bounds_the_peak(rows, length, parts, recompute):
     mx.clear_cache()
     base = mx.get_active_memory() - weight_bytes
     mx.reset_peak_memory()
-    for _ in range(2):
+    for _ in range(2 if rows == 1 else 1):  # the state of the optimizer is there from the beginning
         one.update([batch])
     peak = one.peak_bytes - base
     one.close()
