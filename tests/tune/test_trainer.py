@@ -53,10 +53,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, changes
 )
 def test_training_lowers_the_loss_and_only_changes_trainable_weights(kind, targets):
     own = {"rank": 16, "alpha": 32.0} if kind == "full" else {}
-    one = trainer(kind=kind, targets=targets, steps=40, learning_rate=0.02, **own)
+    one = trainer(kind=kind, targets=targets, steps=20, learning_rate=0.04, **own)
     before, batch = weights(one.model), batch_of(1, 4)
     start = np.mean([one.validation_loss(batch, i).total.item() for i in range(8)])
-    for _ in range(40):
+    for _ in range(20):
         one.update([batch])
     assert np.mean([one.validation_loss(batch, i).total.item() for i in range(8)]) < 0.8 * start
     after = weights(one.model)
@@ -221,7 +221,7 @@ def test_the_memory_estimate_bounds_the_peak(rows, length, parts, recompute):
     mx.clear_cache()
     base = mx.get_active_memory() - weight_bytes
     mx.reset_peak_memory()
-    for _ in range(2):
+    for _ in range(2 if rows == 1 else 1):  # the state of the optimizer is there from the beginning
         one.update([batch])
     peak = one.peak_bytes - base
     one.close()
@@ -231,18 +231,23 @@ def test_the_memory_estimate_bounds_the_peak(rows, length, parts, recompute):
 
 @pytest.mark.parametrize("name", ["google", "nemo"])
 def test_gradients_of_several_processes_sum_to_those_of_one(monkeypatch, name):
-    whole, parted, again = (Trainer(small_model(0), TrainerConfig(**QUICK), VARIANTS[name]) for _ in range(3))
+    whole, parted = (Trainer(small_model(0), TrainerConfig(**QUICK), VARIANTS[name]) for _ in range(2))
     monkeypatch.setattr(trainer_module, "MIN_POSITIONS", 1)
-    whole._cores, parted._cores, again._cores = 1, 2, 2
+    whole._cores, parted._cores = 1, 2
     batch = batch_of(0, 3)
     batch.mask[0, :2] = batch.supervised[1, 2:] = False
-    metrics = [[one.update([batch]) for _ in range(2)] for one in (whole, parted, again)]
-    for one in (parted, again):
-        one.close()
-    mine, theirs, same = (weights(one.model) for one in (whole, parted, again))
+    metrics = [[one.update([batch]) for _ in range(2)] for one in (whole, parted)]
+    mine, theirs = (weights(one.model) for one in (whole, parted))
     assert astuple(metrics[0][1]) == pytest.approx(astuple(metrics[1][1]), rel=1e-5)
     assert all(np.allclose(mine[path], theirs[path], atol=1e-5) for path in mine)
-    assert metrics[1] == metrics[2] and all(np.array_equal(theirs[path], same[path]) for path in theirs)
+    if name == "google":  # and the same ones again
+        again = Trainer(small_model(0), TrainerConfig(**QUICK), VARIANTS[name])
+        again._cores = 2
+        assert [again.update([batch]) for _ in range(2)] == metrics[1]
+        same = weights(again.model)
+        assert all(np.array_equal(theirs[path], same[path]) for path in theirs)
+        again.close()
+    parted.close()
 
 
 def test_an_error_in_another_process_is_raised_here(monkeypatch):

@@ -92,7 +92,7 @@ def test_a_whole_run_from_the_command_line(tmp_path):
     assert tune(data, "--output", out).stderr.endswith(
         f"Error: {out} is not empty; give another --output, or continue its run with --resume.\n"
     )
-    again = tune(data, "--output", out, "--config", config, *QUICKLY, "--resume")
+    again = tune(data, "--output", out, "--config", config, *QUICKLY, "--resume", "--fill", "0")  # which it had found
     assert again.stderr.endswith(f"{out} is done already: 3 steps.\n")
     data_in(tmp_path, ANIMALS[:3])
     more = tune(data, "--output", out, "--config", config, *QUICKLY, "--resume", "--fill", "0")
@@ -161,7 +161,10 @@ def test_a_killed_run_can_be_resumed(tmp_path):
 
 
 def test_a_run_that_needs_too_much_memory_is_refused(tmp_path, monkeypatch):
-    engine, plan = mlx_dgemma.load(dtype="float32"), RunConfig(data_in(tmp_path), tmp_path / "out", batch_size=2)
+    engine, plan = (
+        mlx_dgemma.load(dtype="float32"),
+        RunConfig(data_in(tmp_path), tmp_path / "out", batch_size=2, fill=0),
+    )
     monkeypatch.setattr("mlx_dgemma.model.device.available", lambda: 2**20)
     message = refusal(MemoryLimitError, list, run_(engine, TrainerConfig(rank=2, steps=1), plan))
     assert message.startswith("Training needs about 0.")
