@@ -81,6 +81,11 @@ def tune(
         OptionError, DataError, PromptError, MemoryLimitError: most of them before the first step.
     """
     objective, output = run_config.objective, run_config.output
+    if engine.model.compute_dtype != engine.model.dtype:
+        raise OptionError(
+            "compute_dtype is float16, but gradients need the range of the model's own dtype; "
+            "train without --compute-dtype (compute_dtype)."
+        )
     if not resume and output.exists() and any(output.iterdir()):
         raise OptionError(f"{output} is not empty; give another --output, or continue its run with --resume.")
     if trainer_config.kind == "full" and engine.checkpoint.quantization:
