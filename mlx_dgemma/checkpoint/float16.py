@@ -65,7 +65,7 @@ class Float16QuantizedEmbedding(_Table, nn.QuantizedEmbedding):
     """`nn.QuantizedEmbedding` with products in float16."""
 
 
-_KINDS: dict[type, type] = {
+KINDS: dict[type, type] = {
     nn.Linear: Float16Linear,
     nn.QuantizedLinear: Float16QuantizedLinear,
     SwitchLinear: Float16SwitchLinear,
@@ -83,35 +83,31 @@ def compute_in_float16(model: DiffusionGemma) -> None:
     """
     model._dtype = model.dtype
     for path, module in model.model.decoder.named_modules():
-        if type(module) in _KINDS:
-            _convert(DECODER + path, module)
+        if type(module) not in KINDS:
+            continue
+        if reason := misfit(DECODER + path, module):
+            raise CheckpointError(f"{reason}; load it without --compute-dtype float16 (compute_dtype).")
+        cast = {name: module[name].astype(mx.float16) for name in _floats(module)}
+        mx.eval(cast)  # one module at a time, so that two copies of all are never held
+        for name, array in cast.items():
+            module[name] = array
+        module.__class__ = KINDS[type(module)]
 
 
-def _convert(path: str, module: nn.Module) -> None:
-    names = [name for name in ("weight", "scales", "biases") if _is_float(module.get(name))]
-    cast = {name: module[name].astype(mx.float16) for name in names}
-    bounds: dict[str, Any] = {name: mx.maximum(module[name].max(), -module[name].min()) for name in names}
+def misfit(path: str, module: nn.Module) -> str | None:
+    """What float16 cannot hold of a linear map's or an embedding's arrays, or None."""
+    bounds: dict[str, Any] = {name: mx.maximum(module[name].max(), -module[name].min()) for name in _floats(module)}
     if (code := _LARGEST_CODE.get(getattr(module, "mode", ""))) is not None:
         bounds["scales"] = 2.0 ** (module.scales.max().astype(mx.float32) - 127) * code
-    mx.eval(cast, bounds)  # one module at a time, so that two copies of all are never held
     for name, bound in bounds.items():
-        _check(f"{path}.{name}", bound.item(), may_be_small=name == "biases")
-    for name, array in cast.items():
-        module[name] = array
-    module.__class__ = _KINDS[type(module)]
+        largest = bound.item()
+        if not largest <= LARGEST:
+            return f"{path}.{name} reaches {largest:.3g}, but float16 ends at {LARGEST:.0f}"
+        if 0 < largest < SMALLEST and name != "biases":  # these are offsets: small ones change nothing
+            return f"{path}.{name} has no value above {largest:.3g}, where float16 is coarser than bfloat16"
+    return None
 
 
-def _is_float(array: mx.array | None) -> bool:
-    return array is not None and mx.issubdtype(array.dtype, mx.floating)
-
-
-def _check(name: str, largest: float, may_be_small: bool) -> None:
-    if not largest <= LARGEST:
-        reason = f"reaches {largest:.3g} and float16 ends at {LARGEST:.0f}"
-    elif 0 < largest < SMALLEST and not may_be_small:
-        reason = f"has no value above {largest:.3g}, where float16 is too coarse"
-    else:
-        return
-    raise CheckpointError(
-        f"{name} does not fit float16: it {reason}; load without --compute-dtype float16 (compute_dtype)."
-    )
+def _floats(module: nn.Module) -> list[str]:
+    arrays = {name: module.get(name) for name in ("weight", "scales", "biases")}
+    return [name for name, array in arrays.items() if array is not None and mx.issubdtype(array.dtype, mx.floating)]
