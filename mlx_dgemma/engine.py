@@ -103,6 +103,7 @@ class Engine:
         Raises:
             PromptError: an empty, malformed or too long prompt.
             OptionError: an unknown option or a value outside its bounds.
+            RangeError: the model computed inf or NaN.
         """
         return self._result(self.run(self.prepare(prompt, **keywords), session, drafts=False))
 
