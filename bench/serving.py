@@ -1,7 +1,6 @@
-"""A server of its own process for benchmarks: started, watched from outside, stopped."""
+"""A server of its own process for benchmarks: started, watched from outside, stopped. Needs the `psutil` package."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -10,6 +9,8 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+
+import psutil
 
 
 class Server:
@@ -27,7 +28,7 @@ class Server:
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")
         command = [sys.executable, "-m", "mlx_dgemma", "serve", "--port", "0", *self._flags]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._log)
-        self.pid = self._process.pid
+        self.pid, self._watched = self._process.pid, psutil.Process(self._process.pid)
         while not (found := re.search(r"Listening on (http://[^/]+)/v1", self.log())):
             if self._process.poll() is not None:
                 raise SystemExit(f"The server did not start:\n{self.log()}")
@@ -59,22 +60,13 @@ class Server:
 
     def resident(self) -> int:
         """Bytes of memory that it has in use."""
-        status = Path(f"/proc/{self.pid}/status")
-        if status.exists():
-            return int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1]) * 1024
-        return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(self.pid)])) * 1024
+        return self._watched.memory_info().rss
 
-    def worked(self) -> float | None:
-        """Seconds of processor time that it has used; None where the system does not tell."""
-        stat = Path(f"/proc/{self.pid}/stat")
-        if not stat.exists():
-            return None
-        user, system = stat.read_text().rsplit(")", 1)[1].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    def worked(self) -> float:
+        """Seconds of processor time that it has used."""
+        times = self._watched.cpu_times()
+        return times.user + times.system
 
     def held(self) -> dict:
-        """How many files and threads it has open; None where the system does not tell."""
-        folder = Path(f"/proc/{self.pid}")
-        if not folder.exists():
-            return {"files": None, "threads": None}
-        return {"files": len(os.listdir(folder / "fd")), "threads": len(os.listdir(folder / "task"))}
+        """How many files and threads it has open."""
+        return {"files": self._watched.num_fds(), "threads": self._watched.num_threads()}

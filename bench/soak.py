@@ -4,7 +4,7 @@
 
 Every hundred holds the same requests in the same order: chats, streamed and whole, pictures, JSON schemas, tools,
 holes to fill, responses; a fifth are left midway, some are malformed. Each is asked alone first, and must be answered
-with the same text whoever else asks. Needs the `openai` package.
+with the same text whoever else asks. Needs the packages `openai` and `psutil`.
 """
 
 import argparse
@@ -265,7 +265,7 @@ def main() -> None:
         for _ in range(args.requests // HUNDRED):
             before = server.worked()
             one = hundred(server.url, asks, args.clients, expected)
-            worked = None if before is None else server.worked() - before
+            worked = server.worked() - before
             health = settled(server)
             time.sleep(1)  # connections that were left are closed
             rounds.append({**one, "worked": worked, "resident": server.resident(), **server.held()})
@@ -291,8 +291,8 @@ def main() -> None:
         "same": not any(one["wrong"] for one in rounds),
         "memory": last["resident"] <= first["resident"] * MEMORY,
         "pace": pace[1] <= pace[0] * PACE,
-        "files": (last["files"] or 0) <= (first["files"] or 0),
-        "threads": (last["threads"] or 0) <= (first["threads"] or 0),
+        "files": last["files"] <= first["files"],
+        "threads": last["threads"] <= first["threads"],
         "idle": alive,
         "log": not tracebacks,
     }

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from .decoding.options import GenerationOptions
     from .decoding.session import Session
     from .engine import Engine, load
-    from .errors import CheckpointError, DgemmaError, MemoryLimitError, OptionError, PromptError
+    from .errors import CheckpointError, DgemmaError, MemoryLimitError, OptionError, PromptError, RangeError
 
 _HOME = {
     "engine": ("Engine", "load"),
-    "errors": ("CheckpointError", "DgemmaError", "MemoryLimitError", "OptionError", "PromptError"),
+    "errors": ("CheckpointError", "DgemmaError", "MemoryLimitError", "OptionError", "PromptError", "RangeError"),
     "decoding.events": ("Block", "Draft", "Finished", "Result"),
     "decoding.options": ("GenerationOptions",),
     "decoding.session": ("Session",),
@@ -33,6 +33,7 @@ __all__ = [
     "MemoryLimitError",
     "OptionError",
     "PromptError",
+    "RangeError",
     "Result",
     "Session",
     "load",

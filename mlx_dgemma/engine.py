@@ -103,6 +103,7 @@ class Engine:
         Raises:
             PromptError: an empty, malformed or too long prompt.
             OptionError: an unknown option or a value outside its bounds.
+            RangeError: the model computed inf or NaN.
         """
         return self._result(self.run(self.prepare(prompt, **keywords), session, drafts=False))
 
@@ -260,6 +261,7 @@ def load(
     adapter: str | PathLike | None = None,
     dequantize: bool | None = None,
     ignore_memory: bool = False,
+    compute_dtype: str | None = None,
 ) -> Engine:
     """Load a checkpoint: Hugging Face's layout, mlx-community's or our own.
 
@@ -271,15 +273,18 @@ def load(
         dequantize: unpack quantized weights; None does so on the CPU where they fit, since quantized
             matrix products are slow there.
         ignore_memory: load even what does not seem to fit.
+        compute_dtype: "float16" computes matrix products in float16, which is faster on M1 and M2; what lies between
+            two products keeps its dtype. Numbers that leave float16's range end a request with a `RangeError`.
 
     Raises:
-        CheckpointError: nothing there, something broken, or another model; an adapter of another model.
+        CheckpointError: nothing there, something broken, or another model; an adapter of another model; weights that
+            do not fit `compute_dtype`.
         MemoryLimitError: the machine has too little memory.
         OptionError: an unknown dtype.
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(find(path))
     tokenizer = load_tokenizer(checkpoint)
-    model, folder, notes = load_model(checkpoint, dtype, adapter, dequantize, ignore_memory)
+    model, folder, notes = load_model(checkpoint, dtype, adapter, dequantize, ignore_memory, compute_dtype)
     options = GenerationOptions.of(checkpoint.generation, checkpoint.processor)
     return Engine(checkpoint, model, tokenizer, options, tuple(notes), time.perf_counter() - started, folder)

@@ -41,5 +41,9 @@ class MemoryLimitError(DgemmaError):
     """The checkpoint needs more memory than this machine can give."""
 
 
+class RangeError(DgemmaError):
+    """The model's states hold inf or NaN: its numbers left the range of their dtype, or its weights are broken."""
+
+
 class DataError(DgemmaError):
     """Training or evaluation data that cannot be read or used."""

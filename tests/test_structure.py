@@ -25,6 +25,7 @@ ROOMS = (
     "serving",
     "tune",
     "server",
+    "check",
     "cli",
     "__init__",
     "__main__",

@@ -10,6 +10,7 @@ from ..checkpoint import memory
 from ..checkpoint.build import build
 from ..checkpoint.folder import Checkpoint
 from ..convert.recipes import RECIPES
+from ..errors import OptionError
 from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
 from . import deltas, peft
@@ -21,13 +22,14 @@ def load_model(
     adapter: str | PathLike | None = None,
     dequantize: bool | None = None,
     ignore_memory: bool = False,
+    compute_dtype: str | None = None,
 ) -> tuple[DiffusionGemma, Path | None, list[str]]:
     """The model, the adapter's folder, and what was chosen, one sentence each; takes what `mlx_dgemma.load` takes.
 
     Raises:
         CheckpointError: something broken; an adapter of another model.
         MemoryLimitError: the machine has too little memory.
-        OptionError: an unknown dtype.
+        OptionError: an unknown dtype; a DoRA where products are computed in float16.
     """
     notes = []
     dtype, dequantize = memory.resolve_dtype(checkpoint, dtype, dequantize)
@@ -39,11 +41,19 @@ def load_model(
         notes.append(f"CPU device: weights of {checkpoint.bits_per_weight:.1f} bits are {how}.")
     folder = None if adapter is None else peft.find(adapter)
     changes = None if folder is None else peft.read(folder, checkpoint.shapes)
+    if compute_dtype and changes and any(one.magnitude is not None for one in changes.changes.values()):
+        raise OptionError(
+            f"{folder} is a DoRA, whose products follow the dtype of activations; "
+            "leave out --compute-dtype (compute_dtype), or fuse it into the checkpoint first."
+        )
     if not ignore_memory:
         needed = memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize)
         needed = replace(needed, weights=needed.weights + (changes.nbytes if changes else 0))
         memory.check(checkpoint, needed, lambda: {n: one.nbytes(checkpoint.shapes) for n, one in RECIPES.items()})
-    model = build(checkpoint, dtype, dequantize)
+    model = build(checkpoint, dtype, dequantize, compute_dtype)
+    if compute_dtype is not None:
+        activations = str(model.dtype).removeprefix("mlx.core.")
+        notes.append(f"Matrix products are computed in {compute_dtype}, the rest in {activations}.")
     if changes is not None:
         deltas.apply(model, changes)
         modes = "both modes alike" if changes.shared else "encoder and decoder differently"

@@ -21,13 +21,16 @@ from ..model.diffusion_gemma import DiffusionGemma
 from ..model.kv_cache import LayerKV
 from ..model.masks import Mask
 from . import weights
+from .float16 import compute_in_float16
 from .folder import Checkpoint, parameter_shapes
 from .headers import FLOATS, TensorInfo
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = False) -> DiffusionGemma:
+def build(
+    checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = False, compute_dtype: str | None = None
+) -> DiffusionGemma:
     """The model with its weights, evaluated.
 
     Args:
@@ -35,13 +38,16 @@ def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = F
         dtype: of activations and unquantized weights ("float32", "bfloat16", "float16"); None keeps the stored one.
             On the CPU unquantized experts are always float32, because MLX has no other kernel for them there.
         dequantize: unpack quantized weights.
+        compute_dtype: of matrix products: "float16", or None for that of activations.
 
     Raises:
         OptionError: an unknown dtype.
-        CheckpointError: a tensor is missing or unknown, or has a wrong shape or dtype.
+        CheckpointError: a tensor is missing or unknown, has a wrong shape or dtype, or does not fit `compute_dtype`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype!r}; it should be one of {', '.join(DTYPES)}.")
+    if compute_dtype not in (None, "float16"):
+        raise OptionError(f"compute_dtype is {compute_dtype!r}; it should be float16 or None.")
     model = DiffusionGemma(checkpoint.config)
     stored = {name for name in checkpoint.tensors if name.endswith(".scales")}
     if checkpoint.quantization:
@@ -54,6 +60,8 @@ def build(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = F
     model.load_weights(list(_arrays(checkpoint, plan, shapes, cast)), strict=True)
     if dequantize:
         _dequantize(model, cast)
+    if compute_dtype is not None:
+        compute_in_float16(model)
     suit_device(model)
     mx.eval(model.parameters())
     return model

@@ -53,12 +53,14 @@ class ModelChoice:
         dtype: type of activations and unquantized weights; None keeps the stored one.
         ignore_memory: whether to skip the check of memory.
         adapter: folder or Hub id of an adapter.
+        compute_dtype: type of matrix products; None is that of activations.
     """
 
     name: str | None
     dtype: str | None
     ignore_memory: bool
     adapter: str | None = None
+    compute_dtype: str | None = None
 
     def load(self, terminal: Terminal) -> Engine:
         """Load the checkpoint and the adapter. Without a name, load the demo and print a notice."""
@@ -70,7 +72,13 @@ class ModelChoice:
         try:
             from ..engine import load
 
-            engine = load(self.name, self.dtype, adapter=self.adapter, ignore_memory=self.ignore_memory)
+            engine = load(
+                self.name,
+                self.dtype,
+                adapter=self.adapter,
+                ignore_memory=self.ignore_memory,
+                compute_dtype=self.compute_dtype,
+            )
         finally:
             terminal.erase()
         for note in engine.notes:
@@ -83,9 +91,15 @@ def model_options(command: Command) -> Command:
 
     @wraps(command)
     def with_model(
-        *, model: str | None, dtype: str | None, ignore_memory: bool, adapter: str | None = None, **options: Any
+        *,
+        model: str | None,
+        dtype: str | None,
+        compute_dtype: str | None,
+        ignore_memory: bool,
+        adapter: str | None = None,
+        **options: Any,
     ) -> Any:
-        return command(model=ModelChoice(model, dtype, ignore_memory, adapter), **options)
+        return command(model=ModelChoice(model, dtype, ignore_memory, adapter, compute_dtype), **options)
 
     return combine(
         model_option,
@@ -94,6 +108,12 @@ def model_options(command: Command) -> Command:
             type=click.Choice(["float32", "bfloat16", "float16"]),
             show_default="as stored; float32 on a CPU",
             help="Type of activations and unquantized weights.",
+        ),
+        click.option(
+            "--compute-dtype",
+            type=click.Choice(["float16"]),
+            show_default="that of activations",
+            help="Type of matrix products: float16 is faster on M1 and M2.",
         ),
         click.option("--ignore-memory", is_flag=True, help="Load the model even if it seems too large for memory."),
     )(with_model)

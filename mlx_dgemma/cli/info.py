@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -64,7 +66,12 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
         "bits_per_weight": round(checkpoint.bits_per_weight, 3),
         "quantization": _quantization(checkpoint),
         "sampler": sampler,
-        "machine": {"device": str(mx.device_info().get("device_name", "unknown")), "available": available},
+        "machine": {
+            "device": str(mx.device_info().get("device_name", "unknown")),
+            "available": available,
+            "lacks_bfloat16": device.lacks_bfloat16(),
+            "macos": platform.mac_ver()[0] or None,
+        },
         "memory": {
             "context": context,
             **asdict(need),
@@ -164,6 +171,7 @@ def lines(about: dict[str, Any]) -> list[str]:
             f"workspace {human(needed['workspace'])})",
         ),
         ("", _verdict(needed["total"], machine["available"])),
+        *(("advice", line) for line in _advice(machine)),
     ]
     output = [f"{name:14}{value}" for name, value in pairs]
     output += ["", f"{'context':>14}{'memory':>12}"]
@@ -175,6 +183,17 @@ def lines(about: dict[str, Any]) -> list[str]:
             fits = _fits(one["total"], machine["available"])
             output.append(f"{name:>14}{human(one['weights']):>12}{human(one['total']):>12}  {fits}")
     return [line.rstrip() for line in output]
+
+
+def _advice(machine: dict[str, Any]) -> list[str]:
+    """What to do on this machine."""
+    found = []
+    if machine["lacks_bfloat16"]:
+        allowed = "if `mlx-dgemma check --ranges MODEL` allows it"
+        found.append(f"this chip has no bfloat16; --compute-dtype float16 should be faster, {allowed}")
+    if re.match(r"26\.[01](\.|$)", machine["macos"] or ""):
+        found.append(f"this is macOS {machine['macos']}, but MLX's wheel for macOS 26 is built for 26.2: update macOS")
+    return found
 
 
 def _settings(sampler: dict[str, Any], *names: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..model import device, head, rng
 from ..model.diffusion_gemma import DiffusionGemma
+from ..model.functions import finite
 from ..model.kv_cache import Prefix
 from .control import Guide, Layout
 from .options import GenerationOptions
@@ -33,9 +34,18 @@ class Forward(NamedTuple):
 
     @property
     def host_state(self) -> mx.array:
-        """[B + 1] int32, what the host reads back: `done`, and how many positions need the whole vocabulary."""
+        """[2 B + 1] int32, what the host reads back.
+
+        `done`; `finite`; and how many positions need the whole vocabulary.
+        """
         needed = self.prediction.needs_full_vocab.sum(keepdims=True).flatten()
-        return mx.concatenate([self.done.astype(mx.int32), needed])
+        return mx.concatenate([self.done.astype(mx.int32), self.finite.astype(mx.int32), needed])
+
+    @property
+    def finite(self) -> mx.array:
+        """[B] bool, whether the states of a row are numbers: one inf or NaN in a layer spreads to all that see it."""
+        known = self.prediction
+        return finite(known.hidden if isinstance(known, head.Prediction) else known.entropy)
 
 
 class Rows(NamedTuple):
@@ -123,11 +133,17 @@ class CanvasBatch:
         depth = max(self.options.stability_threshold, self.options.patience or 0, 1)
         self.rows = self.rows._replace(earlier=(*self.rows.earlier, argmax)[-depth:])
 
-    def advance_to(self, forward: Forward, host_state: mx.array, steps: list[int]) -> None:
-        """A step is done: the host learns which rows have settled and how many positions need the whole vocabulary."""
-        *done, self.dense = np.asarray(host_state).tolist()
+    def advance_to(self, forward: Forward, host_state: mx.array, steps: list[int]) -> list[int]:
+        """A step is done: the host learns which rows have settled and how many positions need the whole vocabulary.
+
+        Returns:
+            The rows that have left the range of their dtype; they are finished, too.
+        """
+        *found, self.dense = np.asarray(host_state).tolist()
+        done, valid = found[: len(steps)], found[len(steps) :]
         self.rows = self.rows._replace(last=forward)
-        self.steps, self.finished = steps, list(map(bool, done))
+        self.steps, self.finished = steps, [bool(one) or not numbers for one, numbers in zip(done, valid)]
+        return [row for row, numbers in enumerate(valid) if not numbers]
 
     def first_canvas(self) -> mx.array:
         """[B, C] int32: noise, and the layout's tokens where it has some."""

@@ -1,6 +1,7 @@
 """Denoise a batch step by step, with the next step built and started while the device works on this one.
 
-Once a step the host reads two things back: which rows have settled, and how many positions need the whole vocabulary.
+Once a step the host reads three things back: which rows have settled, which have left the range of their dtype, and
+how many positions need the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Step:
     confidence: mx.array  # float32, largest probability of each position in the processed logits
     done: list[bool]
     steps: list[int]
+    overflowed: list[int]  # rows whose states hold inf or NaN; nothing else of them means anything
 
 
 def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
@@ -42,8 +44,7 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
     if batch.guides:
         guided, told = guided_step(batch)
         batch.remember(guided.argmax)
-        batch.advance_to(guided, guided.host_state, steps)
-        return _step(batch, guided, told)
+        return _step(batch, guided, told, batch.advance_to(guided, guided.host_state, steps))
     build = fast_step if batch.options.fast else plain_step
     if batch.ahead is None:
         current = build(batch, batch.rows.last, batch.steps, batch.dense)
@@ -61,7 +62,7 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
     shown = [current.argmax, current.accepted, prediction.entropy, prediction.confidence]
     batch.queue.add(*prediction.stages, [host_state, *shown, *prediction.carried])
     batch.queue.finish()
-    batch.advance_to(current, host_state, steps)
+    overflowed = batch.advance_to(current, host_state, steps)
     over = any(batch.finished)
     if following is not None and (over or not _fits(prediction, guess, batch.dense)):
         # What was built is of no use, and must not be computed for its side effects.
@@ -73,7 +74,7 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
     if following is not None:
         batch.queue.add(*batch.stages())
     batch.ahead = following
-    return _step(batch, current, prediction)
+    return _step(batch, current, prediction, overflowed)
 
 
 def denoise_block(
@@ -89,10 +90,15 @@ def denoise_block(
 
     Yields:
         A `Step` per forward; a row that has settled keeps its argmax while others go on.
+
+    Raises:
+        RangeError: a row's states hold inf or NaN.
     """
     batch = CanvasBatch(model, prefix, options, keys, room, layout, guide)
     for _ in range(options.max_denoising_steps):
         step = advance(batch)
+        if step.overflowed:
+            raise model.range_error()
         yield step
         if all(step.done):
             return
@@ -105,6 +111,8 @@ def _fits(prediction: head.Prediction | head.FullPrediction, guess: int, dense: 
     return True  # one pass over the vocabulary serves all positions
 
 
-def _step(batch: CanvasBatch, forward: Forward, prediction: head.Prediction | head.FullPrediction) -> Step:
+def _step(
+    batch: CanvasBatch, forward: Forward, prediction: head.Prediction | head.FullPrediction, overflowed: list[int]
+) -> Step:
     shown = forward.argmax, forward.accepted, prediction.entropy, prediction.confidence
-    return Step(*shown, list(batch.finished), list(batch.steps))
+    return Step(*shown, list(batch.finished), list(batch.steps), overflowed)

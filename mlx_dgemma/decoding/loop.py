@@ -117,7 +117,7 @@ class Loop:
         step = advance(group.batch, ahead=not any(waiting == key for waiting, _, _ in self._ready))
         requests, over = list(group.requests), []
         for i, request in enumerate(requests):
-            if request.drafts:
+            if request.drafts and i not in step.overflowed:
                 text = request.reader.preview(np.asarray(step.argmax[i]).tolist())
                 shown = step.steps[i], step.argmax[i], step.accepted[i], step.entropy[i]
                 yield request, Draft(request.blocks, *shown, text)
@@ -127,6 +127,9 @@ class Loop:
             self._leave(key, [requests[i] for i in over])
         for i in over:
             try:
+                if i in step.overflowed:
+                    requests[i].session.reset()
+                    raise self.model.range_error()
                 yield from self._end_block(requests[i], step, i)
             except Exception as error:
                 yield requests[i], error

@@ -81,6 +81,10 @@ class Session:
         del self.cache_key[count:]
         return count
 
+    def reset(self) -> None:
+        """Forget what was encoded, which holds inf or NaN; pictures stay known."""
+        self.prefix, self.cache_key, self.snapshot = self.model.new_prefix(), [], None
+
     def encode(self, prompt: PromptTokens, chunk: int | None = None, snapshot_at: int = 0) -> Iterator[None]:
         """Encode what the prefix does not hold of a prompt, and yield after every chunk.
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..model import device, head
+from ..model.functions import finite
 from . import sampler
 from .canvas import CanvasBatch, Forward, rounded
 
@@ -156,17 +157,19 @@ def _chosen(batch: CanvasBatch, prediction: head.Prediction) -> mx.array:
         "likely": prediction.top_tokens,
         "likely_log_p": mx.log(prediction.top_probs),
     }
+    valid = finite(prediction.hidden)
     asked = [
         prediction.map(lambda a, row=row: a[row : row + 1]).log_probs(batch.model.head, guide.tokens)
         for row, (guide, _) in enumerate(batch.guides)
     ]
     batch.queue = device.Queue(batch.in_flight)
-    batch.queue.add(*batch.stages(), *prediction.stages, [*prediction.carried, seen, asked])
+    batch.queue.add(*batch.stages(), *prediction.stages, [*prediction.carried, seen, asked, valid])
     batch.queue.finish()
+    numbers = np.asarray(valid)
     on_host = {name: np.asarray(array) for name, array in seen.items()}
     chosen = on_host["argmax"].copy()
     for row, (guide, number) in enumerate(batch.guides):
-        if not batch.finished[row]:
+        if not batch.finished[row] and numbers[row]:
             of_row = {name: array[row] for name, array in on_host.items()}
             chosen[row] = guide.choose(number, {**of_row, "asked": np.asarray(asked[row])[0]})
     return mx.array(chosen)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,14 @@ def on_cpu() -> bool:
 def on_metal() -> bool:
     """Whether MLX computes on an Apple GPU."""
     return not on_cpu() and mx.metal.is_available()
+
+
+def lacks_bfloat16() -> bool:
+    """Whether MLX computes on an Apple GPU without bfloat16, which is then computed in software: M1's and M2's."""
+    if not on_metal():
+        return False
+    found = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture", "")))
+    return found is not None and int(found[1]) < 15
 
 
 def fused(function: Callable, shapeless: bool = True) -> Callable:
@@ -80,15 +90,50 @@ class Queue:
             mx.eval(self._waiting.popleft())
 
 
+SMALL_MAC = 36 * 2**30  # bytes of memory; a Mac with no more keeps only `CACHE_LIMIT` bytes of freed buffers
+CACHE_LIMIT = 2 * 2**30
+
+
+class _Limits:
+    """Metal's memory limits, which are the process's: set for the first holder and put back after the last."""
+
+    def __init__(self) -> None:
+        self._lock, self._holders = threading.Lock(), 0
+        self._earlier: list[tuple[Callable[[int], int], int]] = []
+
+    def hold(self) -> None:
+        with self._lock:
+            if not self._holders:
+                info = mx.device_info()
+                wired = int(info["max_recommended_working_set_size"])
+                self._earlier = [(mx.set_wired_limit, mx.set_wired_limit(wired))]
+                if int(info["memory_size"]) <= SMALL_MAC:
+                    self._earlier.append((mx.set_cache_limit, mx.set_cache_limit(CACHE_LIMIT)))
+            self._holders += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if not self._holders:
+                mx.synchronize()
+                for put_back, earlier in self._earlier:
+                    put_back(earlier)
+
+
+_limits = _Limits()
+
+
 @contextmanager
 def wired_limit() -> Iterator[None]:
-    """Let Metal keep the model in memory while the context is open; the earlier limit is restored afterwards."""
+    """Let Metal keep the model in memory while a context is open, and on a small Mac fewer freed buffers.
+
+    The limits belong to the process, so they are restored when the last context of any thread is left.
+    """
     if not mx.metal.is_available() or on_cpu():
         yield
         return
-    old = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    _limits.hold()
     try:
         yield
     finally:
-        mx.synchronize()
-        mx.set_wired_limit(old)
+        _limits.release()

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import PromptError
+from ..errors import PromptError, RangeError
 from .attention import ALIGNMENT, LayerContext
 from .config import ModelConfig
 from .head import Head
@@ -83,13 +83,33 @@ class DiffusionGemma(nn.Module):
         self.model = Backbone(config)
         self._apply: Callable[..., mx.array] = Layer.__call__  # called with (layer, h, scalar, context)
         self.uses_kernels = False  # custom kernels, which have no gradient; training mode computes without them
+        self._dtype: mx.Dtype | None = None  # of activations; set where the embedding's weights do not tell it
         self._encoder_layers: tuple[Layer, ...] | None = None  # set where an adapter changes the two modes differently
 
     @property
     def dtype(self) -> mx.Dtype:
         """The dtype of activations: that of the final norm, or of a quantized embedding's scales if they are floats."""
         table = self.model.decoder.embed_tokens
+        if self._dtype is not None:
+            return self._dtype
         return table.scales.dtype if _is_float_scale(table) else self.model.decoder.norm.weight.dtype
+
+    @property
+    def compute_dtype(self) -> mx.Dtype:
+        """The dtype of matrix products: that of activations, or float16 where loading asked for it."""
+        return getattr(self.model.decoder.embed_tokens, "compute_dtype", self.dtype)
+
+    def range_error(self) -> RangeError:
+        """The error for hidden states that hold inf or NaN."""
+        if mx.float16 not in (self.compute_dtype, self.dtype):
+            return RangeError(
+                "The model computed inf or NaN, so there is no answer; its weights are broken, convert them again."
+            )
+        name, flag = ("compute_dtype", "--compute-dtype") if self.dtype != mx.float16 else ("dtype", "--dtype")
+        return RangeError(
+            f"Numbers of this model left the range of float16, so there is no answer; load it without {flag} float16 "
+            f'({name}="float16").'
+        )
 
     def new_prefix(self, batch_size: int = 1, capacity: int = 0) -> Prefix:
         """An empty prefix of `batch_size` rows; `capacity` positions are allocated at once."""

@@ -29,3 +29,8 @@ def entropy(logits: mx.array) -> mx.array:
     """[B, C, V] float32 -> Shannon entropy [B, C] in nats."""
     log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     return -(mx.exp(log_p) * log_p).sum(axis=-1)
+
+
+def finite(x: mx.array) -> mx.array:
+    """[B, ...] -> [B] bool, false for rows that hold inf or NaN: 0 times these is NaN."""
+    return (x * 0).reshape(x.shape[0], -1).sum(axis=-1) == 0

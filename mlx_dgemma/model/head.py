@@ -26,6 +26,7 @@ CHUNK_BYTES = 16 << 20  # of float32 logits at once, of which some six arrays ar
 KERNEL_CHUNK_BYTES = 32 << 20  # of products at once, in the dtype of the model, where a kernel reduces them
 TOP_TOKENS = 32  # per position; their embeddings are the conditioning where their probability suffices
 TAIL = 1e-4  # probability that the conditioning may leave out
+SHARES = 256.0  # sum of the shares of a float16 product: what they underflow to is far below TAIL, nothing overflows
 PAD_LOGIT = -6e4  # logit of the padding of the last tiles; finite in float16 too, because 0 * -inf is not a number
 
 
@@ -221,7 +222,23 @@ def tile_size(vocab_size: int) -> int:
 
 
 def matmul_slice(table: nn.Module, x: mx.array, start: int, end: int, transpose: bool = True) -> mx.array:
-    """x @ table[start:end].T, or x @ table[start:end] without `transpose`, for plain and quantized embeddings."""
+    """x @ table[start:end].T, or x @ table[start:end] without `transpose`, for plain and quantized embeddings.
+
+    A table with a `compute_dtype` computes in that. Without `transpose` x holds shares of a probability, at least 0.
+    """
+    dtype = getattr(table, "compute_dtype", x.dtype)
+    if dtype == x.dtype or transpose:
+        return _matmul_slice(table, x.astype(dtype), start, end, transpose)
+    total = mx.maximum(x.sum(axis=-1, keepdims=True).astype(mx.float32), 1e-30) / SHARES
+    return (_matmul_slice(table, _float16_shares(x, total), start, end, False) * total).astype(x.dtype)
+
+
+@fused
+def _float16_shares(x: mx.array, total: mx.array) -> mx.array:
+    return (x.astype(mx.float32) / total).astype(mx.float16)
+
+
+def _matmul_slice(table: nn.Module, x: mx.array, start: int, end: int, transpose: bool) -> mx.array:
     if isinstance(table, nn.QuantizedEmbedding):
         biases = table.get("biases")
         return mx.quantized_matmul(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..decoding.events import Block, Draft, Finished
 from ..decoding.request import Request
-from ..errors import DgemmaError
+from ..errors import DgemmaError, RangeError
 from ..serving.scheduler import Accepted, Busy, Event, Failed, Scheduler, Stopping
 from .errors import ApiError
 
@@ -113,6 +113,8 @@ def _stopping_error() -> ApiError:
 
 def _raise_failure(event: Event) -> None:
     if isinstance(event, Failed):
+        if isinstance(event.error, RangeError):  # not the request's fault
+            raise ApiError(str(event.error), status=500, code="range") from None
         if isinstance(event.error, DgemmaError):
             raise ApiError(str(event.error)) from None
         raise _stopping_error() if isinstance(event.error, Stopping) else event.error

@@ -208,7 +208,8 @@ def check_size(path: Path) -> None:
 def fingerprint(engine: Engine) -> str:
     """Hash of what keys and values depend on besides the tokens: checkpoint, template, adapter, dtype, device, MLX."""
     digest = hashlib.sha256()
-    digest.update(f"1 {engine.model.dtype} {mx.default_device()} {version('mlx')}".encode())
+    dtypes = f"{engine.model.dtype} {engine.model.compute_dtype}"
+    digest.update(f"1 {dtypes} {mx.default_device()} {version('mlx')}".encode())
     for path in sorted(engine.checkpoint.path.iterdir()):
         if path.suffix in (".json", ".jinja"):
             digest.update(path.name.encode() + path.read_bytes())

@@ -33,6 +33,7 @@ from ..errors import OptionError
 from ..model import device, head, rng
 from ..model.config import ModelConfig
 from ..model.diffusion_gemma import DiffusionGemma
+from ..model.functions import finite
 from ..model.kv_cache import Prefix
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
@@ -87,6 +88,9 @@ def denoise_and_read(
 
     Args:
         prefix: of one row.
+
+    Raises:
+        RangeError: the states of a canvas hold inf or NaN.
     """
     found = []
     for start in range(0, len(canvases), MAX_ROWS):
@@ -97,6 +101,8 @@ def denoise_and_read(
         queue = device.Queue()
         queue.add(*prefix.stages, hidden)
         queue.finish()
+        if not finite(hidden).all():
+            raise model.range_error()
         found.append(read_probabilities(model, hidden, tokens, sets))
     log_p, mass = zip(*found)
     return np.concatenate(log_p), np.concatenate(mass)

@@ -79,6 +79,7 @@ def bound(engine: Engine, examples: Sequence[Example], fill: int, draws: int = 8
 
     Raises:
         DataError: there are no examples.
+        RangeError: the model computed inf or NaN.
     """
     if not examples:
         raise DataError("There are no examples; give at least one.")
@@ -127,4 +128,6 @@ def _canvas_bound(
             times_of_cut = mx.broadcast_to(t, noisy[0, cut].shape)
             total = total + cost(log_p, canvas[0, cut], noisy[0, cut], times_of_cut).sum()
         estimates.append(total.item())
+        if not np.isfinite(estimates[-1]):
+            raise model.range_error()
     return np.array(estimates)

@@ -81,10 +81,9 @@ def tune(
         OptionError, DataError, PromptError, MemoryLimitError: most of them before the first step.
     """
     objective, output = run_config.objective, run_config.output
+    _check_trainable(engine, trainer_config)
     if not resume and output.exists() and any(output.iterdir()):
         raise OptionError(f"{output} is not empty; give another --output, or continue its run with --resume.")
-    if trainer_config.kind == "full" and engine.checkpoint.quantization:
-        raise OptionError("kind is full, but the checkpoint is quantized; use lora, or an unquantized checkpoint.")
     splits = load(engine, run_config.data, run_config.turns, run_config.max_length, run_config.skip_long)
     train, valid = splits["train"], splits["valid"]
     if not train:
@@ -124,6 +123,16 @@ def tune(
         yield from run.steps(stop)
     finally:
         trainer.close()
+
+
+def _check_trainable(engine: Engine, config: TrainerConfig) -> None:
+    if engine.model.compute_dtype != engine.model.dtype:
+        raise OptionError(
+            "compute_dtype is float16, but gradients need the range of the model's own dtype; "
+            "train without --compute-dtype (compute_dtype)."
+        )
+    if config.kind == "full" and engine.checkpoint.quantization:
+        raise OptionError("kind is full, but the checkpoint is quantized; use lora, or an unquantized checkpoint.")
 
 
 def infer_fill_token(engine: Engine, examples: Sequence[Example], objective: Objective, seed: int) -> int:

@@ -23,7 +23,7 @@ from mlx_dgemma.adapters import peft
 from mlx_dgemma.checkpoint import memory
 from mlx_dgemma.cli import main
 from mlx_dgemma.convert import convert
-from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.errors import CheckpointError, OptionError
 from mlx_dgemma.model.device import on_cpu
 
 PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."
@@ -69,6 +69,17 @@ def test_an_adapter_is_loaded_with_a_checkpoint(demo, adapter, apart):
             base = adapters._module(engine.model, path).linear.weight
             strides = np.asarray(base).strides
             assert (base.dtype, base.ndim, strides[-2]) == (mx.float32, kind, 4)
+
+
+def test_a_lora_works_with_products_in_float16_and_a_dora_is_refused(demo, adapter, apart):
+    exact, half = (mlx_dgemma.load(demo, "float32", adapter=adapter, compute_dtype=one) for one in (None, "float16"))
+    assert half.model.compute_dtype == mx.float16
+    assert adapters._module(half.model, Q).linear.compute_dtype == mx.float16
+    assert 0 < max(gaps(logits(exact.model), logits(half.model))) < 0.2
+    assert refusal(OptionError, mlx_dgemma.load, demo, adapter=apart, compute_dtype="float16") == (
+        f"{apart} is a DoRA, whose products follow the dtype of activations; "
+        "leave out --compute-dtype (compute_dtype), or fuse it into the checkpoint first."
+    )
 
 
 def test_an_adapter_counts_as_memory(demo, adapter, monkeypatch):

@@ -62,3 +62,16 @@ def test_info_says_when_it_does_not_fit(monkeypatch):
     assert not about["memory"]["fits"]
     missing = errors.human(about["memory"]["total"] - 10_000_000)
     assert f"{'':14}does not fit: {missing} are missing" in info.lines(about)
+
+
+def test_info_advises_for_the_machine(monkeypatch):
+    assert "advice" not in run("info", DEMO).stdout
+    monkeypatch.setattr(device, "lacks_bfloat16", lambda: True)
+    for version, warned in (("26.0", True), ("26.1.2", True), ("26.2", False), ("26.10", False), ("15.6", False)):
+        monkeypatch.setattr(info.platform, "mac_ver", lambda version=version: (version, ("", "", ""), "arm64"))
+        lines = [line for line in run("info", DEMO).stdout.splitlines() if line.startswith("advice")]
+        assert "--compute-dtype float16" in lines[0] and "check --ranges" in lines[0]
+        assert len(lines) == 1 + warned
+        assert not warned or (f"macOS {version}," in lines[1] and lines[1].endswith("update macOS"))
+    told = json.loads(run("info", DEMO, "--json").stdout)["machine"]
+    assert told["lacks_bfloat16"] is True and told["macos"] == "15.6"

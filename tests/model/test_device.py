@@ -1,8 +1,11 @@
 """The memory of the device, and the queue that evaluates in bounded memory."""
 
 import os
+import threading
+from types import SimpleNamespace
 
 import mlx.core as mx
+import pytest
 
 from mlx_dgemma.model import device
 
@@ -11,6 +14,96 @@ def test_the_device_has_memory():
     assert device.available() > 2**28
     if mx.default_device() == mx.cpu:
         assert device.available() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# What Metal would answer.
+
+GIB = 2**30
+
+
+@pytest.fixture
+def metal(monkeypatch):
+    """An Apple GPU: its limits, how often each was set, and what it tells about itself."""
+    told = {"architecture": "applegpu_g13s", "memory_size": 32 * GIB, "max_recommended_working_set_size": 21 * GIB}
+    limits, calls = {"wired": 1, "cache": 2}, []
+
+    def setter(name):
+        def set_limit(value):
+            calls.append(name)
+            limits[name], earlier = value, limits[name]
+            return earlier
+
+        return set_limit
+
+    monkeypatch.setattr(mx, "metal", SimpleNamespace(is_available=lambda: True))
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
+    monkeypatch.setattr(mx, "device_info", lambda: told)
+    for name in limits:
+        monkeypatch.setattr(mx, f"set_{name}_limit", setter(name))
+    return SimpleNamespace(told=told, limits=limits, calls=calls)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lacks"),
+    [("applegpu_g13g", True), ("applegpu_g14d", True), ("applegpu_g15s", False), ("applegpu_g17p", False), ("", False)],
+)
+def test_chips_without_bfloat16(metal, monkeypatch, architecture, lacks):
+    metal.told["architecture"] = architecture
+    assert device.lacks_bfloat16() is lacks
+    monkeypatch.setattr(device, "on_cpu", lambda: True)
+    assert device.lacks_bfloat16() is False
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert device.lacks_bfloat16() is False
+
+
+def test_limits_are_set_for_the_first_holder_and_restored_after_the_last(metal):
+    def stream():
+        with device.wired_limit():
+            yield 1
+            yield 2
+
+    first, second, abandoned = stream(), stream(), stream()
+    for one in (first, second, abandoned):
+        next(one)
+        assert metal.limits == {"wired": 21 * GIB, "cache": 2 * GIB}
+    assert list(first) == [2]
+    abandoned.close()
+    with pytest.raises(ZeroDivisionError), device.wired_limit():
+        raise ZeroDivisionError
+    assert metal.limits == {"wired": 21 * GIB, "cache": 2 * GIB}  # the second one computes still
+    assert list(second) == [2]
+    assert metal.limits == {"wired": 1, "cache": 2}
+    assert metal.calls == ["wired", "cache"] * 2
+    with device.wired_limit():
+        assert metal.limits["wired"] == 21 * GIB
+    assert metal.limits == {"wired": 1, "cache": 2}
+
+
+def test_a_large_mac_keeps_its_cache(metal):
+    metal.told["memory_size"] = 48 * GIB
+    with device.wired_limit():
+        assert metal.limits == {"wired": 21 * GIB, "cache": 2}
+    assert metal.calls == ["wired", "wired"]
+
+
+def test_limits_are_held_from_several_threads(metal):
+    inside, leave = threading.Barrier(9), threading.Barrier(9)
+
+    def hold():
+        with device.wired_limit():
+            inside.wait()
+            leave.wait()
+
+    threads = [threading.Thread(target=hold) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    inside.wait()
+    assert metal.calls == ["wired", "cache"]
+    leave.wait()
+    for thread in threads:
+        thread.join()
+    assert metal.limits == {"wired": 1, "cache": 2} and metal.calls == ["wired", "cache", "wired", "cache"]
 
 
 # The queue of evaluations.

@@ -10,7 +10,7 @@ import pytest
 from listeners import until
 from serving import CHAT, COMPLETIONS, MODEL, WEATHER, Script, ask, chat, post, said
 
-from mlx_dgemma import OptionError, PromptError
+from mlx_dgemma import OptionError, PromptError, RangeError
 from mlx_dgemma.constraints.schema import SUPPORTED
 from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.server.app import create_app
@@ -220,6 +220,7 @@ def test_no_room(error, status, code, message, stream):
     [
         (PromptError("It went wrong."), {"message": "It went wrong.", "type": "invalid_request_error"}),
         (Stopping(), {"message": "The server is stopping; ask again later.", "type": "server_error"}),
+        (RangeError("Too large."), {"message": "Too large.", "type": "server_error", "code": "range"}),
         (ZeroDivisionError(), {"message": "The server failed; its log says why.", "type": "server_error"}),
     ],
 )

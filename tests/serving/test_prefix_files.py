@@ -13,6 +13,7 @@ from loop import tiny_engine, tiny_request
 from prefixes import ONCE, PLENTY, ask, run, same, some
 from support import RED, refusal, strip
 
+from mlx_dgemma.checkpoint.float16 import compute_in_float16
 from mlx_dgemma.errors import OptionError
 from mlx_dgemma.serving.prefix_cache import PrefixCache, fingerprint
 
@@ -228,6 +229,14 @@ def test_weights_written_anew_are_another_checkpoint(tiny, tmp_path):
     before, held = fingerprint(engine), bytearray(file.read_bytes())
     held[len(held) // 2] ^= 1
     file.write_bytes(held)
+    assert fingerprint(engine) != before
+
+
+def test_products_in_float16_have_keys_of_their_own(tiny, tmp_path):
+    shutil.copytree(tiny.checkpoint.path, tmp_path / "checkpoint")
+    engine = tiny_engine(tmp_path / "checkpoint")
+    before = fingerprint(engine)
+    compute_in_float16(engine.model)
     assert fingerprint(engine) != before
 
 

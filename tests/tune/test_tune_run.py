@@ -130,6 +130,9 @@ def test_a_stopped_run_is_saved_and_continues_exactly(tmp_path):
         (["--layers", "9", "--fill", "0"], "layers is 9; the model has 6."),
         (["--kind", "dora", "--targets", "experts", "--fill", "0"],
          "DoRA does not support experts; leave experts out of --targets, or use lora."),
+        (["--compute-dtype", "float16"],
+         "compute_dtype is float16, but gradients need the range of the model's own dtype; "
+         "train without --compute-dtype (compute_dtype)."),
         (["--resume", "--fill", "0"], "OUT has no state.safetensors to resume from; start a new run without --resume."),
     ],
 )  # fmt: skip
