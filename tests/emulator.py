@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.model import kernel_sources
+from mlx_dgemma.model.kernels import sources
 
 PRELUDE = r"""
 #include <cmath>
@@ -147,7 +147,7 @@ def _source(name, inputs, outputs, integers, constants):
         const = "const " if key in inputs else ""
         lines.append(f"  Array<{const}{kind}> {key}{{({const}{kind}*)arguments.pointers[{i}], arguments.sizes[{i}]}};")
         lines.append(f"  const int* {key}_shape = arguments.shapes[{i}];")
-    lines += [getattr(kernel_sources, name), "}"]
+    lines += [getattr(sources, name), "}"]
     lines += [
         "static void enter() { body(); finished++; while (true) swapcontext(&fibers[current], &scheduler); }",
         RUN,
@@ -156,7 +156,7 @@ def _source(name, inputs, outputs, integers, constants):
 
 
 def launch(name, inputs, outputs, groups, threads, integers, **constants):
-    """As `kernels._launch`, at once and on the CPU."""
+    """As `launch._launch`, at once and on the CPU."""
     library = _library(_source(name, inputs, outputs, integers, constants))
     buffers, shapes = [], []
     for array in inputs.values():

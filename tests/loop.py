@@ -15,7 +15,7 @@ from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.request import Request
 from mlx_dgemma.decoding.session import PromptTokens, Session
 from mlx_dgemma.engine import Engine
-from mlx_dgemma.model import head
+from mlx_dgemma.model import tiling
 
 # A random model is never sure, so these bounds are wide: some canvases settle and some do not.
 OPTIONS = GenerationOptions(
@@ -130,7 +130,7 @@ def plain_loop(model, prompt, blocks, seed, options=OPTIONS, room=10**6):
                     gumbel = mx.random.gumbel((length, vocab), key=draws[2 * step + 1])
                     taken = np.array(mx.argmax(logits[0] + gumbel, axis=-1))
                 else:
-                    taken = two_levels(logits[0], draws[2 * step + 1], head.TILES, head.STRIDE)
+                    taken = two_levels(logits[0], draws[2 * step + 1], tiling.TILES, tiling.STRIDE)
             fresh = np.array(mx.random.randint(0, vocab, (length,), key=draws[2 * step + 2]))
             canvas = mx.array(np.where(accepted, taken, fresh).astype(np.int32))
             counts = np.ones(length, bool)

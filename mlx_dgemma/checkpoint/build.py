@@ -13,11 +13,11 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..errors import CheckpointError, OptionError
-from ..model import kernels
 from ..model.attention import LayerContext
 from ..model.config import ModelConfig
 from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
+from ..model.kernels import launch as kernels
 from ..model.kv_cache import LayerKV
 from ..model.masks import Mask
 from . import weights

@@ -9,10 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.rope_utils import initialize_rope
 
-from . import kernels
 from .config import TextConfig
 from .device import on_metal
 from .functions import rms_norm
+from .kernels import launch as kernels
 from .kv_cache import LayerKV
 from .masks import Mask
 

@@ -9,10 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from . import kernels
 from .config import TextConfig
 from .device import fused
 from .functions import geglu, rms_norm
+from .kernels import launch as kernels
 
 MATMUL_ROWS = 512  # up to so many rows CUDA gathers faster by a product with a one-hot matrix
 GROUPED_FROM = 4  # rows an expert, on average, from which Metal reads an expert once for several rows

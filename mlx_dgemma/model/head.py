@@ -16,18 +16,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import kernels, rng
+from . import rng, tiling
 from .device import fused, on_cpu
 from .functions import entropy
 
-TILES = 4096  # about so many: more take more memory, fewer let likely tokens fall into the same tile
-STRIDE = 64  # distance of a tile's tokens: neighbouring tokens such as the digits are often likely together
 CHUNK_BYTES = 16 << 20  # of float32 logits at once, of which some six arrays are made
 KERNEL_CHUNK_BYTES = 32 << 20  # of products at once, in the dtype of the model, where a kernel reduces them
-TOP_TOKENS = 32  # per position; their embeddings are the conditioning where their probability suffices
 TAIL = 1e-4  # probability that the conditioning may leave out
 SHARES = 256.0  # sum of the shares of a float16 product: what they underflow to is far below TAIL, nothing overflows
-PAD_LOGIT = -6e4  # logit of the padding of the last tiles; finite in float16 too, because 0 * -inf is not a number
 
 
 class Prediction(NamedTuple):
@@ -82,7 +78,7 @@ class Prediction(NamedTuple):
     def log_probs(self, head: Head, tokens: mx.array) -> mx.array:
         """Log-probabilities of the N given tokens at every position, [B, C, N] float32."""
         rows = head.table(tokens).astype(head.dtype)
-        return _scaled_softcap(self.hidden @ rows.T, head.cap, self.temperature) - self.logsumexp[..., None]
+        return tiling.scaled_softcap(self.hidden @ rows.T, head.cap, self.temperature) - self.logsumexp[..., None]
 
     def condition(self, head: Head, full_positions: int, nbytes: int | None = None) -> mx.array:
         """The expected embedding, which conditions the next step.
@@ -170,55 +166,11 @@ def placeholder_rows(like: Prediction | FullPrediction, rows: int) -> Prediction
     )
 
 
-class _Tiles(NamedTuple):
-    """What is kept of a chunk's logits; arrays are [B, C, tiles]."""
-
-    top: mx.array  # the largest logit
-    token: mx.array  # its token
-    mass: mx.array  # sum of exp(logit - top)
-    depth: mx.array  # sum of exp(logit - top) * (logit - top)
-    rounded: mx.array  # as `mass`, of logits rounded to the model's dtype
-
-
-@fused
-def _softcap(x: mx.array, cap: mx.array) -> mx.array:
-    return cap * mx.tanh(x.astype(mx.float32) / cap)
-
-
-@fused
-def _scaled_softcap(x: mx.array, cap: mx.array, temperature: mx.array) -> mx.array:
-    return cap * mx.tanh(x.astype(mx.float32) / cap) / temperature
-
-
 @fused
 def _shares(x: mx.array, cap: mx.array, temperature: mx.array, level: mx.array, like: mx.array) -> mx.array:
     """exp(logit - level) of products x, with logits and shares rounded to the dtype of `like`."""
     z = (cap * mx.tanh(x.astype(mx.float32) / cap) / temperature).astype(like.dtype)
     return mx.exp(z.astype(mx.float32) - level).astype(like.dtype)
-
-
-@fused
-def _scores(top: mx.array, mass: mx.array, noise: mx.array) -> mx.array:
-    return top + mx.log(mass) + noise
-
-
-@fused
-def _masses(z: mx.array, top: mx.array, like: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """exp(z - top), its product with z - top, and exp(z - top) of numbers rounded to the dtype of `like`."""
-    mass = mx.exp(z - top)
-    if like.dtype == mx.float32:
-        return mass, mass * (z - top), mass
-    low, low_top = (one.astype(like.dtype).astype(mx.float32) for one in (z, top))
-    return mass, mass * (z - top), mx.exp(low - low_top)
-
-
-def _round(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    return x.astype(dtype).astype(mx.float32)
-
-
-def tile_size(vocab_size: int) -> int:
-    """Tokens of a tile. The sample depends on it, so it depends on nothing but the vocabulary."""
-    return max(vocab_size // TILES, 1)
 
 
 def matmul_slice(table: nn.Module, x: mx.array, start: int, end: int, transpose: bool = True) -> mx.array:
@@ -260,23 +212,9 @@ def _matmul_slice(table: nn.Module, x: mx.array, start: int, end: int, transpose
     return x @ weight.T
 
 
-def vocab_chunks(
-    vocab_size: int, positions: int, nbytes: int, itemsize: int = mx.float32.size
-) -> Iterator[tuple[int, int]]:
-    """(start, end) of the chunks of the vocabulary.
-
-    A chunk is a multiple of `tile_size` * `STRIDE` tokens, at least one, whose logits of `itemsize` bytes at
-    `positions` positions take at most `nbytes`.
-    """
-    block = tile_size(vocab_size) * STRIDE
-    size = max(nbytes // (itemsize * block * positions), 1) * block
-    for start in range(0, vocab_size, size):
-        yield start, min(start + size, vocab_size)
-
-
 @dataclass(frozen=True)
 class Head:
-    """The embedding table as output projection (the two are tied), with softcap and self-conditioning.
+    """The embedding table as output projection (the two are tied), with tiling.softcap and self-conditioning.
 
     Attributes:
         table: [V, H], plain or quantized.
@@ -306,11 +244,11 @@ class Head:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[B, C, H] -> [B, C, V] float32, softcapped, before temperature."""
-        return _softcap(self.table.as_linear(hidden), self.cap)
+        return tiling.softcap(self.table.as_linear(hidden), self.cap)
 
     def logits_slice(self, hidden: mx.array, temperature: mx.array, start: int, end: int) -> mx.array:
         """Logits of the tokens start..end, softcapped, divided by the temperature: [..., H] -> [..., end - start]."""
-        return _scaled_softcap(matmul_slice(self.table, hidden, start, end), self.cap, temperature)
+        return tiling.scaled_softcap(matmul_slice(self.table, hidden, start, end), self.cap, temperature)
 
     def condition(self, processed_logits: mx.array) -> mx.array:
         """The expected embedding under logits [B, C, V] after temperature, for the next step.
@@ -342,85 +280,43 @@ class Head:
                 time of a second pass over as many positions, so it pays where most of them need the full vocabulary.
             nbytes: bytes of logits at once; no result depends on it.
         """
-        t, shape, tall = mx.array(temperature, mx.float32), hidden.shape[:2], tile_size(self.vocab_size)
-        block = tall * STRIDE
+        t, shape, tall = mx.array(temperature, mx.float32), hidden.shape[:2], tiling.tile_size(self.vocab_size)
+        block = tall * tiling.STRIDE
         tile_keys, token_keys = rng.split(keys, 2)
-        noise = rng.gumbel((shape[1], -(-self.vocab_size // block) * STRIDE), tile_keys)
-        reduce = self._reduce_by_kernel if self.uses_kernels else self._reduce_plainly
-        kept: list[_Tiles] = []
+        noise = rng.gumbel((shape[1], -(-self.vocab_size // block) * tiling.STRIDE), tile_keys)
+        reduce = tiling.reduce_by_kernel if self.uses_kernels else tiling.reduce_plainly
+        kept: list[tiling.Tiles] = []
         # Of the tile that leads so far: its score, its logits and its first token.
         lead = [mx.full((*shape, 1), -mx.inf), mx.zeros((*shape, tall)), mx.zeros((*shape, 1), mx.int32)]
-        level, total = mx.full((*shape, 1), PAD_LOGIT), mx.zeros(hidden.shape)  # the sum is total * exp(level)
+        level, total = mx.full((*shape, 1), tiling.PAD_LOGIT), mx.zeros(hidden.shape)  # the sum is total * exp(level)
         stages = [hidden]
         for start, end in self.chunks(shape[0] * shape[1], nbytes):
             products = matmul_slice(self.table, stages[-1], start, end)
-            tiles, logits_of = reduce(products, t)
-            tile = start // block * STRIDE
-            scores = _scores(tiles.top, tiles.mass, noise[..., tile : tile + tiles.top.shape[-1]])
-            lead = _leading_tile(lead, scores, logits_of, tall, start)
+            tiles, logits_of = reduce(products, self.vocab_size, self.cap, t, self.dtype)
+            tile = start // block * tiling.STRIDE
+            scores = tiling.scores_of(tiles.top, tiles.mass, noise[..., tile : tile + tiles.top.shape[-1]])
+            lead = tiling.leading_tile(lead, scores, logits_of, tall, start)
             kept.append(tiles._replace(token=tiles.token + start))
             if expected_embedding:
-                higher = mx.maximum(level, _round(tiles.top, self.dtype).max(axis=-1, keepdims=True))
+                higher = mx.maximum(level, tiling.rounded_to(tiles.top, self.dtype).max(axis=-1, keepdims=True))
                 p = _shares(products, self.cap, t, higher, mx.zeros((1,), self.dtype))
                 total = total * mx.exp(level - higher) + matmul_slice(self.table, p, start, end, transpose=False)
                 level = higher
             stages.append(mx.depends(stages[-1], [*tiles, *lead, total]))  # the next chunk waits for this one
         _, inside, begin = lead
         sample = mx.argmax(inside + rng.gumbel((shape[1], tall), token_keys), axis=-1, keepdims=True)
-        sample = (begin + sample.astype(mx.int32) * STRIDE)[..., 0]
-        joined = kept[0] if len(kept) == 1 else _Tiles(*(mx.concatenate(list(parts), axis=-1) for parts in zip(*kept)))
-        reduced = _reduce(joined, self.dtype)
+        sample = (begin + sample.astype(mx.int32) * tiling.STRIDE)[..., 0]
+        reduced = tiling.reduce_tiles(kept, self.dtype)
         made = Prediction(sample=sample, hidden=hidden, temperature=t, stages=tuple(stages), **reduced)
         if not expected_embedding:
             return made
         return made._replace(expected_embedding=total * mx.exp(level - made.logsumexp[..., None]))
 
     def chunks(self, positions: int, nbytes: int | None = None) -> Iterator[tuple[int, int]]:
-        """`vocab_chunks` for `positions` positions, of `nbytes` or as many bytes as suit the way of reducing them."""
-        itemsize = self.dtype.size if self.uses_kernels else mx.float32.size
-        if nbytes is None:
-            nbytes = KERNEL_CHUNK_BYTES if self.uses_kernels else CHUNK_BYTES
-        return vocab_chunks(self.vocab_size, positions, nbytes, itemsize)
-
-    def _reduce_plainly(self, products: mx.array, t: mx.array) -> tuple[_Tiles, Callable[[mx.array], mx.array]]:
-        """The tiles of a chunk, tokens counted from its first, and a function that gives the logits of tokens.
-
-        Args:
-            products: [B, C, tokens] of hidden states and embeddings.
-            t: temperature, a scalar or [B, 1, 1].
-        """
-        z, tall = _scaled_softcap(products, self.cap, t), tile_size(self.vocab_size)
-        blocks = -(-z.shape[-1] // (tall * STRIDE))
-        if padding := blocks * tall * STRIDE - z.shape[-1]:
-            z = mx.pad(z, [(0, 0), (0, 0), (0, padding)], constant_values=PAD_LOGIT)
-        tiled, shape = z.reshape(*z.shape[:2], blocks, tall, STRIDE), (*z.shape[:2], -1)
-        top = tiled.max(axis=-2, keepdims=True)
-        tile = mx.arange(blocks * STRIDE, dtype=mx.int32)
-        token = tile // STRIDE * (tall * STRIDE) + tile % STRIDE
-        token = token + mx.argmax(tiled, axis=-2).astype(mx.int32).reshape(shape) * STRIDE
-        masses, depths, shares = _masses(tiled, top, mx.zeros((1,), self.dtype))
-        mass, depth = masses.sum(axis=-2), depths.sum(axis=-2)
-        rounded = mass if self.dtype == mx.float32 else shares.sum(axis=-2)
-        tiles = _Tiles(top.reshape(shape), token, *(one.reshape(shape) for one in (mass, depth, rounded)))
-        return tiles, lambda tokens: mx.take_along_axis(z, tokens, axis=-1)
-
-    def _reduce_by_kernel(self, products: mx.array, t: mx.array) -> tuple[_Tiles, Callable[[mx.array], mx.array]]:
-        """As `_reduce_plainly`, in one pass and without float32 arrays of the vocabulary's size."""
-        batch, length, count = products.shape
-        made = kernels.tiles(
-            products.reshape(-1, count),
-            self.cap.reshape(1),
-            t.reshape(-1),
-            tile_size(self.vocab_size),
-            STRIDE,
-            PAD_LOGIT,
-        )
-
-        def logits_of(tokens: mx.array) -> mx.array:
-            z = mx.take_along_axis(products, mx.minimum(tokens, count - 1), axis=-1)
-            return mx.where(tokens < count, _scaled_softcap(z, self.cap, t), PAD_LOGIT)
-
-        return _Tiles(*(one.reshape(batch, length, -1) for one in made)), logits_of
+        """As `tiling.vocab_chunks`, of `nbytes` or as many bytes as suit the way of reducing them."""
+        wide = mx.float32.size, CHUNK_BYTES
+        itemsize, usual = (self.dtype.size, KERNEL_CHUNK_BYTES) if self.uses_kernels else wide
+        return tiling.vocab_chunks(self.vocab_size, positions, usual if nbytes is None else nbytes, itemsize)
 
     def predict_full(self, hidden: mx.array, temperature: mx.array | float, keys: mx.array) -> FullPrediction:
         """As `predict`, from [B, C, V] logits at once; the sample takes a random number for every token."""
@@ -428,45 +324,3 @@ class Head:
         argmax = mx.argmax(logits, axis=-1).astype(mx.int32)
         confidence = mx.exp(logits.max(axis=-1) - mx.logsumexp(logits, axis=-1))
         return FullPrediction(logits, argmax, confidence, entropy(logits), rng.sample(logits, keys))
-
-
-def _leading_tile(
-    lead: list[mx.array], scores: mx.array, logits_of: Callable[[mx.array], mx.array], tall: int, start: int
-) -> list[mx.array]:
-    """The tile with the highest score so far: [its score, its logits, its first token].
-
-    Args:
-        lead: the leading tile of earlier chunks.
-        scores: [B, C, tiles] of this chunk, Gumbel noise included.
-        logits_of: gives the logits of tokens [B, C, tall], counted from the first of this chunk.
-        tall: tokens of a tile.
-        start: first token of this chunk.
-    """
-    tile = mx.argmax(scores, axis=-1, keepdims=True).astype(mx.int32)
-    first = tile // STRIDE * (tall * STRIDE) + tile % STRIDE
-    tokens = first + mx.arange(tall, dtype=mx.int32) * STRIDE
-    found = mx.take_along_axis(scores, tile, axis=-1), logits_of(tokens), start + first
-    better = found[0] > lead[0]
-    return [mx.where(better, new, old) for new, old in zip(found, lead)]
-
-
-def _reduce(tiles: _Tiles, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The fields of a `Prediction` that are reductions over tiles."""
-    best = mx.argmax(tiles.top, axis=-1, keepdims=True)
-    peak = mx.take_along_axis(tiles.top, best, axis=-1)
-    below = tiles.top - peak
-    share = mx.exp(below)
-    mass = (share * tiles.mass).sum(axis=-1)
-    depth = (share * (tiles.depth + below * tiles.mass)).sum(axis=-1)
-    low, low_peak = _round(tiles.top, dtype), _round(peak, dtype)
-    logsumexp = low_peak + mx.log((mx.exp(low - low_peak) * tiles.rounded).sum(axis=-1, keepdims=True))
-    count = min(TOP_TOKENS, low.shape[-1])
-    top = mx.argpartition(tiles.top, kth=-count, axis=-1)[..., -count:]
-    return {
-        "argmax": mx.take_along_axis(tiles.token, best, axis=-1)[..., 0],
-        "confidence": 1 / mass,
-        "entropy": mx.log(mass) - depth / mass,
-        "top_tokens": mx.take_along_axis(tiles.token, top, axis=-1),
-        "top_probs": mx.exp(mx.take_along_axis(low, top, axis=-1) - logsumexp),
-        "logsumexp": logsumexp[..., 0],
-    }

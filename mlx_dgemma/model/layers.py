@@ -7,11 +7,11 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import kernels
 from .attention import Attention, LayerContext
 from .config import TextConfig
 from .experts import Experts, Router
 from .functions import geglu, rms_norm
+from .kernels import launch as kernels
 
 
 class MLP(nn.Module):

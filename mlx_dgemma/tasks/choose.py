@@ -30,7 +30,7 @@ import numpy as np
 
 from ..decoding.session import PromptTokens, Session
 from ..errors import OptionError
-from ..model import device, head, rng
+from ..model import device, head, rng, tiling
 from ..model.config import ModelConfig
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.functions import finite
@@ -129,7 +129,7 @@ def read_probabilities(
     level = np.full((*shape, 1), -np.inf)  # the largest logit so far
     total = np.zeros((*shape, len(members_of)))  # sums of exp(logit - level)
     logits = []
-    for start, end in head.vocab_chunks(model.config.text.vocab_size, shape[0] * shape[1], nbytes):
+    for start, end in tiling.vocab_chunks(model.config.text.vocab_size, shape[0] * shape[1], nbytes):
         z = model.head.logits_slice(hidden, temperature, start, end)
         top = z.max(axis=-1, keepdims=True)
         p = mx.exp(z - top)

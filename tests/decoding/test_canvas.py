@@ -20,7 +20,7 @@ from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.decoding.step import CONFIDENT, GUIDED_UNCERTAINTY
-from mlx_dgemma.model import head, rng
+from mlx_dgemma.model import rng, tiling
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.tasks.constrained import LanguageGuide as Guide
 
@@ -101,7 +101,7 @@ def plain_canvas(model, prompt, seed, options, layout=None, choose=None):
             free = np.flatnonzero(~pinned)
             if len(free):
                 accepted[free] = np.array(sampler.accept(mx.array(entropy[free][None]), options.entropy_bound)[0])
-            drawn = two_levels(logits[0], draws[2 * step + 1], head.TILES, head.STRIDE)
+            drawn = two_levels(logits[0], draws[2 * step + 1], tiling.TILES, tiling.STRIDE)
             taken = np.where(unlike, best, np.where(pinned, given, drawn))
             uncertainty = entropy
         uncertainty = np.where(unlike, np.maximum(uncertainty, GUIDED_UNCERTAINTY), uncertainty)

@@ -16,7 +16,7 @@ from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.errors import OptionError
-from mlx_dgemma.model import head
+from mlx_dgemma.model import head, tiling
 from mlx_dgemma.model.config import GenerationConfig, ProcessorConfig
 from mlx_dgemma.model.kv_cache import Prefix
 
@@ -46,7 +46,7 @@ def models():
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(head, "TILES", 300)  # three tokens of 1000
+    monkeypatch.setattr(tiling, "TILES", 300)  # three tokens of 1000
 
 
 def options_of(mode, vocab, **changes):
@@ -199,7 +199,7 @@ def computed(model, options, call, monkeypatch):
 )
 def test_a_step_that_was_built_and_is_not_needed_is_not_computed(models, mode, vocab, monkeypatch):
     monkeypatch.setattr(module, "DENSE", 1)  # other numbers of diffuse positions are other graphs
-    monkeypatch.setattr(head, "TOP_TOKENS", 4)
+    monkeypatch.setattr(tiling, "TOP_TOKENS", 4)
     wide = {"stability_threshold": 0, "confidence_threshold": 1.5, "max_denoising_steps": 6}
     options, restored = options_of(mode, vocab, **({} if mode == "cold" else wide)), []
     restore = Prefix.restore
@@ -247,7 +247,7 @@ def test_every_way_of_conditioning_is_taken_and_none_changes_the_result(models, 
 
     monkeypatch.setattr(head.Prediction, "condition", spied)
     for likely, ways in ((16, {"whole", "second pass", "likely tokens"}), (3, {"whole", "second pass"})):
-        monkeypatch.setattr(head, "TOP_TOKENS", likely)
+        monkeypatch.setattr(tiling, "TOP_TOKENS", likely)
         found, taken = [], set()
         for tail, dense in ((1e-4, 1), (1e-4, 64), (1e-4, 3), (-1, 64)):
             monkeypatch.setattr(head, "TAIL", tail)

@@ -10,7 +10,7 @@ from naive import two_levels
 from support import FULL, gap, small_model
 
 from mlx_dgemma.decoding import sampler
-from mlx_dgemma.model import device, functions, head
+from mlx_dgemma.model import device, functions, head, tiling
 
 T = 0.7
 KINDS = ["float32", "8bit", "mxfp4", "bfloat16"]
@@ -64,27 +64,27 @@ def wide(logits, dtype=None):
 
 def sizes_of_chunks(vocab, tall, positions):
     """`nbytes` for one block at once, for two, three, and for the full vocabulary."""
-    return [4 * tall * head.STRIDE * positions * blocks for blocks in (0, 1, 2, 3, 10**4)]
+    return [4 * tall * tiling.STRIDE * positions * blocks for blocks in (0, 1, 2, 3, 10**4)]
 
 
 @pytest.fixture(params=SIZES, ids=lambda size: "x".join(map(str, size)))
 def size(request, monkeypatch):
     """Vocabulary and tokens of a tile."""
     vocab, tall = request.param
-    monkeypatch.setattr(head, "TILES", vocab // tall)
-    assert head.tile_size(vocab) == tall
+    monkeypatch.setattr(tiling, "TILES", vocab // tall)
+    assert tiling.tile_size(vocab) == tall
     return vocab, tall
 
 
 def test_tiles_depend_on_the_vocabulary_alone():
-    assert [head.tile_size(vocab) for vocab in (40, 4095, 8191, 8192, 262_144)] == [1, 1, 1, 2, 64]
+    assert [tiling.tile_size(vocab) for vocab in (40, 4095, 8191, 8192, 262_144)] == [1, 1, 1, 2, 64]
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3, 7, 100])
 def test_chunks_are_multiples_of_a_block_and_cover_the_vocabulary(size, blocks):
     vocab, tall = size
-    block = tall * head.STRIDE
-    found = list(head.vocab_chunks(vocab, 8, 4 * block * 8 * blocks + 3))
+    block = tall * tiling.STRIDE
+    found = list(tiling.vocab_chunks(vocab, 8, 4 * block * 8 * blocks + 3))
     assert [token for chunk in found for token in range(*chunk)] == list(range(vocab))
     assert all(end - start == max(blocks, 1) * block for start, end in found[:-1])
     assert found[-1][1] - found[-1][0] <= max(blocks, 1) * block
@@ -112,7 +112,7 @@ def test_a_prediction_equals_that_of_full_logits_whatever_the_chunks(kind, size,
     logits = full_logits(model, hidden)
     log_p = wide(logits)
     entropy = -(np.exp(log_p) * log_p).sum(-1)
-    expected = [two_levels(logits[row], keys[row], head.TILES) for row in range(2)]
+    expected = [two_levels(logits[row], keys[row], tiling.TILES) for row in range(2)]
     low = np.logaddexp.reduce(f64(logits.astype(model.dtype)), axis=-1)
     for nbytes in sizes_of_chunks(vocab, tall, 8):
         prediction = model.head.predict(hidden, T, keys, full, nbytes)
@@ -129,14 +129,14 @@ def test_a_prediction_equals_that_of_full_logits_whatever_the_chunks(kind, size,
 
 def best_of_tiles(logits, tall):
     """The best tokens [likely] of the best tiles of logits [V]."""
-    block = tall * head.STRIDE
+    block = tall * tiling.STRIDE
     tiles = [
-        range(b + j, min(b + block, len(logits)), head.STRIDE)
+        range(b + j, min(b + block, len(logits)), tiling.STRIDE)
         for b in range(0, len(logits), block)
-        for j in range(head.STRIDE)
+        for j in range(tiling.STRIDE)
     ]
     best = [max(tile, key=logits.__getitem__) for tile in tiles if tile]
-    return sorted(best, key=lambda token: -logits[token])[: head.TOP_TOKENS]
+    return sorted(best, key=lambda token: -logits[token])[: tiling.TOP_TOKENS]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,7 +167,7 @@ def test_likely_tokens_are_the_best_of_the_best_tiles(kind, size, monkeypatch):
 
 def test_samples_follow_the_softmax(monkeypatch):
     """150 tokens in 64 tiles of two or three, so that both levels of the draw matter."""
-    monkeypatch.setattr(head, "TILES", 50)
+    monkeypatch.setattr(tiling, "TILES", 50)
     model, count = model_of("float32", 150), 10_000
     hidden = mx.random.normal((1, 1, 64), key=mx.random.key(5)) * 0.12
     p = np.exp(wide(full_logits(model, hidden))[0, 0])
@@ -183,7 +183,7 @@ def test_samples_follow_the_softmax(monkeypatch):
 
 def test_many_samples_are_those_of_full_logits_whatever_the_chunks(monkeypatch):
     """So many samples that some win by a small difference."""
-    monkeypatch.setattr(head, "TILES", 300)
+    monkeypatch.setattr(tiling, "TILES", 300)
     model, keys = model_of("float32", 1000), keys_of(8)
     hidden = mx.random.normal((1, 600, 64), key=mx.random.key(2)) * 0.1
     expected = two_levels(full_logits(model, hidden)[0], keys[0], 300)
@@ -193,7 +193,7 @@ def test_many_samples_are_those_of_full_logits_whatever_the_chunks(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_a_batch_equal_rows_alone(kind, monkeypatch):
-    monkeypatch.setattr(head, "TILES", 300)
+    monkeypatch.setattr(tiling, "TILES", 300)
     model = model_of(kind, 1000)
     hidden = states(model, rows=3)
     together = model.head.predict(hidden, T, keys_of(4, 5, 6), True, nbytes=0)
@@ -295,7 +295,7 @@ def test_conditioning_of_a_certain_position_does_not_depend_on_the_others(kind):
 @pytest.mark.parametrize("likely", [32, 1])
 def test_conditioning_follows_logits_rounded_to_bfloat16(monkeypatch, likely):
     """As in the reference. Logits above 16 are rounded to eighths, which changes the shares of two tokens."""
-    monkeypatch.setattr(head, "TOP_TOKENS", likely)  # with a single one every position needs the full vocabulary
+    monkeypatch.setattr(tiling, "TOP_TOKENS", likely)  # with a single one every position needs the full vocabulary
     model = model_of("bfloat16", 1000)
     pairs = mx.random.randint(0, 1000, (2, 4, 2), key=mx.random.key(1))
     hidden = model.model.decoder.embed_tokens(pairs).sum(axis=-2)
@@ -340,8 +340,8 @@ def test_a_full_prediction_is_made_of_plain_functions(kind):
 @pytest.mark.parametrize("full", [False, True])
 def test_no_array_of_positions_by_vocabulary_is_made(monkeypatch, full):
     """A prediction and its conditioning, evaluated in stages, take far less memory than full logits."""
-    monkeypatch.setattr(head, "TILES", 512)
-    monkeypatch.setattr(head, "STRIDE", 8)
+    monkeypatch.setattr(tiling, "TILES", 512)
+    monkeypatch.setattr(tiling, "STRIDE", 8)
     monkeypatch.setattr(device, "SOFT_LIMIT", 2**20)
     model, positions, vocab = model_of("float32", 65_536), 128, 65_536
     hidden = mx.random.normal((1, positions, 64), key=mx.random.key(0)) * 0.1

@@ -10,7 +10,8 @@ import pytest
 from support import FULL, SLIDING, engine_of, random_tokens, small_model
 
 from mlx_dgemma.checkpoint import build
-from mlx_dgemma.model import experts, head, kernels
+from mlx_dgemma.model import experts, head, tiling
+from mlx_dgemma.model.kernels import launch as kernels
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 EPS = 1e-6
@@ -161,7 +162,7 @@ def test_geglu(dtype):
 @pytest.mark.parametrize("vocabulary", [64, 1000, 64 * 70])
 def test_tiles_and_what_the_head_makes_of_them(monkeypatch, dtype, vocabulary):
     """In one chunk and in several, with a tile that is cut short, against the plain reduction."""
-    monkeypatch.setattr(head, "TILES", 64)  # tiles of several tokens
+    monkeypatch.setattr(tiling, "TILES", 64)  # tiles of several tokens
     table = mx.zeros((vocabulary, 16))
     hidden = draw(0, 2, 3, 16, dtype=dtype)
     plain = head.Head(mlx_embedding(draw(1, *table.shape, dtype=dtype)), vocabulary, 5.0, 4.0, dtype)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import kernel_sources as sources
-from .device import on_metal
+from ..device import on_metal
+from . import sources
 
 THREADS = 256  # of a group
 ROW_THREADS = 512  # of a group that takes a whole row

@@ -1,0 +1,1 @@
+"""Custom kernels for GPUs: their sources, and the functions that launch them."""
