@@ -24,6 +24,7 @@ ROOMS = (
     "engine",
     "serving",
     "tune",
+    "check",
     "server",
     "cli",
     "__init__",

@@ -42,7 +42,7 @@ def size_of(quick: bool) -> Size:
     """The release's shape on a GPU; fewer rows, experts and tokens of it on the CPU; a small shape to be quick."""
     text = ModelConfig.from_dict(raw_config("small" if quick else "26b")).text
     if device.on_cpu():  # whose quantized products in 16 bits take a second for 0.1 GFLOP
-        return Size(replace(text, num_experts=6, top_k_experts=4), 16, 4, 4, 1024)
+        return Size(replace(text, num_experts=4, top_k_experts=4), 16, 4, 4, 1024)
     return Size(text, 64, 64, 64, text.vocab_size) if quick else Size(text, 256, 256, 1024, 16384)
 
 

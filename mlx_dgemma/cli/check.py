@@ -1,0 +1,42 @@
+"""`mlx-dgemma check`: a thin layer over the room `check`. Heavy modules are imported when it runs."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from .terminal import Terminal
+
+PASTE = "\nReporting a problem? Paste all of the above and this line into the issue:"
+
+
+@click.command("check")
+@click.option("--quick", is_flag=True, help="Leave out speed, and check products of a small shape only.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON and nothing else.")
+@click.pass_context
+def check(ctx: click.Context, quick: bool, as_json: bool) -> None:
+    """Check what this machine computes, and how fast.
+
+    It needs no model but the bundled demo. Each MLX operation that the demo uses is compared with a second opinion.
+    Products at the release's size are compared with unpacked weights in float32. The demo is compared with stored
+    outputs of Transformers and with known answers. Speeds of the parts of a denoising step predict the release's step
+    on this machine.
+
+    The last line of the report is all of it as JSON. The exit code is 0 if no line failed, and 1 otherwise. A
+    warning does not count as a failure.
+
+    \b
+    mlx-dgemma check             # a few minutes
+    mlx-dgemma check --quick     # less than a minute
+    """
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it once: float32 products are compared as such
+    terminal = Terminal()
+
+    from ..check import report
+
+    made = report.check(quick, (lambda _: None) if as_json else (lambda text: terminal.say(f"{text}\n")))
+    if not as_json:
+        terminal.say(f"{PASTE}\n")
+    terminal.say(f"{report.as_json(made)}\n")
+    ctx.exit(0 if made["passed"] else 1)
