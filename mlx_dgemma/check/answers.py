@@ -57,7 +57,7 @@ def cases(story_steps: int = 12) -> list[Case]:
             Case(f"{mode}: a story", _generate(STORY, max_denoising_steps=story_steps, **options), is_story),
         ]
     fill = '{{"name": "{name}", "age": {age}, "city": "{city}"}}'
-    holes = {"city": 12, "age": r"\d+", "name": ["Anna", "Bob", "Anna Maria"]}
+    holes: dict[str, int | str | list[str]] = {"city": 12, "age": r"\d+", "name": ["Anna", "Bob", "Anna Maria"]}
     pictures = [_circle(x) for x in (40, 80, 120)]
     return [
         *found,

@@ -64,7 +64,8 @@ def report(verdicts: Iterable[Verdict]) -> Iterator[Line]:
     yield Line("operations", FAILED if count[FAILED] else PASSED, says, dict(count))
     for one in verdicts:
         if one.status == FAILED:
-            yield Line(str(one.call), FAILED, f"{one.says} (asked for in {one.call.place})")
+            place = f" (asked for in {one.call.place})" if one.call.place else ""
+            yield Line(str(one.call), FAILED, one.says + place)
 
 
 def record(recorder: Recorder, engine: Engine) -> list[str]:

@@ -35,7 +35,7 @@ class Call(NamedTuple):
         attributes: what else chooses the kernel: keyword arguments.
         function: what was called, unwrapped.
         arguments: positional and keyword arguments.
-        place: file and line of the package's code that asked for it.
+        place: file and line of the package's code that asked for it, or nothing.
     """
 
     name: str
@@ -185,11 +185,11 @@ def _described(value: Any, exact: bool = False) -> str:
 
 
 def _place() -> str:
-    """File and line of the innermost caller in the package but not in this file; of any caller where there is none."""
+    """File and line of the innermost caller in the package but not in this file, or nothing."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_code.co_filename
         if name.startswith(_PACKAGE) and name != _HERE:
             return f"{Path(name).relative_to(_PACKAGE)}:{frame.f_lineno}"
         frame = frame.f_back
-    return "outside of the package"
+    return ""

@@ -7,6 +7,7 @@ and `logits.tokens`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def lines(model: DiffusionGemma) -> Iterator[Line]:
     """
     held = read()
     for case in ("short", "long", "two_blocks", "image"):
-        yield attempt(f"logits, {case.replace('_', ' ')}", lambda c=case: _logits(model, held, c))  # type: ignore[misc]
+        yield attempt(f"logits, {case.replace('_', ' ')}", partial(_logits, model, held, case))
     yield attempt("trajectory", lambda: _trajectory(model, _of(held, "trajectory")))
     yield attempt("causal tokens", lambda: _causal(model, held))
 
@@ -84,7 +85,8 @@ def _trajectory(model: DiffusionGemma, held: Arrays) -> Line:
     wanted = {name: np.asarray(array) for name, array in held.items()}
     prefix = model.new_prefix()
     model.encode(held["input_ids"], prefix)
-    conditioning, earlier, worst = None, [], 0.0
+    conditioning, worst = None, 0.0
+    earlier: list[mx.array] = []
     different = {"tokens": 0, "accepted": 0, "stops": 0}
     steps = len(wanted["cur_step"])
     for row in range(steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -76,7 +77,7 @@ def summary(found: list[Found], seconds: float) -> dict[str, Any]:
     return {
         "check": "mlx-dgemma",
         "version": __version__,
-        "mlx": mx.__version__,
+        "mlx": metadata.version("mlx"),
         "device": machine.device_name(),
         "backend": "cpu" if device.on_cpu() else "metal" if mx.metal.is_available() else "cuda",
         "passed": numbers[FAILED] == 0,
@@ -91,7 +92,7 @@ def summary(found: list[Found], seconds: float) -> dict[str, Any]:
 def verdict(found: list[Found]) -> str:
     """What all of it comes to, in a few sentences."""
     names = {status: [one.line.name for one in found if one.line.status == status] for status in STATUSES}
-    on = f"{machine.device_name()} with MLX {mx.__version__}"
+    on = f"{machine.device_name()} with MLX {metadata.version('mlx')}"
     if failed := names[FAILED]:
         say = f"{count(len(failed), 'line')} of {len(found)} failed on {on}: {'; '.join(failed)}."
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +18,6 @@ from ..convert.recipes import RECIPES
 from ..decoding import sampler
 from ..decoding.lookahead import denoise_block
 from ..decoding.options import GenerationOptions
-from ..decoding.prefill import prefill
 from ..errors import human
 from ..model import device, rng
 from ..model.config import ModelConfig
@@ -29,10 +29,11 @@ from .lines import PASSED, SKIPPED, WARNING, Line, attempt
 from .machine import device_name
 from .paper import floor_ms, paper_step
 from .prediction import Parts, is_close, layer_ms, predicted_ms
-from .shapes import fill, quantize, random_prompt, raw_config, shared_model
+from .shapes import fill, quantize, raw_config, shared_model
 
 PREFIX = 1024  # positions before the canvas
 RUNS, WARM_UP = 5, 2  # passes of each part; the first ones compile kernels and fill caches
+CPU_RUNS = 3  # there a pass of the small shape takes seconds
 MANY = 20  # products, or tiny kernels, in one evaluation
 ROOM = 4 * 2**30  # bytes that random weights, their quantization and a step need besides the weights
 Stages = list[Any]
@@ -51,29 +52,29 @@ def lines(shape: str | None = None, formats: tuple[str, ...] = ()) -> Iterator[L
     yield attempt("launch and wait", lambda: _launch(DTYPES[_dtype(formats[0])]))
     yield attempt("memory bandwidth", _bandwidth)
     for name, make in _products(ModelConfig.from_dict(raw), DTYPES[_dtype(formats[0])]):
-        yield attempt(name, lambda n=name, m=make: m(n))  # type: ignore[misc]
+        yield attempt(name, partial(make, name))
     for one in formats:
         yield from _step(raw, shape, one)
 
 
-def timed(start: Callable[[], None], runs: int = RUNS) -> float:
+def timed(start: Callable[[], None], runs: int | None = None) -> float:
     """Median milliseconds of a call that ends when its work has."""
     seconds = []
-    for _ in range(WARM_UP + runs):
+    for _ in range(WARM_UP + (runs or RUNS)):
         began = time.perf_counter()
         start()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[WARM_UP:]) * 1e3
 
 
-def pipelined(build: Callable[[], Stages], runs: int = RUNS) -> float:
+def pipelined(build: Callable[[], Stages], runs: int | None = None) -> float:
     """Median milliseconds from the end of one pass to the end of the next, which is built while the first is computed.
 
     Args:
         build: returns stages for `device.Queue`, computing nothing.
-        runs: passes that count.
+        runs: passes that count; None: as many as suit the device.
     """
-    current, ends = build(), []
+    runs, current, ends = runs or _passes(), build(), []
     for _ in range(WARM_UP + runs):
         queue = device.Queue()
         queue.add(*current)
@@ -81,6 +82,20 @@ def pipelined(build: Callable[[], Stages], runs: int = RUNS) -> float:
         queue.finish()
         ends.append(time.perf_counter())
     return statistics.median(np.diff(ends)[WARM_UP - 1 :]) * 1e3
+
+
+def random_prefix(model: DiffusionGemma) -> Prefix:
+    """`PREFIX` positions of random keys and values, which are as good as encoded ones here."""
+    prefix, keys = model.new_prefix(), iter(mx.random.split(mx.random.key(5), 1024))
+    arrays = {}
+    for i, (layer, kind) in enumerate(zip(prefix.layers, model.config.text.layer_types)):
+        heads, dim = model.config.text.kv_shape(kind)
+        shape = 1, heads, layer.used(PREFIX), dim
+        for name in ("keys", "values"):
+            arrays[f"{i}.{name}"] = mx.random.normal(shape, key=next(keys)).astype(model.dtype)
+    prefix.load_arrays(arrays, PREFIX, 0)
+    mx.eval(prefix.state)
+    return prefix
 
 
 def measure(model: DiffusionGemma, prefix: Prefix) -> Parts:
@@ -118,8 +133,9 @@ def measure(model: DiffusionGemma, prefix: Prefix) -> Parts:
     )
 
 
-def whole_step(model: DiffusionGemma, prefix: Prefix, runs: int = RUNS) -> float:
+def whole_step(model: DiffusionGemma, prefix: Prefix, runs: int | None = None) -> float:
     """Median milliseconds of a denoising step in the loop that generates; random weights settle nothing."""
+    runs = runs or _passes()
     options = GenerationOptions(
         confidence_threshold=0.0, certainty_threshold=0.0, patience=0, max_denoising_steps=WARM_UP + runs + 1
     )
@@ -129,6 +145,10 @@ def whole_step(model: DiffusionGemma, prefix: Prefix, runs: int = RUNS) -> float
         if len(ends) > WARM_UP + runs:
             break
     return statistics.median(np.diff(ends)[WARM_UP:]) * 1e3
+
+
+def _passes() -> int:
+    return CPU_RUNS if device.on_cpu() else RUNS
 
 
 def _dtype(one: str) -> str:
@@ -151,8 +171,7 @@ def _step(raw: dict[str, Any], shape: str, one: str) -> Iterator[Line]:
     def parts() -> Line:
         with device.wired_limit():
             model = shared_model(raw, DTYPES[_dtype(one)], recipe)
-            prefix = model.new_prefix(capacity=PREFIX + 2 * config.canvas_length)
-            prefill(model, prefix, np.asarray(random_prompt(raw, PREFIX)), None)
+            prefix = random_prefix(model)
             found["parts"] = made = measure(model, prefix)
             found["loop"] = whole_step(model, prefix)
         says = (
@@ -206,8 +225,8 @@ def _read_bytes(config: ModelConfig, recipe: str | None) -> int:
 
 
 def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    model = DiffusionGemma(config)
-    return {name: a.shape for name, a in tree_flatten(model.parameters()) if ".decoder.layers." in name}
+    parameters: Any = tree_flatten(DiffusionGemma(config).parameters())
+    return {name: a.shape for name, a in parameters if ".decoder.layers." in name}
 
 
 def _shapes_bytes(config: ModelConfig, recipe: str | None) -> int:
