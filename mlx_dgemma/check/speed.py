@@ -81,7 +81,7 @@ def pipelined(build: Callable[[], Stages], runs: int | None = None) -> float:
         current = build()
         queue.finish()
         ends.append(time.perf_counter())
-    return statistics.median(np.diff(ends)[WARM_UP - 1 :]) * 1e3
+    return 1e3 * statistics.median(np.diff(ends)[WARM_UP - 1 :].tolist())
 
 
 def random_prefix(model: DiffusionGemma) -> Prefix:
@@ -144,7 +144,7 @@ def whole_step(model: DiffusionGemma, prefix: Prefix, runs: int | None = None) -
         ends.append(time.perf_counter())
         if len(ends) > WARM_UP + runs:
             break
-    return statistics.median(np.diff(ends)[WARM_UP:]) * 1e3
+    return 1e3 * statistics.median(np.diff(ends)[WARM_UP:].tolist())
 
 
 def _passes() -> int:
