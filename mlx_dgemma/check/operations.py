@@ -18,6 +18,7 @@ from ..engine import Engine, load
 from ..model import device
 from .answers import cases
 from .lines import FAILED, PASSED, SKIPPED, Line, described
+from .products import compiles_slowly
 from .recording import Call, Recorder, arrays_of, dtype_name, map_arrays
 from .shapes import quantize
 
@@ -101,7 +102,7 @@ def _runs() -> list[tuple[mx.Device, str, str | None]]:
     return [
         *((cpu, dtype, None) for dtype in ("float32", "bfloat16")),
         *((gpu, dtype, None) for dtype in ("bfloat16", "float32", "float16")),
-        *((gpu, dtype, "4bit") for dtype in ("bfloat16", "float16")),
+        *((gpu, dtype, "4bit") for dtype in ("bfloat16", "float16")[: 1 if compiles_slowly() else 2]),
     ]
 
 

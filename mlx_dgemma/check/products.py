@@ -20,7 +20,7 @@ from ..model.functions import entropy
 from ..model.head import Head, matmul_slice
 from ..model.kv_cache import LayerKV
 from ..model.masks import Mask
-from .lines import Line, attempt, judged
+from .lines import SKIPPED, Line, attempt, judged
 from .recording import dtype_name
 from .shapes import fill, raw_config
 
@@ -56,12 +56,22 @@ def lines(size: Size) -> Iterator[Line]:
     """The lines of this section."""
     kept = {str(one): one for recipe in RECIPES.values() if (one := recipe.experts)}
     rest = {str(one): one for recipe in RECIPES.values() if (one := recipe.embedding)}
+    slow = compiles_slowly()
+    if slow:
+        some = str(RECIPES["4bit"].experts)
+        yield Line(
+            f"recipes but {some}", SKIPPED, "CUDA compiles each quantized product on first use, for up to a minute."
+        )
+        kept = {some: kept[some]}
     for dtype in DTYPES:
         shown = dtype_name(dtype)
+        if slow and dtype == mx.float16:
+            rest = kept = {}
         for name, one in rest.items():
             yield compared(f"head, {name}, {shown}", partial(_table, size, dtype, one, True))
             yield compared(f"conditioning, {name}, {shown}", partial(_table, size, dtype, one, False))
-        yield compared(f"head's statistics, {shown}", partial(_statistics, size, dtype))
+        if rest:
+            yield compared(f"head's statistics, {shown}", partial(_statistics, size, dtype))
         for name, stored in {"not quantized": None, **kept}.items():
             yield compared(f"experts, {name}, {shown}", partial(_experts, size, dtype, stored))
         for kind in ("sliding_attention", "full_attention"):
@@ -69,6 +79,11 @@ def lines(size: Size) -> Iterator[Line]:
             for name, stored in {"not quantized": None, **rest}.items():
                 title = f"{kind.replace('_', ' ')} {shape}, {name}, {shown}"
                 yield compared(title, partial(_attention, size, kind, dtype, stored))
+
+
+def compiles_slowly() -> bool:
+    """Whether each kind of quantized product takes long to compile: on CUDA."""
+    return not device.on_cpu() and not mx.metal.is_available()
 
 
 def compared(name: str, make: Callable[[], tuple[mx.array, mx.array]]) -> Line:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -35,8 +35,13 @@ class Section(NamedTuple):
     lines: Callable[[], Iterator[Line]]
 
 
-def sections(quick: bool = False) -> list[Section]:
-    """The sections in their order; `quick` leaves out speed and computes products of a small shape."""
+def sections(quick: bool = False, only: Sequence[str] = ()) -> list[Section]:
+    """The sections in their order.
+
+    Args:
+        quick: leave out speed, and compute products of a small shape.
+        only: names of the sections to keep; without any, all.
+    """
     demo = _Demo()
     found = [
         Section("machine", machine.lines),
@@ -45,7 +50,9 @@ def sections(quick: bool = False) -> list[Section]:
         Section("references", lambda: references.lines(demo.load("float32").model)),
         Section("answers", lambda: answers.lines(demo.load())),
     ]
-    return found if quick else [*found, Section("speed", speed.lines)]
+    if not quick or "speed" in only:
+        found.append(Section("speed", speed.lines))
+    return [one for one in found if not only or one.name in only]
 
 
 class _Demo:
@@ -111,18 +118,18 @@ def verdict(found: list[Found]) -> str:
     return say + (f" Predicted: {', '.join(steps)}." if steps else "")
 
 
-def check(quick: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+def check(quick: bool, only: Sequence[str], tell: Callable[[str], None]) -> dict[str, Any]:
     """Run the check and tell each line as it is found.
 
     Args:
-        quick: see `sections`.
+        quick, only: see `sections`.
         tell: takes text, a line at a time.
 
     Returns:
         As `summary`, with the verdict.
     """
     began, found, section = time.perf_counter(), [], ""
-    for one in run(sections(quick)):
+    for one in run(sections(quick, only)):
         if one.section != section:
             section = one.section
             tell(f"\n{section}")

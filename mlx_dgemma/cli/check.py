@@ -8,14 +8,16 @@ import click
 
 from .terminal import Terminal
 
+SECTIONS = ("machine", "operations", "products", "references", "answers", "speed")
 PASTE = "\nReporting a problem? Paste all of the above and this line into the issue:"
 
 
 @click.command("check")
 @click.option("--quick", is_flag=True, help="Leave out speed, and check products of a small shape only.")
+@click.option("--section", type=click.Choice(SECTIONS), multiple=True, help="Run this section only; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON and nothing else.")
 @click.pass_context
-def check(ctx: click.Context, quick: bool, as_json: bool) -> None:
+def check(ctx: click.Context, quick: bool, section: tuple[str, ...], as_json: bool) -> None:
     """Check what this machine computes, and how fast.
 
     It needs no model but the bundled demo. Each MLX operation that the demo uses is compared with a second opinion.
@@ -35,7 +37,7 @@ def check(ctx: click.Context, quick: bool, as_json: bool) -> None:
 
     from ..check import report
 
-    made = report.check(quick, (lambda _: None) if as_json else (lambda text: terminal.say(f"{text}\n")))
+    made = report.check(quick, section, (lambda _: None) if as_json else (lambda text: terminal.say(f"{text}\n")))
     if not as_json:
         terminal.say(f"{PASTE}\n")
     terminal.say(f"{report.as_json(made)}\n")

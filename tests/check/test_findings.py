@@ -143,3 +143,19 @@ def test_the_machine_tells_itself_and_limits_stay():
     assert found["memory limits"].figures["cache_limit"] == 2**20
     assert found["packages"].figures["versions"]["mlx"]
     assert all(line.says for line in found.values())
+
+
+def test_where_quantized_products_compile_for_a_minute_few_are_checked(size, monkeypatch):
+    monkeypatch.setattr(products, "compiles_slowly", lambda: True)
+    monkeypatch.setattr(products, "compared", lambda name, make: name)
+    first, *names = products.lines(size)
+    assert (first.name, first.status) == ("recipes but 4-bit affine, groups of 64", SKIPPED)
+    assert [one for one in names if "float16" in one and "bfloat16" not in one] == [
+        "experts, not quantized, float16",
+        "sliding attention 4 x 32, not quantized, float16",
+        "full attention 4 x 64, not quantized, float16",
+    ]
+    assert [one for one in names if "experts" in one and "bfloat16" in one] == [
+        "experts, not quantized, bfloat16",
+        "experts, 4-bit affine, groups of 64, bfloat16",
+    ]

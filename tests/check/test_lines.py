@@ -8,6 +8,7 @@ from commands import python, run
 from mlx_dgemma.check import report
 from mlx_dgemma.check.lines import FAILED, PASSED, SKIPPED, WARNING, Line, attempt, judged
 from mlx_dgemma.check.report import Section
+from mlx_dgemma.cli.check import SECTIONS
 
 
 def broken():
@@ -25,7 +26,7 @@ def sections(monkeypatch):
 
     def set_to(*found):
         monkeypatch.setattr(
-            report, "sections", lambda quick: [Section(name, lambda a=lines: iter(a)) for name, lines in found]
+            report, "sections", lambda quick, only: [Section(name, lambda a=lines: iter(a)) for name, lines in found]
         )
 
     return set_to
@@ -79,7 +80,8 @@ def test_the_last_line_is_json_and_the_exit_code_tells_of_failures(sections):
 def test_quick_leaves_out_speed():
     names = [section.name for section in report.sections(quick=True)]
     assert names == ["machine", "operations", "products", "references", "answers"]
-    assert [section.name for section in report.sections()] == [*names, "speed"]
+    assert [section.name for section in report.sections()] == [*names, "speed"] == list(SECTIONS)
+    assert [section.name for section in report.sections(only=("speed", "machine"))] == ["machine", "speed"]
 
 
 def test_predicted_steps_are_in_the_verdict():
@@ -92,3 +94,9 @@ def test_wrong_usage_and_help_import_no_model():
     code = "import sys; from mlx_dgemma.cli.main import main; main(['check', '--help'], standalone_mode=False);"
     done = python("-c", f"{code} print([n for n in ('mlx', 'transformers') if n in sys.modules])")
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_single_section_can_be_asked_for():
+    done = run("check", "--section", "machine", "--json")
+    made = json.loads(done.stdout)
+    assert done.exit_code == 0 and {line["section"] for line in made["lines"]} == {"machine"}
