@@ -29,6 +29,11 @@ BOUNDS = {mx.float32: 1e-3, mx.bfloat16: 3e-2, mx.float16: 1e-2}  # of the worst
 CPU_BOUNDS = {**BOUNDS, mx.bfloat16: 2e-1, mx.float16: 3e-2}  # the CPU sums up quantized products in 16 bits
 
 
+SMALL = (
+    10**10
+)  # bytes of a device that computes a fourth of the experts: while they are made they take three times theirs
+
+
 class Size(NamedTuple):
     """How much of the release's shape is computed."""
 
@@ -49,7 +54,10 @@ def size_of(quick: bool) -> Size:
     if device.on_cpu():
         few = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_global_key_value_heads": 1}
         return Size(replace(text, num_experts=4, top_k_experts=4, moe_intermediate_size=128, **few), 16, 4, 4, 512)
-    return Size(text, 64, 64, 64, text.vocab_size) if quick else Size(text, 256, 256, 1024, 16384)
+    if quick:
+        return Size(text, 64, 64, 64, text.vocab_size)
+    experts = text.num_experts if device.available() > SMALL else text.num_experts // 4
+    return Size(replace(text, num_experts=experts), 256, 256, 1024, 16384)
 
 
 def lines(size: Size) -> Iterator[Line]:

@@ -28,6 +28,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "moe_intermediate_size": 128, "max_position_embeddings": 262144,
     },
 }  # fmt: skip
+AT_ONCE = 2**26  # numbers that are drawn at once, in float32 and one piece after another, to bound memory
 CANVAS = {"26b": 256, "small": 64}
 
 
@@ -59,13 +60,20 @@ def fill(module: nn.Module, dtype: mx.Dtype) -> None:
     """Give a module random matrices of deviation 1 / sqrt(inputs), and ones in its vectors; nothing is computed yet."""
     keys = iter(mx.random.split(mx.random.key(0), 4096))
 
-    def drawn(path: str, a: mx.array) -> mx.array:
+    def weights_of(path: str, a: mx.array) -> mx.array:
         key = next(keys)
         if a.ndim < 2:
             return mx.ones(a.shape, dtype)
-        return (mx.random.normal(a.shape, key=key, dtype=dtype) * a.shape[-1] ** -0.5).astype(dtype)
+        count = min(-(-a.size // AT_ONCE), a.shape[0])
+        ends = [a.shape[0] * i // count for i in range(count + 1)]
+        pieces: list[mx.array] = []
+        for own, start, end in zip(mx.random.split(key, count), ends, ends[1:]):
+            later = mx.depends(own, pieces[-1:]) if pieces else own
+            drawn = mx.random.normal((end - start, *a.shape[1:]), key=later) * a.shape[-1] ** -0.5
+            pieces.append(drawn.astype(dtype))
+        return mx.concatenate(pieces)
 
-    module.update(tree_map_with_path(drawn, module.parameters()))
+    module.update(tree_map_with_path(weights_of, module.parameters()))
 
 
 def quantize(model: nn.Module, recipe: str | None, prefix: str = "") -> None:
