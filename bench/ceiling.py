@@ -3,55 +3,8 @@
 import mlx.core as mx
 from report import GIB
 
-from mlx_dgemma.model.config import ModelConfig, VisionConfig
-
-# device name: (GB/s, TFLOP/s of dense 16-bit matrix products). Apple's are the largest bins, from core counts
-# and clocks; M5's with its neural accelerators, the base chip's measured, the others scaled from it.
-DEVICES = {
-    "H100": (3350, 989), "H200": (4800, 989),
-    "Apple M1": (68, 2.6), "Apple M1 Pro": (200, 5.2), "Apple M1 Max": (400, 10.4), "Apple M1 Ultra": (800, 21.2),
-    "Apple M2": (100, 3.6), "Apple M2 Pro": (200, 6.8), "Apple M2 Max": (400, 13.6), "Apple M2 Ultra": (800, 27.2),
-    "Apple M3": (100, 3.5), "Apple M3 Pro": (150, 6.4), "Apple M3 Max": (400, 14.2), "Apple M3 Ultra": (819, 28.4),
-    "Apple M4": (120, 4.3), "Apple M4 Pro": (273, 9.2), "Apple M4 Max": (546, 18.4),
-    "Apple M5": (153, 15.4), "Apple M5 Pro": (307, 30.8), "Apple M5 Max": (614, 61.6),
-}  # fmt: skip
-
-
-def step_flops(config: ModelConfig, prefix: int) -> dict[str, float]:
-    """FLOPs of one denoising step behind `prefix` positions, by part; a multiplication and an addition are two."""
-    text, rows = config.text, config.canvas_length
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    projections = scores = 0
-    for kind in text.layer_types:
-        full = kind == "full_attention"
-        kv_heads, dim = text.kv_shape(kind)
-        # Full layers have no values of their own: their keys serve as both.
-        projections += 2 * rows * hidden * dim * (2 * heads + (1 if full else 2) * kv_heads)
-        scores += 4 * rows * heads * dim * (_kept(text, kind, prefix) + rows)
-    layers, vocabulary = text.num_hidden_layers, 2 * rows * hidden * text.vocab_size
-    mlp = 6 * rows * hidden * text.intermediate_size
-    return {
-        "attention projections": projections,
-        "attention scores": scores,
-        "dense MLP": layers * mlp,
-        "experts": layers * 6 * rows * hidden * text.moe_intermediate_size * text.top_k_experts,
-        "router": layers * 2 * rows * hidden * text.num_experts,
-        "head": vocabulary,
-        "dense self-conditioning": vocabulary + mlp,
-    }
-
-
-def kv_bytes(config: ModelConfig, prefix: int, itemsize: int) -> int:
-    """Keys and values of `prefix` positions that a canvas attends to."""
-    total = 0
-    for kind in config.text.layer_types:
-        heads, dim = config.text.kv_shape(kind)
-        total += 2 * heads * dim * itemsize * _kept(config.text, kind, prefix)
-    return total
-
-
-def _kept(text, kind: str, prefix: int) -> int:
-    return prefix if kind == "full_attention" else min(prefix, text.sliding_window - 1)
+from mlx_dgemma.check.paper import limits_of
+from mlx_dgemma.model.config import VisionConfig
 
 
 def look_flops(tower: VisionConfig, patches: int, text_hidden: int) -> dict[str, float]:
@@ -85,9 +38,3 @@ def report(flops: dict[str, float], nbytes: dict[str, float], what: str) -> dict
             f"bytes {memory:.2f} at {rate:g} GB/s)"
         )
     return found
-
-
-def limits_of(device: str) -> tuple[float, float] | None:
-    """(GB/s, TFLOP/s) of the longest known name in a device's name."""
-    names = [name for name in DEVICES if name in device]
-    return DEVICES[max(names, key=len)] if names else None

@@ -26,9 +26,9 @@ import mlx.core as mx
 import numpy as np
 from quality import TEXT, cases, tasks
 from report import finish, machine, spread, table
-from shapes import random_model, random_prompt, raw_config
 
 import mlx_dgemma
+from mlx_dgemma.check.shapes import random_model, random_prompt, raw_config
 from mlx_dgemma.checkpoint.build import suit_device
 from mlx_dgemma.constraints.language import Language
 from mlx_dgemma.constraints.patterns import python_regex_to_plain

@@ -24,8 +24,9 @@ from mlx.utils import tree_flatten
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from report import finish, machine, ratio, show, spread, table
-from shapes import TOWER, raw_config
+from shapes import TOWER
 
+from mlx_dgemma.check.shapes import raw_config
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.convert.recipes import DEFAULT, RECIPES
 from mlx_dgemma.convert.writer import ITEM, Entry, Writer, write_json

@@ -14,10 +14,11 @@ import numpy as np
 from ceiling import look_flops, report
 from meter import MLX
 from report import GIB, finish, machine, show, spread, table
-from shapes import TOWER, random_model, raw_config
+from shapes import TOWER
 from step import nbytes
 
 import mlx_dgemma
+from mlx_dgemma.check.shapes import random_model, raw_config
 from mlx_dgemma.model.patches import BUDGETS
 
 

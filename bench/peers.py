@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from meter import MLX, Memory, Meter
-from shapes import quantize
+
+from mlx_dgemma.check.shapes import quantize
 
 COMPUTED = ("DiffusionGemmaTextRotaryEmbedding", "DiffusionGemmaTextScaledWordEmbedding")  # buffers no file holds
 NEVER = 1e-30  # nats: no canvas's mean entropy is below it, so the stop rule is never met

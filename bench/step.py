@@ -14,12 +14,14 @@ import argparse
 
 import mlx.core as mx
 import numpy as np
-from ceiling import kv_bytes, report, step_flops
+from ceiling import report
 from meter import Meter, print_rows, settle, summary
 from mlx.utils import tree_flatten
 from report import GIB, attempt, finish, machine
-from shapes import add_arguments, from_arguments, random_prompt
+from shapes import add_arguments, from_arguments
 
+from mlx_dgemma.check.paper import kv_bytes, step_flops
+from mlx_dgemma.check.shapes import random_prompt
 from mlx_dgemma.checkpoint.build import DTYPES, suit_device
 from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.options import GenerationOptions

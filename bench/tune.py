@@ -14,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 from meter import settle
 from report import GIB, finish, machine, spread, table
-from shapes import add_arguments, from_arguments, random_prompt
+from shapes import add_arguments, from_arguments
 from step import nbytes
 
 from mlx_dgemma.adapters.deltas import GROUPS
+from mlx_dgemma.check.shapes import random_prompt
 from mlx_dgemma.checkpoint.build import suit_device
 from mlx_dgemma.tune.config import KINDS, TrainerConfig
 from mlx_dgemma.tune.objective import VARIANTS, Batch

@@ -53,7 +53,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order of --help."""
-        return "generate chat infill edit choose serve tune evaluate fuse info convert".split()
+        return "generate chat infill edit choose serve tune evaluate fuse info check convert".split()
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command by name."""
@@ -85,6 +85,10 @@ class Commands(click.Group):
             from .fuse import fuse
 
             return fuse
+        if cmd_name == "check":
+            from .check import check
+
+            return check
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
