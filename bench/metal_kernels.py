@@ -63,6 +63,7 @@ FAMILIES = [
     Family("rope", r"(?P<op>rope)_(?P<v1>(?:single_)?(?:freqs_)?(?:large_)?)DTYPES"),
     Family("attention", r"steel_attention_DTYPES_bq\d+_bk\d+_(?P<op>bd\d+)_bv\d+_wm\d+_wn\d+_mask(?P<v1>bool_)?\w*"),
     Family("vector attention", r"sdpa_vector_DTYPES_(?P<op>\d+)_(?P<v1>\d+)"),
+    Family("blocked attention", r"sdpa_blocked_(?P<op>causal_mask|scale_copy)_DTYPES"),
     Family("product", r"steel_gemm_(?P<op>fused|splitk)_(?P<v1>[nt][nt])_DTYPES(?P<v2>_bm\w+)"),
     Family("product", r"(?P<op>gemv)_(?P<v1>(?:t_)?)DTYPES(?P<v2>_bm\w+)"),
     Family("gathered product", r"steel_(?P<op>gather_mm)_(?P<v1>(?:rhs_)?[nt][nt])_DTYPES(?P<v2>_bm\w+)"),
