@@ -71,7 +71,7 @@ FAMILIES = [
     Family("random", r"(?P<op>rbits)c?"),
     Family("strided copy", r"(?P<v1>ggn?\d?(?:large)?)_(?P<op>(?:dynamic_)?copy)DTYPES"),
     Family("copy", r"(?P<v1>gn?\d(?:large)?|[sv]n?2?)_(?P<op>copy)DTYPES"),
-    Family("elementwise", r"(?P<v1>(?:g|gn)\d(?:large)?|[sv]{{1,2}}[n2]?)_(?P<op>[A-Z]\w*?)DTYPES"),
+    Family("elementwise", r"(?P<v1>(?:g|gn)\d(?:large)?|[sv]{1,2}[n2]?)_(?P<op>[A-Z]\w*?)DTYPES"),
 ]  # fmt: skip
 
 

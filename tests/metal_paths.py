@@ -21,22 +21,29 @@ from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli.main import main
 from mlx_dgemma.convert.conversion import convert
 from mlx_dgemma.convert.recipes import MODES
+from mlx_dgemma.decoding.canvas import CanvasBatch
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.step import plain_step
-from mlx_dgemma.decoding.canvas import CanvasBatch
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.model import attention
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.tune.config import TrainerConfig
-from mlx_dgemma.tune.objective import VARIANTS, Batch, draw_noise, loss_and_gradients
+from mlx_dgemma.tune.objective import VARIANTS, Batch, draw_noise
 from mlx_dgemma.tune.trainer import Trainer
+from mlx_dgemma.tune.workers import loss_and_gradients
 
 STORY, LARGER = "Write a story", "Which is larger, 51 or 23?"
 PERSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
 # Multiples of every quantization's group.
-SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "head_dim": 32, "global_head_dim": 64}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 128,
+    "head_dim": 32,
+    "global_head_dim": 64,
+}
 FEW = {"seed": 0, "max_denoising_steps": 3, "max_tokens": 20}
 
 
@@ -44,7 +51,9 @@ def write_toy(folder: Path) -> Path:
     """A checkpoint with the demo's tokenizer and random weights: a layer of each type, and a tower of one layer."""
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("model*"))
     raw = json.loads((folder / "config.json").read_text())
-    raw["text_config"].update(SIZES, num_hidden_layers=2, layer_types=[SLIDING, FULL], num_attention_heads=4, num_experts=4)
+    raw["text_config"].update(
+        SIZES, num_hidden_layers=2, layer_types=[SLIDING, FULL], num_attention_heads=4, num_experts=4
+    )
     raw["vision_config"].update(num_hidden_layers=1)
     raw["canvas_length"] = 16
     (folder / "config.json").write_text(json.dumps(raw))
@@ -70,7 +79,15 @@ def answers(dtype: str, folder: Path) -> None:
     for mode in ({}, {"exact": True}, {"fast": True}, {"patience": None}):
         engine.generate(STORY, **FEW, **mode)
     engine.generate("Hello.", session=session, **FEW)
-    engine.generate([{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Name three rivers."}], session=session, **FEW)
+    engine.generate(
+        [
+            {"role": "user", "content": "Hello."},
+            {"role": "assistant", "content": "Hi"},
+            {"role": "user", "content": "Name three rivers."},
+        ],
+        session=session,
+        **FEW,
+    )
     list(engine.stream("Spell the word frog.", prefill_chunk=4, **FEW))
 
 
@@ -211,12 +228,29 @@ def adapters(dtype: str, folder: Path) -> None:
     tuned = folder / "adapter"
     if dtype == "float32":
         data = folder / "data.jsonl"
-        lines = [json.dumps({"prompt": f"Say {word} twice.", "completion": f"{word} {word}"}) for word in ("cat", "dog")]
+        lines = [
+            json.dumps({"prompt": f"Say {word} twice.", "completion": f"{word} {word}"}) for word in ("cat", "dog")
+        ]
         data.write_text("\n".join(lines))
         brief = ["--steps", "1", "--batch-size", "2", "--validate", "1", "--generate", "0", "--dtype", dtype]
         for command in (
             ["tune", data, "--model", folder / "toy", "--output", tuned, *brief],
-            ["evaluate", data, "--model", folder / "toy", "--adapter", tuned, "--dtype", dtype, "--repeats", "1"],
+            [
+                "evaluate",
+                data,
+                "--model",
+                folder / "toy",
+                "--adapter",
+                tuned,
+                "--dtype",
+                dtype,
+                "--max-tokens",
+                "8",
+                "--max-denoising-steps",
+                "2",
+                "--bound",
+                "1",
+            ],
             ["fuse", "--model", folder / "toy", "--adapter", tuned, folder / "fused"],
         ):
             done = CliRunner().invoke(main, [str(one) for one in command])
@@ -245,7 +279,8 @@ def conversions(dtype: str, folder: Path) -> None:
 PATHS: dict[str, Callable[[str, Path], None]] = {
     path.__name__: path
     for path in (
-        answers, batches, guided, pictures, long_prefixes, padded, quantized, custom_kernels, tuning, adapters, conversions,
+        answers, batches, guided, pictures, long_prefixes, padded, quantized, custom_kernels, tuning, adapters,
+        conversions,
     )
 }  # fmt: skip
 

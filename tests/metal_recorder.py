@@ -9,23 +9,22 @@ that `mx.compile` would fuse run unfused: Metal compiles their primitives from s
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import mlx.core as mx
 
-BENCH = Path(__file__).parent.parent / "bench"
-sys.path.insert(0, str(BENCH))
-from primitives import answering_as_metal, constant, is_fused  # noqa: E402
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+import primitives
 
 PACKAGE = Path(__file__).parent.parent / "mlx_dgemma"
 _HERE = Path(__file__)
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 NOT_OPERATIONS = frozenset(
-    """load save savez savez_compressed save_gguf save_safetensors import_function export_function export_to_dot exporter
-    from_dlpack eval async_eval synchronize compile enable_compile disable_compile checkpoint custom_function
+    """load save savez savez_compressed save_gguf save_safetensors import_function export_function export_to_dot
+    exporter from_dlpack eval async_eval synchronize compile enable_compile disable_compile checkpoint custom_function
     metal_kernel cuda_kernel precompiled_cuda_kernel device_info default_device set_default_device default_stream
     set_default_stream is_available device_count new_stream new_thread_local_stream new_thread_unsafe_stream stream
     clear_streams clear_cache clear_memory_cache get_active_memory get_cache_memory get_memory_limit get_peak_memory
@@ -64,10 +63,16 @@ class Record(NamedTuple):
 
 
 class Recorder:
-    """The primitives of what runs while it records; `records` has each once for every place."""
+    """The primitives of what runs while it records.
+
+    Attributes:
+        records: each primitive once for every place.
+        untraced: calls that worked, but could not be traced; what they ask for is unknown.
+    """
 
     def __init__(self) -> None:
         self.records: dict[Any, Record] = {}
+        self.untraced: list[str] = []
         self._seen: set[Any] = set()
         self._tracing = 0  # inside of a trace or of a mapped function, where nothing is recorded
 
@@ -77,7 +82,7 @@ class Recorder:
         undo: list[tuple[Any, str, Any]] = []
         mx.disable_compile()
         try:
-            with answering_as_metal(), patch.object(mx.fast, "metal_kernel", self._metal_kernel):
+            with primitives.answering_as_metal(), patch.object(mx.fast, "metal_kernel", self._metal_kernel):
                 for owner, prefix in _OWNERS:
                     for name, function in _callables(owner):
                         undo.append((owner, name, function))
@@ -99,18 +104,21 @@ class Recorder:
                 kwargs, found = as_metal(args, kwargs)
             if self._tracing or on_cpu_stream(kwargs):
                 return function(*args, **kwargs)
-            key = shown, _place(), _signature((args, kwargs))
+            key, failure = (shown, _place(), _signature((args, kwargs))), None
             if key not in self._seen:
                 self._seen.add(key)
                 if as_metal is not None and found is not None:
                     self._keep(found[0], found[1], found[2], found[3], key[1], shown)
                 else:
-                    self._trace(function, args, kwargs, key[1], shown)
+                    failure = self._trace(function, args, kwargs, key[1], shown)
             self._tracing += 1
             try:
-                return computed(*args, **kwargs)
+                result = computed(*args, **kwargs)
             finally:
                 self._tracing -= 1
+            if failure and result is not NotImplemented:
+                self.untraced.append(failure)
+            return result
 
         return call
 
@@ -144,8 +152,8 @@ class Recorder:
             self._export(lambda: arrays, [], place, shown)
         return result
 
-    def _trace(self, function: Callable[..., Any], args: Any, kwargs: Any, place: str, shown: str) -> None:
-        """Record the primitives of one call: the same call, of tracers."""
+    def _trace(self, function: Callable[..., Any], args: Any, kwargs: Any, place: str, shown: str) -> str | None:
+        """Record the primitives of one call: the same call, of tracers. Returns why that failed."""
 
         def replay(*tracers: mx.array) -> list[mx.array]:
             rest = iter(tracers)
@@ -156,8 +164,9 @@ class Recorder:
         arrays = _arrays((args, kwargs))
         try:
             self._export(replay, arrays, place, shown)
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            pass  # what cannot be asked for raises the same at once, where it is called
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return f"mx.{shown} at {place}: {error}"
+        return None
 
     def _export(self, function: Callable[..., Any], arrays: list[mx.array], place: str, shown: str) -> None:
         found: list[Any] = []
@@ -192,7 +201,7 @@ class Recorder:
             self._keep("CustomKernel", (), given, made, _place(), f"fast.metal_kernel {name}")
             self._tracing += 1
             try:
-                return [constant(tuple(shape), dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
+                return [primitives.constant(tuple(shape), dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
             finally:
                 self._tracing -= 1
 
@@ -239,7 +248,7 @@ def _attention(args: Any, kwargs: dict) -> Any:
     q, k, v = (*args, *(kwargs[name] for name in ("q", "k", "v")[len(args) :]))[:3]
     force, mask = kwargs.get("force_fused", False), kwargs.get("mask")
     kwargs = {name: value for name, value in kwargs.items() if name != "force_fused"}
-    if is_fused(q, k, mask, force):
+    if primitives.is_fused(q, k, mask, force):
         return kwargs, ("ScaledDotProductAttention", (q.shape[-1], q.shape[2] <= 8), _of(q, k, v), _of(q))
     if force:
         raise ValueError(
@@ -334,7 +343,7 @@ def _signature(tree: Any) -> Any:
     return type(tree)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _named(file: str) -> tuple[bool, str]:
     """Whether a file is the package's, and its name in a place; no name for this file."""
     path = Path(file)

@@ -3,13 +3,14 @@
 The rules are those of mlx/backend/metal of MLX. `missing` says what of a recorded primitive Metal lacks.
 """
 
+import sys
 from functools import lru_cache
 from pathlib import Path
 
-import metal_recorder as recorder
+from metal_recorder import MODES, Record
 
-recorder.sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-import metal_kernels  # noqa: E402
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+import metal_kernels
 
 # backend/gpu/primitives.cpp: another view of the input's buffer, or a copy of it.
 VIEWS = frozenset(
@@ -49,7 +50,7 @@ BYTES = {"bool": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "float16": 2
 BYTES |= {"uint32": 4, "int32": 4, "float32": 4, "uint64": 8, "int64": 8, "complex64": 8}
 
 
-def missing(record: recorder.Record, version: str) -> str | None:
+def missing(record: Record, version: str) -> str | None:
     """What Metal lacks for a primitive, in every wheel of a version of MLX; None where it lacks nothing."""
     for dtype, _ in (*record.inputs, *record.outputs):
         if dtype == "float64":
@@ -75,7 +76,7 @@ def tables(version: str) -> list[dict]:
     return found
 
 
-def needs(record: recorder.Record) -> list[tuple[str, str]]:
+def needs(record: Record) -> list[tuple[str, str]]:
     """(operation, dtypes) of the table that Metal takes for a primitive.
 
     Raises:
@@ -147,7 +148,7 @@ def _products(name: str, state: tuple, into: list[str], out: list[str]) -> list[
         return [("gathered product gather_mm", f"{into[0]} {out[0]}")]
     if name in ("QuantizedMatmul", "GatherQMM", "Quantize"):
         group, bits, mode = (int(one) for one in state[:3])
-        return [(f"quantized {recorder.MODES[mode]} group {group} bits {bits}", into[0])]
+        return [(f"quantized {MODES[mode]} group {group} bits {bits}", into[0])]
     if name in ("RMSNorm", "RMSNormVJP", "LayerNorm", "LayerNormVJP"):
         kernel = {"RMSNorm": "rms", "LayerNorm": "layer_norm"}[name.removesuffix("VJP")]
         return [(f"norm {'vjp_' if name.endswith('VJP') else ''}{kernel}", out[0])]
