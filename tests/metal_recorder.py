@@ -67,11 +67,13 @@ class Recorder:
 
     Attributes:
         records: each primitive once for every place.
+        places: of all calls, those that ask for no primitive among them.
         untraced: calls that worked, but could not be traced; what they ask for is unknown.
     """
 
     def __init__(self) -> None:
         self.records: dict[Any, Record] = {}
+        self.places: set[str] = set()
         self.untraced: list[str] = []
         self._seen: set[Any] = set()
         self._tracing = 0  # inside of a trace or of a mapped function, where nothing is recorded
@@ -107,6 +109,7 @@ class Recorder:
             key, failure = (shown, _place(), _signature((args, kwargs))), None
             if key not in self._seen:
                 self._seen.add(key)
+                self.places.add(key[1])
                 if as_metal is not None and found is not None:
                     self._keep(found[0], found[1], found[2], found[3], key[1], shown)
                 else:
