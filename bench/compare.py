@@ -30,7 +30,7 @@ from peers import (
 from report import GIB, attempt, finish, machine, ratio
 from step import ceilings, measure, nbytes
 
-from mlx_dgemma.checkpoint.build import suit_device
+from mlx_dgemma.checkpoint.build import choose_kernels, suit_device
 
 PEERS = ("mlx-vlm", "transformers")
 
@@ -57,6 +57,7 @@ def mlx_steps(args: argparse.Namespace) -> tuple[dict, str, dict, dict[int, dict
     loaded = attempt(lambda: {"model": mlx_vlm_model(raw, weights, args.recipe)})
     suit_device(model)
     mx.eval(model.parameters())
+    choose_kernels(model)
 
     def ours(mode: str):
         return lambda prompt, steps: measure(model, prompt, steps, mode)

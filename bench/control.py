@@ -29,7 +29,7 @@ from report import finish, machine, spread, table
 
 import mlx_dgemma
 from mlx_dgemma.check.shapes import random_model, random_prompt, raw_config
-from mlx_dgemma.checkpoint.build import suit_device
+from mlx_dgemma.checkpoint.build import choose_kernels, suit_device
 from mlx_dgemma.constraints.language import Language
 from mlx_dgemma.constraints.patterns import python_regex_to_plain
 from mlx_dgemma.constraints.schema import to_regex
@@ -252,6 +252,8 @@ def overhead(_: None, count: int, full: bool = False) -> list[list]:
     options = GenerationOptions(max_denoising_steps=count + 2, **never)
     model = random_model(raw, mx.bfloat16, "4bit") if full else random_model(raw, mx.float32, None)
     suit_device(model)
+    mx.eval(model.parameters())
+    choose_kernels(model)
     times: dict[str, list[float]] = {"without": [], "with": []}
     for what in ("without", "with") * 2:
         guide = Constrained(language, [1]).guide(512) if what == "with" else None

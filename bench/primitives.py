@@ -22,8 +22,8 @@ from unittest.mock import patch
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
-from shapes import SHAPES, quantize, raw_config
 
+from mlx_dgemma.check.shapes import SHAPES, quantize, raw_config
 from mlx_dgemma.checkpoint.build import DTYPES
 from mlx_dgemma.convert.recipes import RECIPES
 from mlx_dgemma.decoding.canvas import CanvasBatch, Forward
@@ -51,7 +51,9 @@ M4_MAX = {
 @contextmanager
 def answering_as_metal() -> Iterator[None]:
     """Answer the questions that code asks about the device as a Mac would; arrays are still the CPU backend's."""
+    new_stream = mx.new_stream
     with (
+        patch.object(mx, "new_stream", lambda _: new_stream(mx.cpu)),
         patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)),
         patch.object(mx, "device_info", lambda *_: dict(M4_MAX)),
         patch.object(mx, "set_wired_limit", lambda _: 0),
@@ -71,8 +73,11 @@ def is_fused(q: mx.array, k: mx.array, mask: Any, force: bool) -> bool:
     if length <= 8:
         return length <= count and dim in (64, 96, 128, 256) and length * (heads // kv_heads) <= 32
     causal = isinstance(mask, str)
-    has = dim in (64, 72, 80, 128) or (dim in (192, 256) and causal) or (dim == 512 and causal and length >= 1024)
-    return has and (force or dim not in (192, 256) or (causal and length == count and length >= 2048))
+    if dim == 512:
+        return causal and length >= 1024 and heads * -(-length // 32) >= 1024
+    if dim not in (64, 72, 80, 96, 128, 192, 256) or (causal and length > count):
+        return False
+    return force or dim < 192 or (dim == 256 and causal and length == count and length >= 2048)
 
 
 @contextmanager

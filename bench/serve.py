@@ -18,7 +18,7 @@ from shapes import add_arguments, from_arguments
 from step import nbytes
 
 from mlx_dgemma.check.shapes import random_prompt
-from mlx_dgemma.checkpoint.build import suit_device
+from mlx_dgemma.checkpoint.build import choose_kernels, suit_device
 from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
@@ -89,6 +89,7 @@ def main() -> None:
     weights = nbytes(model)
     suit_device(model)
     mx.eval(model.parameters())
+    choose_kernels(model)
     print(f"shape {args.shape}, {args.recipe or dtype}, weights {weights / GIB:.3f} GiB, {args.requests} requests")
     print(f"each: prompt of {args.prefix[0]}, {args.blocks} canvases of {args.steps} steps")
     whole = np.asarray(random_prompt(raw, args.prefix[0] + args.requests)).astype(np.int32)[0]

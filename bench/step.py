@@ -22,7 +22,7 @@ from shapes import add_arguments, from_arguments
 
 from mlx_dgemma.check.paper import kv_bytes, step_flops
 from mlx_dgemma.check.shapes import random_prompt
-from mlx_dgemma.checkpoint.build import DTYPES, suit_device
+from mlx_dgemma.checkpoint.build import DTYPES, choose_kernels, suit_device
 from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.prefill import prefill
@@ -75,6 +75,7 @@ def main() -> None:
     limits = ceilings(model, args.prefix, dtype)
     suit_device(model)
     mx.eval(model.parameters())
+    choose_kernels(model)
     results = []
     for length in args.prefix:
         prompt = random_prompt(raw, length)

@@ -169,7 +169,7 @@ def make_jobs(
             raise CheckpointError(f"{sources[0].name} and {sources[1].name} have different dtypes; cast them to one.")
         floating = infos[0].dtype in FLOATS
         path = target.removesuffix(".weight")
-        quantization = recipe.fitted(path, shape[-1]) if recipe and floating else None
+        quantization = recipe.fitted(path, shape[-1]) if recipe and floating and shape else None
         out = _NAMES[dtype] if dtype and floating else infos[0].dtype
         jobs.append(Job(target, shape, tuple(source.name for source in sources), infos, out, quantization))
     return sorted(jobs, key=lambda job: (job.sources[0].file, job.sources[0].start))

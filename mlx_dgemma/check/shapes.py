@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
-from ..checkpoint.build import suit_device
+from ..checkpoint.build import choose_kernels, suit_device
 from ..convert.recipes import RECIPES
 from ..model.config import ModelConfig
 from ..model.diffusion_gemma import DiffusionGemma
@@ -109,6 +109,7 @@ def shared_model(raw: dict[str, Any], dtype: mx.Dtype, recipe: str | None) -> Di
     own.embed_tokens, own.norm, own.self_conditioning = held.embed_tokens, held.norm, held.self_conditioning
     for one in made.model.encoder.language_model.layers:
         one.layer_scalar = mx.ones((1,), dtype)
+    choose_kernels(made)
     return made
 
 

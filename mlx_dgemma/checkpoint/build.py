@@ -64,18 +64,16 @@ def build(
         compute_in_float16(model)
     suit_device(model)
     mx.eval(model.parameters())
+    choose_kernels(model)
     return model
 
 
-def suit_device(model: DiffusionGemma) -> None:
-    """Prepare a model for generation on MLX's default device: custom kernels on a GPU, weights by columns on the CPU.
+def suit_device(model: nn.Module) -> None:
+    """Store weights in the layout that MLX's default device computes fastest: on the CPU column by column.
 
     The BLAS of the CPU wheels takes half the time for columns. It computes experts in float32 only.
     """
-    model.eval()
     if not on_cpu():
-        mx.eval(model.parameters())
-        choose_kernels(model)
         return
     for module in model.modules():
         if isinstance(module, SwitchLinear):
@@ -88,10 +86,11 @@ def choose_kernels(model: DiffusionGemma) -> None:
     """Use the custom kernels if this device computes the same with them as without, and warn if it does not.
 
     A layer of each type and the head are compared on random states. In bfloat16 single roundings differ; a wrong kernel
-    differs in everything.
+    differs in everything. The model leaves training mode, whose gradients the kernels do not have.
     """
+    model.eval()
     text = model.config.text
-    if text.num_experts > kernels.LAYOUT_THREADS or text.top_k_experts > kernels.MAX_TOP_K:
+    if on_cpu() or text.num_experts > kernels.LAYOUT_THREADS or text.top_k_experts > kernels.MAX_TOP_K:
         return
     rows = min(model.config.canvas_length, 64)
     h = mx.random.normal((1, rows, text.hidden_size), key=mx.random.key(0)).astype(model.dtype)

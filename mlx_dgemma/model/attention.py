@@ -159,7 +159,7 @@ class LayerContext(NamedTuple):
     masks: list[Mask]
     rope_offset: int | mx.array  # position of the first new token; [B] where it differs by row
     canvas: bool  # attend to prefix and canvas without extending the prefix; false: append the new positions to it
-    turn: tuple[mx.array, mx.array] | None  # of RoPE, for the custom kernels; None: compute without them
+    turn: tuple[mx.array, mx.array] | None = None  # of RoPE, for the custom kernels; None: compute without them
 
 
 class Attention(nn.Module):

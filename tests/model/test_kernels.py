@@ -216,7 +216,9 @@ def test_a_model_with_kernels_gives_the_same_states(monkeypatch, way):
 
 def test_kernels_are_used_where_they_agree_and_else_refused_aloud(monkeypatch):
     model = small_model(4, layers=(SLIDING, FULL))
-    model.eval()
+    build.choose_kernels(model)
+    assert not model.uses_kernels  # on the CPU
+    monkeypatch.setattr(build, "on_cpu", lambda: False)
     build.choose_kernels(model)
     assert model.uses_kernels
     right = kernels.route
