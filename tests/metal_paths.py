@@ -150,6 +150,7 @@ def padded(dtype: str, folder: Path) -> None:
     other.trim()
     arrays, offset, mark = other.to_arrays()
     other.load_arrays(arrays, offset, mark)
+    model.encode(random_tokens(4, 1, 300), other)
 
 
 def small(dtype: str) -> DiffusionGemma:
@@ -240,7 +241,21 @@ def adapters(dtype: str, folder: Path) -> None:
             json.dumps({"prompt": f"Say {word} twice.", "completion": f"{word} {word}"}) for word in ("cat", "dog")
         ]
         data.write_text("\n".join(lines))
-        brief = ["--steps", "1", "--batch-size", "2", "--validate", "1", "--generate", "0", "--dtype", dtype]
+        convert(folder / "toy", folder / "4bit", "4bit", dtype)
+        brief = [
+            "--kind",
+            "dora",
+            "--steps",
+            "1",
+            "--batch-size",
+            "2",
+            "--validate",
+            "1",
+            "--generate",
+            "0",
+            "--dtype",
+            dtype,
+        ]
         for command in (
             ["tune", data, "--model", folder / "toy", "--output", tuned, *brief],
             [
@@ -260,6 +275,7 @@ def adapters(dtype: str, folder: Path) -> None:
                 "1",
             ],
             ["fuse", "--model", folder / "toy", "--adapter", tuned, folder / "fused"],
+            ["fuse", "--model", folder / "4bit", "--adapter", tuned, folder / "packed"],
         ):
             done = CliRunner().invoke(main, [str(one) for one in command])
             assert done.exit_code == 0, (command, done.output, done.stderr)
@@ -270,6 +286,9 @@ def adapters(dtype: str, folder: Path) -> None:
     paths = target_paths(model, ("attention", "mlp", "self-conditioning", "experts", "router"))
     add_adapter(model, paths, 2, 2.0, 0.0, False, random)
     one_step(model)
+    nn.quantize(packed := small(dtype), 64, 4)
+    add_adapter(packed, target_paths(packed, ("attention", "mlp")), 2, 2.0, 0.0, True, random)
+    one_step(packed)
 
 
 def conversions(dtype: str, folder: Path) -> None:

@@ -105,6 +105,7 @@ class Recorder:
             if as_metal is not None:
                 kwargs, found = as_metal(args, kwargs)
             if self._tracing or on_cpu_stream(kwargs):
+                self.places.add(_place())
                 return function(*args, **kwargs)
             key, failure = (shown, _place(), _signature((args, kwargs))), None
             if key not in self._seen:

@@ -58,6 +58,13 @@ NOT_ON_A_MAC = {
     "slot_contents": "on CUDA",
     "gather_matrices": "on CUDA",
 }
+# Copies, which Metal has for every dtype, of what no path holds: parts of an older layout, features of pictures.
+ONLY_COPIED = {
+    ("_arrays", "mx.concatenate"),
+    ("image_features", "mx.concatenate"),
+    ("image_features", "mx.stop_gradient"),
+    ("loss", "mx.concatenate"),
+}
 
 
 def test_every_operation_of_the_package_is_on_a_path():
@@ -71,6 +78,8 @@ def test_every_operation_of_the_package_is_on_a_path():
             continue
         for function, node in calls(ast.parse(file.read_text())):
             if is_operation(node) and function not in NOT_ON_A_MAC:
+                if (function, ast.unparse(node.func)) in ONLY_COPIED:
+                    continue
                 lines = {(name, line) for line in range(node.lineno, node.end_lineno + 1)}
                 if not lines & seen:
                     unseen.append(f"{name}:{node.lineno} in {function}: {ast.unparse(node.func)}")
