@@ -16,7 +16,6 @@ import argparse
 
 import mlx.core as mx
 import quality
-import shapes
 from meter import print_rows, settle, summary
 from mlx.utils import tree_flatten
 from peers import (
@@ -28,8 +27,10 @@ from peers import (
     transformers_step,
 )
 from report import GIB, attempt, finish, machine, ratio
+from shapes import add_arguments, from_arguments
 from step import ceilings, measure, nbytes
 
+from mlx_dgemma.check.shapes import random_prompt
 from mlx_dgemma.checkpoint.build import choose_kernels, suit_device
 
 PEERS = ("mlx-vlm", "transformers")
@@ -50,7 +51,7 @@ def in_turn(runners: dict, prompt: mx.array, args: argparse.Namespace) -> dict[s
 
 def mlx_steps(args: argparse.Namespace) -> tuple[dict, str, dict, dict[int, dict]]:
     """(config.json's content, dtype, ceilings, {prefix: {runtime: summary}}) of ours and mlx-vlm."""
-    raw, dtype, model = shapes.from_arguments(args)
+    raw, dtype, model = from_arguments(args)
     print(f"shape {args.shape}, {args.recipe or dtype}, weights {nbytes(model) / GIB:.3f} GiB")
     limits = ceilings(model, args.prefix, dtype)
     weights = tree_flatten(model.parameters())
@@ -66,7 +67,7 @@ def mlx_steps(args: argparse.Namespace) -> tuple[dict, str, dict, dict[int, dict
         return mlx_vlm_step(loaded["model"], prompt, steps) if "model" in loaded else loaded
 
     runners = {**{mode: ours(mode) for mode in args.mode}, "mlx-vlm": peer}
-    rows = {length: in_turn(runners, shapes.random_prompt(raw, length), args) for length in args.prefix}
+    rows = {length: in_turn(runners, random_prompt(raw, length), args) for length in args.prefix}
     return raw, dtype, limits, rows
 
 
@@ -78,7 +79,7 @@ def transformers_steps(raw: dict, dtype: str, args: argparse.Namespace) -> dict[
     def peer(prompt: mx.array, steps: int) -> dict:
         return transformers_step(loaded["model"], prompt, steps) if "model" in loaded else loaded
 
-    prompts = {length: shapes.random_prompt(raw, length) for length in args.prefix}
+    prompts = {length: random_prompt(raw, length) for length in args.prefix}
     return {length: in_turn({"peer": peer}, prompt, args)["peer"] for length, prompt in prompts.items()}
 
 
@@ -143,7 +144,7 @@ def compare_quality(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, run, add in (("step", step, shapes.add_arguments), ("quality", compare_quality, quality.add_arguments)):
+    for name, run, add in (("step", step, add_arguments), ("quality", compare_quality, quality.add_arguments)):
         command = commands.add_parser(name)
         command.set_defaults(run=run)
         add(command)

@@ -61,7 +61,10 @@ def guided_step(batch: CanvasBatch) -> tuple[Forward, head.Prediction]:
     """
     last, steps = batch.rows.last, batch.steps
     canvas, conditioning = inputs(batch, last, steps, batch.dense)
-    prediction = predict(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, batch.dense)
+    # The next step waits for the guides' choice, so the device starts its layers while the host builds the others.
+    batch.queue = device.Queue(batch.in_flight)
+    hidden = batch.model.denoise(canvas, batch.prefixes, conditioning, batch.queue)
+    prediction = predict(batch, hidden, steps, batch.dense)
     assert isinstance(prediction, head.Prediction)
     chosen = _unless_done(last, _chosen(batch, prediction))
     changed = chosen != prediction.argmax
@@ -162,8 +165,7 @@ def _chosen(batch: CanvasBatch, prediction: head.Prediction) -> mx.array:
         prediction.map(lambda a, row=row: a[row : row + 1]).log_probs(batch.model.head, guide.tokens)
         for row, (guide, _) in enumerate(batch.guides)
     ]
-    batch.queue = device.Queue(batch.in_flight)
-    batch.queue.add(*batch.stages(), *prediction.stages, [*prediction.carried, seen, asked, valid])
+    batch.queue.add(*prediction.stages, [*prediction.carried, seen, asked, valid])
     batch.queue.finish()
     numbers = np.asarray(valid)
     on_host = {name: np.asarray(array) for name, array in seen.items()}

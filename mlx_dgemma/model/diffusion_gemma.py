@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import PromptError, RangeError
 from .attention import ALIGNMENT, LayerContext
 from .config import ModelConfig
+from .device import Queue
 from .head import Head
 from .kv_cache import Prefix
 from .layers import Layer, SelfConditioning
@@ -179,7 +180,11 @@ class DiffusionGemma(nn.Module):
         return mx.concatenate(found)
 
     def denoise(
-        self, canvas: mx.array, prefix: Prefix | Sequence[Prefix], conditioning: mx.array | None = None
+        self,
+        canvas: mx.array,
+        prefix: Prefix | Sequence[Prefix],
+        conditioning: mx.array | None = None,
+        queue: Queue | None = None,
     ) -> mx.array:
         """Run the stack over a canvas in both directions. The prefix is read and not extended.
 
@@ -187,6 +192,7 @@ class DiffusionGemma(nn.Module):
             canvas: [B, C] int32, at the positions after the prefix.
             prefix: of B rows, or B prefixes of one row each, without padding.
             conditioning: [B, C, H] from `condition`, or None in the first step of a canvas.
+            queue: starts every layer as soon as it is built; None leaves all of them to the caller.
 
         Returns:
             Hidden states [B, C, H] after the final norm.
@@ -196,7 +202,7 @@ class DiffusionGemma(nn.Module):
         scalars = [layer.layer_scalar for layer in decoder.layers]
         prefixes = [prefix] if isinstance(prefix, Prefix) else prefix
         masks = [one.denoise_masks(canvas.shape[1]) for one in prefixes]
-        return self._run(h, prefixes, masks, scalars, canvas=True)
+        return self._run(h, prefixes, masks, scalars, canvas=True, queue=queue)
 
     @property
     def head(self) -> Head:
@@ -246,7 +252,13 @@ class DiffusionGemma(nn.Module):
         return found
 
     def _run(
-        self, h: mx.array, prefixes: Sequence[Prefix], masks: list[dict], scalars: list[mx.array], canvas: bool
+        self,
+        h: mx.array,
+        prefixes: Sequence[Prefix],
+        masks: list[dict],
+        scalars: list[mx.array],
+        canvas: bool,
+        queue: Queue | None = None,
     ) -> mx.array:
         offsets, rope_offset = [prefix.offset for prefix in prefixes], prefixes[0].rope_offset()
         if len(prefixes) > 1:
@@ -260,6 +272,8 @@ class DiffusionGemma(nn.Module):
                 caches, offsets, [mask[kind] for mask in masks], rope_offset, canvas, turns.get(kind)
             )
             h = self._apply(layer, h, scalar, context)
+            if queue is not None:
+                queue.add(*(stage for cache in caches for stage in cache.stages), h)
         return self.model.decoder.norm(h)
 
     def _insert_image_features(
