@@ -40,13 +40,24 @@ EFFICIENCY = {
 }
 ULTRA = 0.8  # what two dies reach of twice one die's arithmetic
 BANDWIDTH = 0.78  # usable share of the memory's bandwidth
-HEAD_PASSES = 1.5  # as many times the bytes of float32 logits: products are written once and read twice in 16 bits
 ACTIVATION_BYTES = 4e9  # of gathers, sums and norms between the products of a step
-KERNELS, KERNEL_MS = 1132, 0.003  # launching primitives of a step, and a small dependent one's time
+KERNEL_MS = 0.003  # of a small dependent kernel
 BUFFERS, BUFFER_MS = 90, 0.020  # command buffers of a step
 
 
-def paper_step(device: str, config: ModelConfig, prefix: int, half: bool = False, dense: bool = False) -> dict | None:
+class Way(NamedTuple):
+    """What a step costs besides products, by the way it is computed."""
+
+    launches: int  # primitives that launch a kernel, as bench/primitives.py counts them
+    head_passes: float  # over the head's logits, as if they were float32
+
+
+PLAIN, WITH_KERNELS = Way(2313, 12.3), Way(1132, 1.5)  # custom kernels read the head's products twice in 16 bits
+
+
+def paper_step(
+    device: str, config: ModelConfig, prefix: int, half: bool = False, dense: bool = False, way: Way = WITH_KERNELS
+) -> dict | None:
     """Milliseconds of one step at the release's shape, by part and in all; None for a device without a model.
 
     Args:
@@ -55,6 +66,7 @@ def paper_step(device: str, config: ModelConfig, prefix: int, half: bool = False
         prefix: positions behind which the canvas stands.
         half: products in float16.
         dense: every position is conditioned on the whole vocabulary, as in a canvas's early steps.
+        way: with custom kernels or without.
     """
     limits = limits_of(device)
     family = next((name for name in EFFICIENCY if name in device), None)
@@ -76,9 +88,9 @@ def paper_step(device: str, config: ModelConfig, prefix: int, half: bool = False
         "attention projections": product_ms("attention projections", fast),
         "attention scores": product_ms("attention scores", share.scores),
         "dense MLP": product_ms("dense MLP", fast),
-        "head": product_ms("head", fast) + HEAD_PASSES * logits / (rate * BANDWIDTH * 1e6),
+        "head": product_ms("head", fast) + way.head_passes * logits / (rate * BANDWIDTH * 1e6),
         "activations": ACTIVATION_BYTES / (rate * BANDWIDTH * 1e6),
-        "launches": KERNELS * KERNEL_MS + BUFFERS * BUFFER_MS,
+        "launches": way.launches * KERNEL_MS + BUFFERS * BUFFER_MS,
     }
     if dense:
         parts["dense self-conditioning"] = product_ms("dense self-conditioning", fast)

@@ -42,7 +42,6 @@ def encode_in_chunks(
     images = np.zeros_like(tokens, bool)
     if any(one is not None for one in features):
         images = tokens == model.config.image_token_id
-    queue = device.Queue()
     for start, end in chunks(images, chunk or fitting_chunk(model, *tokens.shape)):
         in_chunk = [
             one[int(row[:start].sum()) : int(row[:end].sum())]
@@ -55,12 +54,9 @@ def encode_in_chunks(
             mask=None if mask is None else mask[:, start:end],
             features=mx.concatenate(in_chunk) if in_chunk else None,
         )
-        queue.finish()  # the one before: its last layers were under way while this chunk was built
-        if start:
+        evaluate(prefix)
+        if end < tokens.shape[1]:
             mx.clear_cache()
-        queue = begin(prefix)
-        if end == tokens.shape[1]:
-            queue.finish()
         yield
 
 
@@ -77,11 +73,11 @@ def fitting_chunk(model: DiffusionGemma, batch_size: int, length: int) -> int:
     return size
 
 
-def begin(prefix: Prefix) -> device.Queue:
-    """Start to compute what was encoded, layer after layer; the queue's `finish` waits for the end."""
+def evaluate(prefix: Prefix) -> None:
+    """Compute what was encoded, layer after layer."""
     queue = device.Queue(prefix.in_flight)
     queue.add(*prefix.stages, prefix.state)
-    return queue
+    queue.finish()
 
 
 def chunks(images: np.ndarray, size: int) -> Iterator[tuple[int, int]]:

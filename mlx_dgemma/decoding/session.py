@@ -12,7 +12,7 @@ import numpy as np
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.kv_cache import Prefix
 from ..model.patches import Patches, join
-from .prefill import begin, encode_in_chunks
+from .prefill import encode_in_chunks, evaluate
 
 KEPT_PICTURES = 64  # whose soft tokens a conversation keeps, the newest
 
@@ -120,7 +120,7 @@ class Session:
     def commit(self, tokens: mx.array) -> None:
         """Encode a block [1, C] that is final."""
         self.model.encode(tokens, self.prefix)
-        begin(self.prefix).finish()
+        evaluate(self.prefix)
         self.cache_key += np.asarray(tokens[0]).tolist()
         mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
 

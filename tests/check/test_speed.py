@@ -60,7 +60,7 @@ def test_a_prediction_that_the_loop_contradicts_is_a_warning():
     ],
 )
 def test_the_paper_model_is_that_of_the_audit(chip, half, known):
-    found = paper.paper_step(chip, RELEASE, 1024, half)
+    found = paper.paper_step(chip, RELEASE, 1024, half, way=paper.PLAIN)
     assert found["sum"] == pytest.approx(known, rel=0.04)
     assert found["sum"] == pytest.approx(sum(ms for part, ms in found.items() if part != "sum"))
 
@@ -69,6 +69,7 @@ def test_the_paper_model_of_other_devices():
     plain = paper.paper_step("Apple M4 Max", RELEASE, 1024)
     assert paper.paper_step("Apple M4 Max", RELEASE, 1024, half=True) == plain
     assert paper.paper_step("Apple M4 Max", RELEASE, 1024, dense=True)["sum"] > plain["sum"] + 25
+    assert plain["sum"] < paper.paper_step("Apple M4 Max", RELEASE, 1024, way=paper.PLAIN)["sum"] - 10
     assert paper.paper_step("NVIDIA H200", RELEASE, 1024) is None
     assert paper.floor_ms("NVIDIA H200", RELEASE, 1024, 48 * 10**9) == pytest.approx(10, rel=0.1)  # its bytes
     assert paper.floor_ms("AMD EPYC", RELEASE, 1024, 1) is None
