@@ -123,6 +123,11 @@ def pictures(dtype: str, folder: Path) -> None:
     engine.generate("What moves?", video=[square(RED, x) for x in (60, 80, 100)], **FEW)
 
 
+def float16_products(dtype: str, folder: Path) -> None:
+    """Weights and quantized weights that compute in float16, whatever the dtype of activations."""
+    loaded(dtype, folder, compute_dtype="float16").generate("one two three", **FEW)
+
+
 def long_prefixes(dtype: str, folder: Path) -> None:
     """Attention to more keys than fit at once, buffers that grow, and prefixes that are rewound."""
     engine, bytes_before = loaded(dtype, folder), attention.SCORE_BYTES
@@ -142,6 +147,10 @@ def padded(dtype: str, folder: Path) -> None:
     hidden = model.encode(tokens, prefix, mask=mask)
     logits = model.logits(model.denoise(random_tokens(1, 2, 4), prefix))
     mx.eval(hidden, model.denoise(random_tokens(1, 2, 4), prefix, model.condition(logits)))
+    head = loaded(dtype, folder).model.head  # its vocabulary has several chunks
+    states = mx.zeros((1, 2, SIZES["hidden_size"]), DTYPES[dtype])
+    in_chunks = head.predict(states, 1.0, mx.random.key(0)[None], nbytes=1)
+    mx.eval(in_chunks.sample, in_chunks.condition(head, 2, nbytes=1))
     prefix.set_rewind_point()
     mx.eval(model.encode(random_tokens(3, 2, 6), prefix))
     prefix.rewind(9)
@@ -193,12 +202,19 @@ def quantized(dtype: str, folder: Path) -> None:
 
 
 def custom_kernels(dtype: str, folder: Path) -> None:
-    """A step with custom kernels, where the model has some; they compute zeros here."""
-    model = small(dtype)
-    if hasattr(model, "uses_kernels"):
-        model.uses_kernels = True
-        model.eval()
-        one_step(model)
+    """A step with custom kernels, which compute zeros here: of many rows and of few, with few keys and with many."""
+    model, bytes_before = small(dtype), attention.SCORE_BYTES
+    model.uses_kernels = True
+    model.eval()
+    one_step(model)
+    attention.SCORE_BYTES = 2**10
+    try:
+        prefix = model.new_prefix()
+        model.encode(random_tokens(0, 1, 40), prefix)
+        model.encode(random_tokens(1, 1, 1), prefix)
+        model.denoise(random_tokens(2, 1, 4), prefix)
+    finally:
+        attention.SCORE_BYTES = bytes_before
 
 
 def tuning(dtype: str, folder: Path) -> None:
@@ -308,8 +324,8 @@ def conversions(dtype: str, folder: Path) -> None:
 PATHS: dict[str, Callable[[str, Path], None]] = {
     path.__name__: path
     for path in (
-        answers, batches, guided, pictures, long_prefixes, padded, quantized, custom_kernels, tuning, adapters,
-        conversions,
+        answers, batches, guided, pictures, float16_products, long_prefixes, padded, quantized, custom_kernels, tuning,
+        adapters, conversions,
     )
 }  # fmt: skip
 

@@ -203,7 +203,8 @@ def _predicted(name: str, config: ModelConfig, parts: Parts, loop: float) -> Lin
 def _paper(name: str, config: ModelConfig, recipe: str | None) -> Line:
     chip = device_name()
     if plain := paper_step(chip, config, PREFIX):
-        dense, half = (paper_step(chip, config, PREFIX, **how) or plain for how in ({"dense": True}, {"half": True}))
+        dense = paper_step(chip, config, PREFIX, dense=True) or plain
+        half = paper_step(chip, config, PREFIX, half=True) or plain
         says = f"{plain['sum']:.0f} ms ({', '.join(f'{part} {ms:.0f}' for part, ms in plain.items() if part != 'sum')})"
         says += f"; {dense['sum']:.0f} in early steps, {half['sum']:.0f} with float16 products"
         return Line(name, PASSED, says, {"paper": plain, "dense": dense["sum"], "half": half["sum"]})
