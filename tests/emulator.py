@@ -122,7 +122,7 @@ def _library(source: str) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder) as own:
             code, built = Path(own, "kernel.cpp"), Path(own, "kernel.so")
             code.write_text(source)
-            command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", str(code), "-o", str(built)]
+            command = ["g++", "-std=c++17", "-O0", "-shared", "-fPIC", "-w", str(code), "-o", str(built)]
             subprocess.run(command, check=True)
             built.replace(made)
     return ctypes.CDLL(str(made))
