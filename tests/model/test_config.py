@@ -227,7 +227,9 @@ def test_a_full_layers_share_is_the_whole_head_where_rope_parameters_do_not_tell
     ],
 )
 def test_a_null_where_a_number_is_needed(raw, path, key, noun):
-    assert f"{key} = None, which should be {noun}." in message(ModelConfig.from_dict, changed(raw, *path, **{key: None}))
+    assert f"{key} = None, which should be {noun}." in message(
+        ModelConfig.from_dict, changed(raw, *path, **{key: None})
+    )
 
 
 def test_rope_parameters_that_are_half_given(raw):
