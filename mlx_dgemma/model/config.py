@@ -364,22 +364,11 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class ProcessorConfig:
-    """processor_config.json: soft tokens of a picture and of a video frame at most, and frames of a video at most."""
+    """From `checkpoint.processor`: soft tokens of a picture and of a video frame, and frames of a video, at most."""
 
     image_tokens: int = 280
     video_tokens: int = 70
     video_frames: int = 32
-
-    @classmethod
-    @_refuses_bad_values("processor_config.json")
-    def from_dict(cls, raw: dict) -> ProcessorConfig:
-        """Read processor_config.json's content; missing keys take Gemma 4's defaults."""
-        image, video = raw.get("image_processor") or {}, raw.get("video_processor") or {}
-        return cls(
-            image.get("max_soft_tokens", cls.image_tokens),
-            video.get("max_soft_tokens", cls.video_tokens),
-            video.get("num_frames", cls.video_frames),
-        )
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import pytest
 from support import small_config
 
 from mlx_dgemma.errors import CheckpointError
-from mlx_dgemma.model.config import GenerationConfig, ModelConfig, ProcessorConfig, read_json
+from mlx_dgemma.model.config import GenerationConfig, ModelConfig, read_json
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,7 @@ def test_end_tokens_of_the_config(raw):
     )
 
 
-# generation_config.json and processor_config.json
+# generation_config.json
 
 
 def test_the_demos_generation_config(raw_generation):
@@ -386,11 +386,6 @@ def test_an_unknown_generation_setting_or_sampler_is_an_error(raw_generation):
         "generation_config.json asks for the sampler ConfidenceSamplerConfig with ['threshold'], "
         "but only EntropyBoundSamplerConfig with entropy_bound is known."
     )
-
-
-def test_processor_config(demo):
-    assert ProcessorConfig.from_dict(read_json(demo / "processor_config.json")) == ProcessorConfig(70, 70, 32)
-    assert ProcessorConfig.from_dict({}) == ProcessorConfig(280, 70, 32)
 
 
 # JSON files
