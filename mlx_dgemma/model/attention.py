@@ -180,8 +180,9 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self._dim, eps=config.rms_norm_eps)
         base, pairs = config.rope(layer_type)
         # A count of dimensions and not their share: mlx-lm would round an odd one up, Transformers rounds it down.
-        rope = ProportionalRoPE(self._dim, 2 * pairs, base=base) if full else nn.RoPE(self._dim, base=base)
-        self._rope = rope
+        self._rope: Callable[..., mx.array] = (
+            ProportionalRoPE(self._dim, 2 * pairs, base=base) if full else nn.RoPE(self._dim, base=base)
+        )
 
     def __call__(self, x: mx.array, context: LayerContext) -> mx.array:
         """x [B, L, H] -> [B, L, H]; rows with prefixes of their own attend one after the other."""
