@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlx_dgemma.checkpoint.find import find
 from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.checkpoint.tied import check_tied
 from mlx_dgemma.errors import CheckpointError, OptionError
 from mlx_dgemma.model.device import on_cpu
 
@@ -130,6 +131,7 @@ def _prepare(checkpoint: Checkpoint, recipe: Recipe | None, dtype: str | None) -
             )
         recipe = None
     jobs = make_jobs(checkpoint, quantized, recipe, dtype)
+    check_tied(checkpoint)
     quantized = quantized or {job.target.removesuffix(".weight"): job.quantization for job in jobs if job.quantization}
     exact = all(job.unchanged for job in jobs)
     unchanged = exact and {job.target for job in jobs} == set(checkpoint.tensors)

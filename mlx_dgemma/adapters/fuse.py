@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint.find import find
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.headers import FLOATS
+from ..checkpoint.tied import check_tied
 from ..convert.folder import atomic_folder, copy_metadata, require_absent
 from ..convert.jobs import DTYPES, Job, float_dtype, make_jobs, read_ranges, source_quantization, to_array, to_bytes
 from ..convert.recipes import Quantization
@@ -122,6 +123,7 @@ class _Fusion:
     def __init__(self, checkpoint: Checkpoint, changes: dict[str, Delta], dequantize: bool):
         source = source_quantization(checkpoint)
         self.jobs = make_jobs(checkpoint, source, None, None)
+        check_tied(checkpoint)
         self.quantized = {path: q for path, q in source.items() if not (dequantize and path in changes)}
         self.float_dtype = float_dtype(self.jobs)
         self._shapes, self._changes, self._source = checkpoint.shapes, changes, source

@@ -24,6 +24,7 @@ from . import weights
 from .float16 import compute_in_float16
 from .folder import Checkpoint, parameter_shapes
 from .headers import FLOATS, TensorInfo
+from .tied import check_tied
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -42,7 +43,8 @@ def build(
 
     Raises:
         OptionError: an unknown dtype.
-        CheckpointError: a tensor is missing or unknown, has a wrong shape or dtype, or does not fit `compute_dtype`.
+        CheckpointError: a tensor is missing or unknown, has a wrong shape or dtype, differs from the weight that it is
+            tied to, or does not fit `compute_dtype`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype!r}; it should be one of {', '.join(DTYPES)}.")
@@ -56,6 +58,7 @@ def build(
         raise CheckpointError(f"The checkpoint holds {min(stored)}, but config.json has no quantization entry.")
     shapes = parameter_shapes(model)
     plan = weights.plan(list(checkpoint.tensors), checkpoint.config, set(shapes))
+    check_tied(checkpoint)
     cast = DTYPES[dtype] if dtype else None
     model.load_weights(list(_arrays(checkpoint, plan, shapes, cast)), strict=True)
     if dequantize:

@@ -14,6 +14,7 @@ from ..errors import CheckpointError
 from ..model.config import GenerationConfig, ModelConfig, ProcessorConfig, read_json
 from ..model.diffusion_gemma import DiffusionGemma
 from .headers import TensorInfo, read_tensors
+from .processor import read_processor
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Checkpoint:
             raise CheckpointError(f"{path} is not a folder; point at the folder that holds config.json.")
         raw = read_json(path / "config.json")
         config = ModelConfig.from_dict(raw)
-        generation, processor = path / "generation_config.json", path / "processor_config.json"
+        generation = path / "generation_config.json"
         return cls(
             path,
             config,
             GenerationConfig.from_dict(read_json(generation) if generation.exists() else {}, config.eos_token_ids),
-            ProcessorConfig.from_dict(read_json(processor) if processor.exists() else {}),
+            read_processor(path, config.vision),
             raw,
             read_tensors(path),
         )

@@ -2,7 +2,7 @@
 
 Three layouts are read: Hugging Face's (experts as bare 3-D tensors), the one that mlx-vlm writes and mlx-community
 holds (experts as modules, gate and up fused), and its older form (gate and up apart). Every source tensor must be used
-or be in `IGNORED`, and every parameter must be filled; otherwise an error names the tensor.
+or be a copy or a table that is computed, and every parameter must be filled; otherwise an error names the tensor.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ RULES: tuple[tuple[str, str, int | None], ...] = (
     (r"(model\.encoder\.language_model\.layers\.\d+\.layer_scalar)", r"\1", None),
     (r"(model\.(?:decoder|encoder\.vision_tower|encoder\.embed_vision)\..+)", r"\1", None),
 )
-# Tensors that are not read: copies of tied weights, and tables that are computed.
-IGNORED = (
-    r"lm_head\.weight",
-    r".*rotary_emb\..*",
-    r"model\.encoder\.language_model\.(?!layers\.\d+\.layer_scalar$).*",
+# Copies of tied weights and their originals; only the encoder's layer scalars are weights of their own.
+COPIES: tuple[tuple[str, str], ...] = (
+    (r"lm_head\." + _PARTS, r"model.decoder.embed_tokens.\1"),
+    (r"model\.encoder\.language_model\.((?!layers\.\d+\.layer_scalar$).+)", r"model.decoder.\1"),
 )
+_COMPUTED = r".*rotary_emb\..*"  # tables that are computed
 _CLIP_BOUND = r".*\.(input|output)_(min|max)"  # also written by towers that do not clip
 
 
@@ -41,6 +41,14 @@ class Source:
     half: int | None = None
 
 
+def original_of(name: str) -> str | None:
+    """The tensor that a source tensor is a copy of, or None if it is no copy (`tied.check_tied` compares them)."""
+    for pattern, original in () if re.fullmatch(_COMPUTED, name) else COPIES:
+        if found := re.fullmatch(pattern, name):
+            return found.expand(original)
+    return None
+
+
 def match(name: str, config: ModelConfig) -> tuple[str, int | None] | None:
     """(target, half) of a source tensor, or None if it is ignored.
 
@@ -49,9 +57,8 @@ def match(name: str, config: ModelConfig) -> tuple[str, int | None] | None:
     """
     vision = name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision."))
     clipped = config.vision is not None and config.vision.use_clipped_linears
-    if any(re.fullmatch(pattern, name) for pattern in IGNORED) or (
-        vision and not clipped and re.fullmatch(_CLIP_BOUND, name)
-    ):
+    unclipped = vision and not clipped and re.fullmatch(_CLIP_BOUND, name)
+    if unclipped or original_of(name) or re.fullmatch(_COMPUTED, name):
         return None
     for pattern, target, half in RULES:
         if found := re.fullmatch(pattern, name):

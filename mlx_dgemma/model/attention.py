@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.rope_utils import initialize_rope
+from mlx_lm.models.rope_utils import ProportionalRoPE
 
 from .config import TextConfig
 from .device import on_metal
@@ -178,13 +178,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(self._dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self._dim, eps=config.rms_norm_eps)
-        rope = (config.full_rope if full else config.sliding_rope) or {}
-        self._rope = initialize_rope(
-            self._dim,
-            base=rope.get("rope_theta", 1e4),
-            traditional=False,
-            scaling_config=rope,
-            max_position_embeddings=config.max_position_embeddings,
+        base, pairs = config.rope(layer_type)
+        # A count of dimensions and not their share: mlx-lm would round an odd one up, Transformers rounds it down.
+        self._rope: Callable[..., mx.array] = (
+            ProportionalRoPE(self._dim, 2 * pairs, base=base) if full else nn.RoPE(self._dim, base=base)
         )
 
     def __call__(self, x: mx.array, context: LayerContext) -> mx.array:

@@ -1,7 +1,8 @@
 """The JSON files of a checkpoint as frozen dataclasses.
 
 Reading is strict: an unknown key may stand for another computation, so it is an error that names the key. Keys that
-change nothing here are listed. A null counts as a missing key.
+change nothing here are listed. An unknown key that is null counts as missing. Sizes that a tensor's shape pins may be
+missing, since a wrong default is then found; what no shape pins is required, or has the default of Transformers.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ _FIXED: dict[str, Any] = {
     "tie_word_embeddings": True,
     "use_double_wide_mlp": False,
 }
+# Keys of text_config that no tensor's shape pins and for which readers of checkpoints have different defaults.
+_REQUIRED = ("sliding_window", "top_k_experts")
 # JSON types of a field, by the type of its default.
 _KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     int: ("a whole number", (int,)),
@@ -69,7 +72,7 @@ def _read(cls: type, raw: Any, where: str, **derived: Any):
     known = {f.name: f for f in fields(cls)}
     values = dict(derived)
     for key, value in raw.items():
-        if key in derived or value is None:
+        if key in derived or (value is None and not _must_be_number(known.get(key))):
             continue
         if key in _FIXED and key not in known:
             if value != _FIXED[key]:
@@ -89,9 +92,14 @@ def _read(cls: type, raw: Any, where: str, **derived: Any):
     return cls(**values)
 
 
+def _must_be_number(field: Any) -> bool:
+    """Whether a field's null is an error, as it is in Transformers; token ids may be null."""
+    return field is not None and type(field.default) in _KINDS and not field.name.endswith("_token_id")
+
+
 def _rope(raw: Any, where: str, default: dict, *other_types: str) -> dict:
     """rope_parameters, checked: the type is the default's or one of `other_types`, and all factors are computed."""
-    rope = {key: value for key, value in (raw or default).items() if value is not None}
+    rope = {key: value for key, value in (default if raw is None else raw).items() if value is not None}
     kind, share, factor = rope.get("rope_type"), rope.get("partial_rotary_factor", 1), rope.get("factor", 1)
     if unknown := sorted(set(rope) - {"rope_type", "rope_theta", "partial_rotary_factor", "factor"}):
         raise CheckpointError(f"{where} has the unknown key {unknown[0]!r} = {rope[unknown[0]]!r} in rope_parameters.")
@@ -99,7 +107,11 @@ def _rope(raw: Any, where: str, default: dict, *other_types: str) -> dict:
         raise CheckpointError(f"{where} has rope_type = {kind!r}, but only {default['rope_type']!r} is computed there.")
     if factor != 1 or (share != 1 and "partial_rotary_factor" not in default):
         raise CheckpointError(f"{where} has rope_parameters = {rope}, whose factors are not computed.")
-    rope["rope_theta"] = float(rope.get("rope_theta", default["rope_theta"]))
+    if not 0 <= share <= 1:
+        raise CheckpointError(f"{where} has partial_rotary_factor = {share!r}, which should be from 0 to 1.")
+    if "rope_theta" not in rope:
+        raise CheckpointError(f"{where} has rope_parameters = {rope} without rope_theta; add it.")
+    rope["rope_theta"] = float(rope["rope_theta"])
     return rope
 
 
@@ -137,17 +149,25 @@ class TextConfig:
             return self.num_global_key_value_heads, self.global_head_dim
         return self.num_key_value_heads, self.head_dim
 
+    def rope(self, layer_type: str) -> tuple[float, int]:
+        """(base, pairs that turn) of the RoPE of a layer of this type; a head has D / 2 pairs."""
+        rope = (self.full_rope if layer_type == "full_attention" else self.sliding_rope) or {}
+        pairs = int(rope.get("partial_rotary_factor", 1) * self.kv_shape(layer_type)[1] / 2)  # rounded down
+        return rope.get("rope_theta", 1e4), pairs
+
     def rope_frequencies(self, layer_type: str) -> np.ndarray:
         """Radians a position by which RoPE turns each pair of a head of this layer type, [D / 2] float32."""
-        rope = (self.full_rope if layer_type == "full_attention" else self.sliding_rope) or {}
-        dim = self.kv_shape(layer_type)[1]
-        frequencies = rope.get("rope_theta", 1e4) ** (-2 * np.arange(dim // 2) / dim)
-        frequencies[int(rope.get("partial_rotary_factor", 1) * dim / 2) :] = 0
+        (base, pairs), dim = self.rope(layer_type), self.kv_shape(layer_type)[1]
+        frequencies = base ** (-2 * np.arange(dim // 2) / dim)
+        frequencies[pairs:] = 0
         return frequencies.astype(np.float32)
 
 
 def _text_config(raw: dict) -> TextConfig:
     where = "config.json (text_config)"
+    for key in _REQUIRED:
+        if raw.get(key) is None:
+            raise CheckpointError(f"{where} lacks {key}, which no tensor tells; add it or download it again.")
     count = raw.get("num_hidden_layers", TextConfig.num_hidden_layers)
     pattern = ("full_attention" if i % 6 == 5 or i == count - 1 else "sliding_attention" for i in range(count))
     types = tuple(raw.get("layer_types") or pattern)
@@ -156,9 +176,11 @@ def _text_config(raw: dict) -> TextConfig:
             f"{where} has layer_types for {len(types)} layers ({', '.join(sorted(set(types)))}) "
             f"and num_hidden_layers = {count}; they should agree and name sliding_attention or full_attention."
         )
-    rope = raw.get("rope_parameters") or {}
+    rope = {} if raw.get("rope_parameters") is None else raw["rope_parameters"]
     if unknown := sorted(set(rope) - {"sliding_attention", "full_attention"}):
         raise CheckpointError(f"{where} has the unknown key {unknown[0]!r} in rope_parameters.")
+    if raw.get("rope_parameters") is not None and (missing := sorted(set(types) - set(rope))):
+        raise CheckpointError(f"{where} has rope_parameters without {missing[0]}, which it has layers of; add it.")
     derived: dict[str, Any] = {
         "layer_types": types,
         "rope_parameters": None,
@@ -179,31 +201,51 @@ def _text_config(raw: dict) -> TextConfig:
             f"{where} has use_bidirectional_attention = {config.use_bidirectional_attention!r}, "
             "but only 'vision' or null is computed."
         )
+    _check_sizes(config, where)
     return config
 
 
+def _check_sizes(config: TextConfig, where: str) -> None:
+    """Refuse numbers that nothing can be computed with."""
+    if config.sliding_window < 1:
+        raise CheckpointError(f"{where} has sliding_window = {config.sliding_window}, which should be at least 1.")
+    if not 1 <= config.top_k_experts <= config.num_experts:
+        raise CheckpointError(
+            f"{where} has top_k_experts = {config.top_k_experts}, which should be from 1 to num_experts = "
+            f"{config.num_experts}."
+        )
+    for key, dim in (("head_dim", config.head_dim), ("global_head_dim", config.global_head_dim)):
+        if dim < 2 or dim % 2:
+            raise CheckpointError(f"{where} has {key} = {dim}, which RoPE cannot turn in pairs; it should be even.")
+
+
 def _full_layer_sizes(raw: dict, types: tuple[str, ...], where: str) -> dict[str, int]:
-    """The head sizes of full layers, from the two `global` keys or from `per_layer_config`."""
+    """The head sizes of full layers, from the two `global` keys or from `per_layer_config`.
+
+    `per_layer_config` holds what differs from the sliding layers' keys; beside it the `global` keys mean nothing.
+    """
     sizes = {
         "global_head_dim": raw.get("global_head_dim") or TextConfig.global_head_dim,
         "num_global_key_value_heads": raw.get("num_global_key_value_heads")
         or raw.get("num_key_value_heads")
         or TextConfig.num_key_value_heads,
     }
-    per_layer = raw.get("per_layer_config")
-    if not per_layer:
+    if (per_layer := raw.get("per_layer_config")) is None:
         return sizes
-    full = {i for i, kind in enumerate(types) if kind == "full_attention"}
-    if {int(i) for i in per_layer} != full or len({json.dumps(v, sort_keys=True) for v in per_layer.values()}) != 1:
-        raise CheckpointError(
-            f"{where} has a per_layer_config that does not give all full layers {sorted(full)} one size."
-        )
-    one = dict(next(iter(per_layer.values())))
-    sizes["global_head_dim"] = one.pop("head_dim", sizes["global_head_dim"])
-    sizes["num_global_key_value_heads"] = one.pop("num_key_value_heads", sizes["num_global_key_value_heads"])
-    if one:
-        raise CheckpointError(f"{where} has the unknown key {sorted(one)[0]!r} in per_layer_config.")
-    return sizes
+    base = {
+        "head_dim": raw.get("head_dim", TextConfig.head_dim),
+        "num_key_value_heads": raw.get("num_key_value_heads", TextConfig.num_key_value_heads),
+    }
+    own = {int(i): one for i, one in per_layer.items()}
+    if unknown := sorted({key for one in own.values() for key in one} - set(base)):
+        raise CheckpointError(f"{where} has the unknown key {unknown[0]!r} in per_layer_config.")
+    full = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    found = [{**base, **own.get(i, {})} for i in full]
+    sliding = [{**base, **one} for i, one in own.items() if i not in full]
+    if any(one != found[0] for one in found) or any(one != base for one in sliding):
+        raise CheckpointError(f"{where} has a per_layer_config that does not give all full layers {full} one size.")
+    one = found[0] if found else base
+    return {"global_head_dim": one["head_dim"], "num_global_key_value_heads": one["num_key_value_heads"]}
 
 
 @dataclass(frozen=True)
@@ -230,7 +272,13 @@ def _vision_config(raw: dict) -> VisionConfig:
     where = "config.json (vision_config)"
     rope = _rope(raw.get("rope_parameters"), where, {"rope_type": "axial", "rope_theta": 100.0}, "default")
     rest = {k: v for k, v in raw.items() if k not in ("rope_parameters", "layer_types", "use_bidirectional_attention")}
-    return _read(VisionConfig, rest, where, rope_theta=rope["rope_theta"])
+    config = _read(VisionConfig, rest, where, rope_theta=rope["rope_theta"])
+    if config.head_dim < 4 or config.head_dim % 4:
+        raise CheckpointError(
+            f"{where} has head_dim = {config.head_dim}, which RoPE cannot turn in pairs along two axes; "
+            "it should be a multiple of 4."
+        )
+    return config
 
 
 @dataclass(frozen=True)
@@ -316,22 +364,11 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class ProcessorConfig:
-    """processor_config.json: soft tokens of a picture and of a video frame at most, and frames of a video at most."""
+    """From `checkpoint.processor`: soft tokens of a picture and of a video frame, and frames of a video, at most."""
 
     image_tokens: int = 280
     video_tokens: int = 70
     video_frames: int = 32
-
-    @classmethod
-    @_refuses_bad_values("processor_config.json")
-    def from_dict(cls, raw: dict) -> ProcessorConfig:
-        """Read processor_config.json's content; missing keys take Gemma 4's defaults."""
-        image, video = raw.get("image_processor") or {}, raw.get("video_processor") or {}
-        return cls(
-            image.get("max_soft_tokens", cls.image_tokens),
-            video.get("max_soft_tokens", cls.video_tokens),
-            video.get("num_frames", cls.video_frames),
-        )
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -20,7 +20,10 @@ from mlx_dgemma.model.attention import SCORE_BYTES
 from mlx_dgemma.model.config import GenerationConfig, ModelConfig, ProcessorConfig
 from mlx_dgemma.model.kv_cache import BUFFER_STEP
 
-RELEASE = {"model_type": "diffusion_gemma", "text_config": {"num_global_key_value_heads": 2}}
+RELEASE = {
+    "model_type": "diffusion_gemma",
+    "text_config": {"num_global_key_value_heads": 2, "sliding_window": 1024, "top_k_experts": 8},
+}
 
 
 @pytest.fixture(scope="module")

@@ -96,3 +96,35 @@ def test_other_files_are_copied_but_not_other_weights(hf_checkpoint, tmp_path):
         "tokenizer_config.json".split()
     )
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+
+
+@pytest.mark.parametrize(
+    ("share", "full_layers", "expected"),
+    [
+        (0.25, {"head_dim": 64, "num_key_value_heads": 1}, (64, 1)),
+        (0.33, {"head_dim": 64, "num_key_value_heads": 1}, (64, 1)),
+    ],
+)
+def test_configurations_that_transformers_saves_get_the_keys_that_mlx_vlm_reads(
+    hf_checkpoint, tmp_path, share, full_layers, expected
+):
+    source = tmp_path / "source"
+    shutil.copytree(hf_checkpoint, source)
+    raw = json.loads((source / "config.json").read_text())
+    text = raw["text_config"]
+    for key in ("global_head_dim", "num_global_key_value_heads", "use_bidirectional_attention"):
+        del text[key]
+    text["per_layer_config"] = {"5": full_layers}
+    text["rope_parameters"]["full_attention"]["partial_rotary_factor"] = share
+    (source / "config.json").write_text(json.dumps(raw))
+    convert(source, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert written["per_layer_config"] == text["per_layer_config"]
+    assert (written["global_head_dim"], written["num_global_key_value_heads"]) == expected
+    assert written["use_bidirectional_attention"] is None
+    found = written["rope_parameters"]["full_attention"]["partial_rotary_factor"]
+    pairs = int(share * 64 // 2)
+    assert (int(found * 64), int(found * 64 // 2)) == (2 * pairs, pairs)  # as mlx-lm and Transformers count
+    ours, source_config = Checkpoint.open(tmp_path / "out").config.text, Checkpoint.open(source).config.text
+    assert ours.rope("full_attention") == source_config.rope("full_attention") == (1e6, pairs)
+    assert ours.kv_shape("full_attention") == source_config.kv_shape("full_attention")

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoint_files import changed
 from click.testing import CliRunner
 from safetensors_files import INDEX, read_safetensors, write_safetensors
 
@@ -227,3 +228,16 @@ def test_the_kl_divergence_is_of_the_source(demo, monkeypatch):
     assert found.mean_kl == pytest.approx(0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25), abs=1e-6)
     assert found.max_difference == pytest.approx(3 + np.log(1.5), abs=1e-6)
     assert (found.argmax_agreement, found.positions, found.equal) == (1, 1, False)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.encoder.language_model.embed_tokens.weight"])
+def test_a_copy_of_a_tied_weight_goes_if_it_is_equal_and_is_refused_if_not(demo, tmp_path, name):
+    """With `--verify` too: source and result would both be computed without it, and would agree."""
+    dtype, shape, data = read_safetensors(demo / "model.safetensors")["model.decoder.embed_tokens.weight"]
+    convert(changed(demo, tmp_path / "copied", **{name: (dtype, shape, data)}), tmp_path / "out")
+    assert name not in Checkpoint.open(tmp_path / "out").tensors
+    other = changed(demo, tmp_path / "other", **{name: (dtype, shape, data[:-2] + bytes([data[-2] ^ 1, data[-1]]))})
+    result = run("--hf-path", other, "--mlx-path", tmp_path / "refused", "--verify")
+    assert result.exit_code == 1
+    assert f"Error: {name} differs from model.decoder.embed_tokens.weight, " in result.output
+    assert not (tmp_path / "refused").exists()

@@ -4,6 +4,9 @@ Runs where mlx-vlm is installed. On a CPU every case below was equal bit for bit
 bounds leave room for a GPU's other kernels.
 """
 
+import json
+import shutil
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -56,6 +59,18 @@ def assert_equal(path, dtype: str) -> None:
 def test_it_loads_what_we_write(hf_checkpoint, tmp_path, dtype, options):
     convert(hf_checkpoint, tmp_path / "out", **options)
     assert_equal(tmp_path / "out", dtype)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.33])  # 16 and 21 of 64 dimensions, of which 20 turn
+def test_it_loads_what_we_write_from_what_transformers_saves(hf_checkpoint, tmp_path, share):
+    shutil.copytree(hf_checkpoint, tmp_path / "source")
+    raw = json.loads((tmp_path / "source" / "config.json").read_text())
+    del raw["text_config"]["global_head_dim"], raw["text_config"]["num_global_key_value_heads"]
+    raw["text_config"]["per_layer_config"] = {"5": {"head_dim": 64, "num_key_value_heads": 1}}
+    raw["text_config"]["rope_parameters"]["full_attention"]["partial_rotary_factor"] = share
+    (tmp_path / "source" / "config.json").write_text(json.dumps(raw))
+    convert(tmp_path / "source", tmp_path / "out")
+    assert_equal(tmp_path / "out", "float32")
 
 
 @pytest.mark.parametrize(

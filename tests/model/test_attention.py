@@ -5,10 +5,11 @@ import traceback
 import mlx.core as mx
 import numpy as np
 import pytest
-from support import FULL, SLIDING, gap, random_tokens, small_model
+from support import FULL, SLIDING, gap, random_tokens, small_config, small_model
 
 from mlx_dgemma.model import attention, device
-from mlx_dgemma.model.attention import attend
+from mlx_dgemma.model.attention import Attention, attend
+from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.masks import Mask
 
 
@@ -243,3 +244,20 @@ def test_attention_is_computed_in_the_fifth_frame_from_denoise(monkeypatch, budg
     whole = "denoise", "_run", "__call__", "__call__", "attend"
     by_groups = ("_unfused", *whole, "_in_groups", "of_group")
     assert seen == {by_groups if budget == 1 else ("scaled_dot_product_attention", *whole)}
+
+
+@pytest.mark.parametrize(
+    ("dim", "share", "pairs"), [(16, 0.33, 2), (20, 0.25, 2), (8, 0.125, 0), (16, 0.25, 2), (16, 0, 0), (16, 1, 8)]
+)
+def test_an_odd_count_of_rotated_dimensions_is_rounded_down(dim, share, pairs):
+    """As in Transformers; the custom kernels and MLX's RoPE turn the same pairs."""
+    full = {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": share}
+    rope = {SLIDING: {"rope_type": "default", "rope_theta": 1e4}, FULL: full}
+    config = ModelConfig.from_dict(small_config(global_head_dim=dim, rope_parameters=rope)).text
+    frequencies = config.rope_frequencies(FULL)
+    assert np.count_nonzero(frequencies) == pairs
+    x = np.random.default_rng(0).normal(size=(1, 1, 3, dim)).astype(np.float32)
+    a, b = np.split(x, 2, axis=-1)
+    angles = np.arange(7, 10)[:, None] * frequencies
+    turned = np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
+    assert gap(Attention(config, FULL)._rope(mx.array(x), offset=7), mx.array(turned.astype(np.float32))) < 1e-5

@@ -7,7 +7,7 @@ import pytest
 from support import small_config
 
 from mlx_dgemma.errors import CheckpointError
-from mlx_dgemma.model.config import GenerationConfig, ModelConfig, ProcessorConfig, read_json
+from mlx_dgemma.model.config import GenerationConfig, ModelConfig, read_json
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,9 @@ def test_the_demos_sizes(raw):
     assert (config.vision.hidden_size, config.vision.standardize, config.vision.rope_theta) == (96, True, 100.0)
 
 
-def test_an_empty_text_config_is_the_release(raw):
-    text = ModelConfig.from_dict({"model_type": "diffusion_gemma"}).text
+def test_a_text_config_of_required_keys_alone_is_the_release():
+    required = {"sliding_window": 1024, "top_k_experts": 8}
+    text = ModelConfig.from_dict({"model_type": "diffusion_gemma", "text_config": required}).text
     assert [i for i, kind in enumerate(text.layer_types) if kind == "full_attention"] == [5, 11, 17, 23, 29]
     assert text.kv_shape("sliding_attention") == (8, 256)
     assert text.full_rope["rope_theta"] == 1e6
@@ -74,9 +75,25 @@ def test_both_ways_to_write_the_full_layers_sizes_are_equal(raw):
     assert ModelConfig.from_dict(other) == ModelConfig.from_dict(raw)
 
 
-def test_per_layer_config_wins_over_the_global_keys_and_may_leave_some_to_them(raw):
-    both = changed(raw, "text_config", per_layer_config={"5": {"head_dim": 128}})
-    assert ModelConfig.from_dict(both).text.kv_shape("full_attention") == (1, 128)
+@pytest.mark.parametrize(
+    ("own", "shape"),
+    [
+        ({"head_dim": 128, "num_key_value_heads": 3}, (3, 128)),
+        ({"head_dim": 128}, (2, 128)),
+        ({"num_key_value_heads": 1}, (1, 32)),
+        ({}, (2, 32)),
+    ],
+)
+def test_per_layer_config_holds_what_differs_from_the_sliding_layers(raw, own, shape):
+    """As Transformers writes and reads it: beside it the global keys mean nothing, and equal sizes are left out."""
+    for keys in ({}, {"global_head_dim": ..., "num_global_key_value_heads": ...}):
+        other = changed(raw, "text_config", **keys, per_layer_config={"5": own})
+        assert ModelConfig.from_dict(other).text.kv_shape("full_attention") == shape
+
+
+def test_an_empty_per_layer_config_gives_all_layers_one_size(raw):
+    other = changed(raw, "text_config", per_layer_config={})
+    assert ModelConfig.from_dict(other).text.kv_shape("full_attention") == (2, 32)
 
 
 def test_without_any_global_key_full_layers_have_the_sliding_layers_heads(raw):
@@ -149,6 +166,86 @@ def test_rope_factors_that_are_not_computed_are_refused(raw):
     assert "factors are not computed." in message(ModelConfig.from_dict, other)
     other = changed(raw, "text_config", "rope_parameters", "sliding_attention", partial_rotary_factor=0.5)
     assert "factors are not computed." in message(ModelConfig.from_dict, other)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_rotary_share_outside_of_the_head_is_refused(raw, share):
+    other = changed(raw, "text_config", "rope_parameters", "full_attention", partial_rotary_factor=share)
+    assert message(ModelConfig.from_dict, other) == (
+        f"config.json (text_config) has partial_rotary_factor = {share}, which should be from 0 to 1."
+    )
+
+
+def test_heads_that_do_not_turn_in_pairs_are_refused(raw):
+    assert message(ModelConfig.from_dict, changed(raw, "text_config", head_dim=33)) == (
+        "config.json (text_config) has head_dim = 33, which RoPE cannot turn in pairs; it should be even."
+    )
+    assert "has global_head_dim = 5, " in message(ModelConfig.from_dict, changed(raw, "text_config", global_head_dim=5))
+    assert message(ModelConfig.from_dict, changed(raw, "vision_config", head_dim=22)) == (
+        "config.json (vision_config) has head_dim = 22, which RoPE cannot turn in pairs along two axes; "
+        "it should be a multiple of 4."
+    )
+
+
+# Keys that no tensor's shape pins.
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "top_k_experts"])
+@pytest.mark.parametrize("value", [..., None])
+def test_a_key_that_readers_default_differently_is_required(raw, key, value):
+    assert message(ModelConfig.from_dict, changed(raw, "text_config", **{key: value})) == (
+        f"config.json (text_config) lacks {key}, which no tensor tells; add it or download it again."
+    )
+
+
+def test_other_keys_that_no_shape_pins_have_the_defaults_of_transformers(raw):
+    """Facts of Transformers 5.24's configuration classes."""
+    keys = ("rms_norm_eps", "final_logit_softcapping", "use_bidirectional_attention", "rope_parameters")
+    config = ModelConfig.from_dict(changed(raw, "text_config", **dict.fromkeys(keys, ...)))
+    assert (config.text.rms_norm_eps, config.text.final_logit_softcapping) == (1e-6, 30)
+    assert config.text.use_bidirectional_attention is None
+    assert config.text.sliding_rope == {"rope_type": "default", "rope_theta": 1e4}
+    assert config.text.full_rope == {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
+    keys = ("rms_norm_eps", "rope_parameters", "pooling_kernel_size", "standardize", "use_clipped_linears")
+    vision = ModelConfig.from_dict(changed(raw, "vision_config", **dict.fromkeys(keys, ...))).vision
+    assert (vision.rms_norm_eps, vision.rope_theta, vision.pooling_kernel_size) == (1e-6, 100, 3)
+    assert (vision.standardize, vision.use_clipped_linears) == (False, False)
+    assert ModelConfig.from_dict(changed(raw, canvas_length=...)).canvas_length == 256
+
+
+def test_a_full_layers_share_is_the_whole_head_where_rope_parameters_do_not_tell(raw):
+    other = changed(raw, "text_config", "rope_parameters", "full_attention", partial_rotary_factor=...)
+    assert ModelConfig.from_dict(other).text.rope("full_attention") == (1e6, 32)
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "noun"),
+    [
+        (("text_config",), "final_logit_softcapping", "a number"),
+        (("text_config",), "rms_norm_eps", "a number"),
+        ((), "canvas_length", "a whole number"),
+    ],
+)
+def test_a_null_where_a_number_is_needed(raw, path, key, noun):
+    assert f"{key} = None, which should be {noun}." in message(
+        ModelConfig.from_dict, changed(raw, *path, **{key: None})
+    )
+
+
+def test_rope_parameters_that_are_half_given(raw):
+    other = changed(raw, "text_config", "rope_parameters", "full_attention", rope_theta=...)
+    assert message(ModelConfig.from_dict, other).endswith("without rope_theta; add it.")
+    other = changed(raw, "text_config", "rope_parameters", full_attention=...)
+    expected = "config.json (text_config) has rope_parameters without full_attention, which it has layers of; add it."
+    assert message(ModelConfig.from_dict, other) == expected
+    assert message(ModelConfig.from_dict, changed(raw, "text_config", rope_parameters={})) == expected
+
+
+@pytest.mark.parametrize(("key", "value"), [("sliding_window", 0), ("top_k_experts", 0), ("top_k_experts", 9)])
+def test_sizes_that_nothing_can_be_computed_with(raw, key, value):
+    assert f"{key} = {value}, which should be " in message(
+        ModelConfig.from_dict, changed(raw, "text_config", **{key: value})
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +347,7 @@ def test_end_tokens_of_the_config(raw):
     )
 
 
-# generation_config.json and processor_config.json
+# generation_config.json
 
 
 def test_the_demos_generation_config(raw_generation):
@@ -289,11 +386,6 @@ def test_an_unknown_generation_setting_or_sampler_is_an_error(raw_generation):
         "generation_config.json asks for the sampler ConfidenceSamplerConfig with ['threshold'], "
         "but only EntropyBoundSamplerConfig with entropy_bound is known."
     )
-
-
-def test_processor_config(demo):
-    assert ProcessorConfig.from_dict(read_json(demo / "processor_config.json")) == ProcessorConfig(70, 70, 32)
-    assert ProcessorConfig.from_dict({}) == ProcessorConfig(280, 70, 32)
 
 
 # JSON files
