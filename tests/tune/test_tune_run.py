@@ -19,8 +19,8 @@ from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError
 from mlx_dgemma.model.layers import Layer
 from mlx_dgemma.tune.config import RunConfig, TrainerConfig
 from mlx_dgemma.tune.curves import COLUMNS, MetricsLog, draw_curves
-from mlx_dgemma.tune.objective import VARIANTS, draw_noise
 from mlx_dgemma.tune.data import Example, Target
+from mlx_dgemma.tune.objective import VARIANTS, draw_noise
 from mlx_dgemma.tune.run import data_digest
 from mlx_dgemma.tune.run import tune as run_
 from mlx_dgemma.tune.trainer import saved_options
