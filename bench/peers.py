@@ -130,7 +130,7 @@ def transformers_model(raw: dict, dtype: str):
 
 
 def cached_layers(given: dict) -> list:
-    """The KV cache's layers among a decoder call's arguments; Transformers 5.24 renamed `past_key_values` to `cache`."""
+    """The layers of the KV cache that a decoder call is given; its name changed with Transformers 5.24."""
     return (given["cache"] if "cache" in given else given["past_key_values"]).layers
 
 

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
-from peers import cached_layers  # noqa: E402
+from peers import cached_layers
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])  # until Transformers 5.23, and since 5.24

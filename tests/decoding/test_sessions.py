@@ -142,6 +142,23 @@ def test_an_error_of_a_step_resets_the_sessions_of_its_batch(engine, monkeypatch
     assert session.prefix.offset == 0 == len(session.cache_key)
 
 
+def test_a_prompt_that_comes_again_forgets_what_came_behind_it(engine):
+    """Its whole is reused, so that no chunk sets the tokens right."""
+    session = engine.session()
+    session.encode_all(PromptTokens(PROMPT, list(PROMPT)))
+    session.commit(mx.array([[1, 2, 3, 4]]))
+    session.encode_all(PromptTokens(PROMPT, list(PROMPT)))
+    assert session.cache_key == PROMPT
+    assert session.reused_tokens == len(PROMPT) == session.prefix.offset
+
+
+def test_a_conversation_keeps_the_newest_pictures_alone(engine):
+    session = engine.session()
+    session.features = {str(i): mx.zeros((1, 2)) for i in range(70)}
+    session.encode_all(PromptTokens(PROMPT, list(PROMPT)))
+    assert list(session.features) == [str(i) for i in range(6, 70)]
+
+
 def test_random_operations_on_sessions_leave_what_a_fresh_prefix_holds():
     """Prompts that share beginnings, commits, forks, snapshots and interrupts, in any order."""
     model, draw = small_model(1), random.Random(0)

@@ -1,6 +1,7 @@
 """Training steps, their state, gradient processes and the memory estimate."""
 
 from dataclasses import astuple, replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -166,6 +167,23 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     )
     file.write_bytes(file.read_bytes()[:100])
     assert refusal(DataError, one.resume, tmp_path, {}) == f"{file} is broken; start a new run without --resume."
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    one = trainer()
+    one.save(tmp_path, {"data": "a"})
+    before = (tmp_path / "state.safetensors").read_bytes()
+
+    def full(path, *rest):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mx, "save_safetensors", full)
+        with pytest.raises(Exception, match="No space left"):
+            one.save(tmp_path, {"data": "a"})
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+    one.resume(tmp_path, {"data": "a"})
 
 
 def test_trainer_configs_are_checked():

@@ -3,6 +3,7 @@
 import base64
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +22,7 @@ from mlx_dgemma.tune.config import RunConfig, TrainerConfig
 from mlx_dgemma.tune.curves import COLUMNS, MetricsLog, draw_curves
 from mlx_dgemma.tune.data import Example, Target
 from mlx_dgemma.tune.objective import VARIANTS, draw_noise
-from mlx_dgemma.tune.run import data_digest
+from mlx_dgemma.tune.run import data_digest, model_digest
 from mlx_dgemma.tune.run import tune as run_
 from mlx_dgemma.tune.trainer import saved_options
 
@@ -185,6 +186,22 @@ def test_a_run_is_resumed_with_the_options_it_had(tmp_path):
         **{n: v for n, v in vars(RunConfig(data, out, batch_size=1, encoder_weight=0.0, fill=0)).items()
            if n not in ("data", "output")},
     }  # fmt: skip
+
+
+def test_a_checkpoint_is_told_by_its_configuration_and_its_tensors():
+    def digest(config, **tensors):
+        found = {name: SimpleNamespace(dtype=dtype, shape=shape) for name, (dtype, shape) in tensors.items()}
+        return model_digest(SimpleNamespace(raw_config=config, tensors=found))
+
+    base = digest({"a": 1}, x=("F32", (2, 3)), y=("F32", (4,)))
+    assert base == digest({"a": 1}, y=("F32", (4,)), x=("F32", (2, 3)))
+    others = [
+        digest({"a": 2}, x=("F32", (2, 3)), y=("F32", (4,))),
+        digest({"a": 1}, x=("F32", (2, 3))),
+        digest({"a": 1}, x=("BF16", (2, 3)), y=("F32", (4,))),
+        digest({"a": 1}, x=("F32", (3, 2)), y=("F32", (4,))),
+    ]
+    assert base not in others
 
 
 def test_data_are_compared_by_content(tmp_path):
