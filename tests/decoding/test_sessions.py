@@ -145,7 +145,11 @@ def test_an_error_of_a_step_resets_the_sessions_of_its_batch(engine, monkeypatch
 def test_a_prompt_that_comes_again_forgets_what_came_behind_it(engine):
     """Its whole is reused, so that no chunk sets the tokens right."""
     session = engine.session()
-    session.encode_all(PromptTokens(PROMPT, list(PROMPT)))
+    for _ in range(2):
+        session.encode_all(PromptTokens(PROMPT, list(PROMPT)))
+        session.commit(mx.array([[1, 2, 3, 4]]))
+    assert session.rewind_to_shared(PROMPT) == len(PROMPT)
+    assert session.cache_key == PROMPT
     session.commit(mx.array([[1, 2, 3, 4]]))
     session.encode_all(PromptTokens(PROMPT, list(PROMPT)))
     assert session.cache_key == PROMPT
