@@ -209,20 +209,6 @@ def test_rows_that_come_late_join_between_steps_and_change_nothing(model, stabil
         assert [reader.taken for reader in readers] == [reader.taken for reader in alone]
 
 
-def test_a_row_that_comes_late_joins_at_the_next_step(model):
-    """It waits for the step that is under way, not for the end of a canvas."""
-    steady = replace(OPTIONS, max_denoising_steps=30, stability_threshold=30)
-    first, second = (request_of(model, random_tokens(n, 6).tolist(), Reader(1), n, steady) for n in (1, 2))
-    loop = Loop(model)
-    loop.add(*first)
-    for _ in range(3):
-        list(loop.step())
-    loop.add(*second)
-    for _ in range(2):  # its prompt, and the step that was under way
-        assert [request for request, _ in loop.step()] == [first[0]]
-    assert [request for request, _ in loop.step()] == [first[0], second[0]]
-
-
 def test_a_job_that_is_removed_leaves_the_others_as_they_are(model):
     """While its prompt is encoded, while it is denoised beside others, and alone."""
     prompts = [random_tokens(20 + n, n).tolist() for n in (7, 2, 11)]

@@ -1,12 +1,13 @@
 """Sessions have one owner, and whatever interrupts an answer leaves a session that answers as a fresh one does."""
 
 import random
+from dataclasses import replace
 from itertools import count
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from loop import tiny_engine, tiny_request
+from loop import OPTIONS, Reader, request_of, tiny_engine, tiny_request
 from prefixes import alone, some
 from support import engine_of, gap, random_tokens, small_model
 
@@ -105,6 +106,20 @@ def test_a_refused_request_leaves_the_owner_as_it_is(engine):
     assert session.owner is first
     loop.remove(first)
     assert session.owner is None
+
+
+def test_a_row_that_comes_late_joins_at_the_next_step(engine):
+    """It waits for the step that is under way, not for the end of a canvas."""
+    steady = replace(OPTIONS, max_denoising_steps=30, stability_threshold=30)
+    first, second = (request_of(engine.model, random_tokens(n, 6).tolist(), Reader(1), n, steady) for n in (1, 2))
+    loop = Loop(engine.model)
+    loop.add(*first)
+    for _ in range(3):
+        list(loop.step())
+    loop.add(*second)
+    for _ in range(2):  # its prompt, and the step that was under way
+        assert [request for request, _ in loop.step()] == [first[0]]
+    assert [request for request, _ in loop.step()] == [first[0], second[0]]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), GeneratorExit(), RuntimeError("[metal::malloc] too much")])
