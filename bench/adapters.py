@@ -106,11 +106,11 @@ def their_output(model: torch.nn.Module, tokens: np.ndarray, canvas: np.ndarray,
 def picture_masks(model: torch.nn.Module, tokens: torch.Tensor) -> dict:
     """The encoder's masks as generation has them: a picture sees itself whole. A plain forward pass has it causal."""
     return model.get_base_model().model.encoder.create_masks_for_generate(
-        config=model.config,
-        inputs_embeds=torch.empty((*tokens.shape, 0)),
-        attention_mask=torch.ones_like(tokens),
-        past_key_values=None,
-        position_ids=torch.arange(tokens.shape[1])[None],
+        model.config,
+        torch.empty((*tokens.shape, 0)),  # embeddings
+        torch.ones_like(tokens),  # attention mask
+        None,  # the cache, whose name differs between versions
+        torch.arange(tokens.shape[1])[None],  # position ids
         mm_token_type_ids=(tokens == model.config.image_token_id).long(),
     )
 

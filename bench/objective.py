@@ -60,10 +60,10 @@ def batch_of(name: str, model) -> tuple[Batch, dict[str, np.ndarray]]:
 def masks(model, tokens: torch.Tensor, real: torch.Tensor, types: torch.Tensor) -> dict[str, torch.Tensor]:
     """The encoder's masks as `generate` makes them: a plain forward leaves out that pictures see themselves whole."""
     embedded = model.get_input_embeddings()(tokens)
+    # The first None is the cache, whose name differs between versions, the second the position ids.
     return model.model.encoder.create_masks_for_generate(
-        config=model.config, inputs_embeds=embedded, attention_mask=real, past_key_values=None, position_ids=None,
-        mm_token_type_ids=types,
-    )  # fmt: skip
+        model.config, embedded, real, None, None, mm_token_type_ids=types
+    )
 
 
 def theirs(model, batch: Batch, noise: Noise, objective, seen: dict) -> tuple[list[float], list[np.ndarray]]:

@@ -129,6 +129,11 @@ def transformers_model(raw: dict, dtype: str):
     return model.eval()
 
 
+def cached_layers(given: dict) -> list:
+    """The layers of the KV cache that a decoder call is given; its name changed with Transformers 5.24."""
+    return (given["cache"] if "cache" in given else given["past_key_values"]).layers
+
+
 def transformers_step(model, prompt: mx.array, steps: int) -> dict:
     """One prefill and one canvas of Transformers' own generate, a step being all between two decoder calls."""
     import torch
@@ -140,7 +145,7 @@ def transformers_step(model, prompt: mx.array, steps: int) -> dict:
     def before(module, args, kwargs) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
-        kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in kwargs["past_key_values"].layers)
+        kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in cached_layers(kwargs))
         meter.stepped(kv) if calls[0] else meter.prefilled(kv)
         calls[0] += 1
 

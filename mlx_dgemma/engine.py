@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -85,7 +86,7 @@ class Engine:
 
         Args:
             prompt: a user's text, or chat messages with role and content.
-            session: reuse and extend a conversation's prefix.
+            session: reuse and extend a conversation's prefix. One answer at a time uses a session.
             images: paths, bytes, PIL images, arrays or data URLs; they stand before a text prompt, or take
                 the places of the messages' image parts in order.
             video: a file (needs the extra `video`), a folder of frames, or a list of them.
@@ -102,7 +103,7 @@ class Engine:
 
         Raises:
             PromptError: an empty, malformed or too long prompt.
-            OptionError: an unknown option or a value outside its bounds.
+            OptionError: an unknown option or a value outside its bounds; a session of another engine or in use.
             RangeError: the model computed inf or NaN.
         """
         return self._result(self.run(self.prepare(prompt, **keywords), session, drafts=False))
@@ -127,6 +128,8 @@ class Engine:
         Raises:
             PromptError, OptionError: at once, before anything is computed.
         """
+        if session is not None:
+            session.check(self.model)
         return self.run(self.prepare(prompt, **keywords), session, drafts)
 
     def prepare(self, prompt: Prompt, **keywords: Unpack[AnswerKeywords]) -> Request:
@@ -138,7 +141,7 @@ class Engine:
         request.drafts = drafts
         loop = Loop(self.model, self.load_seconds)
         mx.reset_peak_memory()
-        with device.wired_limit():
+        with device.wired_limit(), closing(loop):
             loop.add(request, session)
             while loop.requests:
                 for _, event in loop.step():
@@ -165,7 +168,7 @@ class Engine:
         loop, results = Loop(self.model, self.load_seconds), {}
         features: dict[str, mx.array] = {}
         mx.reset_peak_memory()
-        with device.wired_limit():
+        with device.wired_limit(), closing(loop):
             for request in requests:
                 loop.add(request)
                 request.session.features = features  # a picture in several prompts is encoded once

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import OptionError, count, human
 from .common import ModelChoice, model_options, number_option
@@ -88,7 +89,7 @@ def _check_value(path: str, param: click.Parameter, value: Any) -> Any:
     "--output", type=click.Path(path_type=Path, file_okay=False), default="adapter", show_default=True,
     help="Folder to create, with the adapter, the run's state, log.csv and curves.png.",
 )  # fmt: skip
-@click.option("--resume", is_flag=True, help="Continue the run that was saved in --output.")
+@click.option("--resume", is_flag=True, help="Continue the run that was saved in --output, with its options.")
 @click.option(
     "--kind",
     type=click.Choice(["lora", "dora", "full"]),
@@ -153,14 +154,19 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
 
     \b
     mlx-dgemma tune data --model mlx_model --output adapter
-    mlx-dgemma tune data --config tune.yaml --resume
+    mlx-dgemma tune data --model mlx_model --output adapter --resume
     mlx-dgemma generate --model mlx_model --adapter adapter "..."
     """
     terminal = Terminal()
-    engine = model.load(terminal)
     from ..tune.config import RunConfig, TrainerConfig
     from ..tune.run import tune
+    from ..tune.trainer import saved_options
 
+    if resume:
+        source = click.get_current_context().get_parameter_source
+        earlier = saved_options(options["output"])
+        options |= {n: value for n, value in earlier.items() if source(n) in (None, ParameterSource.DEFAULT)}
+    engine = model.load(terminal)
     chosen = {name: value for name, value in options.items() if value is not None}
     method = TrainerConfig(**{one.name: chosen[one.name] for one in fields(TrainerConfig) if one.name in chosen})
     plan = RunConfig(data, **{one.name: chosen[one.name] for one in fields(RunConfig) if one.name in chosen})

@@ -49,12 +49,7 @@ class Loop:
         self._encoding: deque[tuple[Request, Iterator[None]]] = deque()
         self._ready: list[tuple[Any, Request, CanvasBatch]] = []  # whose canvases wait to join a group
         self._groups: dict[Any, _Group] = {}
-
-    @property
-    def requests(self) -> list[Request]:
-        """All that have not ended."""
-        grouped = [request for group in self._groups.values() for request in group.requests]
-        return [one for one, _ in self._encoding] + [one for _, one, _ in self._ready] + grouped
+        self.requests: list[Request] = []  # all that have not ended; their sessions are theirs until then
 
     def add(self, request: Request, session: Session | None = None, snapshot_at: int = 0) -> None:
         """Take in a request.
@@ -62,23 +57,40 @@ class Loop:
         Args:
             request: its control and reader are used up.
             session: what its prompt and blocks are encoded into; it may hold the prompt's beginning. None: a new one.
+                It is the request's own until that ends or is removed.
             snapshot_at: position of the prompt at which a copy of the session is kept, as `session.snapshot`; 0: none.
+
+        Raises:
+            OptionError: the session is another request's or another model's.
         """
         if session is None:
             canvas = self.model.config.canvas_length  # what is longer than this room grows in steps
             room = len(request.prompt.tokens) + min(request.options.max_tokens, 4 * canvas) + canvas
             session = Session(self.model, room)
+        session.acquire(request, self.model)
+        self.requests.append(request)
         request.session, request.started = session, time.perf_counter()
         encoding = session.encode(request.prompt, request.options.prefill_chunk, snapshot_at)
         self._encoding.append((request, encoding))
 
     def remove(self, request: Request) -> None:
-        """Forget a request, wherever it is."""
+        """Forget a request, wherever it is, and let go of its session."""
+        self._end(request)
         self._encoding = deque(one for one in self._encoding if one[0] is not request)
         self._ready = [one for one in self._ready if one[1] is not request]
         for key, group in list(self._groups.items()):
             if request in group.requests:
                 self._leave(key, [request])
+
+    def close(self) -> None:
+        """Forget all requests: whoever drives the loop calls it at the end, an interrupt included."""
+        for request in list(self.requests):
+            self.remove(request)
+
+    def _end(self, request: Request) -> None:
+        if request in self.requests:
+            self.requests.remove(request)
+            request.session.release(request)
 
     def step(self) -> Iterator[tuple[Request, Event | Exception]]:
         """One chunk of a prompt and one denoising step of every canvas.
@@ -102,6 +114,8 @@ class Loop:
                 yield from self._step_group(key)
             except Exception as error:  # of a whole batch: what it did to whom cannot be told
                 for request in self._groups.pop(key).requests:
+                    request.session.reset()
+                    self._end(request)
                     yield request, error
             self._join()
 
@@ -132,6 +146,7 @@ class Loop:
                     raise self.model.range_error()
                 yield from self._end_block(requests[i], step, i)
             except Exception as error:
+                self._end(requests[i])
                 yield requests[i], error
 
     def _end_block(self, request: Request, step: Step, i: int) -> Iterator[tuple[Request, Event]]:
@@ -145,6 +160,7 @@ class Loop:
         request.first_block = request.first_block or time.perf_counter() - request.started
         yield request, Block(block, step.steps[i], tokens, *reader.take(), log_probs)
         if ended:
+            self._end(request)
             yield request, Finished(request.result(self._load_seconds))
             return
         if request.control:
@@ -157,6 +173,7 @@ class Loop:
         prefix, config, control = request.session.prefix, self.model.config, request.control
         if prefix.offset + config.canvas_length > config.text.max_position_embeddings:
             request.reader.cut("length")
+            self._end(request)
             yield request, Finished(request.result(self._load_seconds))
             return
         request.key, key = mx.random.split(mx.random.key(request.seed) if request.key is None else request.key, 2)

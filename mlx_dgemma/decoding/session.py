@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 
+from ..errors import OptionError
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.kv_cache import Prefix
 from ..model.patches import Patches, join
@@ -58,6 +60,7 @@ class Session:
         reused_tokens: tokens of the last prompt that were not encoded again.
         images_encoded: pictures of the last prompt that were run through the vision tower.
         snapshot: a copy of the session at the place of the last prompt that `encode` was asked for.
+        owner: the request that is being generated with it, or None.
     """
 
     def __init__(self, model: DiffusionGemma, capacity: int = 0):
@@ -66,9 +69,34 @@ class Session:
         self.features: dict[str, mx.array] = {}
         self.reused_tokens = self.images_encoded = 0
         self.snapshot: Session | None = None
+        self.owner: object | None = None
 
     def __repr__(self) -> str:
         return f"Session({len(self.cache_key)} tokens)"
+
+    def acquire(self, owner: object, model: DiffusionGemma) -> None:
+        """Take the session for one request, until `release`.
+
+        Raises:
+            OptionError: it belongs to another model, whose keys this one cannot read, or to another request.
+        """
+        self.check(model)
+        if self.owner is not None:
+            raise OptionError(
+                "The session is in use by another answer; read that to its end or close its stream first, or take "
+                "another session."
+            )
+        self.owner = owner
+
+    def check(self, model: DiffusionGemma) -> None:
+        """Refuse a model that is not the session's own: `OptionError`."""
+        if model is not self.model:
+            raise OptionError("The session belongs to another engine; take one from this engine's session().")
+
+    def release(self, owner: object) -> None:
+        """Let the session go; does nothing if it belongs to somebody else."""
+        if self.owner is owner:
+            self.owner = None
 
     def shared(self, wanted: list[int | str]) -> int:
         """Tokens at the beginning that a prompt has in common with what is encoded."""
@@ -82,7 +110,7 @@ class Session:
         return count
 
     def reset(self) -> None:
-        """Forget what was encoded, which holds inf or NaN; pictures stay known."""
+        """Forget what was encoded, which is not to be trusted; pictures stay known."""
         self.prefix, self.cache_key, self.snapshot = self.model.new_prefix(), [], None
 
     def encode(self, prompt: PromptTokens, chunk: int | None = None, snapshot_at: int = 0) -> Iterator[None]:
@@ -104,12 +132,38 @@ class Session:
             count = 0 if features is None else int((new == self.model.config.image_token_id).sum())
             of_part = [features[taken : taken + count]] if features is not None and count else []
             taken += count
-            for _ in encode_in_chunks(self.model, self.prefix, new, chunk, features=of_part):
-                self.cache_key = prompt.cache_key[: self.prefix.offset]
+            chunks = encode_in_chunks(self.model, self.prefix, new, chunk, features=of_part)
+            while self._encode_chunk(chunks, prompt):
                 yield
             if end is not None:
                 self.snapshot = self.fork()
         self.prefix.set_rewind_point()
+
+    def _encode_chunk(self, chunks: Iterator[None], prompt: PromptTokens) -> bool:
+        """Encode one chunk; returns whether there was one left."""
+        with self._undone_if_interrupted(len(prompt.tokens) - self.prefix.offset):
+            found = next(chunks, self) is None
+            self.cache_key = prompt.cache_key[: self.prefix.offset]
+        return found
+
+    @contextmanager
+    def _undone_if_interrupted(self, length: int) -> Iterator[None]:
+        """Encode at most `length` tokens whole or not at all: layers write their rings one after the other.
+
+        After an interrupt the session is what it was, or what it was at its rewind point. After an error of MLX
+        nothing is known of the arrays, so it is reset.
+        """
+        offset = self.prefix.offset
+        try:
+            yield
+        except Exception:
+            self.reset()
+            raise
+        except BaseException:
+            if not self.prefix.undo(offset, length):
+                self.reset()
+            del self.cache_key[self.prefix.offset :]
+            raise
 
     def encode_all(self, prompt: PromptTokens, chunk: int | None = None) -> Prefix:
         """Encode a prompt at one go; returns the prefix."""
@@ -119,9 +173,10 @@ class Session:
 
     def commit(self, tokens: mx.array) -> None:
         """Encode a block [1, C] that is final."""
-        self.model.encode(tokens, self.prefix)
-        evaluate(self.prefix)
-        self.cache_key += np.asarray(tokens[0]).tolist()
+        with self._undone_if_interrupted(tokens.shape[1]):
+            self.model.encode(tokens, self.prefix)
+            evaluate(self.prefix)
+            self.cache_key = [*self.cache_key, *np.asarray(tokens[0]).tolist()]
         mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
 
     def take_snapshot(self) -> Session | None:

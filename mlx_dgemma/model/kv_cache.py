@@ -250,13 +250,35 @@ class Prefix:
             How many positions are left, at most `offset`.
         """
         kept = self.rewindable_length(offset)
-        if kept < self.offset and self.offset > self._window_slots and self._rewind_point:
-            for layer, (keys, values) in zip((one for one in self.layers if one.window_slots), self._rewind_point[1]):
-                layer.keys, layer.values = _handle(keys), _handle(values)
+        if kept < self.offset and self.offset > self._window_slots:
+            self._restore_rings()
         self.offset = kept
         if self._rewind_point and self._rewind_point[0] > kept:
             self._rewind_point = None
         return kept
+
+    def _restore_rings(self) -> None:
+        saved = self._rewind_point[1] if self._rewind_point else []
+        for layer, (keys, values) in zip((one for one in self.layers if one.window_slots), saved):
+            layer.keys, layer.values, layer.stages = _handle(keys), _handle(values), []
+
+    def undo(self, offset: int, length: int) -> bool:
+        """Leave a pass over `length` tokens that was interrupted; the prefix held `offset` positions before.
+
+        Slots behind the prefix may have been written, which changes nothing. Where a ring may have been overwritten,
+        the prefix goes back to its rewind point.
+
+        Returns:
+            Whether that was possible; if not, the prefix must not be used any more.
+        """
+        self.offset = offset
+        if offset + length <= self._window_slots:
+            return True
+        if self._rewind_point is None:
+            return False
+        self.offset = self._rewind_point[0]
+        self._restore_rings()
+        return True
 
     def fork(self) -> Prefix:
         """A copy that can be extended independently; buffers are copied when one of the two writes."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from ..engine import Engine
 from ..errors import DataError, MemoryLimitError, OptionError, count
 from ..model import device
 from ..model.layers import Layer
+from ..prompt.images import open_file
 from .batches import Batches
 from .config import RunConfig, TrainerConfig
 from .curves import MetricsLog, draw_curves
@@ -117,7 +119,7 @@ def tune(
         run.check_memory(say, ignore_memory)
         output.mkdir(parents=True, exist_ok=True)
         if not resume:
-            trainer.save(output, run.properties)  # so that --resume works from the very start
+            run.save_state()  # so that --resume works from the very start
         elif trainer.step == trainer_config.steps:
             run.save()  # the earlier run may have ended between writing two files
         yield from run.steps(stop)
@@ -262,7 +264,13 @@ class _Run:
             write_checkpoint(model, checkpoint, output / "model")
         else:
             peft.write(deltas.extract_adapter(model), output, str(checkpoint.path))
-        self.trainer.save(output, self.properties)
+        self.save_state()
+
+    def save_state(self) -> None:
+        """Write the state, with all options of the run, so that it can be resumed without naming them again."""
+        options = {**vars(self.config), "fill": self.properties["fill"]}
+        del options["data"], options["output"]
+        self.trainer.save(self.config.output, self.properties, options)
 
 
 @contextmanager
@@ -279,10 +287,18 @@ def _generating(trainer: Trainer) -> Iterator[None]:
 
 
 def data_digest(examples: Sequence[Example]) -> str:
-    """A digest of the training data: prompts and answers as token ids, and the sources of images."""
+    """A digest of the training data by content: prompts and answers as token ids, and the bytes of image files."""
+
+    @cache
+    def content(source: str) -> str:
+        _, file = open_file(source)
+        with file:
+            return hashlib.sha256(file.read()).hexdigest()
+
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([[t.prompt, t.answer, t.images] for t in example.targets]).encode())
+        told = [[target.prompt, target.answer, [content(one) for one in target.images]] for target in example.targets]
+        digest.update(json.dumps(told).encode())
     return digest.hexdigest()[:16]
 
 

@@ -194,16 +194,18 @@ class Trainer:
         self.model.train()
         return losses
 
-    def save(self, folder: Path, run: dict[str, Any]) -> None:
+    def save(self, folder: Path, run: dict[str, Any], options: dict[str, Any] | None = None) -> None:
         """Write the state that `resume` needs into one file, which is replaced atomically.
 
         Args:
             folder: where the file `STATE` is written.
             run: properties of the run, as JSON; they must be the same when it is resumed.
+            options: the run's other options, as JSON, for `saved_options`; None for none.
         """
         arrays = {f"weights.{name}": a for name, a in flatten(self.model.trainable_parameters()).items()}
         arrays |= {f"optimizer.{name}": a for name, a in flatten(self.optimizer.state).items()}
-        metadata = {"step": str(self.step), "method": json.dumps(asdict(self.config)), "about": json.dumps(run)}
+        told = {"method": asdict(self.config), "about": run, "options": options or {}}
+        metadata = {"step": str(self.step), **{name: json.dumps(value) for name, value in told.items()}}
         draft = (folder / f".{STATE}").with_suffix(".part.safetensors")
         mx.save_safetensors(str(draft), arrays, metadata)
         os.replace(draft, folder / STATE)
@@ -214,16 +216,7 @@ class Trainer:
         Raises:
             DataError: there is none, it is broken, or it belongs to a run with other settings.
         """
-        file = folder / STATE
-        if not file.exists():
-            raise DataError(f"{folder} has no {STATE} to resume from; start a new run without --resume.")
-        try:
-            loaded: Any = mx.load(str(file), return_metadata=True)
-            arrays, metadata = loaded
-            saved = {"method": json.loads(metadata["method"]), "about": json.loads(metadata["about"])}
-            step = int(metadata["step"])
-        except (RuntimeError, KeyError, ValueError):
-            raise DataError(f"{file} is broken; start a new run without --resume.") from None
+        file, (arrays, saved) = folder / STATE, _read_state(folder)
         current = json.loads(json.dumps({"method": asdict(self.config), "about": run}))
         for part, settings in current.items():
             for name, value in settings.items():
@@ -235,7 +228,31 @@ class Trainer:
         self.model.update(tree_unflatten(_with_prefix(arrays, "weights.")))
         self.optimizer.state = tree_unflatten(_with_prefix(arrays, "optimizer."))
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        self.step = step
+        self.step = saved["step"]
+
+
+def saved_options(folder: Path) -> dict[str, Any]:
+    """All options of the run that was saved in a folder, by the names of `TrainerConfig` and `RunConfig`.
+
+    Raises:
+        DataError: there is no state, or it is broken.
+    """
+    _, saved = _read_state(folder)
+    options = {**saved["method"], **saved["options"]}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def _read_state(folder: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """The lazy arrays of a saved state, and what was told about it."""
+    file = folder / STATE
+    if not file.exists():
+        raise DataError(f"{folder} has no {STATE} to resume from; start a new run without --resume.")
+    try:
+        loaded: Any = mx.load(str(file), return_metadata=True)
+        arrays, metadata = loaded
+        return arrays, {name: json.loads(metadata[name]) for name in ("step", "method", "about", "options")}
+    except (RuntimeError, KeyError, ValueError):
+        raise DataError(f"{file} is broken; start a new run without --resume.") from None
 
 
 def _optimizer(config: TrainerConfig) -> AdamW | Muon:

@@ -51,6 +51,16 @@ def test_rewinding_to_a_rewind_point_restores_the_rings(model, marked):
         assert prefix.rewind(marked) == marked
 
 
+def test_rings_that_a_rewind_point_fills_exactly_hold_every_position(model):
+    tokens, block, canvas = random_tokens(0, 1, 4), random_tokens(1, 1, 9), random_tokens(2, 1, 4)
+    prefix = model.new_prefix()
+    model.encode(tokens, prefix)
+    prefix.set_rewind_point()
+    model.encode(block, prefix)
+    assert prefix.rewind(2) == 2 == prefix.offset
+    assert gap(model.denoise(canvas, prefix), after_encoding(model, tokens[:, :2], canvas)) < 1e-5
+
+
 @pytest.mark.parametrize("length", [5, 9])  # the ring holds 4
 def test_rewinding_before_the_rewind_point_or_without_one_leaves_nothing(model, length):
     tokens, canvas = random_tokens(0, 1, length), random_tokens(2, 1, 4)

@@ -240,6 +240,39 @@ def test_products_in_float16_have_keys_of_their_own(tiny, tmp_path):
     assert fingerprint(engine) != before
 
 
+def test_another_mlx_has_keys_of_its_own(tiny, monkeypatch):
+    before = fingerprint(tiny)
+    monkeypatch.setattr("mlx_dgemma.serving.prefix_cache.version", lambda name: f"{name} of tomorrow")
+    assert fingerprint(tiny) != before
+
+
+def test_a_file_has_its_name_once_it_is_whole(tiny, tmp_path, monkeypatch):
+    cache, save, seen = PrefixCache(tiny, PLENTY, tmp_path), mx.save_safetensors, []
+
+    def saved(path, *rest):
+        save(path, *rest)
+        seen.append((path, sorted(one.name for one in tmp_path.iterdir())))
+
+    ask(tiny, cache, some(0, 80))
+    monkeypatch.setattr(mx, "save_safetensors", saved)
+    cache.save_one()
+    ((path, during),) = seen
+    (file,) = tmp_path.iterdir()
+    assert file.name not in during and str(file) != path
+
+
+def test_the_file_of_a_beginning_goes_when_a_longer_one_holds_it(tiny, tmp_path):
+    cache = PrefixCache(tiny, PLENTY, tmp_path)
+    ask(tiny, cache, some(0, 80))
+    cache.save_one()
+    (before,) = tmp_path.iterdir()
+    ask(tiny, cache, some(0, 80), blocks=3)
+    while cache.save_one():
+        pass
+    assert len(cache) == len(list(tmp_path.iterdir())) == 1
+    assert not before.exists()
+
+
 def test_what_was_being_written_when_a_process_ended_is_removed(tiny, filled, tmp_path):
     file, _ = filled(tmp_path, 2)
     file.rename(tmp_path / f"{file.stem}.part.safetensors")

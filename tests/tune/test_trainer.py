@@ -1,12 +1,13 @@
 """Training steps, their state, gradient processes and the memory estimate."""
 
 from dataclasses import astuple, replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.optimizers import clip_grad_norm
-from mlx.utils import tree_flatten, tree_map
+from mlx.optimizers import SGD
+from mlx.utils import tree_flatten, tree_unflatten
 from support import random_tokens, refusal, small_model
 from training import QUICK, batch_of, trainer, weights
 
@@ -16,8 +17,9 @@ from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError, PromptEr
 from mlx_dgemma.tune import trainer as trainer_module
 from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.memory import training_need
-from mlx_dgemma.tune.objective import VARIANTS, Batch
+from mlx_dgemma.tune.objective import VARIANTS, Batch, Noise
 from mlx_dgemma.tune.trainer import Trainer, flatten
+from mlx_dgemma.tune.workers import loss_and_gradients
 
 
 @pytest.mark.parametrize(
@@ -79,15 +81,47 @@ def test_only_the_last_layers_are_trained():
     }
 
 
-def test_accumulated_gradients_are_the_mean():
-    one, two = trainer(), trainer(accumulate=2)
-    parts = [batch_of(0, 1), batch_of(1, 1)]
-    (_, first), (_, second) = (two._gradients(parts[i], i) for i in (0, 1))
-    mean, _ = clip_grad_norm(tree_map(lambda a, b: (a + b) / 2, first, second), 1.0)
-    one.optimizer.update(one.model, mean)
-    two.update(parts)
-    mine, theirs = weights(one.model), weights(two.model)
-    assert all(np.allclose(mine[path], theirs[path], atol=1e-6) for path in mine)
+def spied_noise(monkeypatch):
+    """Every noise that a trainer draws from now on."""
+    drawn, draw = [], trainer_module.draw_noise
+    monkeypatch.setattr(trainer_module, "draw_noise", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    return drawn
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(monkeypatch):
+    """A plain step of gradient descent shows their scale, which clipping and AdamW would hide."""
+    one, drawn = trainer(accumulate=3, clip=0), spied_noise(monkeypatch)
+    for _, module in one.model.named_modules():
+        if "lora_b" in module:  # zero at first, and with it the gradients of the other factor
+            module.lora_b = mx.array(np.random.default_rng(0).normal(size=module.lora_b.shape).astype(np.float32))
+    one.optimizer = SGD(learning_rate=0.5)
+    parts, before = [batch_of(i) for i in range(3)], flatten(one.model.trainable_parameters())
+    before = {path: np.array(a) for path, a in before.items()}
+    metrics = one.update(parts)
+    whole = Batch(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("tokens", "mask", "canvas", "supervised")))
+    noise = Noise(*(mx.concatenate([mx.array(one) for one in column]) for column in zip(*drawn)))
+    noise = noise._replace(conditioned=np.array(noise.conditioned))
+    after = {path: np.array(a) for path, a in flatten(one.model.trainable_parameters()).items()}
+    one.model.update(tree_unflatten([(path, mx.array(a)) for path, a in before.items()]))
+    losses, gradients = loss_and_gradients(one.model, one.objective, whole, noise)
+    gradients = {path: np.array(a) for path, a in flatten(gradients).items()}
+    assert sum(np.abs(a).max() > 1e-3 for a in gradients.values()) == len(gradients)
+    for path, gradient in gradients.items():
+        np.testing.assert_allclose(before[path] - after[path], 0.5 * gradient, rtol=1e-3, atol=2e-6)
+    assert metrics.total == pytest.approx(losses[0].item(), rel=1e-5)
+    assert metrics.norm == pytest.approx(sum((a**2).sum() for a in gradients.values()) ** 0.5, rel=1e-4)
+
+
+def test_every_micro_batch_has_noise_of_its_own(monkeypatch):
+    one, drawn = trainer(accumulate=3), spied_noise(monkeypatch)
+    batch = batch_of(0)
+    for _ in range(3):
+        one.update([batch] * 3)
+    levels = [tuple(noise.t.tolist()) for noise in drawn]
+    assert len(set(levels)) == 9 == len(levels)
+    again, earlier = trainer(accumulate=3, seed=1), list(levels)
+    again.update([batch] * 3)
+    assert not {tuple(noise.t.tolist()) for noise in drawn[9:]} & set(earlier)
 
 
 def test_the_learning_rate_rises_and_falls_to_its_final_share():
@@ -133,6 +167,23 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     )
     file.write_bytes(file.read_bytes()[:100])
     assert refusal(DataError, one.resume, tmp_path, {}) == f"{file} is broken; start a new run without --resume."
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    one = trainer()
+    one.save(tmp_path, {"data": "a"})
+    before = (tmp_path / "state.safetensors").read_bytes()
+
+    def full(path, *rest):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mx, "save_safetensors", full)
+        with pytest.raises(Exception, match="No space left"):
+            one.save(tmp_path, {"data": "a"})
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+    one.resume(tmp_path, {"data": "a"})
 
 
 def test_trainer_configs_are_checked():

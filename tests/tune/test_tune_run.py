@@ -1,13 +1,15 @@
 """A whole run: the command, saves, resumption, refusals and the curves."""
 
+import base64
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from support import refusal
+from support import GREEN, RED, refusal, square
 from training import batch_of, weights
 
 import mlx_dgemma
@@ -18,8 +20,11 @@ from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError
 from mlx_dgemma.model.layers import Layer
 from mlx_dgemma.tune.config import RunConfig, TrainerConfig
 from mlx_dgemma.tune.curves import COLUMNS, MetricsLog, draw_curves
+from mlx_dgemma.tune.data import Example, Target
 from mlx_dgemma.tune.objective import VARIANTS, draw_noise
+from mlx_dgemma.tune.run import data_digest, model_digest
 from mlx_dgemma.tune.run import tune as run_
+from mlx_dgemma.tune.trainer import saved_options
 
 
 def test_run_configs_are_checked():
@@ -161,6 +166,60 @@ def test_a_killed_run_can_be_resumed(tmp_path):
     (out / "adapter_model.safetensors").unlink()
     assert list(run_(mlx_dgemma.load(dtype="float32"), method, plan, resume=True)) == []
     assert (out / "adapter_model.safetensors").exists()
+
+
+def test_a_run_is_resumed_with_the_options_it_had(tmp_path):
+    """Named again, they are compared."""
+    data, out = data_in(tmp_path, valid=[]), tmp_path / "out"
+    chosen = ["--rank", 2, "--layers", 1, "--fill", 0, "--batch-size", 1, "--encoder-weight", 0, "--targets", "mlp"]
+    assert tune(data, "--output", out, *chosen, "--steps", 1).exit_code == 0
+    done = tune(data, "--output", out, "--resume")
+    assert done.stderr.endswith(f"{out} is done already: 1 step.\n"), done.stderr
+    for named, sentence in (
+        (["--rank", 3], "rank 2, and now it is 3"),
+        (["--batch-size", 2], "batch_size 1, and now it is 2"),
+        (["--steps", 1000], "steps 1, and now it is 1000"),
+    ):
+        assert f"was trained with {sentence};" in tune(data, "--output", out, "--resume", *named).stderr
+    assert saved_options(out) == {
+        **vars(TrainerConfig(rank=2, layers=1, targets=("mlp",), steps=1)),
+        **{n: v for n, v in vars(RunConfig(data, out, batch_size=1, encoder_weight=0.0, fill=0)).items()
+           if n not in ("data", "output")},
+    }  # fmt: skip
+
+
+def test_a_checkpoint_is_told_by_its_configuration_and_its_tensors():
+    def digest(config, **tensors):
+        found = {name: SimpleNamespace(dtype=dtype, shape=shape) for name, (dtype, shape) in tensors.items()}
+        return model_digest(SimpleNamespace(raw_config=config, tensors=found))
+
+    base = digest({"a": 1}, x=("F32", (2, 3)), y=("F32", (4,)))
+    assert base == digest({"a": 1}, y=("F32", (4,)), x=("F32", (2, 3)))
+    others = [
+        digest({"a": 2}, x=("F32", (2, 3)), y=("F32", (4,))),
+        digest({"a": 1}, x=("F32", (2, 3))),
+        digest({"a": 1}, x=("BF16", (2, 3)), y=("F32", (4,))),
+        digest({"a": 1}, x=("F32", (3, 2)), y=("F32", (4,))),
+    ]
+    assert base not in others
+
+
+def test_data_are_compared_by_content(tmp_path):
+    """A picture by its file's bytes, wherever it lies."""
+
+    def example(*images, answer=(5, 6)):
+        return Example("", [Target([1, 2], list(answer), list(images))], {})
+
+    red, moved = tmp_path / "red.png", tmp_path / "elsewhere.png"
+    square(RED).save(red)
+    moved.write_bytes(red.read_bytes())
+    url = "data:image/png;base64," + base64.b64encode(red.read_bytes()).decode()
+    digest = data_digest([example(str(red))])
+    assert digest == data_digest([example(str(moved))]) == data_digest([example(url)])
+    square(GREEN).save(moved)
+    others = [[example(str(moved))], [example()], [example(str(red), str(red))], [example(str(red))] * 2]
+    others.append([example(str(red), answer=(5, 7))])
+    assert len({digest, *map(data_digest, others)}) == 6
 
 
 def test_a_run_that_needs_too_much_memory_is_refused(tmp_path, monkeypatch):
