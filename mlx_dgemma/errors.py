@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,14 @@ def human(nbytes: float) -> str:
 def count(number: int, noun: str) -> str:
     """1 block, 2 blocks."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def shown(value: object) -> str:
+    """A value as an error names it: on one line, and short."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no integer of more than some thousand digits
+        return "an integer of thousands of digits"
 
 
 class DgemmaError(Exception):

@@ -86,6 +86,7 @@ class Answer:
         if self._part != "text":
             self._leave(closed=False)
         self._settle_text()
+        self._stop(final=True)
         if self.finish_reason is None:
             self.finish_reason = "tool_calls" if self.tool_calls and reason == "stop" else reason
 
@@ -96,7 +97,7 @@ class Answer:
         """
         end = len(self.text)
         if self.finish_reason is None:
-            end -= held_back(self.text, self.stop)
+            end = min(end - held_back(self.text, self.stop), self._first_stop())
         text, thinking = self.text[self._given[0] : end], self.thinking[self._given[1] :]
         self._given = max(end, self._given[0]), len(self.thinking)
         return text, thinking
@@ -127,9 +128,19 @@ class Answer:
             return
         text, self.skip = text[self.skip :], max(self.skip - len(text), 0)
         self.text += text
-        ends = [at for s in self.stop if (at := self.text.find(s)) >= 0]
-        if ends:
-            self.text, self.finish_reason = self.text[: min(ends)], "stop"
+        self._stop()
+
+    def _stop(self, final: bool = False) -> None:
+        """End the text before the first stop string, unless one that begins earlier may still become complete."""
+        at = self._first_stop()
+        if self.finish_reason is not None or at == len(self.text):
+            return
+        if final or at <= len(self.text) - held_back(self.text, self.stop):
+            self.text, self.finish_reason = self.text[:at], "stop"
+
+    def _first_stop(self) -> int:
+        """Where the first stop string begins; the text's end if there is none."""
+        return min((at for one in self.stop if (at := self.text.find(one)) >= 0), default=len(self.text))
 
     def _leave(self, closed: bool) -> None:
         """Close the open part: thinking without its channel's name, a tool call parsed or kept as text."""

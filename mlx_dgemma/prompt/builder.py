@@ -9,10 +9,10 @@ from typing import Any
 
 from ..constraints.language import Language
 from ..constraints.tokens import TokenBytes
-from ..decoding.options import GenerationOptions
+from ..decoding.options import GenerationOptions, whole_number
 from ..decoding.request import Request
 from ..decoding.session import Picture, PromptTokens
-from ..errors import OptionError, PromptError
+from ..errors import OptionError, PromptError, shown
 from ..model.config import ModelConfig
 from .answer import Answer
 from .images import digest, open_image, patchify
@@ -62,14 +62,18 @@ class PromptBuilder:
         """
         if seed is None:
             seed = secrets.randbits(32)
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
-            raise OptionError(f"seed is {seed!r}; it should be a whole number from 0 to 2**64 - 1.")
+        number = whole_number(seed)
+        if number is None or not 0 <= number < 2**64:
+            raise OptionError(f"seed is {shown(seed)}; it should be a whole number from 0 to 2**64 - 1.")
+        vocab_size = self.config.text.vocab_size
+        if outside := [token for token in options.end_tokens if token >= vocab_size]:
+            raise OptionError(f"end_tokens has {outside[0]}, but the vocabulary has {vocab_size} tokens; leave it out.")
         self._check_characters(messages)
         prompt = self.prompt_tokens(messages, thinking, tools, options)
         self.check_room(len(prompt.tokens))
         thinks = opens_thought(self.tokenizer, prompt.tokens)
         answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop, thinks=thinks)
-        return Request(prompt, seed, options, answer)
+        return Request(prompt, number, options, answer)
 
     def prompt_tokens(
         self,

@@ -95,6 +95,8 @@ def constrain(builder: PromptBuilder, request: Request, language: Language, what
         PromptError: the context is.
     """
     options, answer = request.options, request.reader
+    if not options.end_tokens:
+        raise OptionError(f"{what} needs an end token, but end_tokens is (); give one.")
     least, canvas = int(language.distance[0]) + 1, builder.config.canvas_length
     if least > options.max_tokens:
         raise OptionError(
