@@ -42,6 +42,10 @@ class OptionError(DgemmaError, TypeError, ValueError):
     """An option that does not exist, or a value outside its bounds."""
 
 
+class LanguageError(DgemmaError):
+    """A constrained text that would not be in its language: a fault of this package, so that nothing is handed out."""
+
+
 class PromptError(DgemmaError):
     """A prompt that cannot be encoded: empty, malformed, or longer than the context."""
 

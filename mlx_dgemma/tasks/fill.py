@@ -11,7 +11,7 @@ from ..constraints.patterns import literal, python_regex_to_plain
 from ..decoding.events import Result
 from ..decoding.options import MAX_INTEGER, OptionKeywords, whole_number
 from ..decoding.request import Request
-from ..errors import OptionError, shown
+from ..errors import LanguageError, OptionError, shown
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
 from .constrained import constrain, task_options
@@ -112,4 +112,7 @@ def _with_holes(result: Result, parts: list[str], patterns: dict[str, str]) -> R
                 return {parts[i + 1]: text[:end], **rest}
         return None
 
-    return replace(result, holes=split(result.text, 0) or {})
+    holes = split(result.text, 0)
+    if holes is None:
+        raise LanguageError("The text is not the template with its holes filled; this is a fault, please report it.")
+    return replace(result, holes=holes)
