@@ -182,7 +182,10 @@ def infill(
     cut = divide(context.before, len(behind), length or canvas // PARTS, canvas)
     on_canvas = context.before[cut:]
     builder.extend(request, context.before[:cut], beside=len(on_canvas) + (length or least) + len(behind))
+    # From `certain` on always scored tokens have a text of any length; shorter ones need luck with the likely ones.
+    certain = max(int(language.distance[0]), 1)
     most = max(min(LONGEST, canvas - len(on_canvas) - min(len(behind), IN_VIEW)), least)
-    hole = Hole(language, on_canvas, behind, [length] if length else range(least, most + 1), canvas)
+    lengths = [length] if length else range(least, most + 1)
+    hole = Hole(language, on_canvas, behind, lengths, canvas, certain if certain > most and not length else None)
     request.control, request.reader = hole, HoleReader(hole, builder, context)
     return request
