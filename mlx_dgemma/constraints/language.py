@@ -20,6 +20,7 @@ from .tokens import MAX_TOKEN_BYTES, TokenBytes
 from .walks import Walks
 
 BROAD_STATE = 32  # a state from which more bytes than this may follow lies inside free text
+MAX_SCORED_MOVES = 4_000_000  # of always scored tokens; each takes some 100 bytes while they are found
 MIN_PROBABILITY = 1e-5  # a position's tokens below it are not looked at
 
 
@@ -110,7 +111,7 @@ class Language:
 
     def _find_always_scored(self, live: np.ndarray) -> np.ndarray:
         """All tokens that fit into fixed text, and each that is a single character; see `always_scored_tokens`."""
-        length, found = self.token_bytes.length, []
+        length, found, fitting = self.token_bytes.length, [], 0
         for byte in np.flatnonzero(live[:-1].any(axis=0)):
             tokens = self.token_bytes.starting_with(int(byte))
             if byte < 128:
@@ -121,8 +122,15 @@ class Language:
             for state in np.unique(self.table[narrow, byte]):
                 if not self._broad[state]:
                     going_on = live[state].take(second)
+                    fitting += int(going_on.sum())
+                    if fitting > MAX_SCORED_MOVES:
+                        break
                     found.append(self._within_fixed_text(tokens[going_on], int(state)))
         tokens = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+        first = self.token_bytes.bytes[tokens, 0]
+        if fitting > MAX_SCORED_MOVES or live.sum(axis=0)[first].sum() > MAX_SCORED_MOVES:
+            # Many states over a small alphabet, where nearly all words fit: they are looked at where they are likely.
+            tokens = tokens[length[tokens] <= np.where(first < 128, 1, 4 - (first < 0xF0) - (first < 0xE0))]
         if np.isinf(self._distances(self.transitions_of(tokens))[0]):
             # Some character has no token of its own and is spelt in bytes.
             every = np.flatnonzero(length == 1)
