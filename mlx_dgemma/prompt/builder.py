@@ -135,8 +135,8 @@ class PromptBuilder:
         """The bytes that each token of this tokenizer stands for."""
         added = [token for token, one in self.tokenizer.added_tokens_decoder.items() if one.special]
         wrapper = self.tokenizer
-        marks = (wrapper.think_start_tokens, wrapper.think_end_tokens)
-        marks += (wrapper.tool_call_start_tokens, wrapper.tool_call_end_tokens)
+        marks = [wrapper.think_start_tokens, wrapper.think_end_tokens]
+        marks += [wrapper.tool_call_start_tokens, wrapper.tool_call_end_tokens]
         markers = [tokens[0] for tokens in marks if tokens]  # an answer's reader takes them for more than text
         return TokenBytes(wrapper, self.config.text.vocab_size, [*added, *markers, *self.options.end_tokens])
 
