@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ from .decoding.loop import Loop
 from .decoding.options import GenerationOptions
 from .decoding.request import Request
 from .decoding.session import Session
-from .errors import OptionError, PromptError
+from .errors import OptionError, PromptError, shown
 from .model import device
 from .model.config import ModelConfig
 from .model.diffusion_gemma import DiffusionGemma
@@ -157,6 +157,9 @@ class Engine:
         Raises:
             PromptError, OptionError: as `generate`; also when seeds and prompts differ in number.
         """
+        if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+            raise PromptError(f"prompts is {shown(prompts)}; it should be a list of prompts.")
+        prompts = list(prompts)
         if not prompts:
             raise PromptError("There are no prompts; give at least one.")
         if seeds is not None and len(seeds) != len(prompts):
@@ -211,6 +214,7 @@ class Engine:
                 one the model is asked to fill the gap.
             length: tokens of the hole, pieces of words at its ends included; without one the likely lengths up to
                 `infill.LONGEST` are tried. A hole longer than a canvas is filled canvas by canvas, with a warning.
+                Without a suffix it is the most tokens that are written.
             seed: as in `generate`.
             keywords: any field of `GenerationOptions` but exact and stop.
 

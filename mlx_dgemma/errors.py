@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +22,14 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def shown(value: object) -> str:
+    """A value as an error names it: on one line, and short."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no integer of more than some thousand digits
+        return "an integer of thousands of digits"
+
+
 class DgemmaError(Exception):
     """Base of every error below; the command line prints its message and exits with 1."""
 
@@ -31,6 +40,10 @@ class CheckpointError(DgemmaError):
 
 class OptionError(DgemmaError, TypeError, ValueError):
     """An option that does not exist, or a value outside its bounds."""
+
+
+class LanguageError(DgemmaError):
+    """A constrained text that would not be in its language: a fault of this package, so that nothing is handed out."""
 
 
 class PromptError(DgemmaError):

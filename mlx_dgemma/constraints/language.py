@@ -20,6 +20,7 @@ from .tokens import MAX_TOKEN_BYTES, TokenBytes
 from .walks import Walks
 
 BROAD_STATE = 32  # a state from which more bytes than this may follow lies inside free text
+MAX_SCORED_MOVES = 4_000_000  # of always scored tokens; each takes some 100 bytes while they are found
 MIN_PROBABILITY = 1e-5  # a position's tokens below it are not looked at
 
 
@@ -32,6 +33,7 @@ class Language:
         what: how an error names the pattern.
 
     Attributes:
+        token_bytes: of the tokenizer.
         table: [states, 256] int32, the next state for each byte.
         accepting: [states] bool.
         always_scored_tokens: [S] int32, tokens whose probability is needed at every position: all that fit into fixed
@@ -45,7 +47,7 @@ class Language:
 
     def __init__(self, pattern: str, token_bytes: TokenBytes, what: str = "The constraint"):
         self.table, self.accepting = build_dfa(pattern)
-        self._token_bytes, self._dead = token_bytes, len(self.table) - 1
+        self.token_bytes, self._dead = token_bytes, len(self.table) - 1
         live = self.table != self._dead
         self._states_taking = [np.flatnonzero(live[:, byte]) for byte in range(256)]
         self._broad = live.sum(axis=1) > BROAD_STATE
@@ -60,7 +62,7 @@ class Language:
 
     def transitions_of(self, tokens: np.ndarray) -> Transitions:
         """All moves of these tokens from any state to one that is not dead; `index` points into `tokens`."""
-        all_bytes, length = self._token_bytes.bytes[tokens], self._token_bytes.length[tokens]
+        all_bytes, length = self.token_bytes.bytes[tokens], self.token_bytes.length[tokens]
         index = np.flatnonzero(length > 0)
         sources = [self._states_taking[byte] for byte in all_bytes[index, 0]]
         source = np.concatenate(sources) if sources else np.zeros(0, np.int64)
@@ -80,14 +82,14 @@ class Language:
 
     def state_after(self, tokens: Sequence[int], state: int = 0) -> int:
         """The state that tokens lead to from `state`. It is the dead one if they leave the language."""
-        for byte in self._token_bytes.to_bytes(tokens):
+        for byte in self.token_bytes.to_bytes(tokens):
             state = int(self.table[state, byte])
         return state
 
     @cached_property
     def shortest_length(self) -> int:
         """Tokens of the shortest text, over the whole vocabulary. `distance` uses the always scored tokens alone."""
-        return int(self._distances(self.transitions_of(np.flatnonzero(self._token_bytes.length)))[0])
+        return int(self._distances(self.transitions_of(np.flatnonzero(self.token_bytes.length)))[0])
 
     def likely_moves(self, tokens: np.ndarray, log_p: np.ndarray) -> LikelyMoves:
         """The moves of each position's tokens that are not below MIN_PROBABILITY.
@@ -109,19 +111,26 @@ class Language:
 
     def _find_always_scored(self, live: np.ndarray) -> np.ndarray:
         """All tokens that fit into fixed text, and each that is a single character; see `always_scored_tokens`."""
-        length, found = self._token_bytes.length, []
+        length, found, fitting = self.token_bytes.length, [], 0
         for byte in np.flatnonzero(live[:-1].any(axis=0)):
-            tokens = self._token_bytes.starting_with(int(byte))
+            tokens = self.token_bytes.starting_with(int(byte))
             if byte < 128:
                 found.append(tokens[length[tokens] == 1][:1])
             narrow = self._states_taking[byte][~self._broad[self._states_taking[byte]]]
             tokens = tokens[length[tokens] > 1]
-            second = self._token_bytes.bytes[tokens, 1]
+            second = self.token_bytes.bytes[tokens, 1]
             for state in np.unique(self.table[narrow, byte]):
                 if not self._broad[state]:
                     going_on = live[state].take(second)
+                    fitting += int(going_on.sum())
+                    if fitting > MAX_SCORED_MOVES:
+                        break
                     found.append(self._within_fixed_text(tokens[going_on], int(state)))
         tokens = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+        first = self.token_bytes.bytes[tokens, 0]
+        if fitting > MAX_SCORED_MOVES or live.sum(axis=0)[first].sum() > MAX_SCORED_MOVES:
+            # Many states over a small alphabet, where nearly all words fit: they are looked at where they are likely.
+            tokens = tokens[length[tokens] <= np.where(first < 128, 1, 4 - (first < 0xF0) - (first < 0xE0))]
         if np.isinf(self._distances(self.transitions_of(tokens))[0]):
             # Some character has no token of its own and is spelt in bytes.
             every = np.flatnonzero(length == 1)
@@ -133,7 +142,7 @@ class Language:
 
         Their second byte is known to lead on.
         """
-        token_bytes, kept = self._token_bytes, []
+        token_bytes, kept = self.token_bytes, []
         states = np.full(len(tokens), state)
         for i in range(1, MAX_TOKEN_BYTES):
             inside = ~self._broad[states]

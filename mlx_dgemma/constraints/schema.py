@@ -10,13 +10,12 @@ Not every valid text matches:
 from __future__ import annotations
 
 import json
-import math
-import reprlib
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
-from ..errors import OptionError
+from ..errors import OptionError, shown
 from .json_numbers import Bound, bounded_integer, bounded_number
 from .json_values import CHARACTER, COMMA, FORMATS, SPACE, STRING, bracketed, object_of, repeated, string_value
 from .patterns import any_of, literal, python_regex_to_plain
@@ -35,6 +34,7 @@ ANNOTATIONS = frozenset(
     "title description default examples $schema $id $comment deprecated readOnly writeOnly $defs definitions".split()
 )
 
+MAX_COUNT = 1_000_000  # of lengths and items; far more than any automaton has room for
 MAX_PATTERN_LENGTH = 1_000_000  # characters; references in references grow exponentially
 
 
@@ -65,7 +65,7 @@ class _Schema:
         if schema is True or schema == {}:
             _fail(pointer, "allows any JSON, which is not supported; give it a type")
         if not isinstance(schema, dict):
-            _fail(pointer, f"is {reprlib.repr(schema)}; it should be an object with keywords")
+            _fail(pointer, f"is {shown(schema)}; it should be an object with keywords")
         for word in schema:
             if word not in SUPPORTED and word not in ANNOTATIONS:
                 _fail(pointer, f"has {word}, which is not supported; supported are {', '.join(SUPPORTED)}")
@@ -86,7 +86,7 @@ class _Schema:
         word = "anyOf" if "anyOf" in schema else "allOf"
         parts = schema[word]
         if not isinstance(parts, list) or not parts:
-            _fail(pointer, f"has {word} {reprlib.repr(parts)}; it should be a list of schemas")
+            _fail(pointer, f"has {word} {shown(parts)}; it should be a list of schemas")
         if word == "allOf" and len(parts) > 1:
             _fail(pointer, f"has allOf with {len(parts)} schemas, of which only one is supported; write them as one")
         return any_of(self.pattern(part, f"{pointer}/{word}/{i}") for i, part in enumerate(parts))
@@ -114,7 +114,7 @@ class _Schema:
         _refuse_others(schema, pointer, word, ("type", "minLength", "maxLength", *_KEYWORDS["number"]))
         values = schema["enum"] if word == "enum" else [schema["const"]]
         if not isinstance(values, list) or not values:
-            _fail(pointer, f"has enum {reprlib.repr(values)}; it should be a list with a value or more")
+            _fail(pointer, f"has enum {shown(values)}; it should be a list with a value or more")
         types = _types_of(schema, pointer) if "type" in schema else [*_TYPES]
         fitting = [
             value for value in values if any(_is(kind, value) for kind in types) and _in_bounds(value, schema, pointer)
@@ -126,10 +126,10 @@ class _Schema:
     def _object(self, schema: dict, pointer: str) -> str:
         required = schema.get("required", [])
         if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
-            _fail(pointer, f"has required {reprlib.repr(required)}; it should be a list of keys")
+            _fail(pointer, f"has required {shown(required)}; it should be a list of keys")
         properties = schema.get("properties", {})
         if not isinstance(properties, dict) or not all(isinstance(key, str) for key in properties):
-            _fail(pointer, f"has properties {reprlib.repr(properties)}; it should be an object")
+            _fail(pointer, f"has properties {shown(properties)}; it should be an object")
         for key in required:
             if key not in properties:
                 _fail(pointer, f"requires {key!r}, which is not among its properties; add it there")
@@ -152,7 +152,7 @@ class _Schema:
         low, high = _counts(schema, pointer, "minItems", "maxItems")
         prefix, items = schema.get("prefixItems", []), schema.get("items", True)
         if not isinstance(prefix, list):
-            _fail(pointer, f"has prefixItems {reprlib.repr(prefix)}; it should be a list of schemas")
+            _fail(pointer, f"has prefixItems {shown(prefix)}; it should be a list of schemas")
         if isinstance(items, list):
             _fail(pointer, "has a list in items; write it as prefixItems")
         if items is True and not prefix and high != 0:
@@ -178,13 +178,13 @@ class _Schema:
             _refuse_others((word for word in _KEYWORDS["string"] if word in schema), pointer, found[0])
         if "format" in schema:
             if not isinstance(schema["format"], str) or schema["format"] not in FORMATS:
-                _fail(pointer, f"has format {reprlib.repr(schema['format'])}; supported are {', '.join(FORMATS)}")
+                _fail(pointer, f"has format {shown(schema['format'])}; supported are {', '.join(FORMATS)}")
             return f'"{FORMATS[schema["format"]]}"'
         if "pattern" not in schema:
             low, high = _counts(schema, pointer, "minLength", "maxLength")
             return f'"{repeated(CHARACTER, low, high)}"'
         if not isinstance(schema["pattern"], str):
-            _fail(pointer, f"has pattern {reprlib.repr(schema['pattern'])}; it should be a string")
+            _fail(pointer, f"has pattern {shown(schema['pattern'])}; it should be a string")
         return f'"{python_regex_to_plain(schema["pattern"], json_safe=True, search=True)}"'
 
     def _integer(self, schema: dict, pointer: str) -> str:
@@ -220,7 +220,7 @@ def _types_of(schema: dict, pointer: str) -> list[str]:
         return types
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     if not types or not all(kind in _TYPES for kind in types):
-        _fail(pointer, f"has type {reprlib.repr(schema['type'])}; it should be one or a list of {', '.join(_TYPES)}")
+        _fail(pointer, f"has type {shown(schema['type'])}; it should be one or a list of {', '.join(_TYPES)}")
     return [kind for kind in dict.fromkeys(types) if kind != "integer" or "number" not in types]
 
 
@@ -229,7 +229,9 @@ def _counts(schema: dict, pointer: str, least: str, most: str) -> tuple[int, int
     for word in (least, most):
         count = schema.get(word, 0)
         if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            _fail(pointer, f"has {word} {reprlib.repr(count)}; it should be a whole number, at least 0")
+            _fail(pointer, f"has {word} {shown(count)}; it should be a whole number, at least 0")
+        if count > MAX_COUNT:
+            _fail(pointer, f"has {word} {shown(count)}, and {MAX_COUNT:,} is the most; make it smaller")
     low, high = schema.get(least, 0), schema.get(most)
     if high is not None and low > high:
         _fail(pointer, f"has {least} {low} and {most} {high}; change one")
@@ -241,8 +243,8 @@ def _bounds(schema: dict, pointer: str) -> tuple[Bound | None, Bound | None]:
     found = {}
     for word in _KEYWORDS["number"]:
         if word in schema:
-            if not _is("number", schema[word]) or not math.isfinite(schema[word]):
-                _fail(pointer, f"has {word} {reprlib.repr(schema[word])}; it should be a number")
+            if not _is("number", schema[word]) or not _in_range(schema[word]):
+                _fail(pointer, f"has {word} {shown(schema[word])}; it should be a number")
             found[word] = Bound(schema[word], word.startswith("exclusive"))
     lows = [found[word] for word in ("minimum", "exclusiveMinimum") if word in found]
     highs = [found[word] for word in ("maximum", "exclusiveMaximum") if word in found]
@@ -263,6 +265,11 @@ def _is(kind: str, value: Any) -> bool:
         return kind == "number" or (kind == "integer" and value.is_integer())
     types = {dict: ("object",), list: ("array",), str: ("string",), int: ("integer", "number")}
     return kind in types.get(type(value), ())
+
+
+def _in_range(number: float) -> bool:
+    """Whether a number is one of JSON that readers of floats do not take for infinity."""
+    return -sys.float_info.max <= number <= sys.float_info.max
 
 
 def _in_bounds(value: Any, schema: dict, pointer: str) -> bool:
@@ -287,6 +294,6 @@ def _value(value: Any, pointer: str) -> str:
         return bracketed("[", COMMA.join(_value(one, pointer) for one in value), not value)
     if isinstance(value, str):
         return string_value(value)
-    if not (value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
-        _fail(pointer, f"has the value {reprlib.repr(value)}, which is not JSON; leave it out")
+    if not (value is None or (isinstance(value, (int, float)) and _in_range(value))):
+        _fail(pointer, f"has the value {shown(value)}, which is not JSON; leave it out")
     return literal(json.dumps(value))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import LanguageError
 from .language import Language
 from .lattice import Lattice
 
@@ -54,7 +55,7 @@ def best_text(
         [C] int32 tokens.
     """
     length, begun = len(marginals.argmax), None if state == THINKING else max(state, 0)
-    thought = _Thought(marginals, state, end_tokens, thought_tokens) if thought_tokens else None
+    thought = _Thought(language, marginals, state, end_tokens, thought_tokens) if thought_tokens else None
     entry = thought.closed if thought else None
     lattice = Lattice(language, marginals.always_scored_log_p, marginals.likely, marginals.likely_log_p, begun, entry)
     inside = thought.score if thought else np.full(length + 1, -np.inf)
@@ -73,7 +74,7 @@ def best_text(
         begin, text = lattice.trace(stop, at)
         tokens[begin:stop] = text
     if thought and begin > 0:
-        tokens[: begin - 1] = marginals.likely[np.arange(length), thought.best][: begin - 1]
+        tokens[: begin - 1] = thought.tokens[: begin - 1]
         tokens[begin - 1 : begin] = thought_tokens[1]
         if state == FRESH:
             tokens[0] = thought_tokens[0]
@@ -84,15 +85,24 @@ class _Thought:
     """The thought before a text.
 
     Attributes:
-        best: [C] the rank of the likely token that goes on with the thought.
+        tokens: [C] the token that goes on with the thought: the best likely one that is text.
         score: [C + 1] float64, of still being inside it before each position.
         closed: [C] float64, of closing it at each position.
     """
 
-    def __init__(self, marginals: Marginals, state: int, end_tokens: Sequence[int], thought_tokens: Sequence[int]):
+    def __init__(
+        self,
+        language: Language,
+        marginals: Marginals,
+        state: int,
+        end_tokens: Sequence[int],
+        thought_tokens: Sequence[int],
+    ):
+        # Behind the model's own end padding is the most probable, which would make the thought as long as the canvas.
         never_inside = np.isin(marginals.likely, [*end_tokens, *thought_tokens])
+        never_inside |= language.token_bytes.length[marginals.likely] == 0
         inside = np.where(never_inside, -np.inf, marginals.likely_log_p)
-        self.best = inside.argmax(axis=1)
+        self.tokens = marginals.likely[np.arange(len(inside)), inside.argmax(axis=1)]
         steps = np.concatenate([[0.0 if state == THINKING else -np.inf], inside.max(axis=1)])
         if state == FRESH:
             steps[1] = marginals.thought_log_p[0, 0]
@@ -137,6 +147,8 @@ class _Ends:
         going_on = np.where(distance + 1 <= room_behind, scores[length, self._column], -np.inf)
         if room_behind <= distance[0] + 1:  # a thought needs one token more, which closes it
             thought_score = -np.inf
+        if max(ended.max(), going_on.max(), thought_score) == -np.inf:
+            raise LanguageError(f"No text of the constraint fits into {self._room} tokens; this is a fault, report it.")
         if ended.max() >= max(going_on.max(), thought_score):
             stop = int(ended.argmax())
             return stop, int(self._accepting[scores[stop, self._accepting].argmax()])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
-from ..errors import OptionError
+from ..errors import OptionError, shown
 from ..model.config import GenerationConfig, ProcessorConfig
 from ..model.patches import check_budget
 
@@ -19,13 +21,16 @@ STOP_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 _FLAGS = ("exact", "fast")
-_WHOLE_NUMBERS = {  # name: least value
-    "max_tokens": 1,
-    "max_denoising_steps": 1,
-    "stability_threshold": 0,
-    "patience": 0,
-    "prefill_chunk": 1,
-    "max_frames": 1,
+MAX_INTEGER = 2**31 - 1  # arrays of tokens and of counts are int32
+MAX_NUMBER = 1e9
+MIN_TEMPERATURE = 0.001  # of the first step: logits divided by much less overflow
+_WHOLE_NUMBERS = {  # name: least and greatest value
+    "max_tokens": (1, MAX_INTEGER),
+    "max_denoising_steps": (1, 100_000),  # each takes a random key
+    "stability_threshold": (0, MAX_INTEGER),
+    "patience": (0, MAX_INTEGER),
+    "prefill_chunk": (1, MAX_INTEGER),
+    "max_frames": (1, MAX_INTEGER),
 }
 _NUMBERS = ("entropy_bound", "t_min", "t_max", "confidence_threshold", "certainty_threshold", "fps")  # 0 at least
 _ABOVE_ZERO = ("t_max", "fps")
@@ -84,24 +89,42 @@ class GenerationOptions:
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it should be true or false.")
         self._set_stop_rules()
-        for name, least in _WHOLE_NUMBERS.items():
+        for name, (least, greatest) in _WHOLE_NUMBERS.items():
             if not (name == "prefill_chunk" and self.prefill_chunk is None):
-                _check_number(name, getattr(self, name), "a whole number", (int,), least, str(least))
+                whole = whole_number(getattr(self, name))
+                self._set_number(name, whole, "a whole number", least, str(least), greatest)
         for name in _NUMBERS:
-            least, shown = 0.0, "0"
-            if name == "t_max":
-                least, shown = self.t_min, f"t_min = {self.t_min}"
-            _check_number(name, getattr(self, name), "a number", (int, float), least, shown)
+            low, named = (self.t_min, f"t_min = {self.t_min}") if name == "t_max" else (0, "0")
+            self._set_number(name, _real_number(getattr(self, name)), "a number", low, named, MAX_NUMBER)
         for name in _ABOVE_ZERO:
             if getattr(self, name) == 0:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it should be above 0.")
+        if self.t_max < MIN_TEMPERATURE:
+            raise OptionError(f"t_max is {self.t_max!r}; it should be a number, at least {MIN_TEMPERATURE}.")
         check_budget(self.image_tokens)
-        for name, single, noun in (("stop", str, "strings that are not empty"), ("end_tokens", int, "token ids")):
-            given = getattr(self, name)
-            values = (given,) if isinstance(given, single) else given
-            if not isinstance(values, (list, tuple)) or not all(type(one) is single and one != "" for one in values):
-                raise OptionError(f"{name} is {given!r}; it should be {noun}.")
-            object.__setattr__(self, name, tuple(values))
+        self._set_sequences()
+
+    def _set_number(
+        self, name: str, number: float | None, noun: str, least: float, named: str, greatest: float
+    ) -> None:
+        if number is None or number in (math.inf, -math.inf) or number < least:
+            raise OptionError(f"{name} is {shown(getattr(self, name))}; it should be {noun}, at least {named}.")
+        if number > greatest:
+            raise OptionError(f"{name} is {shown(getattr(self, name))}; it should be {noun}, at most {greatest:.0f}.")
+        object.__setattr__(self, name, number)
+
+    def _set_sequences(self) -> None:
+        """Take one string or token for a list of it."""
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (list, tuple)) or not all(type(one) is str and one != "" for one in stop):
+            raise OptionError(f"stop is {shown(self.stop)}; it should be strings that are not empty.")
+        given: Any = self.end_tokens
+        tokens = [given] if whole_number(given) is not None else given.tolist() if hasattr(given, "tolist") else given
+        whole = [whole_number(one) for one in tokens] if isinstance(tokens, (list, tuple)) else [None]
+        if not all(one is not None and 0 <= one <= MAX_INTEGER for one in whole):
+            raise OptionError(f"end_tokens is {shown(given)}; it should be token ids.")
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "end_tokens", tuple(whole))
 
     def _set_stop_rules(self) -> None:
         """Fill in the mode's stop rules where none is given."""
@@ -148,7 +171,14 @@ class GenerationOptions:
         return replace(self, **changes)
 
 
-def _check_number(name: str, value: Any, noun: str, types: tuple[type, ...], least: float, shown: str) -> None:
-    number = value if isinstance(value, types) and not isinstance(value, bool) else None
-    if not isinstance(number, (int, float)) or not least <= number < float("inf"):
-        raise OptionError(f"{name} is {value!r}; it should be {noun}, at least {shown}.")
+def whole_number(value: Any) -> int | None:
+    """A whole number of Python or NumPy as Python's; None: it is none. Truth values are none."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def _real_number(value: Any) -> float | None:
+    """A number of Python or NumPy as Python's; None: it is none, or NaN. Truth values are none."""
+    if (whole := whole_number(value)) is not None:
+        return whole
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    return None if math.isnan(number) else number

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..constraints.spelling import Spelling
+
 
 def held_back(text: str, stop: Sequence[str]) -> int:
     """How many characters at a text's end may be the beginning of a stop string."""
@@ -41,6 +43,7 @@ class Answer:
     stop: tuple[str, ...] = ()
     skip: int = 0  # characters to leave out at the beginning
     thinks: bool = False  # the prompt ends in a thought that is open
+    spelling: Spelling | None = None  # of a text that must be in a language
     text: str = ""
     thinking: str = ""
     tool_calls: list[dict] = field(default_factory=list)
@@ -86,6 +89,9 @@ class Answer:
         if self._part != "text":
             self._leave(closed=False)
         self._settle_text()
+        if self.spelling is not None:
+            self.spelling.finish()
+        self._stop(final=True)
         if self.finish_reason is None:
             self.finish_reason = "tool_calls" if self.tool_calls and reason == "stop" else reason
 
@@ -96,14 +102,17 @@ class Answer:
         """
         end = len(self.text)
         if self.finish_reason is None:
-            end -= held_back(self.text, self.stop)
+            end = min(end - held_back(self.text, self.stop), self._first_stop())
         text, thinking = self.text[self._given[0] : end], self.thinking[self._given[1] :]
         self._given = max(end, self._given[0]), len(self.thinking)
         return text, thinking
 
     def preview(self, tokens: Sequence[int]) -> str:
         """The text of a canvas that is not final, up to the first end token."""
-        return preview(self.tokenizer, tokens, self.end_tokens)
+        if self.spelling is None:
+            return preview(self.tokenizer, tokens, self.end_tokens)
+        end = next((i for i, token in enumerate(tokens) if token in self.end_tokens), len(tokens))
+        return self.spelling.preview(tokens[:end])
 
     def _read(self, token: int) -> None:
         if self._part == "text" and token in self._open:
@@ -113,6 +122,8 @@ class Answer:
             self._leave(closed=True)
         elif self._part != "text":
             self._inner.append(token)
+        elif self.spelling is not None:
+            self._say(self.spelling.add(token))
         elif token not in self._special:
             self._text.add_token(token)
             self._say(self._text.last_segment)
@@ -127,14 +138,24 @@ class Answer:
             return
         text, self.skip = text[self.skip :], max(self.skip - len(text), 0)
         self.text += text
-        ends = [at for s in self.stop if (at := self.text.find(s)) >= 0]
-        if ends:
-            self.text, self.finish_reason = self.text[: min(ends)], "stop"
+        self._stop()
+
+    def _stop(self, final: bool = False) -> None:
+        """End the text before the first stop string, unless one that begins earlier may still become complete."""
+        at = self._first_stop()
+        if self.finish_reason is not None or at == len(self.text):
+            return
+        if final or at <= len(self.text) - held_back(self.text, self.stop):
+            self.text, self.finish_reason = self.text[:at], "stop"
+
+    def _first_stop(self) -> int:
+        """Where the first stop string begins; the text's end if there is none."""
+        return min((at for one in self.stop if (at := self.text.find(one)) >= 0), default=len(self.text))
 
     def _leave(self, closed: bool) -> None:
         """Close the open part: thinking without its channel's name, a tool call parsed or kept as text."""
         part, self._part = self._part, "text"
-        raw = self.tokenizer.decode(self._inner)
+        raw = self.tokenizer.decode(self._inner, skip_special_tokens=part == "thinking")
         self._inner = []
         if part == "thinking":
             thought = re.sub(r"^thought(\n|$)", "", raw).strip()

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..constraints.language import Language
 from ..constraints.tokens import TokenBytes
-from ..decoding.options import GenerationOptions
+from ..decoding.options import GenerationOptions, whole_number
 from ..decoding.request import Request
 from ..decoding.session import Picture, PromptTokens
-from ..errors import OptionError, PromptError
+from ..errors import OptionError, PromptError, shown
 from ..model.config import ModelConfig
 from .answer import Answer
 from .images import digest, open_image, patchify
@@ -62,14 +62,18 @@ class PromptBuilder:
         """
         if seed is None:
             seed = secrets.randbits(32)
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
-            raise OptionError(f"seed is {seed!r}; it should be a whole number from 0 to 2**64 - 1.")
+        number = whole_number(seed)
+        if number is None or not 0 <= number < 2**64:
+            raise OptionError(f"seed is {shown(seed)}; it should be a whole number from 0 to 2**64 - 1.")
+        vocab_size = self.config.text.vocab_size
+        if outside := [token for token in options.end_tokens if token >= vocab_size]:
+            raise OptionError(f"end_tokens has {outside[0]}, but the vocabulary has {vocab_size} tokens; leave it out.")
         self._check_characters(messages)
         prompt = self.prompt_tokens(messages, thinking, tools, options)
         self.check_room(len(prompt.tokens))
         thinks = opens_thought(self.tokenizer, prompt.tokens)
         answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop, thinks=thinks)
-        return Request(prompt, seed, options, answer)
+        return Request(prompt, number, options, answer)
 
     def prompt_tokens(
         self,
@@ -130,7 +134,11 @@ class PromptBuilder:
     def token_bytes(self) -> TokenBytes:
         """The bytes that each token of this tokenizer stands for."""
         added = [token for token, one in self.tokenizer.added_tokens_decoder.items() if one.special]
-        return TokenBytes(self.tokenizer, self.config.text.vocab_size, [*added, *self.options.end_tokens])
+        wrapper = self.tokenizer
+        marks = [wrapper.think_start_tokens, wrapper.think_end_tokens]
+        marks += [wrapper.tool_call_start_tokens, wrapper.tool_call_end_tokens]
+        markers = [tokens[0] for tokens in marks if tokens]  # an answer's reader takes them for more than text
+        return TokenBytes(wrapper, self.config.text.vocab_size, [*added, *markers, *self.options.end_tokens])
 
     @cached_property
     def turn_end(self) -> int:

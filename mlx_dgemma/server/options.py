@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
-from ..decoding.options import GenerationOptions
+from ..decoding.options import MIN_TEMPERATURE, GenerationOptions
 from ..errors import DgemmaError, OptionError, PromptError
 from ..model.patches import BUDGETS
 from .errors import ApiError
@@ -25,7 +25,6 @@ INTEGER_LIMITS = {  # {name: (lowest, highest)}
     "patience": (0, MAX_INTEGER),
     "image_tokens": (1, MAX_INTEGER),
 }
-MIN_TEMPERATURE = 0.001  # the lowest above 0: logits divided by much less overflow
 NUMBER_LIMITS = {  # {name: (lowest, highest)}
     "entropy_bound": (0, 1e9),
     "t_min": (0, 1e9),

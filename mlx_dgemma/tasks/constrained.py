@@ -11,6 +11,7 @@ from ..constraints.language import Language, accepts_every_line
 from ..constraints.patterns import python_regex_to_plain
 from ..constraints.schema import to_regex
 from ..constraints.search import FRESH, THINKING, Marginals, best_text
+from ..constraints.spelling import Spelling
 from ..decoding.control import Control
 from ..decoding.options import GenerationOptions, OptionKeywords
 from ..decoding.request import Request
@@ -93,9 +94,15 @@ def constrain(builder: PromptBuilder, request: Request, language: Language, what
     Raises:
         OptionError: `max_tokens` is too small for any text of the language.
         PromptError: the context is.
+
+    While it is generated, a text that would leave the language is a `LanguageError`.
     """
     options, answer = request.options, request.reader
-    least, canvas = int(language.distance[0]) + 1, builder.config.canvas_length
+    if not options.end_tokens:
+        raise OptionError(f"{what} needs an end token, but end_tokens is (); give one.")
+    # A thought that the prompt has opened takes a token to close it.
+    thinks = isinstance(answer, Answer) and answer.thinks
+    least, canvas = int(language.distance[0]) + 1 + thinks, builder.config.canvas_length
     if least > options.max_tokens:
         raise OptionError(
             f"{what} needs room for {least} tokens, its end included, but max_tokens is {options.max_tokens}; raise it."
@@ -107,9 +114,8 @@ def constrain(builder: PromptBuilder, request: Request, language: Language, what
             f"{what} needs room for {least} tokens, its end included, but the context leaves room for {room} "
             "behind the prompt; shorten it."
         )
-    thinks = False
     if isinstance(answer, Answer):
-        answer.max_tokens, thinks = min(answer.max_tokens, room), answer.thinks
+        answer.max_tokens, answer.spelling = min(answer.max_tokens, room), Spelling(language, what)
     opened, closed = builder.tokenizer.think_start_tokens, builder.tokenizer.think_end_tokens
     marks = (opened[0], closed[0]) if (thinking or thinks) and opened and closed else ()
     request.control = Constrained(language, options.end_tokens, marks, thinks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import numpy as np
 from ..decoding.control import Control, Layout, fitting_size
 from ..decoding.options import OptionKeywords
 from ..decoding.request import Request
-from ..errors import OptionError
+from ..errors import OptionError, shown
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import messages_of, reject_surrogates
 from .constrained import task_options
@@ -79,11 +80,11 @@ def edit(
         if not isinstance(given, str) or not given.strip():
             raise OptionError(f"{name} is {given!r}; it should be a text that is not empty.")
         reject_surrogates(name, given)
-    if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not 0 <= strength <= 1:
-        raise OptionError(f"strength is {strength!r}; it should be a number from 0 (the draft) to 1 (all noise).")
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= 1:
+        raise OptionError(f"strength is {shown(strength)}; it should be a number from 0 (the draft) to 1 (all noise).")
     effective = task_options(builder, "edit", options)
     draft = builder.tokenizer.encode(text.rstrip(), add_special_tokens=False)
-    if "max_tokens" not in options:
+    if options.get("max_tokens") is None:
         effective = effective.override(max_tokens=max(effective.max_tokens, 2 * len(draft)))
     request = builder.request(messages_of(f"{instruction.rstrip().removesuffix(':')}: {text}"), seed, effective)
     request.control = Drafted(draft, builder.turn_end, strength, builder.config.canvas_length, request.seed)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from ..constraints.patterns import literal, python_regex_to_plain
 from ..decoding.events import Result
-from ..decoding.options import OptionKeywords
+from ..decoding.options import MAX_INTEGER, OptionKeywords, whole_number
 from ..decoding.request import Request
-from ..errors import OptionError
+from ..errors import LanguageError, OptionError, shown
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
 from .constrained import constrain, task_options
@@ -69,14 +69,15 @@ def hole_pattern(name: str, hole: int | str | Sequence[str]) -> str:
     Raises:
         OptionError: neither of these.
     """
-    if isinstance(hole, int) and not isinstance(hole, bool) and hole > 0:
-        return rf"[^\n]{{1,{hole}}}"
+    number = whole_number(hole)
+    if number is not None and 0 < number <= MAX_INTEGER:
+        return rf"[^\n]{{1,{number}}}"
     if isinstance(hole, str):
         return hole
     if isinstance(hole, Sequence) and hole and all(isinstance(one, str) and one for one in hole):
         return "|".join(map(re.escape, hole))
     raise OptionError(
-        f"The hole {name!r} is {hole!r}; give a number of characters, a list of texts, or a regular expression."
+        f"The hole {name!r} is {shown(hole)}; give a number of characters, a list of texts, or a regular expression."
     )
 
 
@@ -111,4 +112,7 @@ def _with_holes(result: Result, parts: list[str], patterns: dict[str, str]) -> R
                 return {parts[i + 1]: text[:end], **rest}
         return None
 
-    return replace(result, holes=split(result.text, 0) or {})
+    holes = split(result.text, 0)
+    if holes is None:
+        raise LanguageError("The text is not the template with its holes filled; this is a fault, please report it.")
+    return replace(result, holes=holes)

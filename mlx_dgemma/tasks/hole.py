@@ -35,6 +35,7 @@ class Hole(Control):
         behind: tokens behind it, the end token among them.
         lengths: that the hole may have, tokens.
         canvas_length: of the model.
+        otherwise: the length that is taken where none of these has a text; None: one of them always has.
 
     Attributes:
         found: the hole's tokens so far.
@@ -49,9 +50,10 @@ class Hole(Control):
         behind: Sequence[int],
         lengths: Sequence[int],
         canvas_length: int,
+        otherwise: int | None = None,
     ):
         self._language, self._before, self._behind = language, list(before), list(behind)
-        self._lengths, self._canvas = list(lengths), canvas_length
+        self._lengths, self._canvas, self._otherwise = list(lengths), canvas_length, otherwise
         self._asked = sorted(set(self._behind[:IN_VIEW]))
         self._begin, self._state = 0, 0  # of the canvas: its first position, and where the hole's text stands
         self.found: list[int] = []
@@ -70,7 +72,8 @@ class Hole(Control):
 
     def prepare(self, model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, key: mx.array) -> int:
         """Choose the length at which hole and surroundings are most probable after a single denoising step."""
-        positions = self._choose_length(model, prefix, options, key) if len(self._lengths) > 1 else 0
+        unknown = len(self._lengths) > 1 or self._otherwise is not None
+        positions = self._choose_length(model, prefix, options, key) if unknown else 0
         begin, canvases = 0, 1
         while begin + (size := self._size(begin)) < len(self._before) + self._lengths[0]:
             begin, canvases = begin + size, canvases + 1
@@ -99,7 +102,9 @@ class Hole(Control):
             if best > CERTAIN and best - max(others, default=-np.inf) > APART:
                 break
         prefix.select_rows([0])
-        self._lengths = [max(scores, key=scores.__getitem__)]
+        best_length = max(scores, key=scores.__getitem__)
+        none = self._otherwise is not None and scores[best_length] == -np.inf
+        self._lengths = [self._otherwise if none and self._otherwise else best_length]
         return positions
 
     def layout(self) -> Layout:

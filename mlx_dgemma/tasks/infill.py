@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..constraints.patterns import ALL_CODE_POINTS, SURROGATES, character_class, literal, subtract
 from ..decoding.control import PARTS
-from ..decoding.options import OptionKeywords
+from ..decoding.options import MAX_INTEGER, OptionKeywords, whole_number
 from ..decoding.request import Request
-from ..errors import OptionError, PromptError
+from ..errors import OptionError, PromptError, shown
 from ..prompt.answer import Answer, preview
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
@@ -146,8 +146,11 @@ def infill(
         reject_surrogates(name, text)
     if not prefix + suffix and prompt is None:
         raise PromptError("There is no text before or behind the hole, and no prompt; give one of them.")
-    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-        raise OptionError(f"length is {length!r}; it should be a whole number of tokens, at least 1.")
+    if length is not None:
+        number = whole_number(length)
+        if number is None or not 1 <= number < MAX_INTEGER:
+            raise OptionError(f"length is {shown(length)}; it should be a whole number of tokens, at least 1.")
+        length = number
     effective = task_options(builder, "infill", options)
     if suffix and options.get("max_tokens") is not None:
         raise OptionError(
@@ -179,7 +182,10 @@ def infill(
     cut = divide(context.before, len(behind), length or canvas // PARTS, canvas)
     on_canvas = context.before[cut:]
     builder.extend(request, context.before[:cut], beside=len(on_canvas) + (length or least) + len(behind))
+    # From `certain` on always scored tokens have a text of any length; shorter ones need luck with the likely ones.
+    certain = max(int(language.distance[0]), 1)
     most = max(min(LONGEST, canvas - len(on_canvas) - min(len(behind), IN_VIEW)), least)
-    hole = Hole(language, on_canvas, behind, [length] if length else range(least, most + 1), canvas)
+    lengths = [length] if length else range(least, most + 1)
+    hole = Hole(language, on_canvas, behind, lengths, canvas, certain if certain > most and not length else None)
     request.control, request.reader = hole, HoleReader(hole, builder, context)
     return request

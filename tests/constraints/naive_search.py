@@ -49,7 +49,9 @@ class Naive:
             thought[0] = 0
         else:
             scores[0, max(state, 0)] = 0
-        inside = np.where(np.isin(seen.likely, [*end_tokens, *thought_tokens]), -np.inf, seen.likely_log_p)
+        silent = self.language.token_bytes.length[seen.likely] == 0
+        never = silent | np.isin(seen.likely, [*end_tokens, *thought_tokens])
+        inside = np.where(never, -np.inf, seen.likely_log_p)
         for i in range(length):
             scores[i + 1] = self.forward(scores[i], moves[i])
             if thought_tokens:

@@ -154,3 +154,12 @@ def test_what_is_forgotten_is_learned_again(monkeypatch, known, limit):
             results.append((tokens.tolist(), score))
     assert got == expected
     assert len(forgotten) > 1  # the first time is the beginning
+
+
+def test_bounded_patterns_over_small_alphabets_keep_few_tokens(token_bytes, monkeypatch):
+    """Words are left to the likely tokens where they would fit into very many states; characters always stay."""
+    monkeypatch.setattr("mlx_dgemma.constraints.language.MAX_SCORED_MOVES", 1000)
+    language = Language("[a-z ]{1,40}", token_bytes)
+    assert len(language.always_scored_tokens) == 27
+    assert language.distance[0] == 1
+    assert np.isfinite(language.distance[:-1]).all()

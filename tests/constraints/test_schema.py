@@ -376,3 +376,24 @@ def test_a_schema_that_never_ends_is_refused():
     with pytest.raises(OptionError) as error:
         to_regex(schema)
     assert str(error.value) == "The schema is nested too deeply; write it with fewer levels."
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "integer", "minimum": 10**400}, "has minimum 1000"),
+        ({"type": "number", "exclusiveMaximum": -(10**5000)}, "has exclusiveMaximum an integer of thousands of digits"),
+        ({"enum": [10**5000]}, "has the value an integer of thousands of digits"),
+        ({"const": {"a": [10**400]}}, "has the value 1000"),
+        ({"enum": [1], "minimum": 10**400}, "has minimum 1000"),
+        ({"type": "string", "minLength": 10**5000}, "has minLength an integer of thousands of digits"),
+        ({"type": "array", "items": {"type": "null"}, "maxItems": 2**32}, "has maxItems 4294967296"),
+        ({"type": 10**5000}, "has type an integer of thousands of digits"),
+    ],
+    ids=map(str, range(8)),
+)
+def test_numbers_of_many_digits_are_refused(schema, message):
+    with pytest.raises(OptionError) as caught:
+        to_regex(schema)
+    assert str(caught.value).startswith("The schema at #")
+    assert message in str(caught.value)

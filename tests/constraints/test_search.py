@@ -41,7 +41,7 @@ def is_allowed(pattern, canvas, left, before):
     language, rest, offset = language_of(pattern), list(canvas), 0
     if before == THINKING or (before == FRESH and rest[0] == OPEN):
         inner = rest[before == FRESH :]
-        first = next((i for i, token in enumerate(inner) if token in (*ENDS, *THOUGHT)), None)
+        first = next((i for i, token in enumerate(inner) if token in (PAD, *ENDS, *THOUGHT)), None)
         if first is None:  # then the mark, a text and its end come later
             return left - len(rest) >= 1 + language.distance[0] + 1
         if inner[first] != CLOSE:

@@ -195,3 +195,14 @@ def test_log_probabilities_are_the_holes_own(engine):
     assert list(block.tokens[start : start + 3]) == result.tokens
     assert result.log_probs == list(block.log_probs[start : start + 3])
     assert result.log_probs != list(block.log_probs[:3])
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_a_cut_run_without_blanks_finds_a_length(engine, monkeypatch, few):
+    """Its pieces have to be spelt character by character where their own tokens are not likely."""
+    if few:
+        monkeypatch.setattr("mlx_dgemma.tasks.infill.LONGEST", 1)
+    run = "qzxvthecatwasinthemeadowjwqk" * 3
+    result = engine.infill("One day a " + run[:2], run[3:] + " came.", seed=0, max_denoising_steps=1)
+    assert result.finish_reason == "stop"
+    assert engine.builder.token_bytes.to_bytes(result.tokens).decode() == " " + run[:2] + result.text + run[3:]
