@@ -319,6 +319,23 @@ def conversions(dtype: str, folder: Path) -> None:
     )
     one_step(packed.model)
     one_step(unpacked.model)
+    copy_of_tied_weights(folder / "4bit", folder / "tied")
+    mlx_dgemma.load(folder / "tied", dtype=dtype, dequantize=False, ignore_memory=True)
+
+
+def copy_of_tied_weights(packed: Path, folder: Path) -> None:
+    """A checkpoint whose output projection is a copy of its embedding, unpacked."""
+    shutil.copytree(packed, folder)
+    (file,) = folder.glob("*.safetensors")
+    arrays = mx.load(str(file))
+    name = next(one for one in arrays if one.endswith("embed_tokens.scales")).removesuffix(".scales")
+    quantization = json.loads((folder / "config.json").read_text())["quantization"]
+    own = {**quantization, **quantization.get(name, {})}
+    how = {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
+    parts = [arrays.get(f"{name}.{part}") for part in ("weight", "scales", "biases")]
+    arrays["lm_head.weight"] = mx.dequantize(*parts, **how)
+    mx.save_safetensors(str(file), arrays)
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
 
 
 PATHS: dict[str, Callable[[str, Path], None]] = {
