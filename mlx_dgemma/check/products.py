@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..checkpoint.build import unpacked
 from ..convert.recipes import RECIPES, Quantization
 from ..model import device
 from ..model.attention import Attention, LayerContext
@@ -124,18 +125,9 @@ def _quantized(module: nn.Module, one: Quantization | None) -> None:
     mx.eval(module.parameters())
 
 
-def unpacked(module: nn.Module) -> mx.array:
+def wide(module: nn.Module) -> mx.array:
     """A linear map's or an embedding's weight in float32."""
-    if "scales" not in module:
-        return module.weight.astype(mx.float32)
-    return mx.dequantize(
-        module.weight,
-        module.scales,
-        module.get("biases"),
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=module.mode,
-    ).astype(mx.float32)
+    return (unpacked(module) if "scales" in module else module.weight).astype(mx.float32)
 
 
 def _embedding(size: Size, dtype: mx.Dtype, one: Quantization | None) -> nn.Module:
@@ -150,7 +142,7 @@ def _table(size: Size, dtype: mx.Dtype, one: Quantization, transpose: bool) -> t
     """A product with the embedding: hidden states to logits, or probabilities to embeddings without `transpose`."""
     table = _embedding(size, dtype, one)
     x = _drawn(dtype, size.rows, size.text.hidden_size if transpose else size.vocab)
-    weight = unpacked(table)
+    weight = wide(table)
     return matmul_slice(table, x, 0, size.vocab, transpose), x.astype(mx.float32) @ (weight.T if transpose else weight)
 
 
@@ -211,7 +203,7 @@ def _attention(size: Size, kind: str, dtype: mx.Dtype, one: Quantization | None)
     _quantized(modules[0], one)
     for name, module in modules[0].children().items():
         if hasattr(module, "weight"):
-            modules[1][name].weight = unpacked(module)
+            modules[1][name].weight = wide(module)
     x = _drawn(dtype, 1, size.attending, size.text.hidden_size)
     before = _drawn(dtype, 1, size.prefix, size.text.hidden_size, seed=2)
     got, wanted = (

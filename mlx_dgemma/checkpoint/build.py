@@ -183,19 +183,24 @@ def _check(info: TensorInfo, source: weights.Source, shape: tuple[int, ...], pac
         raise CheckpointError(f"{source.name} has the dtype {info.dtype}; it should be one of {', '.join(FLOATS)}.")
 
 
+def unpacked(module: nn.Module) -> mx.array:
+    """The weight of a quantized linear map or embedding, in the dtype of its scales."""
+    return mx.dequantize(
+        module.weight,
+        module.scales,
+        module.get("biases"),
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+    )
+
+
 def _dequantize(model: nn.Module, cast: mx.Dtype | None) -> None:
     """Replace every quantized module by a plain one."""
     kinds = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
 
     def plain(module: nn.Module) -> nn.Module:
-        weight = mx.dequantize(
-            module.weight,
-            module.scales,
-            module.get("biases"),
-            group_size=module.group_size,
-            bits=module.bits,
-            mode=module.mode,
-        )
+        weight = unpacked(module)
         kind = kinds[type(module)]
         new = kind(1, 1, 1, False) if kind is SwitchLinear else kind(1, 1)
         new.pop("bias", None)

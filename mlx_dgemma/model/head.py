@@ -214,7 +214,7 @@ def _matmul_slice(table: nn.Module, x: mx.array, start: int, end: int, transpose
 
 @dataclass(frozen=True)
 class Head:
-    """The embedding table as output projection (the two are tied), with tiling.softcap and self-conditioning.
+    """The embedding table as output projection (the two are tied), with softcap and self-conditioning.
 
     Attributes:
         table: [V, H], plain or quantized.
