@@ -27,7 +27,7 @@ class Step:
     argmax: mx.array  # int32; a row that has settled keeps its own
     accepted: mx.array  # bool
     entropy: mx.array  # float32, nats
-    confidence: mx.array  # float32, largest probability of each position in the processed logits
+    confidence: mx.array  # float32, probability of each position's `argmax` in the processed logits
     done: list[bool]
     steps: list[int]
     overflowed: list[int]  # rows whose states hold inf or NaN; nothing else of them means anything

@@ -57,6 +57,7 @@ def fast_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], de
 def guided_step(batch: CanvasBatch) -> tuple[Forward, head.Prediction]:
     """The batch's next step, whose text guides choose, and what the model itself made of its canvases.
 
+    The confidence of the latter is the model's in the chosen tokens.
     The host reads what the guides need before the step is finished.
     """
     last, steps = batch.rows.last, batch.steps
@@ -72,7 +73,9 @@ def guided_step(batch: CanvasBatch) -> tuple[Forward, head.Prediction]:
     uncertain = mx.where(changed, mx.maximum(choice.uncertainty, GUIDED_UNCERTAINTY), choice.uncertainty)
     choice = Choice(choice.accepted, mx.where(changed, chosen, choice.tokens), uncertain)
     fixed = prediction.fix(chosen, changed & choice.accepted)
-    return _finish(batch, last, steps, fixed, chosen, choice), prediction
+    own = mx.exp(prediction.log_prob_of(batch.model.head, chosen))
+    told = prediction._replace(confidence=mx.where(changed, own, prediction.confidence))
+    return _finish(batch, last, steps, fixed, chosen, choice), told
 
 
 def inputs(

@@ -80,6 +80,12 @@ class Prediction(NamedTuple):
         rows = head.table(tokens).astype(head.dtype)
         return tiling.scaled_softcap(self.hidden @ rows.T, head.cap, self.temperature) - self.logsumexp[..., None]
 
+    def log_prob_of(self, head: Head, tokens: mx.array) -> mx.array:
+        """Log-probability of one token at every position: tokens [B, C] int32 -> [B, C] float32."""
+        rows = head.table(tokens).astype(head.dtype)
+        products = (self.hidden[..., None, :] @ rows[..., None])[..., 0]
+        return tiling.scaled_softcap(products, head.cap, self.temperature)[..., 0] - self.logsumexp
+
     def condition(self, head: Head, full_positions: int, nbytes: int | None = None) -> mx.array:
         """The expected embedding, which conditions the next step.
 

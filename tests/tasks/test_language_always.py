@@ -3,11 +3,13 @@
 import json
 import re
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from prompts import LEO, ONCE
 
 from mlx_dgemma.constraints.spelling import Spelling
+from mlx_dgemma.decoding import step
 from mlx_dgemma.errors import LanguageError, OptionError, PromptError
 from mlx_dgemma.tasks import constrained
 
@@ -137,3 +139,20 @@ def test_a_canvas_without_any_text_is_an_error(engine):
     }
     with pytest.raises(LanguageError):
         guide.choose(0, seen)
+
+
+def test_log_probabilities_are_those_of_the_tokens_that_were_chosen(engine, monkeypatch):
+    """Not of the model's own best tokens, which the language does not admit."""
+    seen, predict = [], step.predict
+
+    def watched(*arguments):
+        seen.append(predict(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(step, "predict", watched)
+    result = engine.generate("Write JSON for: Anna is 31 years old and lives in Oslo.", regex="[xyz]{6}", seed=0)
+    last = seen[-1]
+    logits = engine.model.logits(last.hidden)[0] / last.temperature.flatten()[0]
+    expected = [float((logits[i] - mx.logsumexp(logits[i]))[token]) for i, token in enumerate(result.tokens)]
+    assert np.allclose(result.log_probs, expected, atol=1e-3)
+    assert max(expected) < -1
