@@ -67,9 +67,15 @@ class _Demo:
         return self._engines[dtype]
 
 
-def run(parts: list[Section]) -> Iterator[Found]:
-    """The lines of the sections, as they are found. What a section raises is a line, and the next section follows."""
+def run(parts: list[Section], begin: Callable[[str], None] = lambda name: None) -> Iterator[Found]:
+    """The lines of the sections, as they are found. What a section raises is a line, and the next section follows.
+
+    Args:
+        parts: the sections.
+        begin: called with the name of each section before its work, which can take minutes where kernels are compiled.
+    """
     for part in parts:
+        begin(part.name)
         try:
             for line in part.lines():
                 yield Found(part.name, line)
@@ -128,11 +134,8 @@ def check(quick: bool, only: Sequence[str], tell: Callable[[str], None]) -> dict
     Returns:
         As `summary`, with the verdict.
     """
-    began, found, section = time.perf_counter(), [], ""
-    for one in run(sections(quick, only)):
-        if one.section != section:
-            section = one.section
-            tell(f"\n{section}")
+    began, found = time.perf_counter(), []
+    for one in run(sections(quick, only), lambda name: tell(f"\n{name}")):
         tell(f"  {one.line}")
         found.append(one)
     made = summary(found, time.perf_counter() - began)

@@ -44,7 +44,7 @@ def fused(function: Callable, shapeless: bool = True) -> Callable:
 
 
 SOFT_LIMIT = 2**28  # bytes in flight; above it a queue waits for its oldest stage before it starts another
-GROUPS_LIMIT = 5 * 2**27  # the same where attention goes by groups of queries, whose stages are larger
+GROUPS_LIMIT = 9 * 2**26  # the same where attention goes by groups of queries, whose stages are larger
 HARD = 2  # times the limit; above it a queue waits for everything
 
 
