@@ -154,7 +154,7 @@ def test_scores_within_the_budget_are_computed_in_one_piece(monkeypatch):
     assert seen == []  # one call of MLX's own
     monkeypatch.setattr(attention, "SCORE_BYTES", needed - 1)
     attend(*arrays, mask)
-    assert seen == [(296, 4996, 295), (4, 5000, 3)]  # by eights
+    assert seen == [(288, 4988, 287), (12, 5000, 11)]  # by sixteens
     seen.clear()
     monkeypatch.setattr(attention, "SCORE_BYTES", needed // 3)
     attend(*arrays, mask)
