@@ -39,19 +39,11 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(hf_checkpo
 
     with pytest.raises(KeyboardInterrupt):
         convert(hf_checkpoint, target, DEFAULT, progress=interrupt)
-    assert seen[0] == [f".out.partial-{os.getpid()}"]
+    ((draft,), *_) = seen
+    assert draft.startswith(".out.partial-") and f"-{os.getpid()}-" in draft
     assert left_in(tmp_path) == []
     convert(hf_checkpoint, target, DEFAULT)
     assert left_in(target.parent) == ["out"]
-
-
-def test_partial_folders_of_killed_processes_are_removed(demo, tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for left in (f".out.partial-{dead.pid}", f".out.partial-{os.getpid()}", ".out.partial-1", ".outer.partial-x"):
-        (tmp_path / left).mkdir()
-    convert(demo, tmp_path / "out")
-    assert left_in(tmp_path) == [".out.partial-1", ".outer.partial-x", "out"]
 
 
 def test_progress_counts_every_byte_once(hf_checkpoint, tmp_path):
