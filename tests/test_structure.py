@@ -14,6 +14,7 @@ import pytest
 ROOMS = (
     "errors",
     "files",
+    "upstream",
     "constraints",
     "model",
     "checkpoint",
@@ -31,7 +32,7 @@ ROOMS = (
     "__init__",
     "__main__",
 )
-AT_THE_ROOT = {"__init__", "__main__", "engine", "errors", "files"}
+AT_THE_ROOT = {"__init__", "__main__", "engine", "errors", "files", "upstream"}
 FILE_LINES, ENGINE_LINES, FUNCTION_LINES, FOLDER_MODULES = 450, 300, 70, 15
 PACKAGE = "mlx_dgemma"
 ROOT = Path(__file__).parent.parent
