@@ -3,7 +3,9 @@
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 _CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 _watchers: list = []  # the hook cannot be taken away again
@@ -21,7 +23,16 @@ def _writes(mode, flags):
     return any(sign in (mode or "") for sign in "wax+") or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
 
-def instants(folder: Path, copies: Path, work, points=None) -> list[Path]:
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def drawn(below: int, count: int, seed: int = 0) -> set[int]:
+    """So many different numbers below a bound."""
+    return set(Random(seed).sample(range(below), count))
+
+
+def instants(folder: Path, copies: Path, work: Callable[[], object], points: set[int] | None = None) -> list[Path]:
     """Copies of `folder` as `work` would leave it if it were killed before each of its operations, and at its end.
 
     An operation opens a file for writing, writes at an offset, flushes, renames, makes or removes.
