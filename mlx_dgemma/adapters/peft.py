@@ -25,7 +25,7 @@ import mlx.core as mx
 from ..checkpoint.find import fetch
 from ..checkpoint.headers import FLOATS, read_header
 from ..errors import CheckpointError
-from ..files import atomic_file, check_name
+from ..files import atomic_file, check_name, told_errors
 from .deltas import Adapter, Delta
 from .peft_config import EXPERT_PARTS, PeftConfig
 
@@ -132,7 +132,8 @@ def write(adapter: Adapter, folder: Path, base: str) -> None:
     check_name(folder)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     arrays = {key: mx.contiguous(array.astype(mx.float32)) for key, array in _tensors(named).items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    with told_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / CONFIG) as config_file, atomic_file(folder / WEIGHTS) as weights_file:
         config_file.write_text(text, encoding="utf-8")
         mx.save_safetensors(str(weights_file), arrays, {"format": "pt"})

@@ -19,7 +19,7 @@ from ..adapters.fuse import write_checkpoint
 from ..checkpoint.folder import Checkpoint
 from ..engine import Engine
 from ..errors import DataError, MemoryLimitError, OptionError, count
-from ..files import check_name, sweep_folder
+from ..files import check_name, sweep_folder, told_errors
 from ..model import device
 from ..model.layers import Layer
 from ..prompt.images import open_file
@@ -121,7 +121,8 @@ def tune(
         if resume:
             trainer.resume(output, run.properties)
         run.check_memory(say, ignore_memory)
-        output.mkdir(parents=True, exist_ok=True)
+        with told_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
         if not resume:
             run.save_state()  # so that --resume works from the very start
         elif trainer.step == trainer_config.steps:

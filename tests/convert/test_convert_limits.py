@@ -25,6 +25,25 @@ from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 ROOT = Path(__file__).parent.parent.parent
 
 
+# --- the writer -------------------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_the_system_cuts_short_is_continued(tmp_path, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, at: pwrite(handle, data[:7], at))
+    values = np.arange(40, dtype=np.float32)
+    with Writer(tmp_path, [[Entry("a", "F32", (40,))]]) as writer:
+        writer.write("a", 0, values)
+    assert mx.load(str(tmp_path / "model.safetensors"))["a"].tolist() == values.tolist()
+
+
+@pytest.mark.parametrize(("limit", "shards"), [(16, 1), (15, 2)])
+def test_a_shard_is_filled_up_to_its_limit(tmp_path, limit, shards):
+    with Writer(tmp_path, [[Entry("a", "F32", (2,))], [Entry("b", "F32", (2,))]], limit):
+        pass
+    assert len(list(tmp_path.glob("*.safetensors"))) == shards
+
+
 # --- all or nothing -----------------------------------------------------------------------------------------------
 
 
