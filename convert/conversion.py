@@ -17,10 +17,11 @@ from mlx_dgemma.checkpoint.find import find
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.checkpoint.tied import check_tied
 from mlx_dgemma.errors import CheckpointError, OptionError
+from mlx_dgemma.files import atomic_folder, require_absent
 from mlx_dgemma.model.device import on_cpu
 
 from . import card, hub
-from .folder import atomic_folder, copy_metadata, require_absent
+from .folder import copy_metadata
 from .jobs import (
     DTYPES,
     SLICE_BYTES,

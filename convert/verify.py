@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.errors import CheckpointError
@@ -16,6 +15,7 @@ from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.model.kv_cache import Prefix
 from mlx_dgemma.prompt.messages import messages_of
 from mlx_dgemma.prompt.template import render
+from mlx_dgemma.upstream import load_tokenizer
 
 from .jobs import make_jobs, source_quantization
 

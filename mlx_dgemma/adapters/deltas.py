@@ -9,12 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
 from ..errors import CheckpointError, OptionError
 from ..model.diffusion_gemma import DiffusionGemma
+from ..upstream import DoRALinear, LoRALinear, LoRASwitchLinear, QuantizedSwitchLinear, SwitchLinear
 
 LAYERS = "model.decoder.layers."
 GROUPS = {

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +19,12 @@ from ..checkpoint.find import find
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.headers import FLOATS
 from ..checkpoint.tied import check_tied
-from ..convert.folder import atomic_folder, copy_metadata, require_absent
+from ..convert.folder import copy_metadata
 from ..convert.jobs import DTYPES, Job, float_dtype, make_jobs, read_ranges, source_quantization, to_array, to_bytes
 from ..convert.recipes import Quantization
 from ..convert.writer import Entry, Writer
 from ..errors import CheckpointError
+from ..files import atomic_folder, require_absent
 from ..model.diffusion_gemma import DiffusionGemma
 from . import peft
 from .deltas import Delta
@@ -187,7 +187,7 @@ def write_checkpoint(model: DiffusionGemma, checkpoint: Checkpoint, folder: Path
     Args:
         model: none of its weights is quantized.
         checkpoint: the source of configuration and tokenizer.
-        folder: the folder to make; it only appears when it is complete, and replaces an existing one.
+        folder: the folder to make; it only appears when it is complete, and replaces an existing one in one step.
 
     Raises:
         DgemmaError: the folder cannot be written, or the disk is full.
@@ -197,13 +197,8 @@ def write_checkpoint(model: DiffusionGemma, checkpoint: Checkpoint, folder: Path
     arrays = dict(tree_flatten(model.parameters()))
     dtypes = {name: stored[name] if stored[name] in FLOATS else default for name in arrays}
     entries = [Entry(name, dtypes[name], array.shape) for name, array in arrays.items()]
-    old = folder.with_name(f".{folder.name}.old")
-    with atomic_folder(folder, sum(entry.nbytes for entry in entries), "--output") as partial:
+    with atomic_folder(folder, sum(entry.nbytes for entry in entries), "--output", replace=True) as partial:
         with Writer(partial, [[entry] for entry in entries]) as writer:
             for name, array in arrays.items():
                 writer.write(name, 0, to_bytes(array.astype(FLOATS[dtypes[name]])))
         copy_metadata(checkpoint, partial, DTYPES[default], {})
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-    shutil.rmtree(old, ignore_errors=True)

@@ -25,6 +25,7 @@ import mlx.core as mx
 from ..checkpoint.find import fetch
 from ..checkpoint.headers import FLOATS, read_header
 from ..errors import CheckpointError
+from ..files import atomic_file, check_name, told_errors
 from .deltas import Adapter, Delta
 from .peft_config import EXPERT_PARTS, PeftConfig
 
@@ -100,7 +101,7 @@ def read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Adapter:
 def write(adapter: Adapter, folder: Path, base: str) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained` with Transformers' model computes the same.
 
-    Each file is written beside its target and then renamed.
+    Each file is written beside its target, and both are renamed when both are complete.
 
     Args:
         adapter: its arrays are written as float32.
@@ -110,6 +111,7 @@ def write(adapter: Adapter, folder: Path, base: str) -> None:
     Raises:
         CheckpointError: the adapter does not fit PEFT's layout: it has magnitudes of experts, or of some modules only,
             a path in a mode that does not use it, or no delta at all.
+        DgemmaError: a file cannot be written.
     """
     by_mode = (("encode", adapter.encode), ("denoise", adapter.denoise))
     named = {_to_name(path, mode): delta for mode, deltas in by_mode for path, delta in deltas.items()}
@@ -127,14 +129,14 @@ def write(adapter: Adapter, folder: Path, base: str) -> None:
         "target_parameters": sorted(experts) or None,
         **_ranks_and_alphas(named),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    drafts = {name: (folder / name).with_suffix(f".part{Path(name).suffix}") for name in (CONFIG, WEIGHTS)}
+    check_name(folder)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    drafts[CONFIG].write_text(text, encoding="utf-8")
     arrays = {key: mx.contiguous(array.astype(mx.float32)) for key, array in _tensors(named).items()}
-    mx.save_safetensors(str(drafts[WEIGHTS]), arrays, {"format": "pt"})
-    for name, file in drafts.items():
-        os.replace(file, folder / name)
+    with told_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / CONFIG) as config_file, atomic_file(folder / WEIGHTS) as weights_file:
+        config_file.write_text(text, encoding="utf-8")
+        mx.save_safetensors(str(weights_file), arrays, {"format": "pt"})
 
 
 def _tensors(named: dict[str, Delta]) -> dict[str, mx.array]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..constraints.matching import Pattern, PatternError, Steps
 from ..errors import CheckpointError
 from ..model.config import read_json
 
@@ -27,6 +29,71 @@ _IGNORED = frozenset(
 )
 # Initializations that leave the base weights as they are; pissa, olora, corda, loftq and lora_ga change them.
 _INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+_LAYER = re.compile(r"\.(\d{1,9})\.")  # what follows the name of the list of layers
+MAX_RANK, MAX_ALPHA = 2**16, 1e6
+MAX_STEPS = 5_000_000  # of all patterns of a file together: some seconds
+
+
+class NamePattern:
+    """A pattern of modules' names. Files of others hold them, so a match takes a bounded number of steps.
+
+    Args:
+        file, key: where it stands, for errors.
+        text: a regular expression.
+        steps: what is left for all patterns of the file.
+
+    Raises:
+        CheckpointError: it is not a regular expression, or cannot be matched in bounded time. All methods raise this.
+    """
+
+    def __init__(self, file: Path, key: str, text: str, steps: Steps):
+        self.text, self._file, self._key = text, file, key
+        with self._named_errors():
+            self._pattern = Pattern(text, steps)
+
+    def matches(self, name: str) -> bool:
+        """Whether it matches the whole name."""
+        with self._named_errors():
+            return self._pattern.fullmatch(name)
+
+    def matches_end(self, name: str) -> bool:
+        """Whether it matches the whole name, or all that follows one of its dots."""
+        literal = self._pattern.literal
+        if literal is not None:
+            return name == literal or name.endswith(f".{literal}")
+        with self._named_errors():
+            return len(name) in self._pattern.ends(name, _starts(name))
+
+    def layer(self, name: str) -> int | None:
+        """The number that follows a match in a name, as in layers.7.mlp. The match begins as early as possible.
+
+        Raises:
+            CheckpointError: several numbers may follow the same beginning.
+        """
+        for start in _starts(name):
+            with self._named_errors():
+                ends = self._pattern.ends(name, [start])
+            numbers = {int(found[1]) for end in ends if (found := _LAYER.match(name, end))}
+            if len(numbers) > 1:
+                raise CheckpointError(
+                    f"{self._file} sets {self._key} to {_json(self.text)}, which finds several layers in {name}; "
+                    "write it without repeats."
+                )
+            if numbers:
+                return numbers.pop()
+        return None
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except PatternError as error:
+            raise _wrong_value(self._file, self._key, self.text, f"a regular expression ({error})") from None
+
+
+def _starts(name: str) -> list[int]:
+    """Where a name begins, and what follows each of its dots."""
+    return [0, *(i + 1 for i, character in enumerate(name) if character == ".")]
 
 
 @dataclass(frozen=True)
@@ -49,15 +116,15 @@ class PeftConfig:
 
     rank: int
     alpha: float
-    ranks: list[tuple[re.Pattern, int]]
-    alphas: list[tuple[re.Pattern, float]]
+    ranks: list[tuple[NamePattern, int]]
+    alphas: list[tuple[NamePattern, float]]
     rslora: bool
     dora: bool
-    modules: str | list[str]
-    exclude: str | list[str]
+    modules: NamePattern | list[str]
+    exclude: NamePattern | list[str]
     parameters: list[str]
     layers: set[int]
-    layer_patterns: list[re.Pattern]
+    layer_patterns: list[NamePattern]
 
     @classmethod
     def read(cls, file: Path) -> PeftConfig:
@@ -84,27 +151,30 @@ class PeftConfig:
         if isinstance(parameters, str):
             raise _wrong_value(file, "target_parameters", parameters, "a list of names")
         patterns = [patterns] if isinstance(patterns, str) else patterns or ["[^.]*"]
+        steps = Steps(MAX_STEPS)
         return cls(
             _rank(file, "r", raw.get("r", 8)),
             _alpha(file, "lora_alpha", raw.get("lora_alpha", 8)),
-            _by_pattern(file, raw, "rank_pattern", _rank),
-            _by_pattern(file, raw, "alpha_pattern", _alpha),
+            _by_pattern(file, raw, "rank_pattern", _rank, steps),
+            _by_pattern(file, raw, "alpha_pattern", _alpha, steps),
             _flag(file, raw, "use_rslora"),
             _flag(file, raw, "use_dora"),
-            _names(file, raw, "target_modules"),
-            _names(file, raw, "exclude_modules"),
+            _names_or_pattern(file, raw, "target_modules", steps),
+            _names_or_pattern(file, raw, "exclude_modules", steps),
             parameters,
             set(layers),
-            [_compile(file, "layers_pattern", name, r"(?:^|.*?\.){}\.(?P<index>\d+)\.") for name in patterns],
+            [NamePattern(file, "layers_pattern", pattern, steps) for pattern in patterns],
         )
 
     def targets(self, name: str) -> bool:
         """True if PEFT adapts the module of that name."""
-        every = isinstance(self.modules, str) and self.modules.lower() == "all-linear"
+        every = isinstance(self.modules, NamePattern) and self.modules.text.lower() == "all-linear"
         if not (every or _matches(self.modules, name)) or (self.exclude and _matches(self.exclude, name)):
             return False
-        found = next((match for pattern in self.layer_patterns if (match := pattern.match(name))), None)
-        return not self.layers or (found is not None and int(found["index"]) in self.layers)
+        if not self.layers:
+            return True
+        found = (pattern.layer(name) for pattern in self.layer_patterns)
+        return next((number for number in found if number is not None), None) in self.layers
 
     def expert_targets(self, module: str) -> list[str]:
         """The parameters of an experts module that PEFT adapts, the innermost wrapper first."""
@@ -113,34 +183,44 @@ class PeftConfig:
 
     def rank_of(self, name: str) -> int:
         """The rank of the delta of a module or parameter."""
-        return next((rank for pattern, rank in self.ranks if pattern.match(name)), self.rank)
+        return next((rank for pattern, rank in self.ranks if pattern.matches_end(name)), self.rank)
 
     def scale_of(self, name: str) -> float:
         """The scale of the delta of a module or parameter."""
-        alpha = next((alpha for pattern, alpha in self.alphas if pattern.match(name)), self.alpha)
+        alpha = next((alpha for pattern, alpha in self.alphas if pattern.matches_end(name)), self.alpha)
         rank = self.rank_of(name)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 def _unsupported(file: Path, key: str, value: Any) -> CheckpointError:
     return CheckpointError(
-        f"{file} sets {key} to {json.dumps(value)}, which is not supported; train or export the adapter without it."
+        f"{file} sets {key} to {_json(value)}, which is not supported; train or export the adapter without it."
     )
 
 
 def _wrong_value(file: Path, key: str, value: Any, wanted: str) -> CheckpointError:
-    return CheckpointError(f"{file} sets {key} to {json.dumps(value)}; it should be {wanted}.")
+    return CheckpointError(f"{file} sets {key} to {_json(value)}; it should be {wanted}.")
+
+
+def _json(value: Any) -> str:
+    """A value as JSON, shortened."""
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _rank(file: Path, key: str, value: Any) -> int:
     if type(value) is not int or value < 1:
         raise _wrong_value(file, key, value, "a whole number of at least 1")
+    if value > MAX_RANK:
+        raise _wrong_value(file, key, value, f"at most {MAX_RANK}")
     return value
 
 
 def _alpha(file: Path, key: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or (isinstance(value, float) and not math.isfinite(value)):
         raise _wrong_value(file, key, value, "a number")
+    if not 0 < value <= MAX_ALPHA:
+        raise _wrong_value(file, key, value, f"above 0 and at most {MAX_ALPHA:.0f}")
     return value
 
 
@@ -154,34 +234,29 @@ def _flag(file: Path, raw: dict[str, Any], key: str) -> bool:
 def _names(file: Path, raw: dict[str, Any], key: str) -> Any:
     """A pattern as a string, or a list of names."""
     value = raw.get(key) or []
-    if isinstance(value, str):
-        _compile(file, key, value)
-    elif not isinstance(value, list) or any(not isinstance(name, str) for name in value):
+    if not isinstance(value, str) and (not isinstance(value, list) or any(not isinstance(name, str) for name in value)):
         raise _wrong_value(file, key, value, "a list of names or a pattern")
     return value
 
 
+def _names_or_pattern(file: Path, raw: dict[str, Any], key: str, steps: Steps) -> NamePattern | list[str]:
+    names = _names(file, raw, key)
+    return NamePattern(file, key, names, steps) if isinstance(names, str) else names
+
+
 def _by_pattern(
-    file: Path, raw: dict[str, Any], key: str, check: Callable[[Path, str, Any], Any]
-) -> list[tuple[re.Pattern, Any]]:
+    file: Path, raw: dict[str, Any], key: str, check: Callable[[Path, str, Any], Any], steps: Steps
+) -> list[tuple[NamePattern, Any]]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
         raise _wrong_value(file, key, value, "an object of names and numbers")
     return [
-        (_compile(file, key, name, r"(?:.*\.)?(?:{})$"), check(file, f"{key}'s {name}", number))
-        for name, number in value.items()
+        (NamePattern(file, key, name, steps), check(file, f"{key}'s {name}", number)) for name, number in value.items()
     ]
 
 
-def _compile(file: Path, key: str, pattern: str, template: str = "{}") -> re.Pattern:
-    try:
-        return re.compile(template.replace("{}", pattern))
-    except re.error as error:
-        raise _wrong_value(file, key, pattern, f"a regular expression ({error})") from None
-
-
-def _matches(wanted: str | list[str], name: str) -> bool:
+def _matches(wanted: NamePattern | list[str], name: str) -> bool:
     """True if a pattern matches the full name, or if one of several names is equal to it or to its end."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+    if isinstance(wanted, NamePattern):
+        return wanted.matches(name)
     return any(name == other or name.endswith(f".{other}") for other in wanted)

@@ -12,13 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..checkpoint.float16 import DECODER, KINDS, LARGEST, SMALLEST, misfit
 from ..engine import Engine
 from ..errors import OptionError, count
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.head import SHARES
+from ..upstream import QuantizedSwitchLinear, SwitchLinear
 
 MARGIN = 4.0  # other prompts may lead to numbers so many times larger, or smaller
 SHOWN = 5  # maps in the report

@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..errors import CheckpointError, OptionError
 from ..model.attention import LayerContext
@@ -20,6 +19,7 @@ from ..model.diffusion_gemma import DiffusionGemma
 from ..model.kernels import launch as kernels
 from ..model.kv_cache import LayerKV
 from ..model.masks import Mask
+from ..upstream import QuantizedSwitchLinear, SwitchLinear
 from . import weights
 from .float16 import compute_in_float16
 from .folder import Checkpoint, parameter_shapes

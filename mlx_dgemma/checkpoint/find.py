@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, DgemmaError
+from ..files import check_name
 from .headers import read_tensors
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -54,6 +55,7 @@ def fetch(
     """
     path = Path(name).expanduser()
     if path.exists():
+        check_name(path)
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise error(f"{name} does not exist; {hint}.")

@@ -10,10 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..errors import CheckpointError
 from ..model.diffusion_gemma import DiffusionGemma
+from ..upstream import QuantizedSwitchLinear, SwitchLinear
 
 LARGEST = 65504.0  # of float16
 SMALLEST = 2.0**-16  # a largest value below this: rounding to multiples of 2**-24 is coarser than bfloat16's rounding

@@ -16,11 +16,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """
     if not (checkpoint.path / "tokenizer.json").exists():
         raise CheckpointError(f"{checkpoint.path} has no tokenizer.json; download the whole checkpoint.")
-    from mlx_lm.tokenizer_utils import load
     from tokenizers import Tokenizer
 
+    from .. import upstream
+
     try:
-        tokenizer = load(checkpoint.path, eos_token_ids=list(checkpoint.generation.eos_token_ids))
+        tokenizer = upstream.load_tokenizer(checkpoint.path, eos_token_ids=list(checkpoint.generation.eos_token_ids))
         # Transformers' GemmaTokenizer sets a pre-tokenizer of its own; the model was trained with the file's.
         stored = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
         tokenizer.backend_tokenizer.pre_tokenizer = stored.pre_tokenizer

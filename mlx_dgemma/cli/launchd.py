@@ -10,13 +10,13 @@ import platform
 import plistlib
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import DgemmaError, OptionError
+from ..files import atomic_file
 
 LABEL = "org.mlx-dgemma.serve"
 KEY, MODEL = "MLX_DGEMMA_API_KEY", "MLX_DGEMMA_MODEL"
@@ -50,14 +50,8 @@ def install(
     content = plistlib.dumps(plist(arguments, api_key, home, os.environ))
     _logs(home).mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{LABEL}.")  # created with mode 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_file(path, mode=0o600) as draft:  # it may hold the API key
+        draft.write_bytes(content)
     _stop(run)
     done = _launchctl(run, "bootstrap", _domain(), str(path))
     if done.returncode:

@@ -125,7 +125,8 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8")  # regardless of the locale
+            # Regardless of the locale; names of files may hold bytes that are no text.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 @main.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")

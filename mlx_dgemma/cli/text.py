@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import shutil
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import click
 
 from ..errors import OptionError
+from ..files import atomic_file
 from .common import (
     ModelChoice,
     adapter_option,
@@ -220,17 +219,10 @@ def _read(name: str) -> str:
 def _replace(path: Path, text: str) -> None:
     """Replace a file's text atomically, keep its permissions, and save the old content as PATH.bak."""
     path = path.resolve()
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as new:
-        try:
-            new.write(text.encode())
-            new.flush()
-            os.fsync(new.fileno())
-            shutil.copymode(path, new.name)
-            shutil.copy2(path, path.with_name(path.name + ".bak"))
-            os.replace(new.name, path)
-        except BaseException:
-            os.unlink(new.name)
-            raise
+    with atomic_file(path) as draft:
+        draft.write_bytes(text.encode())
+        shutil.copymode(path, draft)
+        shutil.copy2(path, path.with_name(path.name + ".bak"))
 
 
 def _diff(old: str, new: str, name: str) -> str:

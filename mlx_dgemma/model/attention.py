@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.rope_utils import ProportionalRoPE
 
+from ..upstream import ProportionalRoPE
 from .config import TextConfig
 from .device import on_metal
 from .functions import rms_norm

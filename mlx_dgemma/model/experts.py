@@ -7,8 +7,8 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import SwitchLinear
 
+from ..upstream import SwitchLinear
 from .config import TextConfig
 from .device import fused
 from .functions import geglu, rms_norm

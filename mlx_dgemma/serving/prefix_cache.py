@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 import warnings
-from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
-from ..adapters import peft
 from ..decoding.session import Session
-from ..errors import OptionError
+from ..errors import DgemmaError
+from .prefix_store import PrefixStore
 
 if TYPE_CHECKING:
     from ..engine import Engine
 
 
 MIN_REUSE_TOKENS = 64  # encoding a shorter prefix is as fast as copying it
-FILE_STEM = "[0-9a-f]" * 32  # glob pattern of the cache's files; other files in the folder are left alone
-SAMPLE_BYTES = 2**16  # read at the beginning and at the end of each shard for the fingerprint
 
 
 class PrefixCache:
@@ -36,27 +29,20 @@ class PrefixCache:
     Args:
         engine: the engine that encodes the prompts.
         budget: bytes of unified memory.
-        folder: keeps the cache across restarts, with the same budget on disk; None keeps it in memory only.
+        folder: keeps the cache across restarts, with the same budget on disk, see `PrefixStore`; None keeps it in
+            memory only.
 
     Raises:
         OptionError: the folder cannot be created or read.
     """
 
     def __init__(self, engine: Engine, budget: int, folder: Path | None = None):
-        self._engine, self._budget, self._folder = engine, budget, folder
-        self._sessions: dict[str, Session] = {}  # by file stem, least recently used first
-        self._unsaved: list[str] = []
-        self._fingerprint = "" if folder is None else fingerprint(engine)
-        if folder is not None:
-            if folder.resolve() == engine.checkpoint.path.resolve():
-                raise OptionError(f"The cache folder {folder} is the checkpoint's own; name another.")
-            try:
-                folder.mkdir(0o700, parents=True, exist_ok=True)  # private, since the files contain prompts
-                self._load(folder)
-            except OSError as error:
-                raise OptionError(
-                    f"The cache folder {folder} cannot be used ({error.strerror}); name another."
-                ) from None
+        self._budget = budget
+        self._store = None if folder is None else PrefixStore(folder, engine, budget)
+        # By the names of their files, the least recently used first.
+        self._sessions: dict[str, Session] = {} if self._store is None else self._store.load()
+        self._unsaved: dict[str, set[str]] = {}  # and the files that each of them makes needless
+        self._failed = self._warned = False
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -88,6 +74,8 @@ class PrefixCache:
         if not best:
             return None, snapshot_at
         self._sessions[best] = self._sessions.pop(best)
+        if self._store is not None:
+            self._store.touch(best)
         return self._sessions[best].fork(), snapshot_at
 
     def put(self, session: Session) -> None:
@@ -100,130 +88,42 @@ class PrefixCache:
         if session.nbytes > self._budget:
             return  # too large: it would evict all others and not fit
         name = hashlib.sha256(json.dumps(session.cache_key).encode()).hexdigest()[:32]
+        superseded: set[str] = set()
         for other, old in list(self._sessions.items()):
             if (
                 session.shared(old.cache_key)
                 == len(old.cache_key)
                 == session.prefix.rewindable_length(len(old.cache_key))
             ):
-                self._drop(other, keep_file=other == name)
+                superseded |= self._drop(other)
         self._sessions[name] = session
-        if self._folder is not None and name not in self._unsaved and not self._file(name).exists():
-            self._unsaved.append(name)
+        superseded.discard(name)
+        self._failed = False
+        if self._store is not None and self._store.holds(name):
+            self._store.remove(superseded)
+        elif self._store is not None:
+            self._unsaved[name] = superseded  # their files stay until this one is written
         while self.nbytes > self._budget:
             self._drop(next(iter(self._sessions)))
 
     def save_one(self) -> bool:
-        """Write one unsaved session to the folder. Returns whether more are left."""
-        if self._unsaved:
-            name = self._unsaved.pop()
-            try:
-                self._write(self._file(name), self._sessions[name])
-            except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
-                self._folder, self._unsaved = None, []
-                warnings.warn(f"The prefix cache cannot be written ({error}); it stays in memory.", stacklevel=2)
+        """Write one unsaved session to the folder. Returns whether more are left that can be written now."""
+        if self._store is None or self._failed or not self._unsaved:
+            return False
+        name, superseded = self._unsaved.popitem()
+        try:
+            self._store.write(name, self._sessions[name], superseded)
+        except (DgemmaError, RuntimeError) as error:  # MLX raises RuntimeError
+            self._unsaved[name] = superseded
+            self._failed = True  # until the next `put`, since whoever waits for work calls this again at once
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"The prefix cache stays in memory for now: {error}", stacklevel=2)
+            return False
+        self._warned = False
         return bool(self._unsaved)
 
-    def _drop(self, name: str, keep_file: bool = False) -> None:
+    def _drop(self, name: str) -> set[str]:
+        """Forget a session. Returns the names of the files that are of no use without it."""
         del self._sessions[name]
-        if name in self._unsaved:
-            self._unsaved.remove(name)
-        if self._folder is not None and not keep_file:
-            with suppress(OSError):
-                self._file(name).unlink()
-
-    def _file(self, name: str) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{name}.safetensors"
-
-    def _write(self, path: Path, session: Session) -> None:
-        arrays, offset, mark = session.prefix.to_arrays()
-        arrays.update({f"features.{name}": array for name, array in session.features.items()})
-        metadata = {
-            "key": self._fingerprint,
-            "offset": str(offset),
-            "mark": str(mark),
-            "cache_key": json.dumps(session.cache_key),
-        }
-        part = path.with_suffix(".part.safetensors")  # MLX requires this file extension
-        mx.save_safetensors(str(part), arrays, metadata)
-        part.replace(path)
-
-    def _load(self, folder: Path) -> None:
-        """Load the files of an earlier process, the newest first, as far as the budget allows."""
-        for part in folder.glob(f"{FILE_STEM}.part.safetensors"):
-            part.unlink(missing_ok=True)
-        with_times = [(path.stat().st_mtime, path) for path in folder.glob(f"{FILE_STEM}.safetensors")]
-        loaded: list[tuple[str, Session]] = []
-        bytes_left = self._budget
-        for _, path in sorted(with_times, reverse=True):
-            session = self._read(path)
-            if session is None or session.nbytes > bytes_left:
-                path.unlink(missing_ok=True)
-                continue
-            bytes_left -= session.nbytes
-            loaded.append((path.stem, session))
-        self._sessions = dict(reversed(loaded))
-
-    def _read(self, path: Path) -> Session | None:
-        """The session in a file, or None if the file is broken (with a warning) or belongs to another checkpoint."""
-        try:
-            check_size(path)
-            loaded: Any = mx.load(str(path), return_metadata=True)
-            arrays, metadata = loaded
-            mx.eval(arrays)  # lazy arrays can only be evaluated on the thread that loaded them
-            if metadata["key"] != self._fingerprint:
-                return None
-            session = Session(self._engine.model)
-            session.cache_key = json.loads(metadata["cache_key"])
-            features = {n.removeprefix("features."): a for n, a in arrays.items() if n.startswith("features.")}
-            session.features = features
-            rest = {name: array for name, array in arrays.items() if not name.startswith("features.")}
-            session.prefix.load_arrays(rest, int(metadata["offset"]), int(metadata["mark"]))
-            if len(session.cache_key) != session.prefix.offset:
-                raise ValueError("its tokens and its keys differ in number")
-            return session
-        except Exception as error:  # a broken file can fail in any way
-            warnings.warn(f"{path.name} in the prefix cache is broken ({error}); it is ignored.", stacklevel=2)
-            return None
-
-
-def check_size(path: Path) -> None:
-    """Check that a safetensors file has the size that its header implies.
-
-    Raises:
-        ValueError, struct.error: the file is truncated or not a safetensors file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > size:
-            raise ValueError("its header is cut short")
-        header = json.loads(file.read(length))
-    end = max((one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"), default=0)
-    if 8 + length + end != size:
-        raise ValueError(f"it has {size} bytes and should have {8 + length + end}")
-
-
-def fingerprint(engine: Engine) -> str:
-    """Hash of what keys and values depend on besides the tokens: checkpoint, template, adapter, dtype, device, MLX."""
-    digest = hashlib.sha256()
-    dtypes = f"{engine.model.dtype} {engine.model.compute_dtype}"
-    digest.update(f"1 {dtypes} {mx.default_device()} {version('mlx')}".encode())
-    for path in sorted(engine.checkpoint.path.iterdir()):
-        if path.suffix in (".json", ".jinja"):
-            digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                size, changed = (
-                    path.stat().st_size,
-                    path.stat().st_mtime_ns,
-                )  # the sampled bytes of two tuned checkpoints may be equal
-                digest.update(f"{path.name} {size} {changed}".encode() + file.read(SAMPLE_BYTES))
-                with suppress(OSError):
-                    file.seek(-min(SAMPLE_BYTES, size), 2)
-                digest.update(file.read())
-    for path in [engine.adapter / name for name in (peft.CONFIG, peft.WEIGHTS)] if engine.adapter else ():
-        content = path.read_bytes()  # read whole, since adapters of one training run may differ anywhere
-        digest.update(f"adapter {path.name} {len(content)}".encode() + content)
-    return digest.hexdigest()
+        return {name} | self._unsaved.pop(name, set())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 from ..errors import DataError
+from ..files import atomic_file, told_errors
 
 COLUMNS = (
     "step", "seconds", "learning_rate", "loss", "canvas", "encoder", "norm", "valid_loss", "valid_right", "peak_bytes",
@@ -27,18 +27,20 @@ class MetricsLog:
 
     Args:
         file: created with a header if it does not exist.
-        step: step from which a run is resumed; later rows are removed from the file.
+        step: step from which a run is resumed; later rows, and a line that a killed run left half written, are
+            removed from the file.
 
     Raises:
         DataError: the file exists, but cannot be read.
+        DgemmaError: it cannot be written; `add` and `complete` raise this, too.
     """
 
     def __init__(self, file: Path, step: int = 0):
         self._file = file
         self.rows: list[dict[str, float | None]] = []
         if step and file.exists():
-            with file.open(newline="", encoding="utf-8") as lines:
-                texts = list(csv.DictReader(lines))
+            content = file.read_text(encoding="utf-8")
+            texts = list(csv.DictReader(content[: content.rfind("\n") + 1].splitlines()))  # the last may be cut short
             try:
                 rows: list[dict[str, float | None]] = [
                     {name: float(row[name]) if row[name] else None for name in COLUMNS} for row in texts
@@ -46,19 +48,25 @@ class MetricsLog:
             except (KeyError, TypeError, ValueError):
                 raise DataError(f"{file} is broken; remove it to start a new log.") from None
             self.rows = [{**row, "step": int(row["step"] or 0)} for row in rows if (row["step"] or 0) <= step]
-        draft = file.with_name(f".{file.name}")
-        with draft.open("w", newline="", encoding="utf-8") as lines:
-            writer = csv.DictWriter(lines, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(draft, file)
+        self._rewrite()
 
     def add(self, **row: float | None) -> None:
         """Append a row; missing columns are empty."""
         complete = {name: row.get(name) for name in COLUMNS}
         self.rows.append(complete)
-        with self._file.open("a", newline="", encoding="utf-8") as lines:
+        with told_errors(self._file), self._file.open("a", newline="", encoding="utf-8") as lines:
             csv.DictWriter(lines, COLUMNS).writerow(complete)
+
+    def complete(self, **values: float | None) -> None:
+        """Change columns of the last row. The file is replaced atomically."""
+        self.rows[-1].update(values)
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        with atomic_file(self._file, flush=False) as draft, draft.open("w", newline="", encoding="utf-8") as lines:
+            writer = csv.DictWriter(lines, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
 def draw_curves(rows: Sequence[Row], file: Path) -> None:
@@ -78,9 +86,8 @@ def draw_curves(rows: Sequence[Row], file: Path) -> None:
     values = sorted(y for curve in curves.values() for _, y in curve)
     if values:
         _plot(pen, curves, values)
-    draft = file.with_name(f".{file.name}")
-    image.save(draft, "PNG")
-    os.replace(draft, file)
+    with atomic_file(file, flush=False) as draft:
+        image.save(draft, "PNG")
 
 
 def _plot(pen: ImageDraw.ImageDraw, curves: Mapping[str, list[tuple[float, float]]], values: list[float]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..constraints.matching import Pattern, PatternError
 from ..decoding.events import Result, Stats
 from ..errors import DataError, OptionError
 from .data import Example, text_of
@@ -26,7 +26,7 @@ Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standa
 COMPARISONS: dict[str, Callable[[str, str], bool]] = {  # called with the expected text and the answer's
     "exact": lambda expected, text: text.strip() == expected.strip(),
     "contains": lambda expected, text: expected.strip() in text,
-    "regex": lambda expected, text: re.fullmatch(expected, text) is not None,
+    "regex": lambda expected, text: Pattern(expected).fullmatch(text),
 }
 Scorer = Callable[[Example, Result], float]
 
@@ -121,8 +121,8 @@ def evaluate(
     Raises:
         OptionError: an unknown metric, a function that does not exist, fails or returns another value, or an option
             outside its bounds.
-        DataError: there are no examples, an example is a plain text, an expected text is not a regular expression, or
-            no record has the field `by`.
+        DataError: there are no examples, an example is a plain text, an expected text is not a regular expression or
+            takes too many steps to match, or no record has the field `by`.
     """
     if type(batch_size) is not int or batch_size < 1:
         raise OptionError(f"batch_size is {batch_size!r}; it should be a whole number, at least 1.")
@@ -228,8 +228,8 @@ def _scorer(metric: Any, examples: Sequence[Example]) -> Scorer:
             raise DataError(f"{example.where}: This is a plain text without a question; give a prompt or messages.")
         if metric == "regex":
             try:
-                re.compile(text_of(example.chat[-1]))
-            except (re.error, OverflowError) as error:
+                Pattern(text_of(example.chat[-1]))
+            except PatternError as error:
                 raise DataError(
                     f"{example.where}: The answer is not a regular expression ({error}); correct it."
                 ) from None
@@ -242,7 +242,10 @@ def _scorer(metric: Any, examples: Sequence[Example]) -> Scorer:
     def score(example: Example, result: Result) -> float:
         calls = _names_and_arguments(_calls(example))
         same = _names_and_arguments(result.tool_calls) == calls or not (calls or metric == "exact")
-        return float(same and compare(text_of(example.chat[-1]), result.text))
+        try:
+            return float(same and compare(text_of(example.chat[-1]), result.text))
+        except PatternError as error:
+            raise DataError(f"{example.where}: The answer's regular expression cannot be used ({error}).") from None
 
     return score
 

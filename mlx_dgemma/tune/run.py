@@ -19,6 +19,7 @@ from ..adapters.fuse import write_checkpoint
 from ..checkpoint.folder import Checkpoint
 from ..engine import Engine
 from ..errors import DataError, MemoryLimitError, OptionError, count
+from ..files import check_name, sweep_folder, told_errors
 from ..model import device
 from ..model.layers import Layer
 from ..prompt.images import open_file
@@ -81,9 +82,12 @@ def tune(
 
     Raises:
         OptionError, DataError, PromptError, MemoryLimitError: most of them before the first step.
+        DgemmaError: a file cannot be written; what was saved before is kept.
     """
     objective, output = run_config.objective, run_config.output
     _check_trainable(engine, trainer_config)
+    check_name(output)
+    sweep_folder(output)
     if not resume and output.exists() and any(output.iterdir()):
         raise OptionError(f"{output} is not empty; give another --output, or continue its run with --resume.")
     splits = load(engine, run_config.data, run_config.turns, run_config.max_length, run_config.skip_long)
@@ -117,7 +121,8 @@ def tune(
         if resume:
             trainer.resume(output, run.properties)
         run.check_memory(say, ignore_memory)
-        output.mkdir(parents=True, exist_ok=True)
+        with told_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
         if not resume:
             run.save_state()  # so that --resume works from the very start
         elif trainer.step == trainer_config.steps:
@@ -214,17 +219,20 @@ class _Run:
             regular = config.validate_every and (last or trainer.step % config.validate_every == 0)
             validating = bool(self.valid and regular and not stopping)
             saving = last or stopping or validating or trainer.step % config.save_every == 0
+            seconds = earlier + time.perf_counter() - start
+            # Before the state, so that a run that is killed and resumed has a row for each step.
+            log.add(
+                step=trainer.step, seconds=round(seconds, 3), learning_rate=metrics.learning_rate, loss=metrics.total,
+                canvas=metrics.canvas, encoder=metrics.encoder, norm=metrics.norm, peak_bytes=peak,
+            )  # fmt: skip
             if saving:
                 self.save()
             validation = self.validate() if validating else {}
             ending = last or stopping or (validating and stop())
-            seconds = earlier + time.perf_counter() - start
-            log.add(
-                step=trainer.step, seconds=round(seconds, 3), learning_rate=metrics.learning_rate, loss=metrics.total,
-                canvas=metrics.canvas, encoder=metrics.encoder, norm=metrics.norm, peak_bytes=peak,
-                valid_loss=validation.get("valid_loss"), valid_right=validation.get("valid_right"),
-            )  # fmt: skip
             if saving:
+                seconds = earlier + time.perf_counter() - start
+                scores = {name: validation.get(name) for name in ("valid_loss", "valid_right")}
+                log.complete(seconds=round(seconds, 3), **scores)
                 draw_curves(log.rows, config.output / "curves.png")
             yield Progress(trainer.step, trainer.config.steps, metrics, seconds, peak, **validation)
             if ending:

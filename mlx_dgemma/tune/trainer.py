@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..adapters import deltas
 from ..errors import DataError, OptionError
+from ..files import atomic_file
 from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.layers import Layer
@@ -201,14 +202,16 @@ class Trainer:
             folder: where the file `STATE` is written.
             run: properties of the run, as JSON; they must be the same when it is resumed.
             options: the run's other options, as JSON, for `saved_options`; None for none.
+
+        Raises:
+            DgemmaError: the file cannot be written; the state before is kept.
         """
         arrays = {f"weights.{name}": a for name, a in flatten(self.model.trainable_parameters()).items()}
         arrays |= {f"optimizer.{name}": a for name, a in flatten(self.optimizer.state).items()}
         told = {"method": asdict(self.config), "about": run, "options": options or {}}
         metadata = {"step": str(self.step), **{name: json.dumps(value) for name, value in told.items()}}
-        draft = (folder / f".{STATE}").with_suffix(".part.safetensors")
-        mx.save_safetensors(str(draft), arrays, metadata)
-        os.replace(draft, folder / STATE)
+        with atomic_file(folder / STATE) as draft:
+            mx.save_safetensors(str(draft), arrays, metadata)
 
     def resume(self, folder: Path, run: dict[str, Any]) -> None:
         """Load a saved state.

@@ -6,7 +6,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import SwitchLinear
 from support import gap, random_tokens, small_config, small_model
 
 from mlx_dgemma.adapters import deltas as adapters
@@ -15,6 +14,7 @@ from mlx_dgemma.adapters.deltas import Adapter, Delta, target_paths
 from mlx_dgemma.checkpoint import build as build_module
 from mlx_dgemma.checkpoint.build import build
 from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.upstream import SwitchLinear
 
 BOUND = 1e-4
 LINEAR = (nn.Linear, SwitchLinear)

@@ -13,7 +13,8 @@ from peft_files import (
 )
 from support import refusal
 
-from mlx_dgemma.adapters import peft
+from mlx_dgemma.adapters import peft, peft_config
+from mlx_dgemma.adapters.peft_config import PeftConfig
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.errors import CheckpointError
@@ -119,6 +120,10 @@ def test_initializations_that_change_the_base_are_refused(tmp_path, shapes, star
         ({"r": True}, "sets r to true; it should be a whole number of at least 1."),
         ({"lora_alpha": "16"}, 'sets lora_alpha to "16"; it should be a number.'),
         ({"lora_alpha": math.inf}, "sets lora_alpha to Infinity; it should be a number."),
+        ({"lora_alpha": 1e308}, "sets lora_alpha to 1e+308; it should be above 0 and at most 1000000."),
+        ({"lora_alpha": -3}, "sets lora_alpha to -3; it should be above 0 and at most 1000000."),
+        ({"lora_alpha": 10**400}, f"sets lora_alpha to 1{'0' * 199}...; it should be above 0 and at most 1000000."),
+        ({"r": 10**5}, "sets r to 100000; it should be at most 65536."),
         ({"rank_pattern": ["q"]}, 'sets rank_pattern to ["q"]; it should be an object of names and numbers.'),
         ({"rank_pattern": {"q": 2.5}}, "sets rank_pattern's q to 2.5; it should be a whole number of at least 1."),
         ({"alpha_pattern": {"q": [1]}}, "sets alpha_pattern's q to [1]; it should be a number."),
@@ -132,8 +137,55 @@ def test_initializations_that_change_the_base_are_refused(tmp_path, shapes, star
             'sets target_modules to "(q"; it should be a regular expression '
             "(missing ), unterminated subpattern at position 0).",
         ),
+        (
+            {"rank_pattern": {"a{99999999999999}": 4}},
+            'sets rank_pattern to "a{99999999999999}"; it should be a regular expression (it repeats too often).',
+        ),
+        (
+            {"alpha_pattern": {"(" * 3000 + ")" * 3000: 4}},
+            f'sets alpha_pattern to "{"(" * 199}...; it should be a regular expression (it is nested too deeply).',
+        ),
+        (
+            {"exclude_modules": r"(q)\1"},
+            'sets exclude_modules to "(q)\\\\1"; it should be a regular expression '
+            "(it has a backreference, which is not supported here).",
+        ),
     ],
 )
 def test_values_of_a_wrong_type_are_refused(tmp_path, shapes, changes, message):
     folder = save(tmp_path, pair("decoder.layers.0.self_attn.q_proj"), **changes)
     assert refusal(CheckpointError, peft.read, folder, shapes) == f"{folder}/adapter_config.json {message}"
+
+
+@pytest.mark.parametrize(
+    "key", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+)
+def test_patterns_on_which_re_hangs_are_matched(tmp_path, shapes, key):
+    """They match nothing here, so that the adapter is read as without them, or is not targeted."""
+    hangs = "(([a-z._0-9]+)+)+X"
+    changes = {key: {hangs: 4} if key.endswith("pattern") and key != "layers_pattern" else hangs}
+    if key == "layers_pattern":
+        changes["layers_to_transform"] = [0]
+    folder = save(tmp_path, pair("decoder.layers.0.self_attn.q_proj"), **changes)
+    if key in ("target_modules", "layers_pattern"):
+        assert "does not target" in refusal(CheckpointError, peft.read, folder, shapes)
+    else:
+        assert len(peft.read(folder, shapes).denoise) == 1
+
+
+def test_patterns_that_take_too_long_are_refused(tmp_path, shapes, monkeypatch):
+    monkeypatch.setattr(peft_config, "MAX_STEPS", 50)
+    folder = save(tmp_path, pair("decoder.layers.0.self_attn.q_proj"), target_modules="(.{0,60}){0,60}q_proj")
+    assert refusal(CheckpointError, peft.read, folder, shapes) == (
+        f'{folder}/adapter_config.json sets target_modules to "(.{{0,60}}){{0,60}}q_proj"; '
+        "it should be a regular expression (it takes too many steps to match)."
+    )
+
+
+def test_a_layer_pattern_that_finds_several_numbers_is_refused(tmp_path, shapes):
+    name = "decoder.layers.0.self_attn.q_proj"
+    for pattern, layers, count in (("layers", [0], 1), ("lay[a-z]*", 0, 1), (".*", [0], 1)):
+        folder = save(tmp_path / pattern, pair(name), layers_pattern=pattern, layers_to_transform=layers)
+        assert len(peft.read(folder, shapes).denoise) == count
+    config = PeftConfig.read(folder / peft.CONFIG)
+    assert "which finds several layers in a.1.b.2.q_proj;" in refusal(CheckpointError, config.targets, "a.1.b.2.q_proj")

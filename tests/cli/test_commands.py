@@ -28,6 +28,11 @@ def test_help_imports_nothing_heavy():
     assert re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE) == COMMANDS
 
 
+def test_names_that_are_no_text_are_told_in_a_sentence():
+    done = python("-m", "mlx_dgemma", "convert", "a", os.fsdecode(b"mod\xff"))
+    assert done.stderr.endswith("Error: Got unexpected extra argument (mod\\udcff)\n")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     done = run(command, "-h")

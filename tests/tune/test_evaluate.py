@@ -91,6 +91,7 @@ def write(tmp_path):
         ("regex", r"\d+( years)?", "31 years", 1),
         ("regex", r"\d+( years)?", "31 years old", 0),
         ("regex", "a|ab", "ab", 1),
+        ("regex", "(([a-z]+)+)+X", "a" * 60, 0),
     ],
 )
 def test_texts_that_are_right(metric, expected, answered, right):

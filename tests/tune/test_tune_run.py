@@ -48,11 +48,15 @@ def test_a_log_continues_and_is_drawn(tmp_path):
     log = MetricsLog(tmp_path / "log.csv")
     for step in range(1, 6):
         log.add(step=step, seconds=step / 2, loss=1 / step, valid_loss=0.5 if step == 4 else None)
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("2")  # of 21, by a process that was killed while it wrote
     again = MetricsLog(tmp_path / "log.csv", step=3)
     again.add(step=4, seconds=2.5, loss=0.25)
+    again.complete(valid_loss=0.125)
     lines = (tmp_path / "log.csv").read_text().splitlines()
     assert lines[0] == ",".join(COLUMNS)
     assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3", "4"]
+    assert lines[4].split(",")[7] == "0.125"
     draw_curves(log.rows, tmp_path / "curves.png")
     full = (tmp_path / "curves.png").read_bytes()
     draw_curves([], tmp_path / "curves.png")
