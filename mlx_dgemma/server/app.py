@@ -17,12 +17,14 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ..serving.scheduler import Scheduler
-from .chat import chat_completions
-from .completions import completions
+from .chat import ChatExchange
+from .completions import CompletionExchange
 from .errors import ApiError
+from .metrics import Histograms, metrics_text
 from .openapi import openapi_document
 from .options import check_model
-from .responses import responses
+from .pipeline import endpoint
+from .responses import ResponseExchange
 from .security import SecurityMiddleware, error_response
 from .settings import Settings
 from .streaming import ClientDisconnected
@@ -32,23 +34,7 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-GAUGES = {
-    "running": "Requests being generated.",
-    "waiting": "Requests waiting in the queue.",
-    "cache_bytes": "Bytes of cached prefixes.",
-    "cache_entries": "Number of cached prefixes.",
-}
-COUNTERS = {
-    "requests": "Requests submitted.",
-    "cancelled": "Requests cancelled because the client disconnected.",
-    "failed": "Requests that failed.",
-    "prompt_tokens": "Prompt tokens.",
-    "cached_tokens": "Prompt tokens reused from the prefix cache.",
-    "generated_tokens": "Generated tokens.",
-    "blocks": "Finished canvases (blocks).",
-    "denoising_steps": "Denoising steps, summed over requests.",
-    "canvas_positions": "Canvas positions computed, summed over denoising steps.",
-}
+PARSED_AT_ONCE = 2  # large bodies
 
 
 def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
@@ -58,13 +44,15 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
         scheduler, settings: the arguments.
         started: Unix time.
         counts: number of requests by route and status.
+        histograms: how long answers took.
         decode_limiter: allows one picture to be decoded at a time, which takes up to 1 GB.
+        parse_limiter: allows `PARSED_AT_ONCE` large bodies to be parsed at a time.
         stopping: a function that returns whether the server is shutting down; the caller may replace it.
     """
     routes = [
-        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-        Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/chat/completions", endpoint(ChatExchange), methods=["POST"]),
+        Route("/v1/completions", endpoint(CompletionExchange), methods=["POST"]),
+        Route("/v1/responses", endpoint(ResponseExchange), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{id:path}", model),
         Route("/health", health),
@@ -93,7 +81,8 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
     )
     app.router.redirect_slashes = False
     app.state.scheduler, app.state.settings, app.state.counts = scheduler, settings, counts
-    app.state.decode_limiter = CapacityLimiter(1)
+    app.state.histograms = Histograms()
+    app.state.decode_limiter, app.state.parse_limiter = CapacityLimiter(1), CapacityLimiter(PARSED_AT_ONCE)
     app.state.started, app.state.stopping = int(time.time()), lambda: False
     return app
 
@@ -124,17 +113,9 @@ async def health(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """GET /metrics in Prometheus' text format."""
-    load, lines = request.app.state.scheduler.load(), []
-    for name, help_text in GAUGES.items():
-        lines += _metric(f"dgemma_{name}", "gauge", help_text, {"": getattr(load, name)})
-    for name, help_text in COUNTERS.items():
-        lines += _metric(f"dgemma_{name}_total", "counter", help_text, {"": load.counters[name]})
-    counts = {
-        f'{{endpoint="{endpoint}",status="{status}"}}': count
-        for (endpoint, status), count in sorted(request.app.state.counts.items())
-    }
-    lines += _metric("dgemma_http_requests_total", "counter", "HTTP requests by endpoint and status.", counts)
-    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+    state = request.app.state
+    text = metrics_text(state.scheduler.load(), state.histograms, state.counts)
+    return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
 async def openapi(request: Request) -> Response:
@@ -150,11 +131,6 @@ async def page(_: Request) -> Response:
         "Referrer-Policy": "no-referrer",
     }
     return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
-
-
-def _metric(name: str, kind: str, help_text: str, values: dict[str, int]) -> list[str]:
-    samples = [f"{name}{labels} {value}" for labels, value in values.items()]
-    return [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}", *samples]
 
 
 def _model(request: Request) -> dict[str, object]:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
 
 from ..decoding.events import Block
 from ..decoding.request import Request
@@ -17,85 +12,15 @@ from ..prompt.answer import held_back
 from ..serving.scheduler import Accepted
 from ..tasks import infill
 from ..tasks.infill import LONGEST
-from .events import EventTranslator, FinishedAnswer, collect_answers, stats, usage, usage_and_stats
-from .fields import Fields, read_body
-from .follow import follow_all
-from .options import Delivery, as_api_errors, parse_arguments, parse_delivery
+from .bodies import Completion
+from .chat import Choices
+from .events import FinishedAnswer, stats
+from .fields import reject
+from .options import as_api_errors
 from .settings import Settings
-from .streaming import EventStream, after_first_event, cancel_on_disconnect
 
 if TYPE_CHECKING:
     from ..engine import Engine
-
-
-async def completions(request: HttpRequest) -> Response:
-    """Complete a text, with one JSON body or with server-sent events."""
-    scheduler, settings = request.app.state.scheduler, request.app.state.settings
-    completion = parse_completion(await read_body(request), scheduler.engine, settings)
-    prepares = [completion.prepare(scheduler.engine, i) for i in range(completion.delivery.choices)]
-    events = follow_all(scheduler, prepares, completion.delivery.drafts, EventTranslator(scheduler.engine))
-    if completion.delivery.stream:
-        return EventStream(await after_first_event(request, _chunks(completion, events)))
-    return JSONResponse(await cancel_on_disconnect(request, _body(completion, events)))
-
-
-@dataclass(frozen=True)
-class CompletionRequest:
-    """A parsed request.
-
-    Attributes:
-        delivery: how the answers are sent.
-        prefix: the text before the hole.
-        suffix: the text after the hole; "" continues the prefix.
-        arguments: further arguments of `infill.infill`, with the seed of the first answer.
-        stop: stop strings; `infill` has none, so the server cuts the text.
-    """
-
-    delivery: Delivery
-    prefix: str
-    suffix: str
-    arguments: dict[str, Any]
-    stop: list[str]
-
-    def prepare(self, engine: Engine, i: int) -> Callable[[], Request]:
-        """Return the function that makes the request of answer `i` on the scheduler's thread."""
-
-        def prepare() -> Request:
-            with as_api_errors("prompt"):
-                arguments = {**self.arguments, "seed": self.arguments["seed"] + i}
-                return infill.infill(engine.builder, self.prefix, self.suffix, **arguments)
-
-        return prepare
-
-
-def parse_completion(fields: Fields, engine: Engine, settings: Settings) -> CompletionRequest:
-    """Parse the body of a completion request.
-
-    Raises:
-        ApiError: a field is wrong or not supported.
-    """
-    delivery = parse_delivery(fields, settings)
-    arguments = parse_arguments(fields, engine.options, choices=delivery.choices)
-    prefix = fields.get("prompt")
-    if isinstance(prefix, list) and len(prefix) == 1:
-        prefix = prefix[0]
-    fields.require("prompt")
-    if not isinstance(prefix, str):
-        fields.reject("prompt", "it should be one string: send several in several requests, and no tokens")
-    suffix = fields.text("suffix", "")
-    for name, value in (("thinking", False), ("exact", False), ("regex", None)):
-        if arguments.pop(name, value) != value:
-            fields.reject(name, "a text is continued without it: leave it out, or ask /v1/chat/completions")
-    if suffix and arguments.pop("max_tokens", LONGEST) < LONGEST:
-        fields.reject(
-            "max_tokens", f"the length of a hole is found by looking at up to {LONGEST} tokens: give that many or more"
-        )
-    fields.allow_only("echo", False, why="the prompt is not repeated: leave it out, or give false")
-    fields.allow_only("best_of", 1, why="every answer is given: leave it out, and ask for n")
-    fields.allow_only("logprobs", why="log-probabilities are told by /v1/chat/completions alone: leave it out")
-    fields.reject_unknown()
-    arguments.setdefault("seed", secrets.randbits(32))
-    return CompletionRequest(delivery, prefix, suffix, arguments, arguments.pop("stop", []))
 
 
 @dataclass
@@ -129,40 +54,48 @@ class StopCutter:
         return new
 
 
+class CompletionExchange(Choices):
+    """A text to continue or to fill."""
+
+    BODY = Completion
+    KIND = ("cmpl", "text_completion", "text_completion")
+
+    def __init__(self, body: Completion, engine: Engine, settings: Settings):
+        super().__init__(body, engine, settings)
+        self.prefix = body.prompt if isinstance(body.prompt, str) else body.prompt[0]
+        stop = self.arguments.pop("stop", [])  # `infill` has none, so the server cuts the text
+        self._cutters = [StopCutter(stop) for _ in range(body.choices)]
+        self.arguments.pop("exact", None)
+        if body.suffix and (limit := self.arguments.pop("max_tokens", LONGEST)) < LONGEST:
+            why = f"the length of a hole is found by looking at up to {LONGEST} tokens: give that many or more"
+            reject("max_tokens", limit, why)
+
+    def prepare(self, engine: Engine, arguments: dict[str, Any]) -> Request:
+        """Make the request of one answer."""
+        with as_api_errors("prompt"):
+            return infill.infill(engine.builder, self.prefix, self.body.suffix or "", **arguments)
+
+    def events(self, i: int, event: Any) -> Iterator[dict[str, Any]]:
+        """The chunks of an event."""
+        cutter = self._cutters[i]
+        if isinstance(event, Accepted):
+            yield self.chunk(_choice(i, "", None))
+        elif isinstance(event, Block):
+            if text := cutter.add(event.text):
+                yield self.chunk(_choice(i, text, None))
+        elif isinstance(event, FinishedAnswer):
+            self.answers[i] = event
+            yield self.chunk(_choice(i, cutter.add("", last=True), self._reason(i, event)), stats=stats(event))
+        else:
+            yield self.draft(i, event)
+
+    def choice(self, i: int, answer: FinishedAnswer) -> dict[str, Any]:
+        """A whole answer as a choice of the body."""
+        return _choice(i, self._cutters[i].text, self._reason(i, answer))
+
+    def _reason(self, i: int, answer: FinishedAnswer) -> str:
+        return "stop" if self._cutters[i].stopped else answer.result.finish_reason
+
+
 def _choice(i: int, text: str, reason: str | None) -> dict[str, Any]:
     return {"text": text, "index": i, "logprobs": None, "finish_reason": reason}
-
-
-async def _body(completion: CompletionRequest, events: AsyncGenerator[tuple[int, Any]]) -> dict[str, Any]:
-    answers, choices = await collect_answers(events), []
-    for i, answer in enumerate(answers):
-        cutter = StopCutter(completion.stop)
-        text = cutter.add(answer.result.text, last=True)
-        choices.append(_choice(i, text, "stop" if cutter.stopped else answer.result.finish_reason))
-    envelope = completion.delivery.envelope("cmpl", "text_completion")
-    return {**envelope, "choices": choices, **usage_and_stats(answers)}
-
-
-async def _chunks(
-    completion: CompletionRequest, events: AsyncGenerator[tuple[int, Any]]
-) -> AsyncGenerator[dict[str, Any]]:
-    envelope = completion.delivery.envelope("cmpl", "text_completion")
-    answers: dict[int, FinishedAnswer] = {}
-    cutters = [StopCutter(completion.stop) for _ in range(completion.delivery.choices)]
-    no_usage = {"usage": None} if completion.delivery.usage else {}
-    async with aclosing(events):
-        async for i, event in events:
-            if isinstance(event, Accepted):
-                yield {**envelope, "choices": [_choice(i, "", None)], **no_usage}
-            elif isinstance(event, Block):
-                if text := cutters[i].add(event.text):
-                    yield {**envelope, "choices": [_choice(i, text, None)], **no_usage}
-            elif isinstance(event, FinishedAnswer):
-                answers[i] = event
-                rest = cutters[i].add("", last=True)
-                reason = "stop" if cutters[i].stopped else event.result.finish_reason
-                yield {**envelope, "choices": [_choice(i, rest, reason)], **no_usage, "stats": stats(event)}
-            else:
-                yield {**envelope, "choices": [], "draft": {"index": i, **event}}
-    if completion.delivery.usage:
-        yield {**envelope, "choices": [], "usage": usage([answers[i] for i in sorted(answers)])}

@@ -1,4 +1,4 @@
-"""Strict reading of JSON bodies: every field has a type, and unknown fields are refused by name."""
+"""Typed request bodies: JSON becomes pydantic models, and what is wrong with it one sentence that names the field."""
 
 from __future__ import annotations
 
@@ -6,34 +6,113 @@ import json
 import math
 import re
 import reprlib
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 from .errors import ApiError
 
-if TYPE_CHECKING:
-    from starlette.requests import Request
-
-
 MAX_INTEGER = 2**31 - 1  # default upper bound of integer fields
 MAX_DIGITS = 40  # of an integer; parsing takes quadratic time in the number of digits
+MAX_VALUES = 100_000  # objects, lists and commas of a body outside its strings
+MAX_ITEMS = 4096  # of a list of messages, parts or calls
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+SENTENCES = {  # by pydantic's names of errors
+    "string_type": "it should be a string",
+    "bool_type": "it should be true or false",
+    "int_type": "it should be a whole number",
+    "list_type": "it should be a list",
+    "dict_type": "it should be a JSON object",
+    "model_type": "it should be a JSON object",
+    "model_attributes_type": "it should be a JSON object",
+    "too_long": "it should have at most {max_length:,}: send fewer",
+    "string_too_long": "at most {max_length:,} characters are read: give a shorter one",
+    "literal_error": "it should be {expected}",
+    "union_tag_invalid": "it should be {expected_tags}",
+}
+ORDER = {"missing": 1, "extra_forbidden": 2}  # wrong values are told before these
+B = TypeVar("B", bound="Body")
+T = TypeVar("T")
+Many = Annotated[list[T], Field(max_length=MAX_ITEMS)]
 
 
-async def read_body(request: Request) -> Fields:
-    """Read the JSON body of a request; its `Content-Type` is ignored.
+class Body(BaseModel):
+    """An object of a request. Unknown fields are refused, and a null field counts as absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class Rule:
+    """Annotation of a field: the values it takes, and what the sentence about others says behind the value.
+
+    Args:
+        why: such as "it should be a string".
+        schema: takes the place of the type's own.
+    """
+
+    def __init__(self, why: str, schema: CoreSchema | None = None):
+        self._why, self._schema = why, schema
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """What pydantic asks of an annotation."""
+        return core_schema.custom_error_schema(
+            self._schema or handler(source), custom_error_type="why", custom_error_message=self._why
+        )
+
+
+def whole(low: int, high: int = MAX_INTEGER) -> Rule:
+    """An integer from `low` to `high`."""
+    bounds = f"at least {low}" if high == MAX_INTEGER else f"from {low} to {high}"
+    return Rule(f"it should be a whole number, {bounds}", core_schema.int_schema(strict=True, ge=low, le=high))
+
+
+def number(low: float, high: float) -> Rule:
+    """A number from `low` to `high`."""
+    schema = core_schema.float_schema(strict=True, ge=low, le=high, allow_inf_nan=False)
+    return Rule(f"it should be a number from {low:g} to {high:g}", schema)
+
+
+def only(*allowed: Any, why: str) -> Rule:
+    """One of these values, or nothing at all."""
+
+    def check(value: Any) -> Any:
+        if not any(isinstance(value, bool) == isinstance(one, bool) and value == one for one in allowed):
+            raise ValueError
+        return value
+
+    described = core_schema.literal_schema(list(allowed)) if allowed else core_schema.none_schema()
+    return Rule(why, core_schema.no_info_plain_validator_function(check, json_schema_input_schema=described))
+
+
+def parse_body(model: type[B], body: bytes) -> B:
+    """Read the JSON body of a request.
 
     Raises:
-        ApiError: the body is not a JSON object (400).
+        ApiError: the body is no JSON (see `parse_json`), or a field is missing, wrong or unknown.
     """
-    return parse_json(await request.body())
+    data = parse_json(body)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = min(error.errors(include_url=False), key=lambda one: ORDER.get(one["type"], 0))
+        raise _api_error(first, data) from None
 
 
-def parse_json(body: bytes) -> Fields:
-    """Parse a JSON object.
+def parse_json(body: bytes) -> Any:
+    """Parse JSON.
 
     Raises:
-        ApiError: the body is not UTF-8, not JSON or not an object; is nested too deeply; or contains NaN or infinity,
-            a duplicate key, a lone surrogate, or an integer of more than `MAX_DIGITS` digits.
+        ApiError: the body is not UTF-8 or not JSON; is nested too deeply or has more than `MAX_VALUES` values; or
+            contains NaN or infinity, a duplicate key, a lone surrogate, or an integer of more than `MAX_DIGITS` digits.
     """
+    if _count(body) > MAX_VALUES and _count(STRING.sub(b"", body)) > MAX_VALUES:
+        raise ApiError(f"The body has more than {MAX_VALUES:,} values; send fewer.", status=413)
     try:
         data = json.loads(
             body.decode(),
@@ -52,139 +131,59 @@ def parse_json(body: bytes) -> Fields:
         raise ApiError("The body is nested too deeply; send JSON with fewer levels.") from None
     except ValueError as error:
         raise ApiError(f"The body is not JSON ({error}); send a JSON object.") from None
-    return Fields(data)
+    return data
 
 
-class Fields:
-    """One JSON object of a request. A null field counts as absent.
+def reject(path: str, value: Any, why: str) -> NoReturn:
+    """Refuse a field with the message "PATH is VALUE; WHY."."""
+    raise ApiError(f"{path} is {format_value(value)}; {why}.", path)
 
-    Read every known field, then call `reject_unknown`. All methods raise `ApiError` (400) with the field's path as
-    `param`, such as "messages[0].content" or "stream_options.include_usage".
 
-    Args:
-        data: the parsed JSON.
-        location: path to the object in the body; "" for the body itself.
-    """
-
-    def __init__(self, data: Any, location: str = ""):
-        self.location = location
-        if not isinstance(data, dict):
-            name = location or "The body"
-            raise ApiError(f"{name} is {format_value(data)}; it should be a JSON object.", location or None)
-        self.data: dict[str, Any] = data
-        self._read: set[str] = set()
-
-    def path(self, name: str) -> str:
-        """Path of a field in the body."""
-        return f"{self.location}.{name}" if self.location else name
-
-    def has(self, name: str) -> bool:
-        """Whether a field is present and not null. This does not mark it as read."""
-        return self.data.get(name) is not None
-
-    def get(self, name: str) -> Any:
-        """Value of a field of any type, or None if it is absent."""
-        self._read.add(name)
-        return self.data.get(name)
-
-    def text(self, name: str, default: Any = None) -> Any:
-        """A string. This method and the next five return `default` if the field is absent."""
-        return self._typed(name, default, lambda value: isinstance(value, str), "it should be a string")
-
-    def flag(self, name: str, default: Any = None) -> Any:
-        """A boolean."""
-        return self._typed(name, default, lambda value: isinstance(value, bool), "it should be true or false")
-
-    def integer(self, name: str, low: int, high: int = MAX_INTEGER, default: Any = None) -> Any:
-        """An integer from `low` to `high`."""
-        bounds = f"at least {low}" if high == MAX_INTEGER else f"from {low} to {high}"
-        return self._typed(
-            name,
-            default,
-            lambda value: type(value) is int and low <= value <= high,
-            f"it should be a whole number, {bounds}",
-        )
-
-    def number(self, name: str, low: float, high: float, default: Any = None) -> Any:
-        """An integer or float from `low` to `high`."""
-        return self._typed(
-            name,
-            default,
-            lambda value: type(value) in (int, float) and low <= value <= high,
-            f"it should be a number from {low:g} to {high:g}",
-        )
-
-    def choice(self, name: str, *allowed: str, default: Any = None) -> Any:
-        """One of the `allowed` strings."""
-        return self._typed(
-            name,
-            default,
-            lambda value: isinstance(value, str) and value in allowed,
-            f"it should be {' or '.join(map(json.dumps, allowed))}",
-        )
-
-    def array(self, name: str, default: Any = None) -> Any:
-        """A list of any values."""
-        return self._typed(name, default, lambda value: isinstance(value, list), "it should be a list")
-
-    def object(self, name: str) -> Fields | None:
-        """An object, or None if absent. The caller reads it and calls its `reject_unknown`."""
-        value = self.get(name)
-        return None if value is None else Fields(value, self.path(name))
-
-    def objects(self, name: str) -> list[Fields]:
-        """A list of objects, empty if absent. The caller reads each and calls its `reject_unknown`."""
-        return [Fields(one, f"{self.path(name)}[{i}]") for i, one in enumerate(self.array(name, []))]
-
-    def require(self, name: str) -> None:
-        """Refuse the request if a field is absent."""
-        if not self.has(name):
-            raise ApiError(f"{self.path(name)} is missing; give it.", self.path(name))
-
-    def allow_only(self, name: str, *allowed: Any, why: str) -> None:
-        """Accept a field without effect if it is absent, null or one of the `allowed` values.
-
-        Args:
-            why: the reason given when another value is refused.
-        """
-        value = self.get(name)
-        if value is not None and not any(type(value) is type(one) and value == one for one in allowed):
-            self.reject(name, why)
-
-    def reject(self, name: str, why: str) -> NoReturn:
-        """Refuse a field with the message "NAME is VALUE; WHY."."""
-        raise ApiError(f"{self.path(name)} is {format_value(self.data.get(name))}; {why}.", self.path(name))
-
-    def reject_unknown(self) -> None:
-        """Refuse fields that were not read."""
-        for name, value in self.data.items():
-            if name not in self._read and value is not None:
-                raise ApiError(
-                    f"{self.path(shorten_name(name))} is not supported here; leave it out.",
-                    self.path(shorten_name(name)),
-                )
-
-    def _typed(self, name: str, default: Any, is_valid: Any, why: str) -> Any:
-        value = self.get(name)
-        if value is None:
-            return default
-        if not is_valid(value):
-            self.reject(name, why)
-        return value
+def reject_missing(path: str) -> NoReturn:
+    """Refuse a request without this field."""
+    raise ApiError(f"{path} is missing; give it.", path)
 
 
 def format_value(value: Any) -> str:
-    """A JSON value for an error message, shortened."""
+    """A value of a body for an error message, shortened."""
+    if isinstance(value, Body):
+        value = dict.fromkeys(value.model_fields_set)
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    if isinstance(value, str):
-        return reprlib.repr(value)
-    return json.dumps(value)
+    return reprlib.repr(value) if isinstance(value, str) else json.dumps(value)
 
 
-def shorten_name(name: str) -> str:
-    """A field name for an error message, shortened."""
-    return name if len(name) <= 64 else name[:61] + "..."
+def _api_error(error: Any, data: Any) -> ApiError:
+    """One of pydantic's errors as a sentence. Its location holds tags of unions, which are no part of the path."""
+    kind, context, path = error["type"], error.get("ctx", {}), ""
+    for i, step in enumerate(error["loc"]):
+        last = i == len(error["loc"]) - 1
+        if isinstance(data, dict) and (step in data or (last and kind in ("missing", "extra_forbidden"))):
+            name = step if len(step) <= 64 else step[:61] + "..."
+            path, data = f"{path}.{name}" if path else name, data.get(step)
+        elif isinstance(data, list) and isinstance(step, int):
+            path, data = f"{path}[{step}]", data[step]
+    if kind.startswith("union_tag"):
+        name = context["discriminator"].strip("'")
+        path = f"{path}.{name}"
+        kind, data = ("missing", None) if data.get(name) is None else (kind, data[name])
+    if kind == "missing":
+        return ApiError(f"{path} is missing; give it.", path)
+    if kind == "extra_forbidden":
+        return ApiError(f"{path} is not supported here; leave it out.", path)
+    if kind == "sentence":
+        return ApiError(error["msg"], path)
+    words = {
+        name: value.replace("', '", "' or '").replace("'", '"') if isinstance(value, str) else value
+        for name, value in context.items()
+    }
+    why = error["msg"] if kind == "why" else SENTENCES[kind].format(**words)
+    end = "" if why.endswith("...") else "."
+    return ApiError(f"{path or 'The body'} is {format_value(data)}; {why}{end}", path or None)
+
+
+def _count(body: bytes) -> int:
+    return sum(map(body.count, (b"{", b"[", b",")))
 
 
 def _reject_constant(name: str) -> NoReturn:

@@ -1,57 +1,42 @@
-"""The OpenAPI 3.1 description of every endpoint: request bodies, responses and errors."""
+"""The OpenAPI 3.1 description of every endpoint. The request bodies are described by their models."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
 
+from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+
 from .. import __version__
 from ..decoding.events import Stats
-from ..model.patches import BUDGETS
-from .chat import EFFORTS
-from .fields import MAX_INTEGER
-from .items import ROLES, STATUS
-from .options import FLAGS, INTEGER_LIMITS, MAX_CHOICES, MAX_STOP_STRINGS, NUMBER_LIMITS
-from .responses import MAX_LABEL_NAME, MAX_LABEL_VALUE, MAX_LABELS
+from .bodies import Chat, Completion
+from .items import Response
 from .settings import Settings
 
 Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string"}
-NON_BLANK: Schema = {"type": "string", "pattern": "\\S"}
-FLAG: Schema = {"type": "boolean"}
+TEXT_OR_NULL: Schema = {"type": ["string", "null"]}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 NUMBER: Schema = {"type": "number"}
 ANY_OBJECT: Schema = {"type": "object"}
-OPTION_DESCRIPTIONS = {  # of the options that OpenAI does not have
-    "exact": "Use the reference implementation's stopping rule only.",
-    "fast": "Fix confident tokens for good, which takes fewer steps.",
-    "max_denoising_steps": "Maximum number of denoising steps of a canvas.",
-    "stability_threshold": "Number of previous steps whose most probable tokens must be the same.",
-    "patience": "Finish a canvas after this many steps without a change; 0 disables this.",
-    "image_tokens": "Maximum number of soft tokens of a picture.",
-    "entropy_bound": "Nats; a higher value accepts more positions in one step.",
-    "t_min": "Temperature at the last step.",
-    "t_max": "Temperature at the first step.",
-    "confidence_threshold": "Finish a canvas when its mean entropy, in nats, is below this.",
-    "certainty_threshold": "Finish a canvas when every position's entropy, in nats, is below this; 0 disables this.",
-}
 STATUSES = {
     400: "A field is wrong or not supported; `param` names it.",
     401: "The API key is missing or wrong.",
     403: "The Host or Origin header is not allowed.",
     404: "The request names another model.",
+    408: "The request took too long to arrive.",
     413: "The body is too large.",
     429: "The queue is full; retry after `Retry-After` seconds.",
     500: "The server failed.",
-    503: "The server is stopping.",
+    503: "The server is stopping, or has too many connections.",
 }
 
 
 def openapi_document(settings: Settings) -> dict[str, Any]:
     """The description of a server with this configuration."""
-    body = (400, 401, 403, 404, 413, 429, 500, 503)
     page = "A web page to try the model."
+    model = {"type": "string", "enum": [settings.model, "default"]}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -61,17 +46,13 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
             "refused by name.",
         },
         "paths": {
-            "/v1/chat/completions": {"post": _post("chat", "Answer messages.", "Chat", "ChatAnswer", body)},
-            "/v1/completions": {
-                "post": _post(
-                    "complete", "Continue a text, or fill a hole in it.", "Completion", "CompletionAnswer", body
-                )
-            },
-            "/v1/responses": {"post": _post("respond", "Answer input items.", "Response", "ResponseAnswer", body)},
+            "/v1/chat/completions": {"post": _post("chat", "Answer messages.", "Chat")},
+            "/v1/completions": {"post": _post("complete", "Continue a text, or fill a hole in it.", "Completion")},
+            "/v1/responses": {"post": _post("respond", "Answer input items.", "Response")},
             "/v1/models": {"get": _get("models", "The served model.", _json(_ref("Models")), 401, 403)},
             "/v1/models/{id}": {
                 "get": _get("model", "The served model by name.", _json(_ref("Model")), 401, 403, 404),
-                "parameters": [{"name": "id", "in": "path", "required": True, "schema": _model(settings)}],
+                "parameters": [{"name": "id", "in": "path", "required": True, "schema": model}],
             },
             "/health": {"get": _health()},
             "/metrics": {
@@ -83,12 +64,7 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
             "/": {"get": _get("page", page, {"text/html": {"schema": TEXT}}, 403) | {"security": []}},
         },
         "components": {
-            "schemas": {
-                "Chat": _chat(settings),
-                "Completion": _completion(settings),
-                "Response": _response(settings),
-                **_answers(),
-            },
+            "schemas": {**_bodies(model), **_answers()},
             "responses": {str(status): _error(status, text) for status, text in STATUSES.items()},
         },
     }
@@ -96,6 +72,32 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     return document
+
+
+class _BodySchema(GenerateJsonSchema):
+    """Optional fields may be null, and have no title beside their name."""
+
+    def default_schema(self, schema: Any) -> Schema:
+        inner = self.generate_inner(schema["schema"])
+        return (
+            _any(inner, {"type": "null"}) if schema.get("default") is None else {**inner, "default": schema["default"]}
+        )
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def _bodies(model: Schema) -> dict[str, Schema]:
+    kinds = (Chat, Completion, Response)
+    _, described = models_json_schema(
+        [(kind, "validation") for kind in kinds],
+        ref_template="#/components/schemas/{model}",
+        schema_generator=_BodySchema,
+    )
+    schemas: dict[str, Schema] = described["$defs"]
+    for kind in kinds:
+        schemas[kind.__name__]["properties"]["model"] = _any(model, {"type": "null"})
+    return schemas
 
 
 def _ref(name: str) -> Schema:
@@ -117,18 +119,18 @@ def _health() -> Schema:
     return operation | {"security": []}
 
 
-def _post(name: str, summary: str, body: str, answer: str, errors: tuple[int, ...]) -> Schema:
+def _post(name: str, summary: str, body: str) -> Schema:
     event = {"event": TEXT, "data": {**TEXT, "contentMediaType": "application/json"}}
     done: Schema = {
         "description": f"{summary} With `stream`, the answer is sent as events.",
-        "content": _json(_ref(answer)),
+        "content": _json(_ref(f"{body}Answer")),
     }
     done["content"]["text/event-stream"] = {"schema": {"type": "object", "properties": event, "required": ["data"]}}
     return {
         "operationId": name,
         "summary": summary,
         "requestBody": {"required": True, "content": _json(_ref(body))},
-        "responses": {"200": done, **_errors(*errors)},
+        "responses": {"200": done, **_errors(*STATUSES)},
     }
 
 
@@ -143,22 +145,13 @@ def _error(status: int, description: str) -> Schema:
     return response
 
 
-def _object(properties: dict[str, Schema], *required: str) -> Schema:
-    """An object of a request without additional properties. Optional fields may be null."""
-    fields = {
-        name: schema if name in required else {"anyOf": [schema, {"type": "null"}]}
-        for name, schema in properties.items()
-    }
-    return {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
-
-
 def _answer(**properties: Schema) -> Schema:
     """An object of a response; every field is present."""
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _list(items: Schema, **bounds: int) -> Schema:
-    return {"type": "array", "items": items, **bounds}
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
 
 
 def _enum(*values: Any) -> Schema:
@@ -169,230 +162,27 @@ def _any(*schemas: Schema) -> Schema:
     return {"anyOf": list(schemas)}
 
 
-def _integer(low: int, high: int = MAX_INTEGER) -> Schema:
-    return {"type": "integer", "minimum": low, "maximum": high}
-
-
-def _number(low: float, high: float) -> Schema:
-    return {"type": "number", "minimum": low, "maximum": high}
-
-
-def _model(settings: Settings) -> Schema:
-    return {"type": "string", "enum": [settings.model, "default"]}
-
-
-def _delivery_fields(settings: Settings) -> dict[str, Schema]:
-    """Fields that control how an answer is sent, and fields that are ignored."""
-    return {
-        "model": _model(settings),
-        "stream": FLAG,
-        "stream_options": _object({"include_usage": FLAG, "include_obfuscation": FLAG}),
-        "drafts": {**FLAG, "description": "Send the canvas after each denoising step; requires `stream`."},
-        "user": TEXT,
-        "safety_identifier": TEXT,
-        "prompt_cache_key": TEXT,
-        "metadata": ANY_OBJECT,
-        "store": _enum(False),
-        "service_tier": _enum("auto", "default"),
-    }
-
-
-def _generation_fields(choices: int) -> dict[str, Schema]:
-    """Fields that control generation."""
-    options: dict[str, Schema] = dict.fromkeys(FLAGS, FLAG)
-    options |= {name: _integer(*bounds) for name, bounds in INTEGER_LIMITS.items()}
-    options |= {name: _number(*bounds) for name, bounds in NUMBER_LIMITS.items()}
-    options["image_tokens"] = _enum(*BUDGETS)
-    stop = {**TEXT, "minLength": 1}
-    return {
-        "seed": {**_integer(0, 2**64 - choices), "description": "The same seed gives the same answer."},
-        "temperature": {
-            **_number(0, 2),
-            "description": "Multiplies t_min and t_max; 0 means seed 0 if no seed is given.",
-        },
-        "top_p": _enum(1),
-        "stop": _any(stop, _list(stop, maxItems=MAX_STOP_STRINGS)),
-        **{name: {**schema, "description": OPTION_DESCRIPTIONS[name]} for name, schema in options.items()},
-    }
-
-
-def _penalties() -> dict[str, Schema]:
-    empty = {"type": "object", "maxProperties": 0}
-    return {"frequency_penalty": _enum(0), "presence_penalty": _enum(0), "logit_bias": empty}
-
-
-REGEX = {"regex": {**TEXT, "description": "A Python regular expression that the whole answer matches."}}
-PICTURE = {**TEXT, "pattern": "^[dD][aA][tT][aA]:", "description": "A data URL."}
-FUNCTION = {
-    "name": {**TEXT, "pattern": "^[a-zA-Z0-9_.-]{1,64}$"},
-    "description": TEXT,
-    "parameters": {**ANY_OBJECT, "description": "A JSON Schema."},
-    "strict": FLAG,
-}
-JSON_SCHEMA_FORMAT = {
-    "name": TEXT,
-    "description": TEXT,
-    "schema": {**ANY_OBJECT, "description": "A JSON Schema."},
-    "strict": FLAG,
-}
-
-
-def _chat(settings: Settings) -> Schema:
-    text = _object({"type": _enum("text"), "text": TEXT}, "type", "text")
-    source = _object({"url": PICTURE, "detail": _enum("auto")}, "url")
-    picture = _object({"type": _enum("image_url"), "image_url": source}, "type", "image_url")
-    texts, parts = _any(TEXT, _list(text, minItems=1)), _any(NON_BLANK, _list(_any(text, picture), minItems=1))
-    function = _object({"name": TEXT, "arguments": {**TEXT, "contentMediaType": "application/json"}}, "name")
-    call = {"id": TEXT, "type": _enum("function"), "index": COUNT, "function": function}
-    said = {"role": _enum("assistant"), "content": texts, "reasoning_content": TEXT}
-    calls = _list(_object(call, "id", "function"), minItems=1)
-    messages = _any(
-        _object({"role": _enum("system", "developer"), "content": texts}, "role", "content"),
-        _object({"role": _enum("user"), "content": parts}, "role", "content"),
-        _object(said, "role", "content"),
-        _object({**said, "tool_calls": calls}, "role", "tool_calls"),
-        _object({"role": _enum("tool"), "content": texts, "tool_call_id": TEXT}, "role", "content", "tool_call_id"),
-    )
-    named = _object({"name": TEXT}, "name")
-    properties = {
-        "messages": _list(messages, minItems=1),
-        **_delivery_fields(settings),
-        **_generation_fields(MAX_CHOICES),
-        **_penalties(),
-        **REGEX,
-        "n": _integer(1, MAX_CHOICES),
-        "max_completion_tokens": _integer(1),
-        "max_tokens": _integer(1),
-        "thinking": FLAG,
-        "reasoning_effort": _enum(*EFFORTS),
-        "chat_template_kwargs": _object({"enable_thinking": FLAG}),
-        "response_format": _any(
-            _object({"type": _enum("text", "json_object")}, "type"),
-            _object(
-                {"type": _enum("json_schema"), "json_schema": _object(JSON_SCHEMA_FORMAT, "schema")},
-                "type",
-                "json_schema",
-            ),
-        ),
-        "tools": _list(_object({"type": _enum("function"), "function": _object(FUNCTION, "name")}, "function")),
-        "tool_choice": _any(
-            _enum("auto", "none", "required"), _object({"type": _enum("function"), "function": named}, "function")
-        ),
-        "parallel_tool_calls": FLAG,
-        "logprobs": FLAG,
-        "top_logprobs": _enum(0),
-    }
-    return _object(properties, "messages")
-
-
-def _completion(settings: Settings) -> Schema:
-    properties = {
-        "prompt": _any(TEXT, _list(TEXT, minItems=1, maxItems=1)),
-        "suffix": TEXT,
-        **_delivery_fields(settings),
-        **_generation_fields(MAX_CHOICES),
-        **_penalties(),
-        "exact": _enum(False),
-        "thinking": _enum(False),
-        "n": _integer(1, MAX_CHOICES),
-        "max_tokens": _integer(1),
-        "echo": _enum(False),
-        "best_of": _enum(1),
-    }
-    return _object(properties, "prompt")
-
-
-def _response(settings: Settings) -> Schema:
-    text = _object({"type": _enum("input_text"), "text": TEXT}, "type", "text")
-    said = {"type": _enum("output_text"), "text": TEXT, "annotations": _list({}), "logprobs": _list({})}
-    picture = {"type": _enum("input_image"), "image_url": PICTURE, "detail": _enum("auto")}
-    part = _any(text, _object(said, "type", "text"), _object(picture, "type", "image_url"))
-    common = {"id": TEXT, "status": _enum(*STATUS)}
-    message = {
-        "type": _enum("message"),
-        "role": _enum(*ROLES),
-        "content": _any(TEXT, _list(part, minItems=1)),
-        "phase": _enum("commentary", "final_answer"),
-        **common,
-    }
-    thought = {
-        "type": _enum("reasoning"),
-        "content": _list(_object({"type": _enum("reasoning_text"), "text": TEXT}, "text")),
-        "summary": _list(_object({"type": _enum("summary_text"), "text": TEXT}, "text")),
-        **common,
-    }
-    call = {
-        "type": _enum("function_call"),
-        "call_id": TEXT,
-        "name": TEXT,
-        "arguments": {**TEXT, "contentMediaType": "application/json"},
-        **common,
-    }
-    output = {
-        "type": _enum("function_call_output"),
-        "call_id": TEXT,
-        "output": _any(TEXT, _list(text, minItems=1)),
-        **common,
-    }
-    item = _any(
-        _object(message, "role", "content"),
-        _object(thought, "type"),
-        _object(call, "type", "call_id", "name", "arguments"),
-        _object(output, "type", "call_id", "output"),
-    )
-    form = _any(
-        _object({"type": _enum("text", "json_object")}, "type"),
-        _object({"type": _enum("json_schema"), **JSON_SCHEMA_FORMAT}, "type", "schema"),
-    )
-    label = {**TEXT, "maxLength": MAX_LABEL_VALUE}
-    labels = {
-        "propertyNames": {"maxLength": MAX_LABEL_NAME},
-        "additionalProperties": label,
-        "maxProperties": MAX_LABELS,
-    }
-    properties = {
-        "input": _any(NON_BLANK, _list(item, minItems=1)),
-        "instructions": TEXT,
-        **_delivery_fields(settings),
-        **_generation_fields(1),
-        **REGEX,
-        "metadata": {"type": "object", **labels},
-        "max_output_tokens": _integer(1),
-        "thinking": FLAG,
-        "reasoning": _object({"effort": _enum(*EFFORTS)}),
-        "text": _object({"format": form, "verbosity": _enum("medium")}),
-        "tools": _list(_object({"type": _enum("function"), **FUNCTION}, "type", "name")),
-        "tool_choice": _any(
-            _enum("auto", "none", "required"), _object({"type": _enum("function"), "name": TEXT}, "type", "name")
-        ),
-        "parallel_tool_calls": FLAG,
-        "top_logprobs": _enum(0),
-        "background": _enum(False),
-        "include": _list({}, maxItems=0),
-        "truncation": _enum("disabled"),
-    }
-    return _object(properties, "input")
-
-
 def _answers() -> dict[str, Schema]:
     kinds = {"int": COUNT, "float": NUMBER, "dict[str, float]": {**ANY_OBJECT, "additionalProperties": NUMBER}}
     stats = _answer(**{one.name: kinds.get(str(one.type), _list(NUMBER)) for one in fields(Stats)})
     cached, thought = _answer(cached_tokens=COUNT), _answer(reasoning_tokens=COUNT)
     reason = _enum("stop", "length", "tool_calls")
-    function = _answer(name=TEXT, arguments=TEXT)
-    message = _answer(role=_enum("assistant"), content={"type": ["string", "null"]})
-    message["properties"] |= {
-        "reasoning_content": TEXT,
-        "tool_calls": _list(_answer(id=TEXT, type=_enum("function"), function=function)),
-    }
+    message = _answer(role=_enum("assistant"), content=TEXT_OR_NULL)
+    call = _answer(id=TEXT, type=_enum("function"), function=_answer(name=TEXT, arguments=TEXT))
+    message["properties"] |= {"reasoning_content": TEXT, "tool_calls": _list(call)}
     base = {"id": TEXT, "created": COUNT, "model": TEXT, "usage": _ref("Usage")}
     base["stats"] = _any(_ref("Stats"), _list(_ref("Stats")))
-    choice = _answer(index=COUNT, message=message, finish_reason=reason)
     model = _answer(id=TEXT, object=_enum("model"), created=COUNT, owned_by=TEXT)
-    error = {"message": TEXT, "type": TEXT, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}
+    item = {"type": _enum("message", "reasoning", "function_call")}
+    item["status"] = _enum("in_progress", "completed", "incomplete")
+    error = {"message": TEXT, "type": TEXT, "param": TEXT_OR_NULL, "code": TEXT_OR_NULL}
     counts = {"input_tokens": COUNT, "output_tokens": COUNT, "total_tokens": COUNT}
     return {
-        "ChatAnswer": _answer(**base, object=_enum("chat.completion"), choices=_list(choice)),
+        "ChatAnswer": _answer(
+            **base,
+            object=_enum("chat.completion"),
+            choices=_list(_answer(index=COUNT, message=message, finish_reason=reason)),
+        ),
         "CompletionAnswer": _answer(
             **base,
             object=_enum("text_completion"),
@@ -404,7 +194,7 @@ def _answers() -> dict[str, Schema]:
             created_at=COUNT,
             model=TEXT,
             status=_enum("completed", "incomplete"),
-            output=_list(_answer(id=TEXT, type=_enum("message", "reasoning", "function_call"), status=_enum(*STATUS))),
+            output=_list(_answer(id=TEXT, **item)),
             usage=_answer(**counts, input_tokens_details=cached, output_tokens_details=thought),
             stats=_ref("Stats"),
         ),

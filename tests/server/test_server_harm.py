@@ -5,6 +5,7 @@ import base64
 import io
 import shutil
 import threading
+from contextlib import aclosing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,9 +23,8 @@ from mlx_dgemma.decoding.events import Finished
 from mlx_dgemma.prompt import builder
 from mlx_dgemma.prompt.images import open_image
 from mlx_dgemma.server.completions import StopCutter
-from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.follow import follow
-from mlx_dgemma.server.messages import parse_tools
+from mlx_dgemma.server.messages import Function, tool_declarations
 from mlx_dgemma.serving.scheduler import Failed, Scheduler
 
 
@@ -118,7 +118,7 @@ def test_many_tools_are_read_in_proportion(monkeypatch):
     """Finding a duplicate name must not compare each name with all others."""
     monkeypatch.setattr(CountedText, "operations", 0)
     names = [CountedText(f"f{i}") for i in range(2000)]
-    tools = parse_tools(Fields({"tools": [{"function": {"name": name}} for name in names]}))
+    tools = tool_declarations([Function.model_construct(name=name) for name in names], "tools[{}].name")
     assert CountedText.operations < 10 * len(names)
     assert [one["function"]["name"] for one in tools] == names
 
@@ -175,8 +175,8 @@ def test_a_listener_whose_loop_is_closed_is_silent():
     script = Script()
 
     async def leave():
-        async with follow(script, lambda: None):
-            pass
+        async with aclosing(follow(script, [lambda: None])) as events:
+            await anext(events)
 
     asyncio.run(leave())
     (ticket,) = script.submitted

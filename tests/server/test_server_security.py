@@ -16,7 +16,7 @@ from support import refusal
 
 from mlx_dgemma import OptionError
 from mlx_dgemma.server.app import create_app
-from mlx_dgemma.server.messages import decode_data_url
+from mlx_dgemma.server.messages import parse_data_url
 from mlx_dgemma.server.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -245,8 +245,8 @@ def test_broken_data():
 
 def test_data_urls_are_their_bytes():
     for data in (b"\x00\xff", b"a" * 1000):
-        assert decode_data_url(data_of(data), "x") == data
-        assert decode_data_url("DATA:;base64," + base64.b64encode(data).decode(), "x") == data
+        assert parse_data_url(data_of(data)) == data
+        assert parse_data_url("DATA:;base64," + base64.b64encode(data).decode()) == data
 
 
 # the log
