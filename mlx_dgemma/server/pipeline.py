@@ -106,7 +106,7 @@ def endpoint(kind: type[Exchange]) -> Callable[[HttpRequest], Awaitable[Response
 async def _parse(http: HttpRequest, parse: Callable[[bytes], Exchange], limiter: CapacityLimiter) -> Exchange:
     """Parse the body of a request: a large one in one of the few threads for that."""
     try:
-        text = await http.body()
+        text = b"".join([chunk async for chunk in http.stream()])  # which the request does not keep
     except ClientDisconnect:
         raise ClientDisconnected from None
     if len(text) <= SMALL_BODY:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import openai
 import pytest
 from listeners import until
-from serving import CHAT, COMPLETIONS, MODEL, WEATHER, Script, ask, chat, post, said
+from serving import CHAT, COMPLETIONS, MODEL, RESPONSES, WEATHER, Script, ask, chat, post, said
 
 from mlx_dgemma import OptionError, PromptError, RangeError
 from mlx_dgemma.constraints.schema import SUPPORTED
@@ -259,9 +259,15 @@ def connected(url, body, path=CHAT):
 @pytest.mark.parametrize("path, asked", [
     (CHAT, {"messages": said(COUNT), "n": 2}),
     (COMPLETIONS, {"prompt": "Once there was a cat"}),
+    (RESPONSES, {"input": COUNT}),
 ])  # fmt: skip
 def test_who_leaves_is_not_answered(scheduler, url, path, asked, stream):
-    slow = {"max_tokens": 3000, "entropy_bound": 1e-9, "patience": 0, "certainty_threshold": 0}
+    slow = {
+        "max_output_tokens" if path == RESPONSES else "max_tokens": 3000,
+        "entropy_bound": 1e-9,
+        "patience": 0,
+        "certainty_threshold": 0,
+    }
     before, count = scheduler.load().counters, asked.get("n", 1)
     with connected(url, {**asked, **slow, "confidence_threshold": 0, "stream": stream}, path):
         until(lambda: scheduler.load().running == count)

@@ -1,8 +1,6 @@
 """Requests that would harm others: what fails, or takes long, stays its asker's own."""
 
 import asyncio
-import base64
-import io
 import shutil
 import threading
 from contextlib import aclosing
@@ -15,13 +13,11 @@ import outlines_core
 import pytest
 from listeners import LIMIT
 from serving import CHAT, Script, said
-from support import BLUE, engine_of, square
+from support import engine_of
 
 import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.decoding.events import Finished
-from mlx_dgemma.prompt import builder
-from mlx_dgemma.prompt.images import open_image
 from mlx_dgemma.server.completions import StopCutter
 from mlx_dgemma.server.follow import follow
 from mlx_dgemma.server.messages import Function, tool_declarations
@@ -130,23 +126,6 @@ def test_a_long_stop_string_costs_no_more_than_the_text(monkeypatch):
     pieces = [cutter.add(piece) for piece in ("abb", "b", "c", "b")]
     assert [*pieces, cutter.add("", last=True)] == ["a", "", "bbbc", "", "b"]
     assert 0 < CountedText.operations < 100
-
-
-def test_pictures_are_decoded_once_and_not_on_the_schedulers_thread(url, scheduler, monkeypatch):
-    threads, read = [], open_image
-
-    def slow(source):
-        threads.append(threading.current_thread())
-        return read(source)
-
-    monkeypatch.setattr(builder, "open_image", slow)
-    square(BLUE).save(file := io.BytesIO(), "PNG")
-    url_of_it = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    shown = [{"type": "image_url", "image_url": {"url": url_of_it}} for _ in range(2)]
-    body = {"messages": said([*shown, {"type": "text", "text": "What is this?"}]), "n": 3, "max_tokens": 2}
-    assert httpx.post(url + CHAT, json=body, timeout=LIMIT).status_code == 200
-    assert len(threads) == 2
-    assert scheduler._thread not in threads
 
 
 @pytest.mark.parametrize("pattern", ["[ab]*a[ab]{30}", "[ab]*a[ab]{5000}"])

@@ -53,6 +53,11 @@ def test_other_names_are_refused(host):
     }
 
 
+def test_two_hosts_are_none():
+    answer = ask(app_of(), "GET", "/health", twice=True)
+    assert (answer[0], error_of(answer)["code"]) == (403, "host_not_allowed")
+
+
 def test_the_bound_host_is_a_name():
     settings = {"host": "192.168.0.5", "api_key": "k"}
     assert ask(app_of(**settings), "GET", "/health", {"host": "192.168.0.5:8080"})[0] == 200
@@ -94,7 +99,9 @@ def test_an_allowed_page_may_ask():
     assert ask(app, "GET", "/health", {"origin": "http://localhost:3001"})[0] == 403
 
 
-@pytest.mark.parametrize("given", [None, "Bearer", "Bearer wrong", "Bearer secre", "Bearer secrets", "Basic sécret"])
+@pytest.mark.parametrize(
+    "given", [None, "Bearer", "Bearer wrong", "Bearer secre", "Bearer secrets", "Basic sécret", "Basic secret"]
+)
 def test_a_wrong_key_is_refused(given):
     status, headers, body = ask(app_of(api_key="secret"), "POST", CHAT, {"authorization": given})
     assert (status, headers["www-authenticate"]) == (401, "Bearer")
