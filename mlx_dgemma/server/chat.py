@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +15,7 @@ from ..serving.scheduler import Accepted
 from ..tasks import constrained
 from .bodies import Chat, Shared
 from .errors import ApiError
-from .events import FinishedAnswer, stats, usage, usage_and_stats
+from .events import FinishedAnswer, stats
 from .fields import reject
 from .messages import chat_messages, tool_declarations
 from .options import as_api_errors
@@ -28,58 +26,9 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 NESTED_LEVELS = 3  # of a json_object, below its own; each level makes the automaton four times as large
-DONE = "[DONE]"  # ends a stream of choices
 
 
-class Choices(Exchange):
-    """An exchange whose answers are choices of one body, or of chunks in a stream.
-
-    Attributes:
-        KIND: how ids begin, and the `object` of a body and of a chunk.
-        answers: those that are whole.
-    """
-
-    KIND: ClassVar[tuple[str, str, str]]
-
-    def __init__(self, body: Any, engine: Engine, settings: Settings):
-        super().__init__(body, engine, settings)
-        id_prefix, *kinds = self.KIND
-        self.answers: dict[int, FinishedAnswer] = {}
-        self._envelope = {
-            "id": f"{id_prefix}-{secrets.token_hex(12)}",
-            "object": kinds[bool(body.stream)],
-            "created": int(time.time()),
-            "model": self.model,
-        }
-
-    @abstractmethod
-    def choice(self, i: int, answer: FinishedAnswer) -> dict[str, Any]:
-        """A whole answer as a choice of the body."""
-
-    def chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """An event with a choice."""
-        return {**self._envelope, "choices": [choice], **({"usage": None} if self.body.usage else {}), **more}
-
-    def draft(self, i: int, draft: dict[str, Any]) -> dict[str, Any]:
-        """An event with the canvas after a denoising step, an extension of OpenAI's format."""
-        return {**self._envelope, "choices": [], "draft": {"index": i, **draft}}
-
-    def end(self) -> Iterable[dict[str, Any] | str]:
-        """The last events of a stream."""
-        if self.body.usage:
-            yield {**self._envelope, "choices": [], "usage": usage(self._in_order())}
-        yield DONE
-
-    def whole(self) -> dict[str, Any]:
-        """The one body."""
-        choices = [self.choice(i, answer) for i, answer in enumerate(self._in_order())]
-        return {**self._envelope, "choices": choices, **usage_and_stats(self._in_order())}
-
-    def _in_order(self) -> list[FinishedAnswer]:
-        return [self.answers[i] for i in sorted(self.answers)]
-
-
-class ChatExchange(Choices):
+class ChatExchange(Exchange):
     """A chat to answer, from the body of any endpoint that has the fields of `Chat` or properties in their place.
 
     Attributes:

@@ -13,10 +13,10 @@ from ..serving.scheduler import Accepted
 from ..tasks import infill
 from ..tasks.infill import LONGEST
 from .bodies import Completion
-from .chat import Choices
 from .events import FinishedAnswer, stats
 from .fields import reject
 from .options import as_api_errors
+from .pipeline import Exchange
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class StopCutter:
         return new
 
 
-class CompletionExchange(Choices):
+class CompletionExchange(Exchange):
     """A text to continue or to fill."""
 
     BODY = Completion

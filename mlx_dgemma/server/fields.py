@@ -66,6 +66,11 @@ class Rule:
         )
 
 
+def doc(text: str | None = None, **keywords: str) -> Any:
+    """The description of a field, and further keywords of its JSON Schema."""
+    return Field(description=text, json_schema_extra=dict(keywords))
+
+
 def whole(low: int, high: int = MAX_INTEGER) -> Rule:
     """An integer from `low` to `high`."""
     bounds = f"at least {low}" if high == MAX_INTEGER else f"from {low} to {high}"

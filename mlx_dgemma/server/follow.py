@@ -17,28 +17,6 @@ from ..serving.scheduler import Busy, Event, Failed, Scheduler, Stopping
 from .errors import ApiError
 
 
-class Inbox:
-    """Events on their way to one client. Of an answer's drafts only the newest waits."""
-
-    def __init__(self) -> None:
-        self._events: deque[tuple[int, Event, Any]] = deque()
-        self._filled = asyncio.Event()
-
-    def put(self, i: int, event: Event, translated: Any) -> None:
-        """Add an event of answer `i`."""
-        if isinstance(event, Draft):
-            self._events = deque(one for one in self._events if one[0] != i or not isinstance(one[1], Draft))
-        self._events.append((i, event, translated))
-        self._filled.set()
-
-    async def get(self) -> tuple[int, Event, Any]:
-        """Wait for the next event."""
-        while not self._events:
-            self._filled.clear()
-            await self._filled.wait()
-        return self._events.popleft()
-
-
 async def follow(
     scheduler: Scheduler,
     prepares: Sequence[Callable[[], Request]],
@@ -62,7 +40,16 @@ async def follow(
     Raises:
         ApiError: a request is wrong (400), the queue is full (429), or the server is stopping (503).
     """
-    loop, inbox, started = asyncio.get_running_loop(), Inbox(), time.monotonic()
+    loop, started, arrived = asyncio.get_running_loop(), time.monotonic(), asyncio.Event()
+    waiting: deque[tuple[int, Event, Any]] = deque()  # for the client to take them
+
+    def take(i: int, event: Event, translated: Any, seconds: float) -> None:
+        nonlocal waiting
+        observe(seconds, event)
+        if isinstance(event, Draft):  # of an answer's drafts only the newest waits
+            waiting = deque(one for one in waiting if one[0] != i or not isinstance(one[1], Draft))
+        waiting.append((i, event, translated))
+        arrived.set()
 
     def listen(i: int, event: Event) -> None:
         translated: Any = event
@@ -74,17 +61,16 @@ async def follow(
         with suppress(RuntimeError):  # the event loop is closed, so nobody waits for the event
             loop.call_soon_threadsafe(take, i, event, translated, time.monotonic() - started)
 
-    def take(i: int, event: Event, translated: Any, seconds: float) -> None:
-        observe(seconds, event)
-        inbox.put(i, event, translated)
-
     tickets = []
     try:
         for i, prepare in enumerate(prepares):
             tickets.append(scheduler.submit(prepare, partial(listen, i), drafts))
         unfinished = len(tickets)
         while unfinished:
-            i, event, translated = await inbox.get()
+            while not waiting:
+                arrived.clear()
+                await arrived.wait()
+            i, event, translated = waiting.popleft()
             if isinstance(event, Failed):
                 raise _api_error(event.error) from None
             unfinished -= isinstance(event, Finished)

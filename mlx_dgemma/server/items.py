@@ -19,22 +19,16 @@ NOT_SUMMED_UP = only(why="nothing is summed up: the whole thinking is told, leav
 
 
 class Item(Body):
-    """What clients send back with any item; it has no effect."""
-
     id: Any = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
 class InputText(Body):
-    """A text that the model gets."""
-
     type: Literal["input_text"]
     text: str
 
 
 class OutputText(Body):
-    """A text that the model wrote."""
-
     type: Literal["output_text"]
     text: str
     annotations: list[Any] | None = None
@@ -42,22 +36,13 @@ class OutputText(Body):
 
 
 class InputImage(Body):
-    """A picture."""
-
     type: Literal["input_image"]
     file_id: Annotated[str | None, only(why="no files are kept here: give image_url, a data URL")] = None
     detail: Annotated[str | None, only("auto", why="image_tokens bounds what pictures take: leave detail out")] = None
     image_url: DataUrl
 
-    @property
-    def picture(self) -> Any:
-        """The bytes of its file."""
-        return self.image_url
-
 
 class Thought(Body):
-    """A part of what the model thought."""
-
     type: Literal["reasoning_text", "summary_text"] | None = None
     text: str
 
@@ -66,58 +51,30 @@ ItemPart = Annotated[InputText | OutputText | InputImage, Field(discriminator="t
 
 
 class MessageItem(Item):
-    """A message of anyone."""
-
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     phase: Literal["commentary", "final_answer"] | None = None
     content: Annotated[Text | PartsOf[ItemPart], EITHER]
 
-    def message(self) -> Message:
-        """The item as a chat message."""
-        return {"role": self.role, "content": content_of(self.content)}
-
 
 class ReasoningItem(Item):
-    """What the model thought."""
-
     type: Literal["reasoning"]
     encrypted_content: Annotated[str | None, only(why="only whoever encrypted it can read it: send content")] = None
     content: Many[Thought] | None = None
     summary: Many[Thought] | None = None
 
-    def message(self) -> Message:
-        """The item as a chat message."""
-        thought = "\n".join(part.text for part in self.content or self.summary or ())
-        return {"role": "assistant", "content": "", "reasoning_content": thought}
-
 
 class CallItem(Item):
-    """A call that the model made."""
-
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: Arguments
 
-    def message(self) -> Message:
-        """The item as a chat message."""
-        function = {"name": self.name, "arguments": self.arguments}
-        call = {"id": self.call_id, "type": "function", "function": function}
-        return {"role": "assistant", "content": "", "tool_calls": [call]}
-
 
 class OutputItem(Item):
-    """The result of a call."""
-
     type: Literal["function_call_output"]
     call_id: str
     output: Annotated[Text | PartsOf[InputText], EITHER]
-
-    def message(self) -> Message:
-        """The item as a chat message."""
-        text = self.output if isinstance(self.output, str) else "\n".join(part.text for part in self.output)
-        return {"role": "tool", "tool_call_id": self.call_id, "content": text}
 
 
 def _with_type(item: Any) -> Any:
@@ -131,33 +88,23 @@ AnyItem = Annotated[
 
 
 class FlatTool(Function):
-    """A function among the tools."""
-
     type: FunctionOnly
 
 
 class FlatNamedFunction(Name):
-    """The function to call."""
-
     type: Annotated[str, only("function", why="a function alone can be named")]
 
 
 class FlatSchemaFormat(JsonSchema):
-    """JSON of a schema."""
-
     type: Literal["json_schema"]
 
 
 class TextSettings(Body):
-    """The form of the text."""
-
     format: Annotated[PlainFormat | FlatSchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Annotated[str | None, only("medium", why="it cannot be chosen: leave it out, or ask in words")] = None
 
 
 class Reasoning(Body):
-    """Whether to think."""
-
     effort: Effort | None = None
     summary: Annotated[str | None, NOT_SUMMED_UP] = None
     generate_summary: Annotated[str | None, NOT_SUMMED_UP] = None
@@ -207,6 +154,20 @@ class Response(Answered):
         return getattr(self.response_format, "schema_", None)
 
 
+def _message(item: Any) -> Message:
+    """An item as a chat message."""
+    if isinstance(item, MessageItem):
+        return {"role": item.role, "content": content_of(item.content)}
+    if isinstance(item, OutputItem):
+        text = item.output if isinstance(item.output, str) else "\n".join(part.text for part in item.output)
+        return {"role": "tool", "tool_call_id": item.call_id, "content": text}
+    said: Message = {"role": "assistant", "content": ""}
+    if isinstance(item, ReasoningItem):
+        return {**said, "reasoning_content": "\n".join(part.text for part in item.content or item.summary or ())}
+    function = {"name": item.name, "arguments": item.arguments}
+    return {**said, "tool_calls": [{"id": item.call_id, "type": "function", "function": function}]}
+
+
 def input_messages(body: Response) -> list[Message]:
     """`instructions` and `input` as chat messages for `Engine.prepare`.
 
@@ -221,7 +182,7 @@ def input_messages(body: Response) -> list[Message]:
     call_ids: set[str] = set()
     turn: Message | None = None  # the model's current turn, while its items are consecutive
     for i, item in enumerate(body.input):
-        message = item.message()
+        message = _message(item)
         if message["role"] in ("system", "developer") and messages:
             why = "a chat has one such message, its first: put all of it into instructions or there"
             reject(f"input[{i}].role", message["role"], why)

@@ -12,11 +12,12 @@ from pydantic_core import PydanticCustomError
 from ..errors import PromptError
 from ..prompt.images import open_file
 from ..prompt.messages import Message
-from .fields import MAX_ITEMS, Body, Many, Rule, only, reject, reject_missing
+from .fields import MAX_ITEMS, Body, Many, Rule, doc, only, reject, reject_missing
 
 MAX_TOOLS = 512
-T = TypeVar("T")
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+NO_DETAIL = "pictures take image_tokens instead: leave it out, or give auto"
+T = TypeVar("T")
 
 
 def parse_data_url(url: str) -> bytes:
@@ -38,7 +39,7 @@ def parse_data_url(url: str) -> bytes:
 def parse_arguments(text: str) -> dict[str, Any]:
     """The arguments of a function call, which are JSON in a string."""
     try:
-        arguments = json.loads(text, parse_constant=float)
+        arguments = json.loads(text)
         json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()  # raises for a lone surrogate
     except (ValueError, RecursionError):
         arguments = None
@@ -54,76 +55,48 @@ def _text_or_parts(value: Any) -> str | None:
 EITHER = Discriminator(
     _text_or_parts, custom_error_type="why", custom_error_message="it should be a string or a list that is not empty"
 )
-Text = Annotated[str, Tag("text"), Field(json_schema_extra={"pattern": "\\S"})]
+Text = Annotated[str, Tag("text"), doc(pattern="\\S")]
 PartsOf = Annotated[list[T], Field(min_length=1, max_length=MAX_ITEMS), Tag("parts")]
-DataUrl = Annotated[
-    str,
-    AfterValidator(parse_data_url),
-    Field(description="A data URL.", json_schema_extra={"pattern": "^[dD][aA][tT][aA]:"}),
-]
-Arguments = Annotated[
-    str, AfterValidator(parse_arguments), Field(json_schema_extra={"contentMediaType": "application/json"})
-]
+DataUrl = Annotated[str, AfterValidator(parse_data_url), doc("A data URL.", pattern="^[dD][aA][tT][aA]:")]
+Arguments = Annotated[str, AfterValidator(parse_arguments), doc(contentMediaType="application/json")]
 FunctionOnly = Annotated[str, only("function", why="functions are the only tools here")]
 
 
 class TextPart(Body):
-    """A text."""
-
     type: Literal["text"]
     text: str
 
 
 class ImageUrl(Body):
-    """Where a picture is."""
-
     url: DataUrl
-    detail: Annotated[
-        str | None, only("auto", why="pictures take image_tokens instead: leave it out, or give auto")
-    ] = None
+    detail: Annotated[str | None, only("auto", why=NO_DETAIL)] = None
 
 
 class ImagePart(Body):
-    """A picture."""
-
     type: Literal["image_url"]
     image_url: ImageUrl
-
-    @property
-    def picture(self) -> Any:
-        """The bytes of its file."""
-        return self.image_url.url
 
 
 Texts = Annotated[Text | PartsOf[TextPart], EITHER]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-Parts = Annotated[Text | PartsOf[Part], EITHER]
 
 
 class SystemMessage(Body):
-    """What holds for the whole chat."""
-
     role: Literal["system", "developer"]
     content: Texts
 
 
 class UserMessage(Body):
-    """What the user says."""
-
     role: Literal["user"]
-    content: Parts
+    content: Annotated[Text | PartsOf[Part], EITHER]
 
 
 class CalledFunction(Body):
-    """A function's name, and its arguments as JSON."""
-
     name: str
     arguments: Arguments = "{}"
 
 
 class ToolCall(Body):
-    """A call that the model made."""
-
     id: str
     function: CalledFunction
     type: FunctionOnly = "function"
@@ -131,8 +104,6 @@ class ToolCall(Body):
 
 
 class AssistantMessage(Body):
-    """What the model said: text, calls or both."""
-
     role: Literal["assistant"]
     content: Texts | None = None
     reasoning_content: str | None = None
@@ -140,8 +111,6 @@ class AssistantMessage(Body):
 
 
 class ToolMessage(Body):
-    """The result of a call."""
-
     role: Literal["tool"]
     content: Texts
     tool_call_id: str
@@ -151,19 +120,15 @@ ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMes
 
 
 class Function(Body):
-    """A function that the model may call."""
-
     name: Annotated[
-        str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$"), Rule("it should be 1 to 64 letters, digits, _, - or .")
+        str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$"), Rule("it should be 1 to 64 letters, digits, _, - or .")
     ]
     description: str = ""
-    parameters: Annotated[dict[str, Any], Field(description="A JSON Schema.")] = Field(NO_PARAMETERS)
+    parameters: Annotated[dict[str, Any], doc("A JSON Schema.")] = Field(NO_PARAMETERS)
     strict: bool = False
 
 
 class Tool(Body):
-    """A function among the tools."""
-
     function: Function
     type: FunctionOnly = "function"
 
@@ -175,9 +140,10 @@ def content_of(content: str | Sequence[Any] | None) -> Any:
     """The content of a message as `Engine.prepare` takes it; a picture is the bytes of its file."""
     if not isinstance(content, list):
         return content
+    pictures = [getattr(part, "image_url", None) for part in content]
     return [
-        {"type": "image", "image": part.picture} if hasattr(part, "picture") else {"type": "text", "text": part.text}
-        for part in content
+        {"type": "image", "image": getattr(picture, "url", picture)} if picture else {"type": "text", "text": part.text}
+        for part, picture in zip(content, pictures)
     ]
 
 
@@ -220,7 +186,5 @@ def tool_declarations(functions: Sequence[Function], path: str) -> list[Message]
         if function.name in names:
             reject(path.format(i), function.name, "it stands twice: give every function a name of its own")
         names.add(function.name)
-    return [
-        {"type": "function", "function": one.model_dump(exclude=set() if one.strict else {"strict"})}
-        for one in functions
-    ]
+    shown = [{"name", "description", "parameters", *(["strict"] if one.strict else [])} for one in functions]
+    return [{"type": "function", "function": one.model_dump(include=part)} for one, part in zip(functions, shown)]

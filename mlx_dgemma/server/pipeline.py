@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
@@ -17,12 +19,12 @@ from ..decoding.request import Request
 from ..prompt.messages import Message, parts_of
 from .bodies import Shared
 from .errors import ApiError, as_api_error
-from .events import EventTranslator
+from .events import EventTranslator, FinishedAnswer, usage, usage_and_stats
 from .fields import parse_body, reject
 from .follow import follow
 from .options import as_api_errors, check_model, generation_arguments
 from .settings import Settings
-from .streaming import ClientDisconnected, EventStream, after_first_event, cancel_on_disconnect, format_sse
+from .streaming import ClientDisconnected, EventStream, cancel_on_disconnect, format_sse
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -31,7 +33,7 @@ SMALL_BODY = 2**16  # bytes; a body of no more is parsed on the event loop
 
 
 class Exchange(ABC):
-    """A request and its answer. An endpoint is a subclass.
+    """A request and its answers. An endpoint is a subclass; unless it says otherwise, answers are OpenAI's choices.
 
     Args:
         body: of the request.
@@ -39,16 +41,19 @@ class Exchange(ABC):
         settings: of the server.
 
     Attributes:
-        model: the served model's name.
+        BODY: what the endpoint takes.
+        KIND: how ids begin, and the `object` of a body and of a chunk.
         arguments: of `Engine.prepare`, with the seed of the first answer.
         messages: whose pictures are to be decoded.
         log_probs: whether log-probabilities are sent.
+        answers: those that are whole.
 
     Raises:
         ApiError: fields that contradict each other, or another model than the served one.
     """
 
     BODY: ClassVar[type[Shared]]
+    KIND: ClassVar[tuple[str, str, str]]
     messages: Sequence[Message] = ()
     log_probs = False
 
@@ -59,6 +64,9 @@ class Exchange(ABC):
         if body.stream_options and not body.stream:
             reject("stream_options", body.stream_options, "there is no stream: give stream true, or leave it out")
         self.arguments = generation_arguments(body, engine.options)
+        self.answers: dict[int, FinishedAnswer] = {}
+        ids, kind = f"{self.KIND[0]}-{secrets.token_hex(12)}", self.KIND[2 if body.stream else 1]
+        self._envelope = {"id": ids, "object": kind, "created": int(time.time()), "model": self.model}
 
     @abstractmethod
     def prepare(self, engine: Engine, arguments: dict[str, Any]) -> Request:
@@ -69,16 +77,34 @@ class Exchange(ABC):
         """The events of a stream for what `follow` yields about answer `i`."""
 
     @abstractmethod
+    def choice(self, i: int, answer: FinishedAnswer) -> dict[str, Any]:
+        """A whole answer as a choice of the body."""
+
+    def chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """An event with a choice."""
+        return {**self._envelope, "choices": [choice], **({"usage": None} if self.body.usage else {}), **more}
+
+    def draft(self, i: int, draft: dict[str, Any]) -> dict[str, Any]:
+        """An event with the canvas after a denoising step, an extension of OpenAI's format."""
+        return {**self._envelope, "choices": [], "draft": {"index": i, **draft}}
+
     def end(self) -> Iterable[dict[str, Any] | str]:
         """The last events of a stream, when all answers are whole."""
-
-    @abstractmethod
-    def whole(self) -> dict[str, Any]:
-        """The one body, when all answers are whole."""
+        if self.body.usage:
+            yield {**self._envelope, "choices": [], "usage": usage(self._in_order())}
+        yield "[DONE]"
 
     def failed(self, error: ApiError) -> Iterable[dict[str, Any]]:
         """The last events of a stream that fails after the first."""
         return [error.body()]
+
+    def whole(self) -> dict[str, Any]:
+        """The one body, when all answers are whole."""
+        choices = [self.choice(i, answer) for i, answer in enumerate(self._in_order())]
+        return {**self._envelope, "choices": choices, **usage_and_stats(self._in_order())}
+
+    def _in_order(self) -> list[FinishedAnswer]:
+        return [self.answers[i] for i in sorted(self.answers)]
 
 
 def endpoint(kind: type[Exchange]) -> Callable[[HttpRequest], Awaitable[Response]]:
@@ -97,7 +123,8 @@ def endpoint(kind: type[Exchange]) -> Callable[[HttpRequest], Awaitable[Response
         translate = EventTranslator(engine, exchange.log_probs)
         events = follow(scheduler, prepares, bool(exchange.body.drafts), translate, state.histograms.observe)
         if exchange.body.stream:
-            return EventStream(await after_first_event(http, _stream(exchange, events)))
+            first = await cancel_on_disconnect(http, anext(events))  # what fails before it has a status of its own
+            return EventStream(_stream(exchange, first, events))
         return JSONResponse(await cancel_on_disconnect(http, _whole(exchange, events)))
 
     return answer
@@ -126,22 +153,22 @@ def _prepare(exchange: Exchange, engine: Engine, i: int) -> Request:
     return exchange.prepare(engine, {**exchange.arguments, "seed": exchange.arguments["seed"] + i})
 
 
-async def _stream(exchange: Exchange, events: AsyncGenerator[tuple[int, Any]]) -> AsyncGenerator[str]:
-    """The events as text. An error after the first of them becomes a last event."""
-    begun = False
-    try:
-        async with aclosing(events):
+async def _stream(
+    exchange: Exchange, first: tuple[int, Any], events: AsyncGenerator[tuple[int, Any]]
+) -> AsyncGenerator[str]:
+    """The events as text. An error becomes a last event."""
+    async with aclosing(events):
+        try:
+            for one in exchange.events(*first):
+                yield format_sse(one)
             async for i, event in events:
                 for one in exchange.events(i, event):
-                    begun = True
                     yield format_sse(one)
-        for last in exchange.end():
-            yield format_sse(last)
-    except Exception as error:
-        if not begun:
-            raise
-        for one in exchange.failed(as_api_error(error)):
-            yield format_sse(one)
+            for last in exchange.end():
+                yield format_sse(last)
+        except Exception as error:
+            for one in exchange.failed(as_api_error(error)):
+                yield format_sse(one)
 
 
 async def _whole(exchange: Exchange, events: AsyncGenerator[tuple[int, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from serving import CHAT, Script, said, serving
 from mlx_dgemma.decoding.events import Block, Draft, Finished
 from mlx_dgemma.server import streaming
 from mlx_dgemma.server.follow import follow
-from mlx_dgemma.server.streaming import with_pings
+from mlx_dgemma.server.streaming import PING, with_pings
 
 BODY = json.dumps({"messages": said("Hi."), "stream": True}).encode()
 HEADER = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
@@ -111,8 +111,8 @@ def test_silence_is_filled_with_comments(monkeypatch):
         return heard
 
     heard = asyncio.run(told())
-    assert heard[:3] == ["first", ": ping", ": ping"]
-    assert (heard[-1], set(heard[3:-1]) <= {": ping"}) == ("last", True)
+    assert heard[:3] == ["first", PING, PING]
+    assert (heard[-1], set(heard[3:-1]) <= {PING}) == ("last", True)
 
 
 def test_the_end_of_the_server_refuses_what_is_not_whole():
