@@ -1,5 +1,6 @@
 """Who may ask the server, and how much: hosts, origins, keys, sizes, and what a picture may be."""
 
+import asyncio
 import base64
 import itertools
 import json
@@ -171,6 +172,37 @@ def test_a_chunked_flood_over_a_socket():
         except OSError:
             pass
         assert 32 <= sent < 200  # what the buffers between hold may come on top
+
+
+def test_bodies_are_counted_together():
+    """Each of 17 clients has sent all of its body but the end, and waits."""
+    app, answers = app_of(body_bytes=100), []
+
+    async def client():
+        left, sent = [b" " * 99], []
+
+        async def receive():
+            if not left:
+                await asyncio.sleep(3600)
+            return {"type": "http.request", "body": left.pop(), "more_body": True}
+
+        async def send(message):
+            sent.append(message)
+            answers.append(message.get("status", 0))
+
+        headers = [(b"host", b"localhost")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "scheme": "http", "query_string": b""}
+        await app({**scope, "headers": headers, "raw_path": CHAT.encode()}, receive, send)
+
+    async def all_of_them():
+        tasks = [asyncio.create_task(client()) for _ in range(17)]
+        done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        return len(done), len(waiting)
+
+    assert asyncio.run(all_of_them()) == (1, 16)
+    assert answers[0] == 503
 
 
 def test_limits_are_the_settings():
