@@ -17,14 +17,14 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ..serving.scheduler import Scheduler
-from .chat import ChatExchange
-from .completions import CompletionExchange
+from .endpoints.chat import ChatExchange
+from .endpoints.completions import CompletionExchange
+from .endpoints.responses import ResponseExchange
 from .errors import ApiError
 from .metrics import Histograms, metrics_text
-from .openapi import openapi_document
 from .options import check_model
 from .pipeline import endpoint
-from .responses import ResponseExchange
+from .schemas.openapi import openapi_document
 from .security import SecurityMiddleware, error_response
 from .settings import Settings
 from .streaming import ClientDisconnected

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..decoding.options import MIN_TEMPERATURE, GenerationOptions
 from ..errors import DgemmaError, OptionError, PromptError
-from .bodies import Shared
 from .errors import ApiError
-from .fields import format_value, reject
+from .schemas.bodies import Shared
+from .schemas.fields import format_value, reject
 from .settings import Settings
 
 OPTIONS = {field.name for field in fields(GenerationOptions)} - {"max_tokens", "stop"}

@@ -17,12 +17,12 @@ from starlette.responses import JSONResponse, Response
 
 from ..decoding.request import Request
 from ..prompt.messages import Message, parts_of
-from .bodies import Shared
 from .errors import ApiError, as_api_error
 from .events import EventTranslator, FinishedAnswer, usage, usage_and_stats
-from .fields import parse_body, reject
 from .follow import follow
 from .options import as_api_errors, check_model, generation_arguments
+from .schemas.bodies import Shared
+from .schemas.fields import parse_body, reject
 from .settings import Settings
 from .streaming import ClientDisconnected, EventStream, cancel_on_disconnect, format_sse
 

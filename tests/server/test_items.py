@@ -8,11 +8,11 @@ from pydantic import TypeAdapter
 from serving import Script, post
 
 from mlx_dgemma.server.app import create_app
+from mlx_dgemma.server.endpoints.response_events import ResponseBuilder
 from mlx_dgemma.server.errors import ApiError
-from mlx_dgemma.server.fields import parse_body
-from mlx_dgemma.server.items import Response as ResponseBody
-from mlx_dgemma.server.items import input_messages
-from mlx_dgemma.server.response_events import ResponseBuilder
+from mlx_dgemma.server.schemas.fields import parse_body
+from mlx_dgemma.server.schemas.items import Response as ResponseBody
+from mlx_dgemma.server.schemas.items import input_messages
 from mlx_dgemma.server.settings import Settings
 
 EVENT = TypeAdapter(ResponseStreamEvent)

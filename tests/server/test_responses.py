@@ -17,7 +17,7 @@ from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.model.patches import BUDGETS
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.errors import ApiError
-from mlx_dgemma.server.openapi import openapi_document
+from mlx_dgemma.server.schemas.openapi import openapi_document
 from mlx_dgemma.server.settings import Settings
 from mlx_dgemma.serving.scheduler import Failed, Scheduler
 

@@ -18,9 +18,9 @@ from support import engine_of
 import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.decoding.events import Finished
-from mlx_dgemma.server.completions import StopCutter
+from mlx_dgemma.server.endpoints.completions import StopCutter
 from mlx_dgemma.server.follow import follow
-from mlx_dgemma.server.messages import Function, tool_declarations
+from mlx_dgemma.server.schemas.messages import Function, tool_declarations
 from mlx_dgemma.serving.scheduler import Failed, Scheduler
 
 

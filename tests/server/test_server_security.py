@@ -17,7 +17,7 @@ from support import refusal
 
 from mlx_dgemma import OptionError
 from mlx_dgemma.server.app import create_app
-from mlx_dgemma.server.messages import parse_data_url
+from mlx_dgemma.server.schemas.messages import parse_data_url
 from mlx_dgemma.server.settings import Settings
 
 CHAT = "/v1/chat/completions"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from .errors import ApiError
+from ..errors import ApiError
 
 MAX_INTEGER = 2**31 - 1  # default upper bound of integer fields
 MAX_DIGITS = 40  # of an integer; parsing takes quadratic time in the number of digits

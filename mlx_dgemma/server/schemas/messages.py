@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from ..errors import PromptError
-from ..prompt.images import open_file
-from ..prompt.messages import Message
+from ...errors import PromptError
+from ...prompt.images import open_file
+from ...prompt.messages import Message
 from .fields import MAX_ITEMS, Body, Many, Rule, doc, only, reject, reject_missing
 
 MAX_TOOLS = 512

@@ -8,22 +8,22 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..decoding.events import Block
-from ..decoding.request import Request
-from ..prompt.messages import Message
-from ..serving.scheduler import Accepted
-from ..tasks import constrained
-from .bodies import Chat, Shared
-from .errors import ApiError
-from .events import FinishedAnswer, stats
-from .fields import reject
-from .messages import chat_messages, tool_declarations
-from .options import as_api_errors
-from .pipeline import Exchange
-from .settings import Settings
+from ...decoding.events import Block
+from ...decoding.request import Request
+from ...prompt.messages import Message
+from ...serving.scheduler import Accepted
+from ...tasks import constrained
+from ..errors import ApiError
+from ..events import FinishedAnswer, stats
+from ..options import as_api_errors
+from ..pipeline import Exchange
+from ..schemas.bodies import Chat, Shared
+from ..schemas.fields import reject
+from ..schemas.messages import chat_messages, tool_declarations
+from ..settings import Settings
 
 if TYPE_CHECKING:
-    from ..engine import Engine
+    from ...engine import Engine
 
 NESTED_LEVELS = 3  # of a json_object, below its own; each level makes the automaton four times as large
 

@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..decoding.events import Block
-from ..decoding.request import Request
-from ..prompt.answer import held_back
-from ..serving.scheduler import Accepted
-from ..tasks import infill
-from ..tasks.infill import LONGEST
-from .bodies import Completion
-from .events import FinishedAnswer, stats
-from .fields import reject
-from .options import as_api_errors
-from .pipeline import Exchange
-from .settings import Settings
+from ...decoding.events import Block
+from ...decoding.request import Request
+from ...prompt.answer import held_back
+from ...serving.scheduler import Accepted
+from ...tasks import infill
+from ...tasks.infill import LONGEST
+from ..events import FinishedAnswer, stats
+from ..options import as_api_errors
+from ..pipeline import Exchange
+from ..schemas.bodies import Completion
+from ..schemas.fields import reject
+from ..settings import Settings
 
 if TYPE_CHECKING:
-    from ..engine import Engine
+    from ...engine import Engine
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
-from ..prompt.messages import Message
+from ...prompt.messages import Message
 from .bodies import CHOICE, Answered, Effort, JsonSchema, Name, PlainFormat, TokenLimit, Word
 from .fields import Body, Many, only, reject
 from .messages import EITHER, MAX_TOOLS, Arguments, DataUrl, Function, FunctionOnly, PartsOf, Text, content_of

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ..decoding.options import MIN_TEMPERATURE
-from ..model.patches import BUDGETS
+from ...decoding.options import MIN_TEMPERATURE
+from ...model.patches import BUDGETS
 from .fields import Body, Many, Rule, doc, number, only, whole
 from .messages import ChatMessage, Function, Tools
 

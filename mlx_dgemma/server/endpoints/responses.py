@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..decoding.events import Block
-from ..prompt.messages import Message
-from ..serving.scheduler import Accepted
+from ...decoding.events import Block
+from ...prompt.messages import Message
+from ...serving.scheduler import Accepted
+from ..errors import ApiError
+from ..events import FinishedAnswer, stats, usage
+from ..schemas.items import Response, input_messages
+from ..settings import Settings
 from .chat import ChatExchange
-from .errors import ApiError
-from .events import FinishedAnswer, stats, usage
-from .items import Response, input_messages
 from .response_events import ResponseBuilder, ResponseEvent
-from .settings import Settings
 
 if TYPE_CHECKING:
-    from ..engine import Engine
+    from ...engine import Engine
 
 
 class ResponseExchange(ChatExchange):

@@ -8,13 +8,13 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
-from .. import __version__
-from ..decoding.events import Stats
+from ... import __version__
+from ...decoding.events import Stats
+from ..security import PUBLIC_PATHS
+from ..settings import Settings
 from .bodies import Chat, Completion
 from .fields import Body
 from .items import Response
-from .security import PUBLIC_PATHS
-from .settings import Settings
 
 Schema = dict[str, Any]
 
