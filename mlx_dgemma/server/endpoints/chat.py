@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...decoding.events import Block
 from ...decoding.request import Request
-from ...prompt.messages import Message
+from ...prompt.messages import Message, parts_of
 from ...serving.scheduler import Accepted
 from ...tasks import constrained
 from ..errors import ApiError
@@ -41,7 +41,7 @@ class ChatExchange(Exchange):
     def __init__(self, body: Any, engine: Engine, settings: Settings):
         super().__init__(body, engine, settings)
         self.messages = self.read_messages()
-        if sum(part["type"] == "image" for message in self.messages for part in _parts(message)) > settings.pictures:
+        if len(parts_of(self.messages, "image")) > settings.pictures:
             raise ApiError(f"There are more than {settings.pictures} pictures; send fewer.", body.path("messages"))
         self.arguments["thinking"] = self._thinking()
         tools, self.forced_tools = self._tools()
@@ -203,10 +203,6 @@ def any_object_schema() -> dict[str, Any]:
             "anyOf": [*scalars, {"type": "object", "additionalProperties": value}, {"type": "array", "items": value}]
         }
     return {"type": "object", "additionalProperties": value}
-
-
-def _parts(message: Message) -> list[Message]:
-    return message["content"] if isinstance(message["content"], list) else []
 
 
 def _call_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:

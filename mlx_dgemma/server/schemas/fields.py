@@ -31,6 +31,7 @@ SENTENCES = {  # by pydantic's names of errors
     "literal_error": "it should be {expected}",
     "union_tag_invalid": "it should be {expected_tags}",
 }
+UNIONS = ("messages", "content", "input", "response_format", "format")  # fields of objects that tags distinguish
 ORDER = {"missing": 1, "extra_forbidden": 2}  # wrong values are told before these
 B = TypeVar("B", bound="Body")
 T = TypeVar("T")
@@ -160,12 +161,14 @@ def format_value(value: Any) -> str:
 
 def _api_error(error: Any, data: Any) -> ApiError:
     """One of pydantic's errors as a sentence. Its location holds tags of unions, which are no part of the path."""
-    kind, context, path = error["type"], error.get("ctx", {}), ""
+    kind, context, path, field = error["type"], error.get("ctx", {}), "", ""
     for i, step in enumerate(error["loc"]):
         last = i == len(error["loc"]) - 1
-        if isinstance(data, dict) and (step in data or (last and kind in ("missing", "extra_forbidden"))):
+        if isinstance(data, dict) and field in UNIONS and step in (data.get("role"), data.get("type")):
+            field = ""  # a tag, even if a field has the same name
+        elif isinstance(data, dict) and (step in data or (last and kind in ("missing", "extra_forbidden"))):
             name = step if len(step) <= 64 else step[:61] + "..."
-            path, data = f"{path}.{name}" if path else name, data.get(step)
+            path, data, field = f"{path}.{name}" if path else name, data.get(step), step
         elif isinstance(data, list) and isinstance(step, int):
             path, data = f"{path}[{step}]", data[step]
     if kind.startswith("union_tag"):
