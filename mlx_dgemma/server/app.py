@@ -71,12 +71,7 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
     app = Starlette(
         routes=routes,
         middleware=[Middleware(SecurityMiddleware, settings=settings, counts=counts)],
-        exception_handlers={
-            ApiError: _api_error,
-            HTTPException: _http_error,
-            ClientDisconnected: _disconnected,
-            Exception: _internal_error,
-        },
+        exception_handlers=dict.fromkeys((ApiError, HTTPException, ClientDisconnected, Exception), _failed),
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
@@ -102,12 +97,8 @@ async def health(request: Request) -> Response:
     """GET /health: whether the server accepts requests, and how many it has."""
     state = request.app.state
     load, stopping = state.scheduler.load(), state.stopping()
-    body = {
-        "status": "stopping" if stopping else "ok",
-        "model": state.settings.model,
-        "running": load.running,
-        "waiting": load.waiting,
-    }
+    counts = {"running": load.running, "waiting": load.waiting}
+    body = {"status": "stopping" if stopping else "ok", "model": state.settings.model, **counts}
     return JSONResponse(body, 503 if stopping else 200)
 
 
@@ -138,24 +129,15 @@ def _model(request: Request) -> dict[str, object]:
     return {"id": state.settings.model, "object": "model", "created": state.started, "owned_by": "mlx-dgemma"}
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+async def _failed(request: Request, error: Exception) -> Response:
+    """The response where an endpoint raised something."""
+    if isinstance(error, ClientDisconnected):
+        return Response(status_code=499)  # only the log shows it
+    if isinstance(error, HTTPException):
+        path = request.url.path[:100]
+        messages = {404: f"There is no {path} here", 405: f"{path} knows no {request.method}"}
+        message = f"{messages.get(error.status_code, error.detail)}; see /openapi.json."
+        error = ApiError(message, status=error.status_code, headers=dict(error.headers or {}))
+    if not isinstance(error, ApiError):
+        error = ApiError("The server failed; its log says why.", status=500)
     return error_response(error)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path = request.url.path[:100]
-    messages = {404: f"There is no {path} here", 405: f"{path} knows no {request.method}"}
-    message = messages.get(error.status_code, error.detail)
-    return error_response(
-        ApiError(f"{message}; see /openapi.json.", status=error.status_code, headers=dict(error.headers or {}))
-    )
-
-
-async def _disconnected(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # only the log shows it
-
-
-async def _internal_error(_: Request, __: Exception) -> Response:
-    return error_response(ApiError("The server failed; its log says why.", status=500))
