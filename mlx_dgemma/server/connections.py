@@ -87,7 +87,7 @@ class Connection(H11Protocol):
         """Limit the time for what the client is to send next."""
         awaited = "header" if self._is_idle else "body" if self.cycle.more_body else ""
         now, settings = self.loop.time(), self._settings
-        if awaited != self._awaited or not self._since:
+        if not awaited or awaited != self._awaited:
             self._awaited, self._since = awaited, now
         if self._timer is not None:
             self._timer.cancel()
