@@ -8,22 +8,20 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from urllib.parse import unquote
 
-import uvicorn
-
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.server.app import create_app
+from mlx_dgemma.server.connections import Server
 from mlx_dgemma.server.settings import Settings
 from mlx_dgemma.serving.scheduler import Accepted, Load, Ticket
 
 MODEL = "demo"
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
 @contextmanager
 def serving(scheduler, **settings):
     """The base URL of a server in a thread; it closes the scheduler."""
-    config = uvicorn.Config(create_app(scheduler, Settings(**settings)), log_config=None, access_log=False)
-    server = uvicorn.Server(config)
+    server = Server(create_app(scheduler, Settings(**settings)))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -59,13 +57,14 @@ class Script:
         pass
 
 
-def ask(app, method, target, headers=(), chunks=(b"",)):
+def ask(app, method, target, headers=(), chunks=(b"",), twice=False):
     """(status, headers, body) of a request sent to the application itself.
 
-    `chunks` may be endless: what is not asked for is not made.
+    `chunks` may be endless: what is not asked for is not made. `twice` sends a second Host header.
     """
     path, _, query = target.partition("?")
-    given = {"host": "localhost:8080", **dict(headers)}
+    given = [*{"host": "localhost:8080", **dict(headers)}.items()]
+    given += [("host", "localhost:8080")] * twice
     scope = {
         "type": "http",
         "http_version": "1.1",
@@ -74,7 +73,7 @@ def ask(app, method, target, headers=(), chunks=(b"",)):
         "path": unquote(path),
         "raw_path": path.encode(),
         "query_string": query.encode(),
-        "headers": [(name.lower().encode(), value.encode()) for name, value in given.items() if value is not None],
+        "headers": [(name.lower().encode(), value.encode()) for name, value in given if value is not None],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 8080),
     }

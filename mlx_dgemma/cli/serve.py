@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import warnings
@@ -105,8 +106,9 @@ def serve(
     mlx-dgemma serve --host 0.0.0.0 --allowed-host mac.local --api-key "$(cat key.txt)"
     """
     try:
+        import pydantic  # noqa: F401
         import starlette  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
     if cache_dir is not None and cache_size == 0:
@@ -116,10 +118,12 @@ def serve(
     if install or uninstall:
         _agent(ctx, install and uninstall, install, api_key, terminal)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once the server has stopped
     with _listen(host, port) as server_socket:
         engine = model.load(terminal)
         from ..checkpoint.memory import free_bytes_beside
         from ..server.app import create_app
+        from ..server.connections import Server
         from ..serving.scheduler import Scheduler
 
         default_bytes = min(free_bytes_beside(engine.checkpoint, rows) // 4, MAX_DEFAULT_CACHE)
@@ -129,17 +133,8 @@ def serve(
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("mlx_dgemma").setLevel(logging.INFO)
         warnings.filterwarnings("ignore", category=UserWarning, module=QUOTING_MODULES)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                ws="none",
-                timeout_graceful_shutdown=max(round(shutdown_seconds), 1),
-            )
-        )
-        app.state.stopping = lambda: server.should_exit
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else a line for whatever is no HTTP
+        server = Server(app)
         address = f"[{host}]" if ":" in host else host
         with_adapter = f" with the adapter {engine.adapter}" if engine.adapter else ""
         terminal.warn(

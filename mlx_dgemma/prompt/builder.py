@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -68,8 +68,9 @@ class PromptBuilder:
         vocab_size = self.config.text.vocab_size
         if outside := [token for token in options.end_tokens if token >= vocab_size]:
             raise OptionError(f"end_tokens has {outside[0]}, but the vocabulary has {vocab_size} tokens; leave it out.")
-        self._check_characters(messages)
-        prompt = self.prompt_tokens(messages, thinking, tools, options)
+        contents = [message["content"] for message in messages if isinstance(message["content"], str)]
+        self.check_characters(sum(map(len, [*contents, *(part["text"] for part in parts_of(messages, "text"))])))
+        prompt = self.prompt_tokens(messages, thinking, tools, options, self.check_characters)
         self.check_room(len(prompt.tokens))
         thinks = opens_thought(self.tokenizer, prompt.tokens)
         answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop, thinks=thinks)
@@ -81,6 +82,7 @@ class PromptBuilder:
         thinking: bool = False,
         tools: list[dict] | None = None,
         options: GenerationOptions | None = None,
+        check: Callable[[int], None] = lambda count: None,
     ) -> PromptTokens:
         """A conversation as the model reads it, however long, ready for the assistant's answer.
 
@@ -88,13 +90,14 @@ class PromptBuilder:
             messages: from `messages_of`.
             thinking, tools: as `request` takes them.
             options: what pictures and videos may take; None takes the checkpoint's.
+            check: told the number of characters of the whole text before it is cut into tokens; it may raise.
 
         Raises:
             PromptError: the template refuses the messages, or a picture cannot be read.
         """
         pictures, spans, times = self._media(messages, options or self.options)
         placeholder = self.config.image_token_id
-        tokens = render(self.tokenizer, messages, tools, thinking, spans, (self._token(placeholder), VIDEO))
+        tokens = render(self.tokenizer, messages, tools, thinking, spans, (self._token(placeholder), VIDEO), check)
         digests = iter([picture.digest for picture in pictures for _ in range(picture.tokens)])
         cache_key = [next(digests) if token == placeholder and pictures else token for token in tokens]
         return PromptTokens(tokens, cache_key, pictures, times)
@@ -165,10 +168,12 @@ class PromptBuilder:
                 f"beside a canvas of {self.config.canvas_length}; shorten it."
             )
 
-    def _check_characters(self, messages: list[Message]) -> None:
-        """Refuse texts that no tokens could make fit, before they are cut into tokens, which takes a second a MB."""
-        texts = [message["content"] for message in messages if isinstance(message["content"], str)]
-        count = sum(map(len, [*texts, *(part["text"] for part in parts_of(messages, "text"))]))
+    def check_characters(self, count: int) -> None:
+        """Refuse texts that no tokens could make fit, before they are cut into tokens, which takes a second a MB.
+
+        Raises:
+            PromptError: the context has no room for so many characters.
+        """
         room = self.config.text.max_position_embeddings - self.config.canvas_length
         if count > room * self._longest_token:
             raise PromptError(

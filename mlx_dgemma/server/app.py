@@ -17,12 +17,14 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ..serving.scheduler import Scheduler
-from .chat import chat_completions
-from .completions import completions
+from .endpoints.chat import ChatExchange
+from .endpoints.completions import CompletionExchange
+from .endpoints.responses import ResponseExchange
 from .errors import ApiError
-from .openapi import openapi_document
+from .metrics import Histograms, metrics_text
 from .options import check_model
-from .responses import responses
+from .pipeline import endpoint
+from .schemas.openapi import openapi_document
 from .security import SecurityMiddleware, error_response
 from .settings import Settings
 from .streaming import ClientDisconnected
@@ -32,23 +34,7 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-GAUGES = {
-    "running": "Requests being generated.",
-    "waiting": "Requests waiting in the queue.",
-    "cache_bytes": "Bytes of cached prefixes.",
-    "cache_entries": "Number of cached prefixes.",
-}
-COUNTERS = {
-    "requests": "Requests submitted.",
-    "cancelled": "Requests cancelled because the client disconnected.",
-    "failed": "Requests that failed.",
-    "prompt_tokens": "Prompt tokens.",
-    "cached_tokens": "Prompt tokens reused from the prefix cache.",
-    "generated_tokens": "Generated tokens.",
-    "blocks": "Finished canvases (blocks).",
-    "denoising_steps": "Denoising steps, summed over requests.",
-    "canvas_positions": "Canvas positions computed, summed over denoising steps.",
-}
+PARSED_AT_ONCE = 2  # large bodies
 
 
 def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
@@ -58,13 +44,15 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
         scheduler, settings: the arguments.
         started: Unix time.
         counts: number of requests by route and status.
+        histograms: how long answers took.
         decode_limiter: allows one picture to be decoded at a time, which takes up to 1 GB.
+        parse_limiter: allows `PARSED_AT_ONCE` large bodies to be parsed at a time.
         stopping: a function that returns whether the server is shutting down; the caller may replace it.
     """
     routes = [
-        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-        Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/responses", responses, methods=["POST"]),
+        Route("/v1/chat/completions", endpoint(ChatExchange), methods=["POST"]),
+        Route("/v1/completions", endpoint(CompletionExchange), methods=["POST"]),
+        Route("/v1/responses", endpoint(ResponseExchange), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{id:path}", model),
         Route("/health", health),
@@ -83,17 +71,13 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
     app = Starlette(
         routes=routes,
         middleware=[Middleware(SecurityMiddleware, settings=settings, counts=counts)],
-        exception_handlers={
-            ApiError: _api_error,
-            HTTPException: _http_error,
-            ClientDisconnected: _disconnected,
-            Exception: _internal_error,
-        },
+        exception_handlers=dict.fromkeys((ApiError, HTTPException, ClientDisconnected, Exception), _failed),
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     app.state.scheduler, app.state.settings, app.state.counts = scheduler, settings, counts
-    app.state.decode_limiter = CapacityLimiter(1)
+    app.state.histograms = Histograms()
+    app.state.decode_limiter, app.state.parse_limiter = CapacityLimiter(1), CapacityLimiter(PARSED_AT_ONCE)
     app.state.started, app.state.stopping = int(time.time()), lambda: False
     return app
 
@@ -113,28 +97,16 @@ async def health(request: Request) -> Response:
     """GET /health: whether the server accepts requests, and how many it has."""
     state = request.app.state
     load, stopping = state.scheduler.load(), state.stopping()
-    body = {
-        "status": "stopping" if stopping else "ok",
-        "model": state.settings.model,
-        "running": load.running,
-        "waiting": load.waiting,
-    }
+    counts = {"running": load.running, "waiting": load.waiting}
+    body = {"status": "stopping" if stopping else "ok", "model": state.settings.model, **counts}
     return JSONResponse(body, 503 if stopping else 200)
 
 
 async def metrics(request: Request) -> Response:
     """GET /metrics in Prometheus' text format."""
-    load, lines = request.app.state.scheduler.load(), []
-    for name, help_text in GAUGES.items():
-        lines += _metric(f"dgemma_{name}", "gauge", help_text, {"": getattr(load, name)})
-    for name, help_text in COUNTERS.items():
-        lines += _metric(f"dgemma_{name}_total", "counter", help_text, {"": load.counters[name]})
-    counts = {
-        f'{{endpoint="{endpoint}",status="{status}"}}': count
-        for (endpoint, status), count in sorted(request.app.state.counts.items())
-    }
-    lines += _metric("dgemma_http_requests_total", "counter", "HTTP requests by endpoint and status.", counts)
-    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+    state = request.app.state
+    text = metrics_text(state.scheduler.load(), state.histograms, state.counts)
+    return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
 async def openapi(request: Request) -> Response:
@@ -152,34 +124,20 @@ async def page(_: Request) -> Response:
     return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
 
-def _metric(name: str, kind: str, help_text: str, values: dict[str, int]) -> list[str]:
-    samples = [f"{name}{labels} {value}" for labels, value in values.items()]
-    return [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}", *samples]
-
-
 def _model(request: Request) -> dict[str, object]:
     state = request.app.state
     return {"id": state.settings.model, "object": "model", "created": state.started, "owned_by": "mlx-dgemma"}
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+async def _failed(request: Request, error: Exception) -> Response:
+    """The response where an endpoint raised something."""
+    if isinstance(error, ClientDisconnected):
+        return Response(status_code=499)  # only the log shows it
+    if isinstance(error, HTTPException):
+        path = request.url.path[:100]
+        messages = {404: f"There is no {path} here", 405: f"{path} knows no {request.method}"}
+        message = f"{messages.get(error.status_code, error.detail)}; see /openapi.json."
+        error = ApiError(message, status=error.status_code, headers=dict(error.headers or {}))
+    if not isinstance(error, ApiError):
+        error = ApiError("The server failed; its log says why.", status=500)
     return error_response(error)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path = request.url.path[:100]
-    messages = {404: f"There is no {path} here", 405: f"{path} knows no {request.method}"}
-    message = messages.get(error.status_code, error.detail)
-    return error_response(
-        ApiError(f"{message}; see /openapi.json.", status=error.status_code, headers=dict(error.headers or {}))
-    )
-
-
-async def _disconnected(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # only the log shows it
-
-
-async def _internal_error(_: Request, __: Exception) -> Response:
-    return error_response(ApiError("The server failed; its log says why.", status=500))

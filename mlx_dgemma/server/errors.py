@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+LOG = logging.getLogger("mlx_dgemma.server")
 
 
 class ApiError(Exception):
@@ -32,3 +35,11 @@ class ApiError(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The error to show in place of any other, which is logged."""
+    if isinstance(error, ApiError):
+        return error
+    LOG.error("An answer failed after its stream began.", exc_info=error)
+    return ApiError("The server failed; its log says why.", status=500)

@@ -3,118 +3,90 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ..decoding.events import Block, Draft, Finished
 from ..decoding.request import Request
 from ..errors import DgemmaError, RangeError
-from ..serving.scheduler import Accepted, Busy, Event, Failed, Scheduler, Stopping
+from ..serving.scheduler import Busy, Event, Failed, Scheduler, Stopping
 from .errors import ApiError
 
 
-@asynccontextmanager
 async def follow(
     scheduler: Scheduler,
-    prepare: Callable[[], Request],
+    prepares: Sequence[Callable[[], Request]],
     drafts: bool = False,
     translate: Callable[[Draft | Block | Finished], Any] = lambda event: event,
-) -> AsyncIterator[tuple[Accepted, AsyncGenerator[Any]]]:
-    """Submit a request. Yields its `Accepted` event and a generator of the later ones; leaving the context cancels it.
+    observe: Callable[[float, Event], None] = lambda seconds, event: None,
+) -> AsyncGenerator[tuple[int, Any]]:
+    """Submit requests together and yield (index, event) as events arrive, beginning with each `Accepted`.
+
+    Closing the generator cancels all requests. So does an error of any of them.
 
     Args:
-        scheduler: runs the request.
-        prepare: makes the request on the scheduler's thread; raises DgemmaError or ApiError if the request is wrong.
+        scheduler: runs the requests.
+        prepares: make the requests on a thread of the scheduler's; they raise DgemmaError or ApiError if a request is
+            wrong.
         drafts: whether to yield `Draft`s.
         translate: turns each event into the value to yield. It runs on the scheduler's thread, the only one that may
-            use arrays and the tokenizer, and must be quick.
+            use arrays, and must be quick.
+        observe: told of every event when it comes, with the seconds since the requests were submitted.
 
     Raises:
-        ApiError: the request is wrong (400), the queue is full (429), or the server is stopping (503).
+        ApiError: a request is wrong (400), the queue is full (429), or the server is stopping (503).
     """
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[Event, Any]]()
+    loop, started, arrived = asyncio.get_running_loop(), time.monotonic(), asyncio.Event()
+    waiting: deque[tuple[int, Event, Any]] = deque()  # for the client to take them
 
-    def listen(event: Event) -> None:
-        translated = None
-        if not isinstance(event, (Accepted, Failed)):
+    def take(i: int, event: Event, translated: Any, seconds: float) -> None:
+        nonlocal waiting
+        observe(seconds, event)
+        if isinstance(event, Draft):  # of an answer's drafts only the newest waits
+            waiting = deque(one for one in waiting if one[0] != i or not isinstance(one[1], Draft))
+        waiting.append((i, event, translated))
+        arrived.set()
+
+    def listen(i: int, event: Event) -> None:
+        translated: Any = event
+        if isinstance(event, (Draft, Block, Finished)):
             try:
                 translated = translate(event)
             except Exception as error:  # must not end the scheduler's thread
                 event = Failed(error)
         with suppress(RuntimeError):  # the event loop is closed, so nobody waits for the event
-            loop.call_soon_threadsafe(queue.put_nowait, (event, translated))
+            loop.call_soon_threadsafe(take, i, event, translated, time.monotonic() - started)
 
-    async def events() -> AsyncGenerator[Any]:
-        event: Event | None = None
-        while not isinstance(event, Finished):
-            event, translated = await queue.get()
-            _raise_failure(event)
-            yield translated
-
+    tickets = []
     try:
-        ticket = scheduler.submit(prepare, listen, drafts)
-    except Busy as busy:
-        raise ApiError(str(busy), status=429, code="busy", headers={"Retry-After": str(busy.retry_after)}) from None
-    except Stopping:
-        raise _stopping_error() from None
-    try:
-        first, _ = await queue.get()
-        _raise_failure(first)
-        assert isinstance(first, Accepted)
-        async with aclosing(events()) as rest:
-            yield first, rest
-    finally:
-        ticket.cancel()
-
-
-async def follow_all(
-    scheduler: Scheduler,
-    prepares: Sequence[Callable[[], Request]],
-    drafts: bool = False,
-    translate: Callable[[Draft | Block | Finished], Any] = lambda event: event,
-) -> AsyncGenerator[tuple[int, Any]]:
-    """Submit several requests together and yield (index, event) as events arrive, beginning with each `Accepted`.
-
-    Closing the generator cancels all requests. So does an error of any of them, which is raised as in `follow`.
-    """
-    queue: asyncio.Queue[tuple[int, Any] | Exception | None] = asyncio.Queue()
-
-    async def one(i: int) -> None:
-        try:
-            async with follow(scheduler, prepares[i], drafts, translate) as (accepted, events):
-                queue.put_nowait((i, accepted))
-                async for event in events:
-                    queue.put_nowait((i, event))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(one(i)) for i in range(len(prepares))]
-    try:
-        unfinished = len(tasks)
+        for i, prepare in enumerate(prepares):
+            tickets.append(scheduler.submit(prepare, partial(listen, i), drafts))
+        unfinished = len(tickets)
         while unfinished:
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                unfinished -= 1
-            else:
-                yield item
+            while not waiting:
+                arrived.clear()
+                await arrived.wait()
+            i, event, translated = waiting.popleft()
+            if isinstance(event, Failed):
+                raise _api_error(event.error) from None
+            unfinished -= isinstance(event, Finished)
+            yield i, translated
+    except (Busy, Stopping) as error:
+        raise _api_error(error) from None
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for ticket in tickets:
+            ticket.cancel()
 
 
-def _stopping_error() -> ApiError:
-    return ApiError("The server is stopping; ask again later.", status=503, code="stopping")
-
-
-def _raise_failure(event: Event) -> None:
-    if isinstance(event, Failed):
-        if isinstance(event.error, RangeError):  # not the request's fault
-            raise ApiError(str(event.error), status=500, code="range") from None
-        if isinstance(event.error, DgemmaError):
-            raise ApiError(str(event.error)) from None
-        raise _stopping_error() if isinstance(event.error, Stopping) else event.error
+def _api_error(error: Exception) -> Exception:
+    if isinstance(error, Busy):
+        return ApiError(str(error), status=429, code="busy", headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, Stopping):
+        return ApiError("The server is stopping; ask again later.", status=503, code="stopping")
+    if isinstance(error, RangeError):  # not the request's fault
+        return ApiError(str(error), status=500, code="range")
+    return ApiError(str(error)) if isinstance(error, DgemmaError) else error

@@ -1,101 +1,61 @@
-"""Request fields that the endpoints share: generation options as `Engine.prepare` arguments, and delivery."""
+"""Generation options of a request as arguments of `Engine.prepare`, and the engine's errors as the server's."""
 
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
+from dataclasses import fields
 from typing import Any
 
 from ..decoding.options import MIN_TEMPERATURE, GenerationOptions
 from ..errors import DgemmaError, OptionError, PromptError
-from ..model.patches import BUDGETS
 from .errors import ApiError
-from .fields import MAX_INTEGER, Fields, format_value
+from .schemas.bodies import Shared
+from .schemas.fields import format_value, reject
 from .settings import Settings
 
-FLAGS = ("exact", "fast")
-MAX_STEPS = 1000  # denoising steps of a canvas: each takes a random key, and the row stays occupied
-INTEGER_LIMITS = {  # {name: (lowest, highest)}
-    "max_denoising_steps": (1, MAX_STEPS),
-    "stability_threshold": (0, MAX_INTEGER),
-    "patience": (0, MAX_INTEGER),
-    "image_tokens": (1, MAX_INTEGER),
-}
-NUMBER_LIMITS = {  # {name: (lowest, highest)}
-    "entropy_bound": (0, 1e9),
-    "t_min": (0, 1e9),
-    "t_max": (MIN_TEMPERATURE, 1e9),
-    "confidence_threshold": (0, 1e9),
-    "certainty_threshold": (0, 1e9),
-}
-MAX_STOP_STRINGS = 4
-MAX_CHOICES = 8  # answers to one request
-_OPTION_NAMES = {field.name for field in dataclass_fields(GenerationOptions)}
+OPTIONS = {field.name for field in fields(GenerationOptions)} - {"max_tokens", "stop"}
+LIMITS = ("max_completion_tokens", "max_tokens")
 
 
-def parse_arguments(
-    fields: Fields, defaults: GenerationOptions, limits: Sequence[str] = ("max_tokens",), choices: int = 1
-) -> dict[str, Any]:
-    """Read the fields that control generation. Messages, tools and response format are left to the caller.
-
-    Reads `limits`, seed, stop, temperature, top_p, frequency_penalty, presence_penalty, logit_bias, regex, thinking,
-    and the `GenerationOptions` that a request may set.
+def generation_arguments(body: Shared, defaults: GenerationOptions) -> dict[str, Any]:
+    """Arguments of `Engine.prepare`: the seed of the first answer, and max_tokens, stop and options where given.
 
     Args:
-        fields: the body.
-        defaults: the checkpoint's options, `scheduler.engine.options`.
-        limits: field names for the token limit; error messages refer to the first.
-        choices: number of answers, which take consecutive seeds.
-
-    Returns:
-        Arguments of `Engine.prepare`, only those present in the request: max_tokens, seed, stop, regex, thinking and
-        generation options.
+        body: the request.
+        defaults: the checkpoint's options.
 
     Raises:
-        ApiError: a wrong or unsupported value.
+        ApiError: values that contradict each other.
     """
-    given: dict[str, Any] = {}
-    for limit in limits:
-        if (max_tokens := fields.integer(limit, 1)) is not None:
-            if given.get("max_tokens", max_tokens) != max_tokens:
-                fields.reject(limit, f"but {limits[0]} is {given['max_tokens']}: leave one out")
-            given["max_tokens"] = max_tokens
-    given["seed"] = fields.integer("seed", 0, 2**64 - choices)
-    given["stop"] = _stop(fields)
-    given["regex"] = fields.text("regex")
-    given["thinking"] = fields.flag("thinking")
-    given |= {name: fields.flag(name) for name in FLAGS}
-    given |= {name: fields.integer(name, *bounds) for name, bounds in INTEGER_LIMITS.items()}
-    given |= {name: fields.number(name, *bounds) for name, bounds in NUMBER_LIMITS.items()}
-    if given["image_tokens"] not in (None, *BUDGETS):
-        fields.reject("image_tokens", f"it should be one of {', '.join(map(str, BUDGETS))}")
-    temperature = fields.number("temperature", 0, 2)
+    given = {name: value for name in sorted(OPTIONS) if (value := getattr(body, name, None)) is not None}
+    for name in LIMITS:
+        limit = getattr(body, name, None)
+        if limit is not None and given.setdefault("max_tokens", limit) != limit:
+            reject(name, limit, f"but {LIMITS[0]} is {given['max_tokens']}: leave one out")
+    if body.stop:
+        given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+    temperature, seed = body.temperature, body.seed
     if temperature and temperature < MIN_TEMPERATURE:
-        fields.reject("temperature", f"it should be 0, or a number from {MIN_TEMPERATURE:g} to 2")
-    if temperature == 0 and given["seed"] is None:
-        given["seed"] = 0
+        reject("temperature", temperature, f"it should be 0, or a number from {MIN_TEMPERATURE:g} to 2")
     if temperature not in (None, 0, 1):
         for name in ("t_min", "t_max"):
-            if given[name] is not None:
-                fields.reject("temperature", f"and {name} is {given[name]}, which it would multiply: leave one out")
+            if name in given:
+                reject(
+                    "temperature", temperature, f"and {name} is {given[name]}, which it would multiply: leave one out"
+                )
             given[name] = getattr(defaults, name) * temperature
-    fields.allow_only("top_p", 1, 1.0, why="nucleus sampling is unknown to this model: leave it out, or give 1")
-    for name in ("frequency_penalty", "presence_penalty"):
-        fields.allow_only(name, 0, 0.0, why="penalties are unknown to this model: leave it out, or give 0")
-    fields.allow_only("logit_bias", {}, why="biases are unknown to this model: leave it out")
-    given = {name: value for name, value in given.items() if value is not None}
+    if seed is not None and seed > 2**64 - body.choices:
+        reject("seed", seed, f"it should be a whole number, from 0 to {2**64 - body.choices}")
     with as_api_errors():
-        defaults.override(**{name: value for name, value in given.items() if name in _OPTION_NAMES})
-    return given
+        defaults.override(**given)
+    return {**given, "seed": seed if seed is not None else 0 if temperature == 0 else secrets.randbits(32)}
 
 
 @contextmanager
 def as_api_errors(prompt: str = "messages", **renamed: str) -> Iterator[None]:
-    """Turn the engine's errors into `ApiError`s that name the request parameter. `prepare` functions use it too.
+    """Turn the engine's errors into `ApiError`s that name the request parameter.
 
     Args:
         prompt: the parameter to name for errors in the prompt.
@@ -112,76 +72,11 @@ def as_api_errors(prompt: str = "messages", **renamed: str) -> Iterator[None]:
         raise ApiError("A number in the request is too large; give a smaller one.", renamed.get("schema")) from None
     except OptionError as error:
         words = str(error).removeprefix("The ").split(maxsplit=1)
-        name = (
-            words[0] if words and words[0] in {*_OPTION_NAMES, "seed", "regex", "schema", "tools", *renamed} else None
-        )
+        known = {*OPTIONS, "max_tokens", "stop", "seed", "regex", "schema", "tools", *renamed}
+        name = words[0] if words and words[0] in known else None
         raise ApiError(str(error), renamed.get(name, name) if name else None) from None
     except DgemmaError as error:
         raise ApiError(str(error)) from None
-
-
-def _stop(fields: Fields) -> list[str] | None:
-    stop = fields.get("stop")
-    given = [stop] if isinstance(stop, str) else stop
-    if given is None or given == []:
-        return None
-    if (
-        not isinstance(given, list)
-        or len(given) > MAX_STOP_STRINGS
-        or not all(isinstance(one, str) and one for one in given)
-    ):
-        fields.reject("stop", f"it should be a string that is not empty, or a list of up to {MAX_STOP_STRINGS}")
-    return given
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """How answers are sent.
-
-    Attributes:
-        model: the served model's name.
-        choices: number of answers.
-        stream: whether they are sent as server-sent events.
-        usage: whether token counts are sent at the end of a stream.
-        drafts: whether the canvas is sent after each denoising step.
-    """
-
-    model: str
-    choices: int
-    stream: bool
-    usage: bool
-    drafts: bool
-
-    def envelope(self, id_prefix: str, kind: str) -> dict[str, Any]:
-        """The fields `id`, `object`, `created` and `model` that begin a response body."""
-        return {
-            "id": f"{id_prefix}-{secrets.token_hex(12)}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": self.model,
-        }
-
-
-def parse_delivery(fields: Fields, settings: Settings) -> Delivery:
-    """Read model, n, stream, stream_options and drafts, and the fields that are accepted and ignored.
-
-    Raises:
-        ApiError: a wrong value, or another model than the served one (404, as OpenAI does).
-    """
-    name = check_model(fields.text("model"), settings)
-    accept_ignored(fields)
-    stream = fields.flag("stream", False)
-    drafts = fields.flag("drafts", False)
-    if drafts and not stream:
-        fields.reject("drafts", "drafts are streamed: give stream true, or leave them out")
-    usage, stream_options = False, fields.object("stream_options")
-    if stream_options:
-        if not stream:
-            fields.reject("stream_options", "there is no stream: give stream true, or leave it out")
-        usage = stream_options.flag("include_usage", False)
-        stream_options.allow_only("include_obfuscation", False, why="no padding is sent: leave it out")
-        stream_options.reject_unknown()
-    return Delivery(name, fields.integer("n", 1, MAX_CHOICES, 1), stream, usage, drafts)
 
 
 def check_model(name: str | None, settings: Settings) -> str:
@@ -198,13 +93,3 @@ def check_model(name: str | None, settings: Settings) -> str:
             "model_not_found",
         )
     return settings.model
-
-
-def accept_ignored(fields: Fields) -> None:
-    """Read the fields that are accepted and ignored: client labels, `store: false`, and the default service tier."""
-    for name in ("user", "safety_identifier", "prompt_cache_key"):
-        fields.text(name)
-    if fields.has("metadata"):
-        Fields(fields.get("metadata"), "metadata")
-    fields.allow_only("store", False, why="nothing is stored here: leave it out, or give false")
-    fields.allow_only("service_tier", "auto", "default", why="there are no tiers here: leave it out")

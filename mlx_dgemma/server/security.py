@@ -21,6 +21,7 @@ from .errors import ApiError
 from .settings import Settings
 
 LOG = logging.getLogger("mlx_dgemma.access")
+MAX_BODIES = 16  # of the largest size, in all requests that are being answered
 PUBLIC_PATHS = ("/", "/health")  # need no API key: the page asks for it, and monitors have none
 
 
@@ -33,14 +34,23 @@ class SecurityMiddleware:
 
     def __init__(self, app: ASGIApp, settings: Settings, counts: Counter[tuple[str, int]]):
         self._app, self._settings, self.counts = app, settings, counts
+        self._held = 0  # bytes of the bodies of all requests that are being answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status, headers = time.perf_counter(), 499, Headers(scope=scope)
+        start, status, headers, received = time.perf_counter(), 499, Headers(scope=scope), 0
         allowed_origin = headers.get("origin") if headers.get("origin") in self._settings.cors_origins else None
+
+        async def receive_within_limits() -> Message:
+            nonlocal received
+            message = await receive()
+            size = len(message.get("body", b""))
+            received, self._held = received + size, self._held + size
+            self._check_size(received)
+            return message
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -58,15 +68,26 @@ class SecurityMiddleware:
         try:
             try:
                 app: ASGIApp = self._check(scope, headers, allowed_origin) or self._app
-                limited = _LimitedBody(receive, self._settings.body_bytes, headers)
+                if (length := headers.get("content-length", "0")).isdecimal():
+                    self._check_size(int(length[:20]))
             except ApiError as error:
-                app, limited = error_response(error), None
-            await app(scope, limited or receive, send_with_headers)
+                app = error_response(error)
+            await app(scope, receive_within_limits, send_with_headers)
         except Exception:
             status = 500
             raise
         finally:
+            self._held -= received
             self._log(scope, status, time.perf_counter() - start)
+
+    def _check_size(self, size: int) -> None:
+        """Refuse a body of so many bytes, with or without a Content-Length, or what is too much beside others."""
+        if size > self._settings.body_bytes:
+            message = f"The body is larger than {self._settings.body_bytes / 2**20:g} MiB; send less."
+            raise ApiError(message, status=413, code="request_too_large", headers={"Connection": "close"})
+        if self._held > MAX_BODIES * self._settings.body_bytes:
+            message = "The requests that are being answered are as large as the server allows; try again later."
+            raise ApiError(message, status=503, code="busy", headers={"Retry-After": "1", "Connection": "close"})
 
     def _check(self, scope: Scope, headers: Headers, allowed_origin: str | None) -> Response | None:
         """Return the response to a CORS preflight, or None if the application should handle the request.
@@ -115,35 +136,8 @@ class SecurityMiddleware:
         route = getattr(scope.get("route"), "path", "other")
         self.counts[route, status] += 1
         client = (scope.get("client") or ("-",))[0]
-        path = scope.get("raw_path", b"-").decode("ascii", "replace")[
-            :200
-        ]  # still percent-encoded, so without control characters
+        path = scope.get("raw_path", b"-").decode("ascii", "replace")[:200]  # percent-encoded: no control characters
         LOG.info("%s %s %s %s %d %.3f s", time.strftime("%F %T"), client, scope["method"], path, status, seconds)
-
-
-class _LimitedBody:
-    """A `receive` that raises ApiError for a body above the limit, with or without a Content-Length."""
-
-    def __init__(self, receive: Receive, limit: int, headers: Headers):
-        self._receive, self._limit, self._received = receive, limit, 0
-        if (length := headers.get("content-length", "0")).isdecimal() and int(length[:20]) > limit:
-            raise self._too_large()
-
-    async def __call__(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._received += len(message.get("body", b""))
-            if self._received > self._limit:
-                raise self._too_large()
-        return message
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            f"The body is larger than {self._limit / 2**20:g} MiB; send less.",
-            status=413,
-            code="request_too_large",
-            headers={"Connection": "close"},
-        )
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -26,6 +26,10 @@ class Settings:
         shutdown_seconds: time that running answers get to finish when the server stops.
         body_bytes: size of the largest request body.
         pictures: maximum number of pictures in a request.
+        connections: maximum number of open connections.
+        header_seconds: time for the header of a request.
+        body_seconds: time between two pieces of a body; a whole body has ten times as much.
+        stalled_seconds: time in which a client must read something of what waits for it.
 
     Raises:
         OptionError: a host that other machines can reach without an API key, or an invalid origin.
@@ -39,6 +43,10 @@ class Settings:
     shutdown_seconds: float = 10.0
     body_bytes: int = 32 * 2**20
     pictures: int = 64
+    connections: int = 512
+    header_seconds: float = 15.0
+    body_seconds: float = 30.0
+    stalled_seconds: float = 60.0
 
     def __post_init__(self):
         if self.api_key == "":

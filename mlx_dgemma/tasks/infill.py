@@ -157,6 +157,7 @@ def infill(
             f"max_tokens is {options['max_tokens']}, but a hole with text behind it is as long as length says; "
             "give length instead."
         )
+    builder.check_characters(len(prefix) + len(suffix))
     context = HoleContext.of(builder.tokenizer, prefix, suffix)
     language = builder.language(context.pattern(), "The hole")
     least = max(language.shortest_length, 1)

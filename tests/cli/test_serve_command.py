@@ -1,16 +1,20 @@
 """`mlx-dgemma serve`: what it refuses before it loads a model, and a server from start to stop."""
 
+import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 
+import httpx
 import openai
 import pytest
 from click.testing import CliRunner
-from listeners import LIMIT
+from listeners import LIMIT, until
 
 from mlx_dgemma import engine
 from mlx_dgemma.checkpoint.find import DEMO
@@ -50,36 +54,67 @@ def test_the_command_refuses_before_it_loads(never_loaded, monkeypatch):
     )
 
 
-def test_the_command_serves_until_it_is_stopped():
-    """It has no time limit to exceed: nothing runs and no connection is open when it is stopped.
+@contextmanager
+def served(*options):
+    """(process, base URL) of the command with the demo.
 
     A shell starts background jobs with SIGINT ignored, which would pass to the command if these tests run in one.
     """
     listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     start = f"import signal, sys; {listen}; from mlx_dgemma.cli.main import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", start, "serve", "--model", str(DEMO), "--port", "0", "--api-key", "k"]
-    command += ["--shutdown-seconds", str(LIMIT)]
+    command = [sys.executable, "-c", start, "serve", "--model", str(DEMO), "--port", "0", "--api-key", "k", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             line = next(line for line in process.stderr if line.startswith("Listening"))
-            url = re.fullmatch(r"Listening on (http://127\.0\.0\.1:\d+/v1); Ctrl-C stops it\.\n", line)[1]
-            with openai.OpenAI(base_url=url, api_key="k", max_retries=0) as client:
-                completions = client.chat.completions  # imported before the first request, not while it is kept alive
-                (model,) = client.models.list().data
-                assert model.id == DEMO.name
-                answer = completions.create(
-                    model=model.id, messages=[{"role": "user", "content": "Spell the word cat."}], seed=0
-                )
-                assert answer.choices[0].message.content == "c a t"
-            process.send_signal(signal.SIGINT)
-            log = process.stderr.read().splitlines()
-            assert process.wait(LIMIT) == 130
+            yield process, re.fullmatch(r"Listening on (http://127\.0\.0\.1:\d+/v1); Ctrl-C stops it\.\n", line)[1]
         finally:
             process.kill()
-    assert [" ".join(line.split()[2:6]) for line in log] == [
-        "127.0.0.1 GET /v1/models 200",
-        "127.0.0.1 POST /v1/chat/completions 200",
-    ]
+
+
+def requests_of(log):
+    return [" ".join(line.split()[2:6]) for line in log]
+
+
+def test_the_command_serves_until_it_is_stopped():
+    """It has no time limit to exceed: nothing runs and no connection is open when it is stopped."""
+    with served("--shutdown-seconds", str(LIMIT)) as (process, url):
+        with openai.OpenAI(base_url=url, api_key="k", max_retries=0) as client:
+            completions = client.chat.completions  # imported before the first request, not while it is kept alive
+            (model,) = client.models.list().data
+            assert model.id == DEMO.name
+            answer = completions.create(
+                model=model.id, messages=[{"role": "user", "content": "Spell the word cat."}], seed=0
+            )
+            assert answer.choices[0].message.content == "c a t"
+        process.send_signal(signal.SIGINT)
+        log = process.stderr.read().splitlines()
+        assert process.wait(LIMIT) == 130
+    assert requests_of(log) == ["127.0.0.1 GET /v1/models 200", "127.0.0.1 POST /v1/chat/completions 200"]
+
+
+def test_where_it_must_end_every_client_is_told():
+    """A stream that runs and a request that waits, neither of which can be whole in time."""
+    slow = {"entropy_bound": 1e-9, "confidence_threshold": 0, "certainty_threshold": 0, "patience": 0}
+    body = {"messages": [{"role": "user", "content": "Count from 1 to 30."}], "max_tokens": 3000, **slow}
+    asked = {"headers": {"Authorization": "Bearer k"}, "timeout": LIMIT}
+    options = ("--rows", "1", "--shutdown-seconds", "0.1", "--cache-size", "0")
+    with served(*options) as (process, url), ThreadPoolExecutor() as pool:
+        path = f"{url}/chat/completions"
+        with httpx.stream("POST", path, json={**body, "stream": True}, **asked) as stream:
+            lines = stream.iter_lines()
+            assert json.loads(next(lines)[6:])["choices"][0]["delta"]["role"] == "assistant"
+            waits = pool.submit(httpx.post, path, json=body, **asked)
+            until(lambda: httpx.get(f"{url.removesuffix('/v1')}/health").json()["waiting"] == 1)
+            process.send_signal(signal.SIGTERM)
+            *_, last = filter(None, lines)
+        told = [json.loads(last[6:])["error"], waits.result().json()["error"]]
+        assert [one["code"] for one in told] == ["stopping", "stopping"]
+        assert waits.result().status_code == 503
+        log = process.stderr.read().splitlines()
+        assert process.wait(LIMIT) == 0
+    assert {one for one in requests_of(log) if "health" not in one} == {
+        "127.0.0.1 POST /v1/chat/completions 200", "127.0.0.1 POST /v1/chat/completions 503"
+    }  # fmt: skip
 
 
 def test_warnings_that_quote_answers_are_not_logged():

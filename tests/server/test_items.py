@@ -5,16 +5,21 @@ import json
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
+from serving import Script, post
 
+from mlx_dgemma.server.app import create_app
+from mlx_dgemma.server.endpoints.response_events import ResponseBuilder
 from mlx_dgemma.server.errors import ApiError
-from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.items import ResponseBuilder, parse_input
+from mlx_dgemma.server.schemas.fields import parse_body
+from mlx_dgemma.server.schemas.items import Response as ResponseBody
+from mlx_dgemma.server.schemas.items import input_messages
+from mlx_dgemma.server.settings import Settings
 
 EVENT = TypeAdapter(ResponseStreamEvent)
 
 
-def read(given, pictures=4, **fields):
-    return parse_input(Fields({"input": given, **fields}), pictures)
+def read(given, **fields):
+    return input_messages(parse_body(ResponseBody, json.dumps({"input": given, **fields}).encode()))
 
 
 def call(call_id, name="f", arguments="{}", **more):
@@ -96,7 +101,7 @@ def test_texts_of_an_output_are_joined():
     ("given", "param", "message"),
     [
         (None, "input", "input is missing; give it."),
-        (3, "input", "input is 3; it should be a string or a list of items."),
+        (3, "input", "input is 3; it should be a string or a list that is not empty."),
         (["Hi"], "input[0]", "input[0] is 'Hi'; it should be a JSON object."),
         (
             [{"type": "item_reference", "id": "msg_1"}],
@@ -108,7 +113,7 @@ def test_texts_of_an_output_are_joined():
         (
             [{"role": "user", "content": []}],
             "input[0].content",
-            "input[0].content is a list of 0; it should be a string or a list of parts.",
+            "input[0].content is a list of 0; it should be a string or a list that is not empty.",
         ),
         (
             [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}],
@@ -139,7 +144,7 @@ def test_texts_of_an_output_are_joined():
         (
             [call("a", arguments='{"x": NaN}')],
             "input[0].arguments",
-            "input[0].arguments is '{\"x\": NaN}'; it should be a JSON object as a string.",
+            "input[0].arguments is '{\"x\": NaN}'; it should be a JSON object, written as a string.",
         ),
         (
             [call("a"), output("b", "1")],
@@ -161,9 +166,10 @@ def test_items_that_cannot_be_read(given, param, message):
 
 def test_pictures_are_counted():
     picture = {"type": "input_image", "image_url": "data:image/png;base64,aGk="}
-    with pytest.raises(ApiError) as caught:
-        read([{"role": "user", "content": [picture] * 3}], pictures=2)
-    assert (str(caught.value), caught.value.param) == ("There are more than 2 pictures; send fewer.", "input")
+    app = create_app(Script(), Settings(pictures=2))
+    status, answer = post(app, "/v1/responses", {"input": [{"role": "user", "content": [picture] * 3}]})
+    assert (status, answer["error"]["param"]) == (400, "input")
+    assert answer["error"]["message"] == "There are more than 2 pictures; send fewer."
 
 
 # events

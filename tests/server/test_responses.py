@@ -17,8 +17,7 @@ from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.model.patches import BUDGETS
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.errors import ApiError
-from mlx_dgemma.server.openapi import openapi_document
-from mlx_dgemma.server.options import INTEGER_LIMITS, NUMBER_LIMITS
+from mlx_dgemma.server.schemas.openapi import openapi_document
 from mlx_dgemma.server.settings import Settings
 from mlx_dgemma.serving.scheduler import Failed, Scheduler
 
@@ -175,7 +174,7 @@ REFUSED = [
     ({"input": "Hi", "messages": []}, "messages", "messages is not supported here; leave it out."),
     ({"input": "Hi", "n": 2}, "n", "n is not supported here; leave it out."),
     ({"input": " "}, "input", "Message 0 is empty; say what you want."),
-    ({"input": []}, "input", "The prompt is []; give a text or a list of messages."),
+    ({"input": []}, "input", "input is a list of 0; it should be a string or a list that is not empty."),
     (
         {"input": "Hi", "previous_response_id": "resp_1"},
         "previous_response_id",
@@ -252,7 +251,7 @@ REFUSED = [
     (
         {"input": "Hi", "metadata": {str(n): "" for n in range(17)}},
         "metadata",
-        "metadata is an object of 17; there may be 16 pairs, 64 characters a name, 512 a value.",
+        "metadata is an object of 17; it should have at most 16: send fewer.",
     ),
     (
         {"input": "Hi", "regex": "a+", "text": {"format": {"type": "json_object"}}},
@@ -337,6 +336,17 @@ def test_bodies_are_as_described():
     assert len(unfit) >= 17, contradicting  # the rest contradict themselves, which no schema tells
 
 
+LIMITS = {
+    "max_denoising_steps": (1, 1000),
+    "stability_threshold": (0, 2**31 - 1),
+    "patience": (0, 2**31 - 1),
+    "image_tokens": (1, 2**31 - 1),
+    "entropy_bound": (0, 1e9),
+    "t_min": (0, 1e9),
+    "t_max": (0.001, 1e9),
+    "confidence_threshold": (0, 1e9),
+    "certainty_threshold": (0, 1e9),
+}
 ASKED = {
     "Chat": {"messages": [{"role": "user", "content": "a"}]},
     "Completion": {"prompt": "a"},
@@ -347,7 +357,7 @@ ASKED = {
 @pytest.mark.parametrize("name", ASKED)
 def test_the_models_own_options_are_described_within_their_limits(name):
     one, validator = ASKED[name], jsonschema.Draft202012Validator(described(name))
-    for option, (low, high) in {**INTEGER_LIMITS, **NUMBER_LIMITS}.items():
+    for option, (low, high) in LIMITS.items():
         least, most = (min(BUDGETS), max(BUDGETS)) if option == "image_tokens" else (low, high)
         assert [validator.is_valid({**one, option: value}) for value in (least, most)] == [True, True], option
         assert not any(validator.is_valid({**one, option: value}) for value in (low - 1, high + 1)), option

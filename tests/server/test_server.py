@@ -16,8 +16,8 @@ from support import BLUE, engine_of, square
 from mlx_dgemma import Draft
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.constraints.schema import to_regex
-from mlx_dgemma.server.chat import any_object_schema
-from mlx_dgemma.server.completions import StopCutter
+from mlx_dgemma.server.endpoints.chat import any_object_schema
+from mlx_dgemma.server.endpoints.completions import StopCutter
 from mlx_dgemma.tasks import infill as infill_module
 
 JSON_PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."

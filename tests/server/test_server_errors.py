@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import openai
 import pytest
 from listeners import until
-from serving import CHAT, COMPLETIONS, MODEL, WEATHER, Script, ask, chat, post, said
+from serving import CHAT, COMPLETIONS, MODEL, RESPONSES, WEATHER, Script, ask, chat, post, said
 
 from mlx_dgemma import OptionError, PromptError, RangeError
 from mlx_dgemma.constraints.schema import SUPPORTED
@@ -32,15 +32,14 @@ REFUSED = [
     ({"messages": [{"role": "user"}]}, "messages[0].content", "messages[0].content is missing; give it."),
     ({"messages": [{"role": "user", "content": " "}]}, "messages", "Message 0 is empty; say what you want."),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content",
-     "messages[0].content is 5; it should be a string or a list of parts."),
+     "messages[0].content is 5; it should be a string or a list that is not empty."),
     ({"messages": [{"role": "user", "content": "x", "name": "Anna"}]}, "messages[0].name",
      "messages[0].name is not supported here; leave it out."),
     ({"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:,x"}}]}]},
      "messages[0].content[0].type",
-     "messages[0].content[0].type is 'video_url'; videos are not taken here: send some of their frames as image_url "
-     "parts."),
+     "messages[0].content[0].type is 'video_url'; it should be \"text\" or \"image_url\"."),
     ({"messages": [{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}]},
-     "messages[0].content[0].type", "messages[0].content[0].type is 'image'; it should be text or image_url."),
+     "messages[0].content[0].type", "messages[0].content[0].type is 'image'; it should be \"text\" or \"image_url\"."),
     ({"messages": [{"role": "user", "content": "<|image|>"}]}, "messages",
      "The prompt has 1 <|image|> placeholders, but 0 sources are given for them; they must agree."),
     ({"messages": [{"role": "user", "content": "word " * 5000}]}, "messages",
@@ -108,7 +107,9 @@ REFUSED = [
      "parallel_tool_calls is false; that holds only where tool_choice is required or names a function."),
     ({"tools": [WEATHER, WEATHER]}, "tools[1].function.name",
      "tools[1].function.name is 'get_weather'; it stands twice: give every function a name of its own."),
-    ({"tools": [{"type": "web_search"}]}, "tools[0].function", "tools[0].function is missing; give it."),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type",
+     "tools[0].type is 'web_search'; functions are the only tools here."),
+    ({"tools": [{}]}, "tools[0].function", "tools[0].function is missing; give it."),
     ({"reasoning_effort": "none", "thinking": True}, "reasoning_effort",
      "reasoning_effort is 'none'; but thinking says the contrary: leave one out."),
     ({"chat_template_kwargs": {"other": 1}}, "chat_template_kwargs.other",
@@ -258,9 +259,15 @@ def connected(url, body, path=CHAT):
 @pytest.mark.parametrize("path, asked", [
     (CHAT, {"messages": said(COUNT), "n": 2}),
     (COMPLETIONS, {"prompt": "Once there was a cat"}),
+    (RESPONSES, {"input": COUNT}),
 ])  # fmt: skip
 def test_who_leaves_is_not_answered(scheduler, url, path, asked, stream):
-    slow = {"max_tokens": 3000, "entropy_bound": 1e-9, "patience": 0, "certainty_threshold": 0}
+    slow = {
+        "max_output_tokens" if path == RESPONSES else "max_tokens": 3000,
+        "entropy_bound": 1e-9,
+        "patience": 0,
+        "certainty_threshold": 0,
+    }
     before, count = scheduler.load().counters, asked.get("n", 1)
     with connected(url, {**asked, **slow, "confidence_threshold": 0, "stream": stream}, path):
         until(lambda: scheduler.load().running == count)
@@ -330,11 +337,14 @@ def test_health_and_metrics(client, scheduler):
             told.setdefault(name, {})[what] = rest
         else:
             name, _, value = re.fullmatch(
-                r'(dgemma_[a-z_]+)(\{[a-z]+="[^"]*"(?:,[a-z]+="[^"]*")*\})? (\d+)', line
+                r'(dgemma_[a-z_]+)(\{[a-z]+="[^"]*"(?:,[a-z]+="[^"]*")*\})? (\d+(?:\.\d+)?)', line
             ).groups()
-            assert {"HELP", "TYPE"} == set(told[name])
-            assert told[name]["TYPE"] == ("counter" if name.endswith("_total") else "gauge")
-            samples[line.rsplit(" ", 1)[0]] = int(value)
+            base = re.sub(r"_(bucket|sum|count)$", "", name)
+            assert {"HELP", "TYPE"} == set(told[base])
+            kind = "histogram" if base.endswith("_seconds") else "counter" if name.endswith("_total") else "gauge"
+            assert told[base]["TYPE"] == kind
+            assert kind == "histogram" or value.isdecimal()
+            samples[line.rsplit(" ", 1)[0]] = float(value)
     assert samples["dgemma_running"] == 0
     assert samples["dgemma_generated_tokens_total"] == scheduler.load().counters["generated_tokens"] > 0
     assert samples['dgemma_http_requests_total{endpoint="/health",status="200"}'] == 1

@@ -1,10 +1,9 @@
 """Requests that would harm others: what fails, or takes long, stays its asker's own."""
 
 import asyncio
-import base64
-import io
 import shutil
 import threading
+from contextlib import aclosing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,17 +13,14 @@ import outlines_core
 import pytest
 from listeners import LIMIT
 from serving import CHAT, Script, said
-from support import BLUE, engine_of, square
+from support import engine_of
 
 import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.decoding.events import Finished
-from mlx_dgemma.prompt import builder
-from mlx_dgemma.prompt.images import open_image
-from mlx_dgemma.server.completions import StopCutter
-from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.endpoints.completions import StopCutter
 from mlx_dgemma.server.follow import follow
-from mlx_dgemma.server.messages import parse_tools
+from mlx_dgemma.server.schemas.messages import Function, tool_declarations
 from mlx_dgemma.serving.scheduler import Failed, Scheduler
 
 
@@ -118,7 +114,7 @@ def test_many_tools_are_read_in_proportion(monkeypatch):
     """Finding a duplicate name must not compare each name with all others."""
     monkeypatch.setattr(CountedText, "operations", 0)
     names = [CountedText(f"f{i}") for i in range(2000)]
-    tools = parse_tools(Fields({"tools": [{"function": {"name": name}} for name in names]}))
+    tools = tool_declarations([Function.model_construct(name=name) for name in names], "tools[{}].name")
     assert CountedText.operations < 10 * len(names)
     assert [one["function"]["name"] for one in tools] == names
 
@@ -130,23 +126,6 @@ def test_a_long_stop_string_costs_no_more_than_the_text(monkeypatch):
     pieces = [cutter.add(piece) for piece in ("abb", "b", "c", "b")]
     assert [*pieces, cutter.add("", last=True)] == ["a", "", "bbbc", "", "b"]
     assert 0 < CountedText.operations < 100
-
-
-def test_pictures_are_decoded_once_and_not_on_the_schedulers_thread(url, scheduler, monkeypatch):
-    threads, read = [], open_image
-
-    def slow(source):
-        threads.append(threading.current_thread())
-        return read(source)
-
-    monkeypatch.setattr(builder, "open_image", slow)
-    square(BLUE).save(file := io.BytesIO(), "PNG")
-    url_of_it = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    shown = [{"type": "image_url", "image_url": {"url": url_of_it}} for _ in range(2)]
-    body = {"messages": said([*shown, {"type": "text", "text": "What is this?"}]), "n": 3, "max_tokens": 2}
-    assert httpx.post(url + CHAT, json=body, timeout=LIMIT).status_code == 200
-    assert len(threads) == 2
-    assert scheduler._thread not in threads
 
 
 @pytest.mark.parametrize("pattern", ["[ab]*a[ab]{30}", "[ab]*a[ab]{5000}"])
@@ -175,8 +154,8 @@ def test_a_listener_whose_loop_is_closed_is_silent():
     script = Script()
 
     async def leave():
-        async with follow(script, lambda: None):
-            pass
+        async with aclosing(follow(script, [lambda: None])) as events:
+            await anext(events)
 
     asyncio.run(leave())
     (ticket,) = script.submitted

@@ -1,5 +1,6 @@
 """Who may ask the server, and how much: hosts, origins, keys, sizes, and what a picture may be."""
 
+import asyncio
 import base64
 import itertools
 import json
@@ -16,7 +17,7 @@ from support import refusal
 
 from mlx_dgemma import OptionError
 from mlx_dgemma.server.app import create_app
-from mlx_dgemma.server.messages import decode_data_url
+from mlx_dgemma.server.schemas.messages import parse_data_url
 from mlx_dgemma.server.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -51,6 +52,11 @@ def test_other_names_are_refused(host):
         "param": None,
         "code": "host_not_allowed",
     }
+
+
+def test_two_hosts_are_none():
+    answer = ask(app_of(), "GET", "/health", twice=True)
+    assert (answer[0], error_of(answer)["code"]) == (403, "host_not_allowed")
 
 
 def test_the_bound_host_is_a_name():
@@ -94,7 +100,9 @@ def test_an_allowed_page_may_ask():
     assert ask(app, "GET", "/health", {"origin": "http://localhost:3001"})[0] == 403
 
 
-@pytest.mark.parametrize("given", [None, "Bearer", "Bearer wrong", "Bearer secre", "Bearer secrets", "Basic sécret"])
+@pytest.mark.parametrize(
+    "given", [None, "Bearer", "Bearer wrong", "Bearer secre", "Bearer secrets", "Basic sécret", "Basic secret"]
+)
 def test_a_wrong_key_is_refused(given):
     status, headers, body = ask(app_of(api_key="secret"), "POST", CHAT, {"authorization": given})
     assert (status, headers["www-authenticate"]) == (401, "Bearer")
@@ -164,6 +172,37 @@ def test_a_chunked_flood_over_a_socket():
         except OSError:
             pass
         assert 32 <= sent < 200  # what the buffers between hold may come on top
+
+
+def test_bodies_are_counted_together():
+    """Each of 17 clients has sent all of its body but the end, and waits."""
+    app, answers = app_of(body_bytes=100), []
+
+    async def client():
+        left, sent = [b" " * 99], []
+
+        async def receive():
+            if not left:
+                await asyncio.sleep(3600)
+            return {"type": "http.request", "body": left.pop(), "more_body": True}
+
+        async def send(message):
+            sent.append(message)
+            answers.append(message.get("status", 0))
+
+        headers = [(b"host", b"localhost")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "scheme": "http", "query_string": b""}
+        await app({**scope, "headers": headers, "raw_path": CHAT.encode()}, receive, send)
+
+    async def all_of_them():
+        tasks = [asyncio.create_task(client()) for _ in range(17)]
+        done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        return len(done), len(waiting)
+
+    assert asyncio.run(all_of_them()) == (1, 16)
+    assert answers[0] == 503
 
 
 def test_limits_are_the_settings():
@@ -245,8 +284,8 @@ def test_broken_data():
 
 def test_data_urls_are_their_bytes():
     for data in (b"\x00\xff", b"a" * 1000):
-        assert decode_data_url(data_of(data), "x") == data
-        assert decode_data_url("DATA:;base64," + base64.b64encode(data).decode(), "x") == data
+        assert parse_data_url(data_of(data)) == data
+        assert parse_data_url("DATA:;base64," + base64.b64encode(data).decode()) == data
 
 
 # the log

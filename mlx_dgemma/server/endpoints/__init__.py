@@ -1,0 +1,1 @@
+"""What answers them: an `Exchange` for each kind of request."""

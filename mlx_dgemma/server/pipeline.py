@@ -1,0 +1,179 @@
+"""The way of every request: read, parsed, its pictures decoded, prepared, generated, sent."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from anyio import CapacityLimiter, to_thread
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from ..decoding.request import Request
+from ..prompt.messages import Message, parts_of
+from .errors import ApiError, as_api_error
+from .events import EventTranslator, FinishedAnswer, usage, usage_and_stats
+from .follow import follow
+from .options import as_api_errors, check_model, generation_arguments
+from .schemas.bodies import Shared
+from .schemas.fields import parse_body, reject
+from .settings import Settings
+from .streaming import ClientDisconnected, EventStream, cancel_on_disconnect, format_sse
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+SMALL_BODY = 2**16  # bytes; a body of no more is parsed on the event loop
+
+
+class Exchange(ABC):
+    """A request and its answers. An endpoint is a subclass; unless it says otherwise, answers are OpenAI's choices.
+
+    Args:
+        body: of the request.
+        engine: gives the checkpoint's options.
+        settings: of the server.
+
+    Attributes:
+        BODY: what the endpoint takes.
+        KIND: how ids begin, and the `object` of a body and of a chunk.
+        arguments: of `Engine.prepare`, with the seed of the first answer.
+        messages: whose pictures are to be decoded.
+        log_probs: whether log-probabilities are sent.
+        answers: those that are whole.
+
+    Raises:
+        ApiError: fields that contradict each other, or another model than the served one.
+    """
+
+    BODY: ClassVar[type[Shared]]
+    KIND: ClassVar[tuple[str, str, str]]
+    messages: Sequence[Message] = ()
+    log_probs = False
+
+    def __init__(self, body: Any, engine: Engine, settings: Settings):
+        self.body, self.model = body, check_model(body.model, settings)
+        if body.drafts and not body.stream:
+            reject("drafts", True, "drafts are streamed: give stream true, or leave them out")
+        if body.stream_options and not body.stream:
+            reject("stream_options", body.stream_options, "there is no stream: give stream true, or leave it out")
+        self.arguments = generation_arguments(body, engine.options)
+        self.answers: dict[int, FinishedAnswer] = {}
+        ids, kind = f"{self.KIND[0]}-{secrets.token_hex(12)}", self.KIND[2 if body.stream else 1]
+        self._envelope = {"id": ids, "object": kind, "created": int(time.time()), "model": self.model}
+
+    @abstractmethod
+    def prepare(self, engine: Engine, arguments: dict[str, Any]) -> Request:
+        """Make the request of one answer, on a thread of the scheduler's."""
+
+    @abstractmethod
+    def events(self, i: int, event: Any) -> Iterator[dict[str, Any]]:
+        """The events of a stream for what `follow` yields about answer `i`."""
+
+    @abstractmethod
+    def choice(self, i: int, answer: FinishedAnswer) -> dict[str, Any]:
+        """A whole answer as a choice of the body."""
+
+    def chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """An event with a choice."""
+        return {**self._envelope, "choices": [choice], **({"usage": None} if self.body.usage else {}), **more}
+
+    def draft(self, i: int, draft: dict[str, Any]) -> dict[str, Any]:
+        """An event with the canvas after a denoising step, an extension of OpenAI's format."""
+        return {**self._envelope, "choices": [], "draft": {"index": i, **draft}}
+
+    def end(self) -> Iterable[dict[str, Any] | str]:
+        """The last events of a stream, when all answers are whole."""
+        if self.body.usage:
+            yield {**self._envelope, "choices": [], "usage": usage(self._in_order())}
+        yield "[DONE]"
+
+    def failed(self, error: ApiError) -> Iterable[dict[str, Any]]:
+        """The last events of a stream that fails after the first."""
+        return [error.body()]
+
+    def whole(self) -> dict[str, Any]:
+        """The one body, when all answers are whole."""
+        choices = [self.choice(i, answer) for i, answer in enumerate(self._in_order())]
+        return {**self._envelope, "choices": choices, **usage_and_stats(self._in_order())}
+
+    def _in_order(self) -> list[FinishedAnswer]:
+        return [self.answers[i] for i in sorted(self.answers)]
+
+
+def endpoint(kind: type[Exchange]) -> Callable[[HttpRequest], Awaitable[Response]]:
+    """The endpoint for such requests. It answers with one JSON body or with server-sent events."""
+
+    async def answer(http: HttpRequest) -> Response:
+        state, scheduler = http.app.state, http.app.state.scheduler
+        engine = scheduler.engine
+
+        def parse(text: bytes) -> Exchange:
+            return kind(parse_body(kind.BODY, text), engine, state.settings)
+
+        exchange = await _parse(http, parse, state.parse_limiter)
+        await cancel_on_disconnect(http, _decode_pictures(exchange, engine, state.decode_limiter))
+        prepares = [partial(_prepare, exchange, engine, i) for i in range(exchange.body.choices)]
+        translate = EventTranslator(engine, exchange.log_probs)
+        events = follow(scheduler, prepares, bool(exchange.body.drafts), translate, state.histograms.observe)
+        if exchange.body.stream:
+            first = await cancel_on_disconnect(http, anext(events))  # what fails before it has a status of its own
+            return EventStream(_stream(exchange, first, events))
+        return JSONResponse(await cancel_on_disconnect(http, _whole(exchange, events)))
+
+    return answer
+
+
+async def _parse(http: HttpRequest, parse: Callable[[bytes], Exchange], limiter: CapacityLimiter) -> Exchange:
+    """Parse the body of a request: a large one in one of the few threads for that."""
+    try:
+        text = b"".join([chunk async for chunk in http.stream()])  # which the request does not keep
+    except ClientDisconnect:
+        raise ClientDisconnected from None
+    if len(text) <= SMALL_BODY:
+        return parse(text)
+    return await cancel_on_disconnect(http, to_thread.run_sync(parse, text, limiter=limiter))
+
+
+async def _decode_pictures(exchange: Exchange, engine: Engine, limiter: CapacityLimiter) -> None:
+    """Decode the pictures in a worker thread, since even a small file may take seconds."""
+    budget = exchange.arguments.get("image_tokens", engine.options.image_tokens)
+    with as_api_errors(exchange.body.path("messages")):
+        for part in parts_of(exchange.messages, "image"):
+            part["image"] = await to_thread.run_sync(engine.builder.load_image, part["image"], budget, limiter=limiter)
+
+
+def _prepare(exchange: Exchange, engine: Engine, i: int) -> Request:
+    return exchange.prepare(engine, {**exchange.arguments, "seed": exchange.arguments["seed"] + i})
+
+
+async def _stream(
+    exchange: Exchange, first: tuple[int, Any], events: AsyncGenerator[tuple[int, Any]]
+) -> AsyncGenerator[str]:
+    """The events as text. An error becomes a last event."""
+    async with aclosing(events):
+        try:
+            for one in exchange.events(*first):
+                yield format_sse(one)
+            async for i, event in events:
+                for one in exchange.events(i, event):
+                    yield format_sse(one)
+            for last in exchange.end():
+                yield format_sse(last)
+        except Exception as error:
+            for one in exchange.failed(as_api_error(error)):
+                yield format_sse(one)
+
+
+async def _whole(exchange: Exchange, events: AsyncGenerator[tuple[int, Any]]) -> dict[str, Any]:
+    async with aclosing(events):
+        async for i, event in events:
+            for _ in exchange.events(i, event):
+                pass
+    return exchange.whole()

@@ -1,0 +1,1 @@
+"""What clients send: typed bodies, from which the API description is made."""
