@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,10 +22,10 @@ from .decoding.loop import Loop
 from .decoding.options import GenerationOptions
 from .decoding.request import Request
 from .decoding.session import Session
-from .errors import OptionError, PromptError, shown
 from .model import device
 from .model.config import ModelConfig
 from .model.diffusion_gemma import DiffusionGemma
+from .prompt.answer import ReadAnswer, read_answer
 from .prompt.builder import PromptBuilder
 from .prompt.messages import Message
 from .tasks import answer, choose, edit, fill, infill
@@ -157,17 +157,7 @@ class Engine:
         Raises:
             PromptError, OptionError: as `generate`; also when seeds and prompts differ in number.
         """
-        if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
-            raise PromptError(f"prompts is {shown(prompts)}; it should be a list of prompts.")
-        prompts = list(prompts)
-        if not prompts:
-            raise PromptError("There are no prompts; give at least one.")
-        if seeds is not None and len(seeds) != len(prompts):
-            raise OptionError(f"There are {len(prompts)} prompts and {len(seeds or ())} seeds; give one seed a prompt.")
-        requests = []
-        for i, prompt in enumerate(prompts):
-            own: AnswerKeywords = keywords if seeds is None else {**keywords, "seed": seeds[i]}
-            requests.append(self.prepare(prompt, **own))
+        requests = answer.answers(self.builder, prompts, seeds, **keywords)
         loop, results = Loop(self.model, self.load_seconds), {}
         features: dict[str, mx.array] = {}
         mx.reset_peak_memory()
@@ -252,6 +242,18 @@ class Engine:
             PromptError, OptionError: as `generate`.
         """
         return self._result(self.run(edit.edit(self.builder, text, instruction, **keywords), drafts=False))
+
+    def read(self, text: str, tools: list[dict[str, Any]] | None = None) -> ReadAnswer:
+        """An answer that spells its markers, from wherever it came: its `text`, `thinking` and `tool_calls`.
+
+        Args:
+            text: the answer; "<|channel>thought" and its other markers stand in it as text.
+            tools: function declarations in OpenAI's form; with them names and keys are known.
+
+        Raises:
+            PromptError: it has half of a surrogate pair.
+        """
+        return read_answer(self.tokenizer, text, tools)
 
     @staticmethod
     def _result(events: Iterator[Event]) -> Result:

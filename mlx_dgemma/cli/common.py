@@ -168,6 +168,7 @@ answer_options = combine(
     click.option(
         "--thinking/--no-thinking", default=False, show_default=True, help="Let the model think before it answers."
     ),
+    number_option("--thinking-budget", 0, "Tokens after which a thought is ended.", "none"),
     click.option("--stop", metavar="TEXT", multiple=True, help="End the answer before this text; repeatable."),
     click.option(
         "--exact", is_flag=True, default=None, help="Use the stopping rule of Transformers: slower, more memory."

@@ -72,8 +72,16 @@ class PromptBuilder:
         prompt = self.prompt_tokens(messages, thinking, tools, options)
         self.check_room(len(prompt.tokens))
         thinks = opens_thought(self.tokenizer, prompt.tokens)
-        answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop, thinks=thinks)
-        return Request(prompt, number, options, answer)
+        answer = Answer(
+            self.tokenizer,
+            options.end_tokens,
+            options.max_tokens,
+            options.stop,
+            thinks=thinks,
+            tools=tools or None,
+            thinking_budget=options.thinking_budget,
+        )
+        return Request(prompt, number, options, answer, notes=answer.notes)
 
     def prompt_tokens(
         self,
