@@ -87,7 +87,8 @@ class Vocabulary:
         """
         tokens, at = [], 0
         for found in self._pattern.finditer(text):
-            tokens += self.encode(text[at : found.start()].replace(blind, ""))
+            if found.start() > at:
+                tokens += self.encode(text[at : found.start()].replace(blind, ""))
             tokens.append(self.markers[found[0]])
             at = found.end()
         return tokens + self.encode(text[at:].replace(blind, ""))

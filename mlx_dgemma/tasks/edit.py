@@ -16,6 +16,7 @@ from ..decoding.request import Request
 from ..errors import OptionError, shown
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import messages_of, reject_surrogates
+from ..prompt.vocabulary import vocabulary_of
 from .constrained import task_options
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def edit(
     if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= 1:
         raise OptionError(f"strength is {shown(strength)}; it should be a number from 0 (the draft) to 1 (all noise).")
     effective = task_options(builder, "edit", options)
-    draft = builder.tokenizer.encode(text.rstrip(), add_special_tokens=False)
+    draft = vocabulary_of(builder.tokenizer).encode(text.rstrip())
     if options.get("max_tokens") is None:
         effective = effective.override(max_tokens=max(effective.max_tokens, 2 * len(draft)))
     request = builder.request(messages_of(f"{instruction.rstrip().removesuffix(':')}: {text}"), seed, effective)

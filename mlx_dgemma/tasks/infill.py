@@ -19,7 +19,7 @@ from ..errors import OptionError, PromptError, shown
 from ..prompt.answer import Answer
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
-from ..prompt.vocabulary import text_of_tokens
+from ..prompt.vocabulary import text_of_tokens, vocabulary_of
 from .constrained import constrain, task_options
 from .hole import IN_VIEW, Hole, divide
 
@@ -52,7 +52,7 @@ class HoleContext:
         """Cut where whole tokens end: before the prefix's last word and the blanks behind or before it."""
 
         def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False) if text else []
+            return vocabulary_of(tokenizer).encode(text) if text else []
 
         before, behind = encode(prefix), encode(suffix)
         last = re.search(r"\s*\w*$", prefix)
