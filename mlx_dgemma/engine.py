@@ -27,6 +27,7 @@ from .model.config import ModelConfig
 from .model.diffusion_gemma import DiffusionGemma
 from .prompt.answer import ReadAnswer, read_answer
 from .prompt.builder import PromptBuilder
+from .prompt.endings import own_options
 from .prompt.messages import Message
 from .tasks import answer, choose, edit, fill, infill
 from .tasks.labels import Labels
@@ -78,7 +79,7 @@ class Engine:
         return PromptBuilder(self.tokenizer, self.config, self.options, self.checkpoint.processor.video_tokens)
 
     def session(self) -> Session:
-        """A conversation to hand to `generate` and `stream` turn after turn."""
+        """A conversation for turn after turn."""
         return Session(self.model)
 
     def generate(self, prompt: Prompt, *, session: Session | None = None, **keywords: Unpack[AnswerKeywords]) -> Result:
@@ -295,5 +296,5 @@ def load(
     checkpoint = Checkpoint.open(find(path))
     tokenizer = load_tokenizer(checkpoint)
     model, folder, notes = load_model(checkpoint, dtype, adapter, dequantize, ignore_memory, compute_dtype)
-    options = GenerationOptions.of(checkpoint.generation, checkpoint.processor)
-    return Engine(checkpoint, model, tokenizer, options, tuple(notes), time.perf_counter() - started, folder)
+    options, more = own_options(checkpoint.generation, checkpoint.processor, tokenizer, model.config.text.vocab_size)
+    return Engine(checkpoint, model, tokenizer, options, (*notes, *more), time.perf_counter() - started, folder)

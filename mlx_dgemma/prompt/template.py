@@ -46,7 +46,7 @@ def render(
     blind = _unused(given) if _needs_blinding(tokenizer, given) else ""
     if blind:
         given = _blinded(given, vocabulary_of(tokenizer), blind)
-    text = apply_template(tokenizer, given[0], given[1], thinking)
+    text = apply_template(tokenizer, [_with_result(one, markers) for one in given[0]], given[1], thinking)
     reject_surrogates("The prompt", text)
     for marker in markers:
         count = sum(one == marker for one, _ in media)
@@ -62,6 +62,16 @@ def render(
     if blind:
         return vocabulary_of(tokenizer).encode_marked(done + text, blind)
     return tokenizer.encode(done + text, add_special_tokens=False)
+
+
+def _with_result(message: Message, markers: Sequence[str]) -> Message:
+    """The message; a tool's result with pictures as one text, as templates take it, with their markers."""
+    if message["role"] != "tool" or isinstance(message["content"], str):
+        return message
+    image, video = markers
+    shown = {"image": image, "video": video}
+    parts = [shown.get(part["type"]) or part["text"] for part in message["content"]]
+    return {**message, "content": "\n".join(parts)}
 
 
 def apply_template(tokenizer: Any, messages: list[Message], tools: list[dict] | None, thinking: bool) -> str:

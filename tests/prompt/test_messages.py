@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from support import engine_of, refusal
+from support import engine_of, refusal, square
 
+import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.errors import PromptError
 from mlx_dgemma.prompt.messages import ROLES, messages_of
@@ -80,8 +81,12 @@ ROLE_LIST = "system, developer, user, assistant, tool"
         ([{"role": "bot", "content": "x"}], f"Message 0 has the role 'bot'; it should be one of {ROLE_LIST}."),
         (["Hi"], f"Message 0 has the role None; it should be one of {ROLE_LIST}."),
         (
-            [{"role": "user", "content": "Hi"}, {"role": "user", "content": " "}],
-            "Message 1 is empty; say what you want.",
+            [{"role": "system", "content": ""}, {"role": "user", "content": " "}],
+            "All messages are empty; say what you want.",
+        ),
+        (
+            [{"role": "user", "content": "Hi", "name": 3}],
+            "Message 0 has the name 3; it should be a text.",
         ),
         (
             [{"role": "user", "content": 3}],
@@ -92,7 +97,7 @@ ROLE_LIST = "system, developer, user, assistant, tool"
             "Message 0 has the content ['Hi']; it should be a text or a list of parts.",
         ),
         (
-            [{"role": "assistant"}],
+            [{"role": "system"}],
             "Message 0 has the content None; it should be a text or a list of parts.",
         ),
         (
@@ -117,13 +122,6 @@ def test_a_part_or_a_call_of_another_kind_is_refused():
         messages_of([{"role": "user", "content": [{"type": "file"}]}])
     with pytest.raises(PromptError, match=r"^Message 0 has a tool call that cannot be read \(.*\): 'f'\.$"):
         messages_of([{"role": "assistant", "tool_calls": ["f"]}])
-
-
-@pytest.mark.parametrize("role", ["system", "developer"])
-def test_two_system_messages_are_refused(role):
-    with pytest.raises(PromptError) as caught:
-        messages_of([{"role": role, "content": "A"}, {"role": "user", "content": "B"}], system="C")
-    assert str(caught.value) == ("There are two system messages: one in the messages and one beside them; give one.")
 
 
 def test_the_roles_are_openais():
@@ -200,10 +198,76 @@ def test_a_templates_own_refusal_is_told():
     assert str(caught.value) == "The chat template refuses these messages: no two users in a row"
 
 
-def test_a_late_system_message_is_refused():
-    with pytest.raises(PromptError) as error:
-        messages_of([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}])
-    assert str(error.value) == "Message 1 is a system message, and templates take only the first; put it there."
+SHOWS_ALL = "{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n{% endfor %}<|turn>model"
+
+
+def prompt_text(engine, messages, **options):
+    return engine.tokenizer.decode(engine.builder.prompt_tokens(messages_of(messages, **options)).tokens)
+
+
+def several(role):
+    turns = [("system", "A"), (role, "B"), ("user", "x"), ("assistant", "y"), (role, "C"), ("user", "z")]
+    return [{"role": one, "content": text} for one, text in turns]
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_system_messages_that_a_template_drops_are_joined_into_the_first(demo, role):
+    engine = engine_of(demo)
+    text = prompt_text(engine, several(role))
+    assert text.startswith("<bos><|turn>system\nA\n\nB\n\nC<turn|>\n<|turn>user\nx<turn|>")
+    assert prompt_text(engine, several(role)[1:], system="A") == text
+    late = [{"role": "user", "content": "x"}, {"role": role, "content": [{"type": "text", "text": "B"}]}]
+    assert prompt_text(engine, late).startswith("<bos><|turn>system\nB<turn|>\n<|turn>user\nx<turn|>")
+
+
+def test_a_template_that_shows_system_messages_anywhere_does_so(monkeypatch):
+    engine = mlx_dgemma.load(dtype="float32")
+    monkeypatch.setattr(engine.tokenizer._tokenizer, "chat_template", SHOWS_ALL)
+    turns = "".join(f"<|turn>{one['role']}\n{one['content']}<turn|>\n" for one in several("developer"))
+    assert prompt_text(engine, several("developer")) == turns + "<|turn>model"
+    refuses = "{% if messages[1].role == 'developer' %}{{ raise_exception('no') }}{% endif %}" + SHOWS_ALL
+    engine = mlx_dgemma.load(dtype="float32")
+    monkeypatch.setattr(engine.tokenizer._tokenizer, "chat_template", refuses)
+    assert prompt_text(engine, several("developer")[:3]).startswith("<|turn>system\nA\n\nB<turn|>\n<|turn>user")
+
+
+def test_parts_names_and_empty_texts_stand_in_every_role(demo):
+    engine = engine_of(demo)
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}}
+
+    def conversation(parts, **more):
+        def said(text):
+            return [{"type": "text", "text": one} for one in text.split("\n")] if parts else text
+
+        return [
+            {"role": "system", "content": said("A\nB"), **more},
+            {"role": "user", "content": "", **more},
+            {"role": "assistant", "content": said("C\nD"), "tool_calls": [call], **more},
+            {"role": "tool", "tool_call_id": "c", "content": said("E\nF")},
+            {"role": "assistant", "content": None, **more},
+            {"role": "user", "content": [], **more},
+            {"role": "user", "content": "x", **more},
+        ]
+
+    text = prompt_text(engine, conversation(parts=True, name="anna"))
+    assert text == prompt_text(engine, conversation(parts=False))
+    assert "A\nB" in text and "C\nD" in text and 'value:<|"|>E\nF<|"|>' in text
+
+
+def test_a_picture_in_a_tools_result_stands_in_it(demo):
+    engine = engine_of(demo)
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}}
+    parts = [{"type": "text", "text": "Seen <|image|>:"}, {"type": "image", "image": square("red")}]
+    messages = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": parts},
+    ]
+    prompt = engine.builder.prompt_tokens(messages_of(messages))
+    assert prompt.tokens.count(18) == prompt.pictures[0].tokens == 64
+    shown = "<|image>" + "<|image|>" * 64 + "<image|>"
+    end = f'<|tool_response>response:f{{value:<|"|>Seen <|image|>:\n{shown}<|"|>}}<tool_response|>'
+    assert engine.tokenizer.decode(prompt.tokens).endswith(end)
 
 
 def test_calls_that_are_none_are_refused():
