@@ -230,7 +230,7 @@ class Engine:
         return self._result(self.run(fill.fill(self.builder, template, holes, **keywords), drafts=False))
 
     def edit(self, text: str, instruction: str, **keywords: Unpack[EditKeywords]) -> Result:
-        """Rewrite a text as an instruction says, beginning with the text itself rather than with noise.
+        """Rewrite a text as an instruction says, beginning with the text itself; its line endings and blanks stay.
 
         Args:
             text: the draft.
