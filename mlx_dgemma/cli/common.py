@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import PromptError, count
+from ..prompt.paths import local_path
 from .terminal import Terminal, details, segments, summary
 
 if TYPE_CHECKING:
@@ -188,13 +189,13 @@ files_option = click.option(
 
 
 class MediaPath(click.Path):
-    """A path that explains why a web address is refused."""
+    """A path, also a `file:` address or one as a terminal writes it, that explains why a web address is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Check the path."""
         if isinstance(value, str) and value.lower().startswith(("http://", "https://")):
             self.fail(f"{value} is a web address; download the file and give its path.", param, ctx)
-        return super().convert(value, param, ctx)
+        return super().convert(local_path(value) if isinstance(value, str) else value, param, ctx)
 
 
 media_options = combine(
