@@ -85,7 +85,10 @@ def _checked(prompt: Sequence[Message]) -> list[Message]:
         messages.append(message)
     contents = [message["content"] for message in messages]
     if not any(one.strip() if isinstance(one, str) else one for one in contents) and not called:
-        raise PromptError("All messages are empty; say what you want.")
+        last = len(messages) - 1
+        if prompt[last].get("content") is None:
+            raise PromptError(f"Message {last} has the content None; it should be a text or a list of parts.")
+        raise PromptError(f"Message {last} is empty; say what you want.")
     return messages
 
 

@@ -82,7 +82,7 @@ ROLE_LIST = "system, developer, user, assistant, tool"
         (["Hi"], f"Message 0 has the role None; it should be one of {ROLE_LIST}."),
         (
             [{"role": "system", "content": ""}, {"role": "user", "content": " "}],
-            "All messages are empty; say what you want.",
+            "Message 1 is empty; say what you want.",
         ),
         (
             [{"role": "user", "content": "Hi", "name": 3}],
@@ -97,7 +97,7 @@ ROLE_LIST = "system, developer, user, assistant, tool"
             "Message 0 has the content ['Hi']; it should be a text or a list of parts.",
         ),
         (
-            [{"role": "system"}],
+            [{"role": "assistant"}],
             "Message 0 has the content None; it should be a text or a list of parts.",
         ),
         (
