@@ -94,11 +94,22 @@ class Vocabulary:
         return tokens + self.encode(text[at:].replace(blind, ""))
 
     def has_marker(self, text: str) -> bool:
-        """Whether a text spells a marker."""
-        return self._pattern.search(text) is not None
+        """Whether a text spells a marker, or ends in the beginning of one that a next text may complete."""
+        return self._pattern.search(text) is not None or self._begun(text) >= 0
+
+    def _begun(self, text: str) -> int:
+        """Where the beginning of a marker stands at a text's end, blanks left out; -1: there is none."""
+        end = len(text.rstrip())
+        for at in range(max(end - max(map(len, self.markers), default=0), 0), end):
+            if any(name.startswith(text[at:end]) for name in self.markers):
+                return at
+        return -1
 
     def blinded(self, text: str, blind: str) -> str:
         """The text with a character inside everything that looks like a marker."""
+        begun = self._begun(text)
+        if begun >= 0:
+            text = text[: begun + 1] + blind + text[begun + 1 :]
         return self._pattern.sub(lambda found: found[0][0] + blind + found[0][1:], text)
 
     def signed(self, text: str) -> str:
