@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +22,12 @@ from .decoding.loop import Loop
 from .decoding.options import GenerationOptions
 from .decoding.request import Request
 from .decoding.session import Session
-from .errors import OptionError, PromptError, shown
 from .model import device
 from .model.config import ModelConfig
 from .model.diffusion_gemma import DiffusionGemma
+from .prompt.answer import ReadAnswer, read_answer
 from .prompt.builder import PromptBuilder
+from .prompt.endings import own_options
 from .prompt.messages import Message
 from .tasks import answer, choose, edit, fill, infill
 from .tasks.labels import Labels
@@ -78,7 +79,7 @@ class Engine:
         return PromptBuilder(self.tokenizer, self.config, self.options, self.checkpoint.processor.video_tokens)
 
     def session(self) -> Session:
-        """A conversation to hand to `generate` and `stream` turn after turn."""
+        """A conversation for turn after turn."""
         return Session(self.model)
 
     def generate(self, prompt: Prompt, *, session: Session | None = None, **keywords: Unpack[AnswerKeywords]) -> Result:
@@ -157,17 +158,7 @@ class Engine:
         Raises:
             PromptError, OptionError: as `generate`; also when seeds and prompts differ in number.
         """
-        if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
-            raise PromptError(f"prompts is {shown(prompts)}; it should be a list of prompts.")
-        prompts = list(prompts)
-        if not prompts:
-            raise PromptError("There are no prompts; give at least one.")
-        if seeds is not None and len(seeds) != len(prompts):
-            raise OptionError(f"There are {len(prompts)} prompts and {len(seeds or ())} seeds; give one seed a prompt.")
-        requests = []
-        for i, prompt in enumerate(prompts):
-            own: AnswerKeywords = keywords if seeds is None else {**keywords, "seed": seeds[i]}
-            requests.append(self.prepare(prompt, **own))
+        requests = answer.answers(self.builder, prompts, seeds, **keywords)
         loop, results = Loop(self.model, self.load_seconds), {}
         features: dict[str, mx.array] = {}
         mx.reset_peak_memory()
@@ -239,7 +230,7 @@ class Engine:
         return self._result(self.run(fill.fill(self.builder, template, holes, **keywords), drafts=False))
 
     def edit(self, text: str, instruction: str, **keywords: Unpack[EditKeywords]) -> Result:
-        """Rewrite a text as an instruction says, beginning with the text itself rather than with noise.
+        """Rewrite a text as an instruction says, beginning with the text itself; its line endings and blanks stay.
 
         Args:
             text: the draft.
@@ -252,6 +243,18 @@ class Engine:
             PromptError, OptionError: as `generate`.
         """
         return self._result(self.run(edit.edit(self.builder, text, instruction, **keywords), drafts=False))
+
+    def read(self, text: str, tools: list[dict[str, Any]] | None = None) -> ReadAnswer:
+        """An answer that spells its markers, from wherever it came: its `text`, `thinking` and `tool_calls`.
+
+        Args:
+            text: the answer; "<|channel>thought" and its other markers stand in it as text.
+            tools: function declarations in OpenAI's form; with them names and keys are known.
+
+        Raises:
+            PromptError: it has half of a surrogate pair.
+        """
+        return read_answer(self.tokenizer, text, tools)
 
     @staticmethod
     def _result(events: Iterator[Event]) -> Result:
@@ -293,5 +296,5 @@ def load(
     checkpoint = Checkpoint.open(find(path))
     tokenizer = load_tokenizer(checkpoint)
     model, folder, notes = load_model(checkpoint, dtype, adapter, dequantize, ignore_memory, compute_dtype)
-    options = GenerationOptions.of(checkpoint.generation, checkpoint.processor)
-    return Engine(checkpoint, model, tokenizer, options, tuple(notes), time.perf_counter() - started, folder)
+    options, more = own_options(checkpoint.generation, checkpoint.processor, tokenizer, model.config.text.vocab_size)
+    return Engine(checkpoint, model, tokenizer, options, (*notes, *more), time.perf_counter() - started, folder)

@@ -34,20 +34,25 @@ def imported_distributions():
                 elif isinstance(node, ast.ImportFrom) and not node.level:
                     found.add(node.module.split(".")[0])
     found -= {*sys.stdlib_module_names, "mlx_dgemma"}
-    found -= {"pillow_heif"}  # used for HEIC pictures where somebody has installed it
     return {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in found}
 
 
 def test_what_the_package_imports_is_named_as_a_dependency():
     # mlx-lm imports transformers; it is named for its lower bound
     extras = PROJECT["optional-dependencies"]
-    optional = names_of(one for extra in ("video", "constrain", "serve") for one in extras[extra])
+    optional = names_of(one for extra in ("video", "pictures", "constrain", "serve") for one in extras[extra])
     assert imported_distributions() | {"transformers"} == names_of(PROJECT["dependencies"]) | optional
 
 
 def test_dependencies_have_lower_bounds():
     extras = PROJECT["optional-dependencies"]
-    for one in (*PROJECT["dependencies"], *extras["video"], *extras["constrain"], *extras["serve"]):
+    for one in (
+        *PROJECT["dependencies"],
+        *extras["video"],
+        *extras["pictures"],
+        *extras["constrain"],
+        *extras["serve"],
+    ):
         assert re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?", one), one
 
 

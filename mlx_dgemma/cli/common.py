@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import PromptError, count
+from ..prompt.paths import local_path
 from .terminal import Terminal, details, segments, summary
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ answer_options = combine(
     click.option(
         "--thinking/--no-thinking", default=False, show_default=True, help="Let the model think before it answers."
     ),
+    number_option("--thinking-budget", 0, "Tokens after which a thought is ended.", "none"),
     click.option("--stop", metavar="TEXT", multiple=True, help="End the answer before this text; repeatable."),
     click.option(
         "--exact", is_flag=True, default=None, help="Use the stopping rule of Transformers: slower, more memory."
@@ -187,13 +189,13 @@ files_option = click.option(
 
 
 class MediaPath(click.Path):
-    """A path that explains why a web address is refused."""
+    """A path, also a `file:` address or one as a terminal writes it, that explains why a web address is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Check the path."""
         if isinstance(value, str) and value.lower().startswith(("http://", "https://")):
             self.fail(f"{value} is a web address; download the file and give its path.", param, ctx)
-        return super().convert(value, param, ctx)
+        return super().convert(local_path(value) if isinstance(value, str) else value, param, ctx)
 
 
 media_options = combine(

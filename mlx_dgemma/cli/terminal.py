@@ -62,23 +62,23 @@ def segments(draft: Draft, tokenizer: Any, end_tokens: Iterable[int]) -> list[Se
         tokenizer: the checkpoint's tokenizer.
         end_tokens: the tokens that end a text.
     """
+    from ..prompt.vocabulary import TokenText, plain, vocabulary_of
+
     tokens: Any = draft.tokens.tolist()
     entropy: Any = draft.entropy.tolist()
-    ends, special = set(end_tokens), set(tokenizer.all_special_ids)
-    reader, found, level = tokenizer.detokenizer, [], 0
+    ends, found, level = set(end_tokens), [], 0
+    vocabulary = vocabulary_of(tokenizer)
+    reader = TokenText(vocabulary)
     for token, nats in zip(tokens, entropy):
         if token in ends:
             break
-        if token in special:
-            continue
-        # The detokenizer returns whole characters; each has the highest level of its tokens.
-        level = max(level, sum(nats > bound for bound in ENTROPY_LEVELS))
-        reader.add_token(token)
-        if text := reader.last_segment:
+        # Characters come whole; each has the highest level of its tokens.
+        if vocabulary.sign(token) is None:
+            level = max(level, sum(nats > bound for bound in ENTROPY_LEVELS))
+        if text := plain(reader.add(token)):
             found.append((text, level))
             level = 0
-    reader.finalize()
-    return [*found, (reader.last_segment, level)] if reader.last_segment else found
+    return found
 
 
 def rows(parts: Iterable[Segment], start: int, columns: int, limit: int) -> list[list[Segment]]:

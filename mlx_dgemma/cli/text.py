@@ -159,7 +159,7 @@ def edit(
     if verbose:
         options.pop("strength", None)
         print_details(engine, answer.result, options, terminal)
-    text = answer.result.text + "\n" * (draft.endswith("\n") and not answer.result.text.endswith("\n"))
+    text = answer.result.text
     if in_place:
         if answer.result.finish_reason == "length":
             raise OptionError(
@@ -171,7 +171,7 @@ def edit(
     elif diff:
         terminal.say(_diff(draft, text, file or "-"))
     else:
-        terminal.say(text + ("" if text.endswith("\n") else "\n"))
+        terminal.say(text + ("\n" if sys.stdout.isatty() and not text.endswith("\n") else ""))
 
 
 def _split_at_hole(

@@ -63,6 +63,7 @@ class Result:
     stats: Stats
     log_probs: list[float] = field(default_factory=list)  # one for each of `tokens`, in nats, as in `Block`
     holes: dict[str, str] = field(default_factory=dict)  # what `Engine.fill` put into each
+    notes: tuple[str, ...] = ()  # what is to be known of the answer, one sentence each, such as a call that is broken
 
 
 @dataclass(frozen=True)

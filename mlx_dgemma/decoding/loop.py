@@ -151,21 +151,23 @@ class Loop:
 
     def _end_block(self, request: Request, step: Step, i: int) -> Iterator[tuple[Request, Event]]:
         """Take a canvas that has settled, and go on with the next one or end."""
-        reader, tokens = request.reader, tuple(np.asarray(step.argmax[i]).tolist())
-        log_probs = tuple(np.log(np.asarray(step.confidence[i])).tolist())
+        reader, settled = request.reader, np.asarray(step.argmax[i]).tolist()
+        tokens, log_probs = settled, np.log(np.asarray(step.confidence[i])).tolist()
+        if request.options.thinking_budget is not None:
+            tokens, log_probs = reader.close_thought(tokens, log_probs)
         block, request.blocks = request.blocks, request.blocks + 1
         request.steps += step.steps[i]
-        request.positions += step.steps[i] * len(tokens)
+        request.positions += step.steps[i] * len(settled)
         ended = reader.feed(tokens, log_probs) is not None
         request.first_block = request.first_block or time.perf_counter() - request.started
-        yield request, Block(block, step.steps[i], tokens, *reader.take(), log_probs)
+        yield request, Block(block, step.steps[i], tuple(tokens), *reader.take(), tuple(log_probs))
         if ended:
             self._end(request)
             yield request, Finished(request.result(self._load_seconds))
             return
         if request.control:
             request.control.commit(tokens)
-        request.session.commit(step.argmax[i : i + 1])
+        request.session.commit(step.argmax[i : i + 1] if tokens is settled else mx.array([tokens], mx.int32))
         yield from self._begin_block(request)
 
     def _begin_block(self, request: Request) -> Iterator[tuple[Request, Event]]:
@@ -181,7 +183,14 @@ class Loop:
         layout, guide = (control.layout(), control.guide(left)) if control else (None, None)
         # What a step does not depend on is left out, so that more requests are alike.
         options = replace(
-            request.options, max_tokens=1, stop=(), prefill_chunk=None, image_tokens=70, fps=1.0, max_frames=1
+            request.options,
+            max_tokens=1,
+            stop=(),
+            thinking_budget=None,
+            prefill_chunk=None,
+            image_tokens=70,
+            fps=1.0,
+            max_frames=1,
         )
         batch = CanvasBatch(self.model, [prefix], options, key[None], [left], layout, guide)
         alike = options, batch.length, layout is None, guide is None

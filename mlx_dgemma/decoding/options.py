@@ -29,6 +29,7 @@ _WHOLE_NUMBERS = {  # name: least and greatest value
     "max_denoising_steps": (1, 100_000),  # each takes a random key
     "stability_threshold": (0, MAX_INTEGER),
     "patience": (0, MAX_INTEGER),
+    "thinking_budget": (0, MAX_INTEGER),
     "prefill_chunk": (1, MAX_INTEGER),
     "max_frames": (1, MAX_INTEGER),
 }
@@ -41,6 +42,7 @@ class OptionKeywords(TypedDict, total=False):
 
     max_tokens: int | None
     stop: str | Sequence[str] | None
+    thinking_budget: int | None
     max_denoising_steps: int | None
     entropy_bound: float | None
     t_min: float | None
@@ -68,6 +70,7 @@ class GenerationOptions:
 
     max_tokens: int = 256  # the text is cut there; the canvas stays whole
     stop: tuple[str, ...] = ()  # the text ends before the first of these strings
+    thinking_budget: int | None = None  # tokens after which a thought is ended; None: it ends where the model ends it
     max_denoising_steps: int = 48  # steps after which a canvas that has not settled is taken as it is
     entropy_bound: float = 0.1  # nats; higher accepts more positions at once
     t_min: float = 0.4  # temperature at the last step
@@ -90,7 +93,7 @@ class GenerationOptions:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it should be true or false.")
         self._set_stop_rules()
         for name, (least, greatest) in _WHOLE_NUMBERS.items():
-            if not (name == "prefill_chunk" and self.prefill_chunk is None):
+            if not (name in ("prefill_chunk", "thinking_budget") and getattr(self, name) is None):
                 whole = whole_number(getattr(self, name))
                 self._set_number(name, whole, "a whole number", least, str(least), greatest)
         for name in _NUMBERS:

@@ -35,6 +35,9 @@ class Reader(Protocol):
     def left(self) -> int:
         """Tokens that the text has room for."""
 
+    def close_thought(self, tokens: Sequence[int], log_probs: Sequence[float]) -> tuple[list[int], list[float]]:
+        """A block and its log-probabilities, cut where a thought must end, with the token that closes it."""
+
     def feed(self, tokens: Sequence[int], log_probs: Sequence[float]) -> str | None:
         """Take a block and its log-probabilities; returns the finish reason once there is one."""
 
@@ -59,6 +62,7 @@ class Request:
         reader: makes text of blocks.
         control: what is asked of the canvases, or None.
         postprocess: adds to the result what only the asker knows.
+        notes: what is to be known of the answer, one sentence each; the reader adds to them.
         drafts: whether `Draft` events are wanted.
         session: what prompt and blocks are encoded into.
     """
@@ -69,6 +73,7 @@ class Request:
     reader: Reader
     control: Control | None = None
     postprocess: Callable[[Result], Result] | None = None
+    notes: list[str] = field(default_factory=list)
     drafts: bool = False
     session: Session = field(init=False)
     # What has become of it.
@@ -106,5 +111,5 @@ class Request:
         )
         reason = reader.finish_reason or "length"
         told = reader.text, reader.thinking, reader.tool_calls, reader.tokens, reason, stats, reader.log_probs
-        result = Result(*told)
+        result = Result(*told, notes=tuple(self.notes))
         return self.postprocess(result) if self.postprocess else result

@@ -15,9 +15,10 @@ from ..decoding.session import Picture, PromptTokens
 from ..errors import OptionError, PromptError, shown
 from ..model.config import ModelConfig
 from .answer import Answer
+from .endings import with_hand_off
 from .images import digest, open_image, patchify
-from .messages import Message, parts_of
-from .template import opens_thought, render
+from .messages import SYSTEM_ROLES, Message, joined, parts_of
+from .template import apply_template, opens_thought, render
 from .video import sample_frames, stamp
 
 KEPT_LANGUAGES = 16  # of constraints, the last used
@@ -60,6 +61,8 @@ class PromptBuilder:
             PromptError: the template refuses the messages, a picture cannot be read, or the prompt is too long.
             OptionError: a seed that is none.
         """
+        if tools:
+            options = with_hand_off(options, self.options, self.tokenizer)
         if seed is None:
             seed = secrets.randbits(32)
         number = whole_number(seed)
@@ -73,8 +76,16 @@ class PromptBuilder:
         prompt = self.prompt_tokens(messages, thinking, tools, options, self.check_characters)
         self.check_room(len(prompt.tokens))
         thinks = opens_thought(self.tokenizer, prompt.tokens)
-        answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop, thinks=thinks)
-        return Request(prompt, number, options, answer)
+        answer = Answer(
+            self.tokenizer,
+            options.end_tokens,
+            options.max_tokens,
+            options.stop,
+            thinks=thinks,
+            tools=tools or None,
+            thinking_budget=options.thinking_budget,
+        )
+        return Request(prompt, number, options, answer, notes=answer.notes)
 
     def prompt_tokens(
         self,
@@ -95,12 +106,34 @@ class PromptBuilder:
         Raises:
             PromptError: the template refuses the messages, or a picture cannot be read.
         """
+        messages = self._placed(messages)
         pictures, spans, times = self._media(messages, options or self.options)
         placeholder = self.config.image_token_id
         tokens = render(self.tokenizer, messages, tools, thinking, spans, (self._token(placeholder), VIDEO), check)
         digests = iter([picture.digest for picture in pictures for _ in range(picture.tokens)])
         cache_key = [next(digests) if token == placeholder and pictures else token for token in tokens]
         return PromptTokens(tokens, cache_key, pictures, times)
+
+    def _placed(self, messages: list[Message]) -> list[Message]:
+        """The messages with every system message where the template shows it: in the first, if it drops later ones."""
+        late = [one for one in messages[1:] if one["role"] in SYSTEM_ROLES]
+        if not late or all(self._shows_late[one["role"]] for one in late):
+            return messages
+        first = messages[:1] if messages[0]["role"] in SYSTEM_ROLES else []
+        rest = [one for one in messages[len(first) :] if one["role"] not in SYSTEM_ROLES]
+        return [joined([*first, *late]), *rest]
+
+    @cached_property
+    def _shows_late(self) -> dict[str, bool]:
+        """By role, whether the template shows a system message that is not the first."""
+        found, said = {}, "a message of its own"
+        for role in SYSTEM_ROLES:
+            turns = [{"role": one, "content": said if one == role else "a"} for one in ("user", role, "user")]
+            try:
+                found[role] = said in apply_template(self.tokenizer, turns, None, False)
+            except PromptError:
+                found[role] = False
+        return found
 
     def extend(self, request: Request, tokens: Sequence[int], beside: int) -> None:
         """Let the answer of a request begin with tokens; `beside` more are to have room on canvases.

@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import PromptError
 from ..model.patches import Patches, check_budget, join
+from .paths import local_path
 
 MAX_PIXELS = 50_000_000
 """More are refused before decoding. WebP's decoder holds four copies: this keeps one picture below 1 GB."""
@@ -51,7 +52,7 @@ def open_image(source: Any) -> Image.Image:
     """An upright RGB picture without transparency.
 
     Args:
-        source: a path, the bytes of a picture file, a `data:` URL, a PIL image, or an array [H, W] or
+        source: what `open_file` takes, a PIL image, or an array [H, W] or
             [H, W, 3 or 4] of uint8, uint16, or floats from 0 to 1. Of several frames the first is taken.
 
     Raises:
@@ -67,11 +68,17 @@ def open_image(source: Any) -> Image.Image:
 
 
 def open_file(source: Any) -> tuple[str, BinaryIO]:
-    """A name for error messages and the open file of a path, bytes or a `data:` URL; nothing is fetched.
+    """A name for error messages and the open file of a source; nothing is fetched.
+
+    Args:
+        source: a path, also as a terminal writes it; a `file:` or `data:` URL; bytes; or an open binary file, which is
+            read from its beginning.
 
     Raises:
         PromptError: there is no such file, it is no regular file, it is empty, or it lies on the web.
     """
+    if hasattr(source, "read"):
+        source = _whole(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
         return _filled(f"The file of {len(data)} bytes", io.BytesIO(data), len(data))
@@ -88,6 +95,9 @@ def open_file(source: Any) -> tuple[str, BinaryIO]:
         return _filled(name, io.BytesIO(data), len(data))
     if scheme.startswith(("http://", "https://")):
         raise PromptError(f"{name} is a web address, and nothing is fetched; download it and give the file.")
+    if isinstance(path, str):
+        path = local_path(path)
+        name = _short(path)
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -99,6 +109,19 @@ def open_file(source: Any) -> tuple[str, BinaryIO]:
         raise PromptError(f"{name} does not exist.") from None
     except (OSError, ValueError) as error:
         raise PromptError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def _whole(file: Any) -> bytes:
+    """The bytes of an open file, wherever it stands."""
+    try:
+        if file.seekable():
+            file.seek(0)
+        data = file.read()
+    except (OSError, ValueError, AttributeError) as error:
+        raise PromptError(f"The open file cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if not isinstance(data, bytes):
+        raise PromptError(f"The open file gives {type(data).__name__}; open it in binary mode.")
+    return data
 
 
 def _filled(name: str, file: BinaryIO, size: int) -> tuple[str, BinaryIO]:
@@ -135,8 +158,10 @@ def _identify(name: str, file: BinaryIO) -> Image.Image:
             pillow_heif.register_heif_opener()
         if "HEIF" not in Image.OPEN:
             raise PromptError(
-                f"{name} is a HEIC picture; save it as JPEG or PNG, or let it be read by `pip install pillow-heif`."
+                f'{name} is a HEIC picture; save it as JPEG or PNG, or pip install "mlx-dgemma[pictures]".'
             )
+    if start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis") and "AVIF" not in Image.OPEN:
+        raise PromptError(f"{name} is an AVIF picture; save it as JPEG or PNG, or pip install -U pillow.")
     file.seek(0)
     return Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
 

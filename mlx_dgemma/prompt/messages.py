@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import PromptError
 
+SYSTEM_ROLES = ("system", "developer")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
 
@@ -22,7 +23,7 @@ def messages_of(
             their arguments as JSON text, its thinking stands in `reasoning_content`. Parts of a content
             are {"type": "text", "text"}, {"type": "image"} or {"type": "video"}; a part may carry its
             own source under "image", "video" or, as OpenAI writes it, {"image_url": {"url"}}.
-        system: a system message to begin with.
+        system: a system message to begin with, before those of the messages.
         images: sources for the image parts that carry none; a text prompt is put behind them.
         video: the same for a video part.
 
@@ -51,8 +52,6 @@ def messages_of(
         for part, source in zip(open_parts, sources):
             part[kind] = source
     if system:
-        if messages[0]["role"] in ("system", "developer"):
-            raise PromptError("There are two system messages: one in the messages and one beside them; give one.")
         messages.insert(0, {"role": "system", "content": system})
     return messages
 
@@ -71,9 +70,9 @@ def _checked(prompt: Sequence[Message]) -> list[Message]:
         role = given.get("role") if isinstance(given, dict) else None
         if role not in ROLES:
             raise PromptError(f"Message {i} has the role {role!r}; it should be one of {', '.join(ROLES)}.")
-        if i and role in ("system", "developer"):
-            raise PromptError(f"Message {i} is a {role} message, and templates take only the first; put it there.")
         message = dict(given)
+        if not isinstance(message.get("name"), (str, type(None))):
+            raise PromptError(f"Message {i} has the name {message['name']!r}; it should be a text.")
         if calls := message.get("tool_calls"):
             if not isinstance(calls, (list, tuple)):
                 raise PromptError(f"Message {i} has the tool_calls {calls!r}; it should be a list of calls.")
@@ -84,20 +83,36 @@ def _checked(prompt: Sequence[Message]) -> list[Message]:
             key = message.get("tool_call_id")
             message["name"] = called.get(key) if isinstance(key, str) else None
         messages.append(message)
+    contents = [message["content"] for message in messages]
+    if not any(one.strip() if isinstance(one, str) else one for one in contents) and not called:
+        last = len(messages) - 1
+        if prompt[last].get("content") is None:
+            raise PromptError(f"Message {last} has the content None; it should be a text or a list of parts.")
+        raise PromptError(f"Message {last} is empty; say what you want.")
     return messages
 
 
+def joined(messages: Sequence[Message]) -> Message:
+    """Several messages of one role as one, their texts with a blank line between them; it has the first one's role."""
+    contents = [one["content"] for one in messages if one["content"]]
+    if all(isinstance(one, str) for one in contents):
+        return {**messages[0], "content": "\n\n".join(contents)}
+    parts = [[{"type": "text", "text": one}] if isinstance(one, str) else one for one in contents]
+    return {**messages[0], "content": [part for one in parts for part in one]}
+
+
 def _content(i: int, message: Message) -> Any:
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
+    content, role = message.get("content"), message["role"]
+    if content is None and role == "assistant":
         return ""
     if isinstance(content, str):
-        if not content.strip() and message["role"] == "user":
-            raise PromptError(f"Message {i} is empty; say what you want.")
         return content
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise PromptError(f"Message {i} has the content {content!r}; it should be a text or a list of parts.")
-    return [_part(i, part) for part in content]
+    parts = [_part(i, part) for part in content]
+    if role != "user" and all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)  # templates take the text of these roles as one
+    return parts
 
 
 def _part(i: int, part: Message) -> Message:

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 from ..errors import OptionError, PromptError
 from .images import MAX_PIXELS, open_file, open_image
+from .paths import local_path
 
 _JITTER = Fraction(1, 1000)  # seconds; some containers round times to a millisecond
 _SEEK = 10  # seconds; a jump shorter than the usual distance of key frames is not worth it
@@ -61,6 +62,8 @@ def sample_frames(source: Any, fps: float = 1.0, max_frames: int = 32) -> Iterat
         raise OptionError(f"fps is {fps!r}; it should be a number of frames a second above 0.")
     if isinstance(max_frames, bool) or not isinstance(max_frames, int) or max_frames < 1:
         raise OptionError(f"max_frames is {max_frames!r}; it should be a whole number of at least 1.")
+    if isinstance(source, str):
+        source = local_path(source)
     if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
         source = _files(Path(source))
     if isinstance(source, Sequence) and not isinstance(source, (str, bytes, bytearray, memoryview)):
@@ -93,16 +96,41 @@ def _from_file(source: Any, fps: float, max_frames: int) -> Iterator[Frame]:
         raise PromptError('Video files need a decoder: pip install "mlx-dgemma[video]".') from None
     name, file = open_file(source)
     with file:
+        cut, listed = _boxes(file)
+        if cut and not listed:
+            raise PromptError(
+                f"{name} is cut short: the list of its frames, which stands at its end, is missing; copy it again."
+            )
         try:
             # A file object and no playlist formats: nothing but the given file is ever read.
             with av.open(file, options={"format_whitelist": _FORMATS}) as container:
                 stream = _picture_stream(name, container)
                 length = _length(name, container, stream)
+                if cut:
+                    warnings.warn(f"{name} is cut short: its end is missing.", stacklevel=2)
                 count = min(max_frames, max(1, int(float(length) * fps)))
-                yield from _decode(name, container, stream, [i * length / count for i in range(count)])
+                yield from _decode(name, container, stream, [i * length / count for i in range(count)], length)
         except (av.FFmpegError, ValueError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise PromptError(f"{name} is no video that can be read, or is damaged ({reason}).") from None
+
+
+def _boxes(file: BinaryIO) -> tuple[bool, bool]:
+    """Of an MP4 or QuickTime file: whether its last box reaches beyond its end, and whether it lists its frames."""
+    size, at, listed = file.seek(0, os.SEEK_END), 0, False
+    head = b"-"
+    while at < size and head:
+        file.seek(at)
+        head = file.read(16)
+        kind, length = head[4:8], int.from_bytes(head[:4], "big")
+        if at == 0 and kind not in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+            break
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        at = size if length == 0 else at + max(length, 8)
+        listed = listed or (kind == b"moov" and at <= size)
+    file.seek(0)
+    return at > size, listed
 
 
 def _picture_stream(name: str, container: Any) -> Any:
@@ -138,7 +166,7 @@ def _length(name: str, container: Any, stream: Any) -> Fraction:
     return (max(ends) - (stream.start_time or 0)) * stream.time_base
 
 
-def _decode(name: str, container: Any, stream: Any, wanted: list[Fraction]) -> Iterator[Frame]:
+def _decode(name: str, container: Any, stream: Any, wanted: list[Fraction], length: Fraction) -> Iterator[Frame]:
     """The frames on show at the wanted times (ascending, in seconds); one that stays on show comes once."""
     import av
 
@@ -176,5 +204,7 @@ def _decode(name: str, container: Any, stream: Any, wanted: list[Fraction]) -> I
             given = frame
             yield Frame(float(time(frame)), frame.to_image().rotate(frame.rotation, expand=True))
     end = time(given) + (given.duration or 0) * stream.time_base
-    if coming is None and end + 1 < wanted[-1]:
-        warnings.warn(f"{name} ends after {float(end):.1f} seconds, earlier than it says.", stacklevel=2)
+    if coming is None and end + 1 < length:
+        warnings.warn(
+            f"{name} is cut short: it ends after {float(end):.1f} of {float(length):.1f} seconds.", stacklevel=2
+        )

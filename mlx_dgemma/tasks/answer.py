@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..decoding.options import OptionKeywords
 from ..decoding.request import Request
+from ..errors import OptionError, PromptError, shown
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of
 from .constrained import constrain_answer
@@ -48,3 +49,24 @@ def answer(
     request = builder.request(messages, seed, effective, thinking, tools)
     constrain_answer(builder, request, schema, regex, thinking, tools)
     return request
+
+
+def answers(
+    builder: PromptBuilder,
+    prompts: Sequence[str | Sequence[Message]],
+    seeds: Sequence[int] | None,
+    **keywords: Unpack[AnswerKeywords],
+) -> list[Request]:
+    """The requests of `Engine.generate_batch`, whose arguments it takes."""
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+        raise PromptError(f"prompts is {shown(prompts)}; it should be a list of prompts.")
+    prompts = list(prompts)
+    if not prompts:
+        raise PromptError("There are no prompts; give at least one.")
+    if seeds is not None and len(seeds) != len(prompts):
+        raise OptionError(f"There are {len(prompts)} prompts and {len(seeds or ())} seeds; give one seed a prompt.")
+    requests = []
+    for i, prompt in enumerate(prompts):
+        own: AnswerKeywords = keywords if seeds is None else {**keywords, "seed": seeds[i]}
+        requests.append(answer(builder, prompt, **own))
+    return requests

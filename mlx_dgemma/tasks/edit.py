@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import SequenceMatcher
 from numbers import Real
 from typing import TYPE_CHECKING
@@ -16,7 +17,9 @@ from ..decoding.request import Request
 from ..errors import OptionError, shown
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import messages_of, reject_surrogates
+from ..prompt.vocabulary import vocabulary_of
 from .constrained import task_options
+from .lines import MARK, FileText
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -77,15 +80,20 @@ def edit(
 ) -> Request:
     """The request of `Engine.edit`, whose arguments it takes."""
     for name, given in (("text", text), ("instruction", instruction)):
-        if not isinstance(given, str) or not given.strip():
+        if not isinstance(given, str) or not given.removeprefix(MARK).strip():
             raise OptionError(f"{name} is {given!r}; it should be a text that is not empty.")
         reject_surrogates(name, given)
     if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= 1:
         raise OptionError(f"strength is {shown(strength)}; it should be a number from 0 (the draft) to 1 (all noise).")
     effective = task_options(builder, "edit", options)
-    draft = builder.tokenizer.encode(text.rstrip(), add_special_tokens=False)
+    file = FileText(text)
+    draft = vocabulary_of(builder.tokenizer).encode(file.plain.rstrip())
     if options.get("max_tokens") is None:
         effective = effective.override(max_tokens=max(effective.max_tokens, 2 * len(draft)))
-    request = builder.request(messages_of(f"{instruction.rstrip().removesuffix(':')}: {text}"), seed, effective)
+    asked = f"{instruction.rstrip().removesuffix(':')}: {file.plain}"
+    request = builder.request(messages_of(asked), seed, effective)
     request.control = Drafted(draft, builder.turn_end, strength, builder.config.canvas_length, request.seed)
+    request.postprocess = lambda result: replace(
+        result, text=file.restored(result.text, whole=result.finish_reason != "length")
+    )
     return request

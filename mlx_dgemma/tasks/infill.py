@@ -16,9 +16,10 @@ from ..decoding.control import PARTS
 from ..decoding.options import MAX_INTEGER, OptionKeywords, whole_number
 from ..decoding.request import Request
 from ..errors import OptionError, PromptError, shown
-from ..prompt.answer import Answer, preview
+from ..prompt.answer import Answer
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
+from ..prompt.vocabulary import text_of_tokens, vocabulary_of
 from .constrained import constrain, task_options
 from .hole import IN_VIEW, Hole, divide
 
@@ -51,7 +52,7 @@ class HoleContext:
         """Cut where whole tokens end: before the prefix's last word and the blanks behind or before it."""
 
         def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False) if text else []
+            return vocabulary_of(tokenizer).encode(text) if text else []
 
         before, behind = encode(prefix), encode(suffix)
         last = re.search(r"\s*\w*$", prefix)
@@ -90,6 +91,10 @@ class HoleReader:
         """Their log-probabilities, in nats."""
         return self._hole.log_probs
 
+    def close_thought(self, tokens: Sequence[int], log_probs: Sequence[float]) -> tuple[list[int], list[float]]:
+        """The canvas as it is: a hole has no thoughts."""
+        return list(tokens), list(log_probs)
+
     def feed(self, tokens: Sequence[int], log_probs: Sequence[float]) -> str | None:
         """Take a canvas; returns "stop" once the hole is full.
 
@@ -118,7 +123,7 @@ class HoleReader:
 
     def preview(self, tokens: Sequence[int]) -> str:
         """The text of the canvas, with what stands around the hole on it."""
-        return preview(self._builder.tokenizer, tokens, self._builder.options.end_tokens)
+        return text_of_tokens(self._builder.tokenizer, tokens, self._builder.options.end_tokens)
 
 
 class InfillKeywords(OptionKeywords, total=False):
@@ -176,7 +181,7 @@ def infill(
         builder.extend(request, context.before, beside=0)
         request.options = effective.override(max_tokens=length and length + 1)  # and the end token
         most, skip = request.options.max_tokens, len(context.tail)
-        request.reader = Answer(builder.tokenizer, effective.end_tokens, most, skip=skip)
+        request.reader = Answer(builder.tokenizer, effective.end_tokens, most, skip=skip, notes=request.notes)
         constrain(builder, request, language, "The hole")
         return request
     canvas, behind = builder.config.canvas_length, [*context.behind, builder.turn_end]

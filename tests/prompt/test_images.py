@@ -261,8 +261,7 @@ def test_heic_needs_its_plugin(monkeypatch):
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     assert refusal(data) == (
-        "The file of 24 bytes is a HEIC picture; save it as JPEG or PNG, "
-        "or let it be read by `pip install pillow-heif`."
+        'The file of 24 bytes is a HEIC picture; save it as JPEG or PNG, or pip install "mlx-dgemma[pictures]".'
     )
     plugin = types.ModuleType("pillow_heif")
     plugin.register_heif_opener = lambda: monkeypatch.setitem(Image.OPEN, "HEIF", (lambda *_: noise(), None))

@@ -212,14 +212,14 @@ def test_placeholders_and_sources_must_agree(engine, kind, placeholders, given):
 
 @pytest.mark.parametrize("marker", ["<|image|>", "<|video|>"])
 def test_a_marker_in_a_users_text_is_no_picture(engine, marker):
-    told = "The prompt has {} {} placeholders, but {} sources are given for them; they must agree."
-    assert refusal(PromptError, engine.generate, f"What is {marker}?") == told.format(1, marker, 0)
-    assert refusal(PromptError, engine.generate, [user(text(marker[:5]), text(marker[5:]))]) == told.format(
-        1, marker, 0
-    )
+    tokens = set(engine.tokenizer.convert_tokens_to_ids(["<|image|>", "<|video|>"]))
+    split = [user(text(marker[:5]), text(marker[5:]))]
+    thirds = [user(text(marker[:1] + " "), text(marker[1:4]), text(marker[4:]))]
+    for prompt, options in ((f"What is {marker}?", {}), (split, {}), (thirds, {}), ("Hi", {"system": marker})):
+        assert not tokens & set(prompt_of(engine, prompt, **options).tokens)
     sources = {"images": [strip(RED)]} if marker == "<|image|>" else {"video": [strip(RED)]}
-    assert refusal(PromptError, engine.generate, f"What is {marker}?", **sources) == told.format(2, marker, 1)
-    assert refusal(PromptError, engine.generate, "Hi", system=marker) == told.format(1, marker, 0)
+    with_picture = prompt_of(engine, f"What is {marker}?", **sources)
+    assert len(with_picture.pictures) == 1 and with_picture.tokens.count(18) == with_picture.pictures[0].tokens
 
 
 @pytest.mark.parametrize("kind", ["audio", "input_audio"])

@@ -1,26 +1,13 @@
-"""Prompts in, answers out, with the demo's tokenizer and chat template."""
+"""Tokens in, answers out, with the demo's tokenizer."""
 
-import json
 import random
 
 import pytest
-from support import engine_of, feed, refusal
+from support import engine_of, feed
 
 import mlx_dgemma
-from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.errors import PromptError
 from mlx_dgemma.prompt.answer import Answer
-from mlx_dgemma.prompt.messages import ROLES, messages_of
-from mlx_dgemma.prompt.template import render
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather of a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
 OSLO = '<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>}<tool_call|>'
 ROME = '<|tool_call>call:get_weather{city:<|"|>Rome<|"|>}<tool_call|>'
 THOUGHT = "<|channel>thought\nFirst this. Then that.\n<channel|>"
@@ -40,9 +27,6 @@ def read(tokenizer, text, end=True, stop=(), max_tokens=1000):
     answer = Answer(tokenizer, (1, 16, 9), max_tokens, stop)
     feed(answer, ids(tokenizer, text) + [16] * end)
     return answer
-
-
-# Answers.
 
 
 def test_plain_text_ends_at_an_end_token(tokenizer):
@@ -111,16 +95,14 @@ def test_several_calls_keep_their_order(tokenizer):
     assert (answer.text, answer.thinking) == ("Done.", "First this. Then that.")
 
 
-@pytest.mark.parametrize(
-    "broken",
-    ["call:get_weather{city:", "get_weather{city:3}", "call:get_weather{city:3} and more", "nonsense"],
-)
+@pytest.mark.parametrize("broken", ["call:get_weather{city:", 'call:f{a:<|"|>Oslo', "nonsense"])
 def test_a_broken_tool_call_is_kept_as_text_with_a_warning(tokenizer, broken):
-    raw = tokenizer.decode(ids(tokenizer, broken))
+    told = broken.replace('<|"|>', '"')
     with pytest.warns(UserWarning) as caught:
         answer = read(tokenizer, f"Look: <|tool_call>{broken}<tool_call|>")
-    assert [str(one.message) for one in caught] == [f"The tool call {raw!r} is broken; it was kept as text."]
-    assert answer.text == "Look: " + raw
+    assert [str(one.message) for one in caught] == [f"The tool call {told!r} is broken; it was kept as text."]
+    assert answer.notes == [str(one.message) for one in caught]
+    assert answer.text == "Look: " + told
     assert (answer.tool_calls, answer.finish_reason) == ([], "stop")
 
 
@@ -133,11 +115,17 @@ def test_a_broken_call_does_not_harm_a_whole_one(tokenizer):
 
 
 def test_a_call_cut_by_max_tokens_is_kept_as_text_with_a_warning(tokenizer):
-    with pytest.warns(UserWarning, match="is broken; it was kept as text"):
-        answer = read(tokenizer, "Hm. " + OSLO, max_tokens=len(ids(tokenizer, "Hm. " + OSLO)) - 1)
-    assert answer.finish_reason == "length"
-    assert answer.tool_calls == []
-    assert answer.text.startswith("Hm. call:get_weather{city:")
+    for missing in (2, 3):  # the brace, and the quote
+        with pytest.warns(UserWarning, match="is broken; it was kept as text"):
+            answer = read(tokenizer, "Hm. " + OSLO, max_tokens=len(ids(tokenizer, "Hm. " + OSLO)) - missing)
+        assert answer.finish_reason == "length"
+        assert answer.tool_calls == []
+        assert answer.text == 'Hm. call:get_weather{city:"Oslo' + '"' * (missing == 2)
+
+
+def test_a_call_that_only_lacks_its_marker_is_one(tokenizer):
+    answer = read(tokenizer, "Hm. " + OSLO, max_tokens=len(ids(tokenizer, "Hm. " + OSLO)) - 1)
+    assert (answer.text, len(answer.tool_calls), answer.finish_reason) == ("Hm. ", 1, "length")
 
 
 def test_max_tokens_after_a_whole_call_is_length(tokenizer):
@@ -157,6 +145,34 @@ def test_max_tokens_counts_all_tokens_and_cuts_the_rest(tokenizer):
 def test_padding_and_stray_markers_are_no_text(tokenizer):
     answer = read(tokenizer, "A<pad><channel|><tool_call|><|turn>B<|think|>")
     assert answer.text == "AB"
+
+
+def test_the_final_channel_is_text(tokenizer):
+    answer = read(tokenizer, THOUGHT + "<|channel>final\nFour.<channel|>")
+    assert (answer.text, answer.thinking) == ("Four.", "First this. Then that.")
+    assert read(tokenizer, "<|channel>final\nFo", end=False, max_tokens=7).text == "Fo"
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_of_a_character_that_is_cut_nothing_shows(tokenizer, cut):
+    emoji = [token for token in ids(tokenizer, "🙂") if tokenizer.convert_ids_to_tokens(token).startswith("<0x")]
+    assert len(emoji) == 4
+    for behind in ([], [0], [*ids(tokenizer, "<|turn>")]):
+        answer = Answer(tokenizer, (16,), 1000)
+        feed(answer, [*ids(tokenizer, "ok "), *emoji[:cut], *behind, 16])
+        assert answer.text == "ok "
+        assert answer.preview([*ids(tokenizer, "ok "), *emoji[:cut]]) == "ok "
+    assert read(tokenizer, "a \ufffd b").text == "a \ufffd b"  # the character itself is one
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"), [([0] * 9, "length"), ([0, 0, 16], "stop"), ([0, 15, 14, 0, 16], "stop")]
+)
+def test_an_answer_of_nothing_but_padding_is_told(tokenizer, tokens, reason):
+    answer = Answer(tokenizer, (16,), 9)
+    with pytest.warns(UserWarning, match=r"^The answer has no text: its \d tokens are padding and markers; "):
+        assert feed(answer, tokens) == reason
+    assert (answer.text, len(answer.notes)) == ("", 1)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -214,226 +230,6 @@ def test_stop_strings_are_not_looked_for_in_thinking_and_calls(tokenizer):
     assert answer.thinking == "First this. Then that."
     assert len(answer.tool_calls) == 1
     assert answer.text == "All "
-
-
-# Messages.
-
-
-def test_a_text_is_a_users_message():
-    assert messages_of("Hi") == [{"role": "user", "content": "Hi"}]
-    assert messages_of("Hi", system="Be brief.") == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-    ]
-
-
-def test_messages_are_not_changed_in_place():
-    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    given = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]}]
-    before = json.dumps(given)
-    messages_of(given, system="S")
-    assert json.dumps(given) == before
-
-
-@pytest.mark.parametrize("arguments", ['{"city": "Oslo"}', {"city": "Oslo"}])
-def test_tool_call_arguments_come_as_json_text_or_as_an_object(arguments):
-    call = {"id": "c7", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
-    messages = messages_of(
-        [
-            {"role": "user", "content": "Weather?"},
-            {"role": "assistant", "content": None, "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "c7", "content": "sunny"},
-        ]
-    )
-    assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
-    assert messages[1]["content"] == ""
-    assert messages[2]["name"] == "get_weather"  # found by the call's id
-
-
-def test_a_tool_message_keeps_its_own_name():
-    assert messages_of([{"role": "tool", "name": "f", "content": "1"}])[0]["name"] == "f"
-
-
-def test_parts_of_text_are_taken():
-    parts = [{"type": "text", "text": "Hi"}]
-    assert messages_of([{"role": "user", "content": parts}])[0]["content"] == parts
-
-
-ROLE_LIST = "system, developer, user, assistant, tool"
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("", "The prompt is empty; say what you want."),
-        (" \n", "The prompt is empty; say what you want."),
-        ([], "The prompt is []; give a text or a list of messages."),
-        (None, "The prompt is None; give a text or a list of messages."),
-        ({"role": "user"}, "The prompt is {'role': 'user'}; give a text or a list of messages."),
-        ([{"role": "bot", "content": "x"}], f"Message 0 has the role 'bot'; it should be one of {ROLE_LIST}."),
-        (["Hi"], f"Message 0 has the role None; it should be one of {ROLE_LIST}."),
-        (
-            [{"role": "user", "content": "Hi"}, {"role": "user", "content": " "}],
-            "Message 1 is empty; say what you want.",
-        ),
-        (
-            [{"role": "user", "content": 3}],
-            "Message 0 has the content 3; it should be a text or a list of parts.",
-        ),
-        (
-            [{"role": "user", "content": ["Hi"]}],
-            "Message 0 has the content ['Hi']; it should be a text or a list of parts.",
-        ),
-        (
-            [{"role": "assistant"}],
-            "Message 0 has the content None; it should be a text or a list of parts.",
-        ),
-        (
-            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "3"}}]}],
-            "Message 0 has a tool call that cannot be read (no name or no arguments): "
-            "{'function': {'name': 'f', 'arguments': '3'}}.",
-        ),
-        (
-            [{"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}],
-            "Message 0 has a tool call that cannot be read ('name'): {'function': {'arguments': {}}}.",
-        ),
-    ],
-)
-def test_what_is_no_prompt_is_refused(prompt, message):
-    with pytest.raises(PromptError) as caught:
-        messages_of(prompt)
-    assert str(caught.value) == message
-
-
-def test_a_part_or_a_call_of_another_kind_is_refused():
-    with pytest.raises(PromptError, match=r"^Message 0 has a part of type 'file'; "):
-        messages_of([{"role": "user", "content": [{"type": "file"}]}])
-    with pytest.raises(PromptError, match=r"^Message 0 has a tool call that cannot be read \(.*\): 'f'\.$"):
-        messages_of([{"role": "assistant", "tool_calls": ["f"]}])
-
-
-@pytest.mark.parametrize("role", ["system", "developer"])
-def test_two_system_messages_are_refused(role):
-    with pytest.raises(PromptError) as caught:
-        messages_of([{"role": role, "content": "A"}, {"role": "user", "content": "B"}], system="C")
-    assert str(caught.value) == ("There are two system messages: one in the messages and one beside them; give one.")
-
-
-def test_the_roles_are_openais():
-    assert ROLES == ("system", "developer", "user", "assistant", "tool")
-
-
-# Templates.
-
-
-def rendered(tokenizer, prompt, system=None, **arguments):
-    return tokenizer.decode(render(tokenizer, messages_of(prompt, system), **arguments))
-
-
-def test_a_prompt_is_rendered_ready_for_the_answer(tokenizer):
-    assert rendered(tokenizer, "Hi") == "<bos><|turn>user\nHi<turn|>\n<|turn>model\n"
-
-
-def test_thinking_is_off_unless_asked_for(tokenizer):
-    plain, on = (rendered(tokenizer, "Hi", thinking=thinking) for thinking in (False, True))
-    assert "<|think|>" not in plain
-    assert on == "<bos><|turn>system\n<|think|>\n<turn|>\n" + plain.removeprefix("<bos>")
-
-
-@pytest.mark.parametrize("role", ["system", "developer"])
-def test_a_system_or_developer_message_leads(tokenizer, role):
-    expected = rendered(tokenizer, "Hi", system="Be brief.")
-    assert expected.startswith("<bos><|turn>system\nBe brief.<turn|>\n")
-    messages = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert rendered(tokenizer, messages) == expected
-
-
-def test_tools_are_declared(tokenizer):
-    text = rendered(tokenizer, "Hi", tools=[TOOL])
-    assert "<|tool>declaration:get_weather{" in text
-    assert rendered(tokenizer, "Hi", tools=[]) == rendered(tokenizer, "Hi")
-
-
-def test_a_conversation_with_a_tool_is_rendered(tokenizer):
-    call = {"id": "c7", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
-    text = rendered(
-        tokenizer,
-        [
-            {"role": "user", "content": "Weather?"},
-            {"role": "assistant", "tool_calls": [call], "reasoning_content": "Ask."},
-            {"role": "tool", "tool_call_id": "c7", "content": "sunny"},
-        ],
-    )
-    assert text == (
-        "<bos><|turn>user\nWeather?<turn|>\n<|turn>model\n<|channel>thought\nAsk.\n<channel|>"
-        + OSLO
-        + '<|tool_response>response:get_weather{value:<|"|>sunny<|"|>}<tool_response|>'
-    )
-
-
-class Bare:
-    """A tokenizer whose template is missing or refuses."""
-
-    def __init__(self, has_chat_template):
-        self.has_chat_template = has_chat_template
-
-    def apply_chat_template(self, messages, **_):
-        raise RuntimeError("no two users in a row")
-
-
-def test_a_checkpoint_without_template_says_so():
-    with pytest.raises(PromptError) as caught:
-        render(Bare(False), messages_of("Hi"))
-    assert str(caught.value) == "This checkpoint has no chat template; add its chat_template.jinja to the folder."
-
-
-def test_a_templates_own_refusal_is_told():
-    with pytest.raises(PromptError) as caught:
-        render(Bare(True), messages_of("Hi"))
-    assert str(caught.value) == "The chat template refuses these messages: no two users in a row"
-
-
-def test_a_late_system_message_is_refused():
-    with pytest.raises(PromptError) as error:
-        messages_of([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}])
-    assert str(error.value) == "Message 1 is a system message, and templates take only the first; put it there."
-
-
-def test_calls_that_are_none_are_refused():
-    def asked(calls):
-        return [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": calls}]
-
-    assert refusal(PromptError, messages_of, asked(5)) == (
-        "Message 1 has the tool_calls 5; it should be a list of calls."
-    )
-    call = {"id": [1], "function": {"name": "f", "arguments": {}}}
-    assert refusal(PromptError, messages_of, asked([call])) == (
-        f"Message 1 has a tool call that cannot be read (its id is no text): {call!r}."
-    )
-
-
-@pytest.mark.parametrize(
-    "name, arguments",
-    [
-        ("generate", ["a\ud800b"]),
-        ("infill", ["a\ud800", "b"]),
-        ("edit", ["a\ud800", "b"]),
-        ("fill", ["a\ud800 {x}", {"x": 3}]),
-        ("choose", ["a", ["a\ud800", "b"]]),
-    ],
-)
-def test_half_a_surrogate_pair_is_refused(name, arguments):
-    told = refusal(PromptError, getattr(engine_of(DEMO), name), *arguments)
-    assert told.endswith(" has half of a surrogate pair, '\\ud800', which is no character; leave it out.")
-
-
-@pytest.mark.parametrize("value", ['"\\ud800"', "NaN", "1e999"])
-def test_a_call_that_nobody_can_be_sent_is_text(value):
-    engine = engine_of(DEMO)
-    answer, raw = Answer(engine.tokenizer, engine.options.end_tokens, 100), f"call:f{{a:{value}}}"
-    with pytest.warns(UserWarning, match="is broken"):
-        feed(answer, engine.tokenizer.encode(f"<|tool_call>{raw}<tool_call|>", add_special_tokens=False))
-    assert (answer.text, answer.tool_calls) == (raw, [])
 
 
 def test_a_thought_that_the_prompt_has_opened_is_one(monkeypatch):

@@ -40,8 +40,6 @@ REFUSED = [
      "messages[0].content[0].type is 'video_url'; it should be \"text\" or \"image_url\"."),
     ({"messages": [{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}]},
      "messages[0].content[0].type", "messages[0].content[0].type is 'image'; it should be \"text\" or \"image_url\"."),
-    ({"messages": [{"role": "user", "content": "<|image|>"}]}, "messages",
-     "The prompt has 1 <|image|> placeholders, but 0 sources are given for them; they must agree."),
     ({"messages": [{"role": "user", "content": "word " * 5000}]}, "messages",
      "The prompt has 5012 tokens, but the context leaves room for 4032 beside a canvas of 64; shorten it."),
     ({"messages": [{"role": "tool", "tool_call_id": "a", "content": "x"}]}, "messages[0].tool_call_id",

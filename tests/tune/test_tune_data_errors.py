@@ -117,7 +117,7 @@ def test_lines_that_are_refused(engine, write, line, message):
         ),
         (
             [HI, {"role": "system", "content": "a"}],
-            "Message 1 is a system message, and templates take only the first; put it there.",
+            "Message 1 has the role system and follows user; its role should be assistant.",
         ),
         (
             [{"role": "system", "content": "a"}, assistant("a")],
@@ -145,7 +145,7 @@ def test_lines_that_are_refused(engine, write, line, message):
             "The last message has the role user; it should be assistant, to be the answer.",
         ),
         ([HI, assistant("")], "Message 1 is an empty answer; give it text or a tool call."),
-        ([HI, assistant(None)], "Message 1 has the content None; it should be a text or a list of parts."),
+        ([HI, assistant(None)], "Message 1 is an empty answer; give it text or a tool call."),
         ([HI, assistant("a<turn|>b")], "Message 1 contains <turn|>, which ends an answer; remove it."),
         (
             [HI, assistant("<|channel>thought\nHm.<channel|>b")],
