@@ -13,9 +13,11 @@ from functools import cache, cached_property
 import numpy as np
 
 from ..errors import OptionError
-from .dfa import build_dfa
+from .checks import Scanner
+from .dfa import Dfa, build_dfa
+from .expressions import Expression, characters, repeat
 from .moves import LikelyMoves, ScoredMoves, Transitions
-from .patterns import ALL_CODE_POINTS, SURROGATES, character_class, subtract
+from .patterns import ALL_CODE_POINTS, SURROGATES, subtract
 from .tokens import MAX_TOKEN_BYTES, TokenBytes
 from .walks import Walks
 
@@ -28,7 +30,7 @@ class Language:
     """A regular language over a tokenizer's tokens. States are numbered; 0 is the start, the last one is dead.
 
     Args:
-        pattern: in the plain syntax of `patterns.python_regex_to_plain`.
+        pattern: an expression, or a pattern in the plain syntax of `patterns.python_regex_to_plain`.
         token_bytes: of the tokenizer.
         what: how an error names the pattern.
 
@@ -45,8 +47,8 @@ class Language:
         OptionError: the tokenizer can spell no text of the language, or the automaton is too large.
     """
 
-    def __init__(self, pattern: str, token_bytes: TokenBytes, what: str = "The constraint"):
-        self.table, self.accepting = build_dfa(pattern)
+    def __init__(self, pattern: str | Expression, token_bytes: TokenBytes, what: str = "The constraint"):
+        self.table, self.accepting, self._marks = build_dfa(pattern)
         self.token_bytes, self._dead = token_bytes, len(self.table) - 1
         live = self.table != self._dead
         self._states_taking = [np.flatnonzero(live[:, byte]) for byte in range(256)]
@@ -85,6 +87,21 @@ class Language:
         for byte in self.token_bytes.to_bytes(tokens):
             state = int(self.table[state, byte])
         return state
+
+    def scanner(self) -> Scanner | None:
+        """What checks a text that its automaton alone does not; None: there is nothing to check."""
+        return None if self._marks is None else Scanner(self.table, self._marks)
+
+    def ends_soon(self, tokens: np.ndarray, state: int) -> np.ndarray:
+        """[N] the state behind each token, from `state` on; dead where a byte of it has a mark."""
+        found = np.where(self.token_bytes.length[tokens] > 0, state, self._dead)
+        for i in range(int(self.token_bytes.length[tokens].max(initial=0))):
+            byte = self.token_bytes.bytes[tokens, i]
+            behind = self.table[found, byte]
+            if self._marks is not None:
+                behind = np.where(self._marks[found, byte] == 0, behind, self._dead)
+            found = np.where(self.token_bytes.length[tokens] > i, behind, found)
+        return found
 
     @cached_property
     def shortest_length(self) -> int:
@@ -159,12 +176,16 @@ class Language:
     def _distances(self, transitions: Transitions) -> np.ndarray:
         """[states] moves from each state to an accepting one, infinite where there is no way."""
         distance = np.where(self.accepting, 0.0, np.inf)
-        while True:
-            shorter = distance.copy()
-            np.minimum.at(shorter, transitions.source, distance[transitions.target] + 1)
-            if (shorter == distance).all():
-                return distance
-            distance = shorter
+        order = np.argsort(transitions.target, kind="stable")
+        source = transitions.source[order]
+        first = np.searchsorted(transitions.target[order], np.arange(len(distance) + 1))
+        reached, steps = np.flatnonzero(self.accepting), 0
+        while len(reached):
+            steps += 1
+            before = np.unique(np.concatenate([source[first[state] : first[state + 1]] for state in reached.tolist()]))
+            reached = before[np.isinf(distance[before])]
+            distance[reached] = steps
+        return distance
 
     def _not_stuck(self, transitions: Transitions) -> Transitions:
         """Those moves from whose target the end can be reached."""
@@ -173,14 +194,14 @@ class Language:
 
 
 @cache
-def _lines() -> tuple[np.ndarray, np.ndarray]:
+def _lines() -> Dfa:
     """The automaton of all texts without a line break."""
-    return build_dfa(character_class(subtract([ALL_CODE_POINTS], SURROGATES, (10, 10))) + "*")
+    return build_dfa(repeat(characters(subtract([ALL_CODE_POINTS], SURROGATES, (10, 10))), 0, None))
 
 
 def accepts_every_line(language: Language) -> bool:
     """Whether every text without a line break is in the language."""
-    table, accepting = _lines()
+    table, accepting, _ = _lines()
     seen, todo = {(0, 0)}, [(0, 0)]  # pairs of states of both automata, which the same text leads to
     while todo:
         line, state = todo.pop()

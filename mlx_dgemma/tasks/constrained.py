@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 
+from ..constraints.expressions import Expression
 from ..constraints.language import Language, accepts_every_line
 from ..constraints.patterns import python_regex_to_plain
-from ..constraints.schema import to_regex
+from ..constraints.schema import Translation, translate
 from ..constraints.search import FRESH, THINKING, Marginals, best_text
 from ..constraints.spelling import Spelling
 from ..decoding.control import Control
@@ -18,6 +21,8 @@ from ..decoding.request import Request
 from ..errors import OptionError, PromptError
 from ..prompt.answer import Answer
 from ..prompt.builder import PromptBuilder
+
+MOST_CUTS = 16  # places in a text where it went too far and was ended
 
 
 class LanguageGuide:
@@ -61,24 +66,76 @@ class Constrained(Control):
     def __init__(self, language: Language, ends: Sequence[int], marks: Sequence[int] = (), thinks: bool = False):
         self._language, self._ends, self._marks = language, tuple(ends), tuple(marks)
         self._state = (THINKING if thinks else FRESH) if marks else 0
+        self._scanner = language.scanner()
 
     def guide(self, left: int) -> LanguageGuide:
         """Chooses the most probable text of the language."""
 
         def choose(row: int, seen: Marginals) -> np.ndarray:
-            return best_text(self._language, seen, self._state, self._ends, left, self._marks)
+            chosen = best_text(self._language, seen, self._state, self._ends, left, self._marks)
+            return chosen if self._scanner is None else self._checked(chosen, seen, left)
 
         return LanguageGuide(self._language.always_scored_tokens, self._ends, self._marks, choose)
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Move on in the language."""
-        state, text = self._state, list(tokens)
+        begin = self._begin(tokens)
+        if begin is None:
+            self._state = THINKING
+            return
+        text = list(tokens)[begin:]
+        if self._scanner is not None:
+            self._scanner.feed(self._language.token_bytes.to_bytes(text))
+        self._state = self._language.state_after(text, max(self._state, 0))
+
+    def _begin(self, tokens: Sequence[int]) -> int | None:
+        """Where the text begins or goes on, behind a thought; None: the thought does not end."""
+        text, state = list(tokens), self._state
         if state == THINKING or (state == FRESH and text[0] == self._marks[0]):
-            if self._marks[1] not in text:
-                self._state = THINKING
-                return
-            text, state = text[text.index(self._marks[1]) + 1 :], 0
-        self._state = self._language.state_after(text, max(state, 0))
+            return text.index(self._marks[1]) + 1 if self._marks[1] in text else None
+        return 0
+
+    def _checked(self, chosen: np.ndarray, seen: Marginals, left: int) -> np.ndarray:
+        """The chosen text, or where it goes too far the same up to there, and then the best one that does not."""
+        last = len(chosen)
+        for _ in range(MOST_CUTS):
+            begin = self._begin(chosen.tolist())
+            at = None if begin is None else self._cut(chosen, begin)
+            if begin is None or at is None:
+                return chosen
+            for place in range(min(at, last - 1), begin - 1, -1):
+                if (other := self._ended_at(chosen, begin, place, seen, left)) is not None:
+                    break
+            else:
+                return chosen
+            chosen, last = other, max(place, begin + 1)
+        return chosen
+
+    def _cut(self, chosen: np.ndarray, begin: int) -> int | None:
+        """The position of the token with which a text goes too far."""
+        stop = next((i for i in range(begin, len(chosen)) if chosen[i] in self._ends), len(chosen))
+        scanner, length = copy.deepcopy(self._scanner), self._language.token_bytes.length[chosen[begin:stop]]
+        assert scanner is not None
+        at = scanner.feed(self._language.token_bytes.to_bytes(chosen[begin:stop].tolist()))
+        return None if at is None else begin + int(np.searchsorted(np.cumsum(length), at, "right"))
+
+    def _ended_at(self, chosen: np.ndarray, begin: int, place: int, seen: Marginals, left: int) -> np.ndarray | None:
+        """The chosen text with another token at a place, which ends what goes on there, and the best text behind."""
+        language = self._language
+        state = language.state_after(chosen[begin:place].tolist(), max(self._state, 0))
+        tokens = np.concatenate([language.always_scored_tokens, seen.likely[place]])
+        log_p = np.concatenate([seen.always_scored_log_p[place], seen.likely_log_p[place]])
+        behind = language.ends_soon(tokens, state)
+        log_p = np.where(language.distance[behind] + 1 <= left - place - 1, log_p, -np.inf)
+        best = int(log_p.argmax())
+        if log_p[best] == -np.inf:
+            return None
+        found = chosen.copy()
+        found[place] = tokens[best]
+        if place + 1 < len(chosen):
+            rest = Marginals(**{name: value[place + 1 :] for name, value in vars(seen).items()})
+            found[place + 1 :] = best_text(language, rest, int(behind[best]), self._ends, left - place - 1)
+        return found
 
 
 def constrain(builder: PromptBuilder, request: Request, language: Language, what: str, thinking: bool = False) -> None:
@@ -136,12 +193,15 @@ def constrain_answer(
             that it excludes.
         PromptError: the context has no room for any such text.
     """
+    pattern: str | Expression
     if schema is not None and regex is not None:
         raise OptionError("Both schema and regex are given; leave one out.")
     if schema is not None:
         if not isinstance(schema, dict):
             raise OptionError(f"schema is {schema!r}; it should be a JSON Schema as a dict.")
-        name, what, pattern = "schema", "The schema", to_regex(schema)
+        translation = translate(schema)
+        _tell_levels(translation)
+        name, what, pattern = "schema", "The schema", translation.expression
     elif regex is not None:
         if not isinstance(regex, str):
             raise OptionError(f"regex is {regex!r}; it should be a text.")
@@ -155,6 +215,14 @@ def constrain_answer(
     if regex is not None and accepts_every_line(language):
         raise OptionError(f"{what} matches every line of text, so it asks for nothing; leave it out.")
     constrain(builder, request, language, what, thinking)
+
+
+def _tell_levels(translation: Translation) -> None:
+    """Warn where a schema has more levels than a text is given."""
+    if translation.returns:
+        warnings.warn(
+            f"The schema refers to itself; answers follow it {translation.returns} levels deep at most.", stacklevel=4
+        )
 
 
 def task_options(builder: PromptBuilder, task: str, options: OptionKeywords) -> GenerationOptions:
