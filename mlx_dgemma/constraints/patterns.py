@@ -184,6 +184,8 @@ class _Translator:
         if op == "SUBPATTERN":
             _, added, dropped, body = value
             return self.sequence(body, _flags_within(flags, added, dropped), context)
+        if op in {"MAX_REPEAT", "MIN_REPEAT"} and value[:2] == (0, 1) and context.ends and _looks_ahead(value[2]):
+            op, value = "BRANCH", (None, [value[2], []])
         if op == "BRANCH":
             branches = [self.sequence(branch, flags, context) for branch in value[1]]
             possible = list(dict.fromkeys(branch for branch in branches if branch is not None))
@@ -227,6 +229,10 @@ class _Translator:
 
     def _refuse(self, what: str) -> NoReturn:
         raise OptionError(f"The pattern {self.pattern!r} has {what}, which is not supported; write it without.")
+
+
+def _looks_ahead(items: Any) -> bool:
+    return "ASSERT" in str(list(items))
 
 
 def _repeat(body: str | None, low: int, high: Any) -> str | None:
