@@ -22,7 +22,7 @@ from .tokens import MAX_TOKEN_BYTES, TokenBytes
 from .walks import Walks
 
 BROAD_STATE = 32  # a state from which more bytes than this may follow lies inside free text
-MAX_SCORED_MOVES = 4_000_000  # of always scored tokens; each takes some 100 bytes while they are found
+MAX_SCORED_MOVES = 1_000_000  # of always scored tokens; each takes some 100 bytes while they are found
 MIN_PROBABILITY = 1e-5  # a position's tokens below it are not looked at
 
 
@@ -52,7 +52,6 @@ class Language:
         self.token_bytes, self._dead = token_bytes, len(self.table) - 1
         live = self.table != self._dead
         self._states_taking = [np.flatnonzero(live[:, byte]) for byte in range(256)]
-        self._broad = live.sum(axis=1) > BROAD_STATE
         self.always_scored_tokens = self._find_always_scored(live)
         transitions = self.transitions_of(self.always_scored_tokens)
         self.distance = self._distances(transitions)
@@ -128,31 +127,46 @@ class Language:
 
     def _find_always_scored(self, live: np.ndarray) -> np.ndarray:
         """All tokens that fit into fixed text, and each that is a single character; see `always_scored_tokens`."""
+        length, first = self.token_bytes.length, self.token_bytes.bytes[:, 0]
+        is_character = length <= np.where(first < 128, 1, 4 - (first < 0xF0).astype(np.int32) - (first < 0xE0))
+        text = length > 0
+        # Many states over a small alphabet, where nearly all words fit: words are looked at where they are likely, and
+        # only those of narrower states, which spell keys and punctuation, everywhere.
+        steps = ((BROAD_STATE, text), (BROAD_STATE // 4, text), (2, text), (BROAD_STATE, is_character & text))
+        tokens = next((found for most, among in steps if (found := self._fitting(live, most, among)) is not None), None)
+        if tokens is None or np.isinf(self._distances(self.transitions_of(tokens))[0]):
+            # Some character has no token of its own and is spelt in bytes.
+            known = np.zeros(0, np.int64) if tokens is None else tokens
+            tokens = np.unique(np.concatenate([known, np.flatnonzero(length == 1)]))
+        return tokens.astype(np.int32)
+
+    def _fitting(self, live: np.ndarray, most: int, among: np.ndarray) -> np.ndarray | None:
+        """Those tokens among some [V] that fit into fixed text or are one ASCII character; None if far too many do.
+
+        Args:
+            live: [states, 256], whether a text goes on with each byte.
+            most: bytes with which fixed text may go on.
+            among: [V] bool.
+        """
+        self._broad = live.sum(axis=1) > most
         length, found, fitting = self.token_bytes.length, [], 0
         for byte in np.flatnonzero(live[:-1].any(axis=0)):
             tokens = self.token_bytes.starting_with(int(byte))
             if byte < 128:
                 found.append(tokens[length[tokens] == 1][:1])
             narrow = self._states_taking[byte][~self._broad[self._states_taking[byte]]]
-            tokens = tokens[length[tokens] > 1]
+            tokens = tokens[(length[tokens] > 1) & among[tokens]]
             second = self.token_bytes.bytes[tokens, 1]
             for state in np.unique(self.table[narrow, byte]):
                 if not self._broad[state]:
                     going_on = live[state].take(second)
                     fitting += int(going_on.sum())
                     if fitting > MAX_SCORED_MOVES:
-                        break
+                        return None
                     found.append(self._within_fixed_text(tokens[going_on], int(state)))
         tokens = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
-        first = self.token_bytes.bytes[tokens, 0]
-        if fitting > MAX_SCORED_MOVES or live.sum(axis=0)[first].sum() > MAX_SCORED_MOVES:
-            # Many states over a small alphabet, where nearly all words fit: they are looked at where they are likely.
-            tokens = tokens[length[tokens] <= np.where(first < 128, 1, 4 - (first < 0xF0) - (first < 0xE0))]
-        if np.isinf(self._distances(self.transitions_of(tokens))[0]):
-            # Some character has no token of its own and is spelt in bytes.
-            every = np.flatnonzero(length == 1)
-            tokens = np.unique(np.concatenate([tokens, every]))
-        return tokens.astype(np.int32)
+        states = live.sum(axis=0)[self.token_bytes.bytes[tokens, 0]]
+        return tokens if states.sum() <= MAX_SCORED_MOVES or not (length[tokens] > 1).any() else None
 
     def _within_fixed_text(self, tokens: np.ndarray, state: int) -> np.ndarray:
         """Those tokens that go on from `state`, which their first byte led to, and cross no broad state.
