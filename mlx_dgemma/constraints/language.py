@@ -13,7 +13,7 @@ from functools import cache, cached_property
 import numpy as np
 
 from ..errors import OptionError
-from .checks import Scanner
+from .checks import REQUIRED, Scanner
 from .dfa import Dfa, build_dfa
 from .expressions import Expression, characters, repeat
 from .moves import LikelyMoves, ScoredMoves, Transitions
@@ -91,14 +91,15 @@ class Language:
         """What checks a text that its automaton alone does not; None: there is nothing to check."""
         return None if self._marks is None else Scanner(self.table, self._marks)
 
-    def ends_soon(self, tokens: np.ndarray, state: int) -> np.ndarray:
-        """[N] the state behind each token, from `state` on; dead where a byte of it has a mark."""
+    def states_after(self, tokens: np.ndarray, state: int, ending: bool) -> np.ndarray:
+        """[N] the state behind each token, from `state` on; dead if none, and, where `ending`, behind a marked byte."""
         found = np.where(self.token_bytes.length[tokens] > 0, state, self._dead)
         for i in range(int(self.token_bytes.length[tokens].max(initial=0))):
             byte = self.token_bytes.bytes[tokens, i]
             behind = self.table[found, byte]
-            if self._marks is not None:
-                behind = np.where(self._marks[found, byte] == 0, behind, self._dead)
+            if ending and self._marks is not None:
+                mark = self._marks[found, byte]
+                behind = np.where((mark == 0) | (mark & REQUIRED > 0), behind, self._dead)
             found = np.where(self.token_bytes.length[tokens] > i, behind, found)
         return found
 

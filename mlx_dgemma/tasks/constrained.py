@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +23,18 @@ from ..errors import OptionError, PromptError
 from ..prompt.answer import Answer
 from ..prompt.builder import PromptBuilder
 
-MOST_CUTS = 16  # places in a text where it went too far and was ended
+MOST_CUTS = 32  # places in a text where it went too far and was changed
+
+
+class _Cut(NamedTuple):
+    """Where a chosen text goes too far: the position of a token, and the byte behind it, counted from the text's begin.
+
+    `change` is as in `Excess`.
+    """
+
+    place: int
+    change: bool
+    stop: int
 
 
 class LanguageGuide:
@@ -96,39 +108,55 @@ class Constrained(Control):
         return 0
 
     def _checked(self, chosen: np.ndarray, seen: Marginals, left: int) -> np.ndarray:
-        """The chosen text, or where it goes too far the same up to there, and then the best one that does not."""
+        """The chosen text; where it goes too far the same up to there, and then the best one that does not."""
         last = len(chosen)
         for _ in range(MOST_CUTS):
             begin = self._begin(chosen.tolist())
-            at = None if begin is None else self._cut(chosen, begin)
-            if begin is None or at is None:
+            cut = None if begin is None else self._cut(chosen, begin)
+            if begin is None or cut is None:
                 return chosen
-            for place in range(min(at, last - 1), begin - 1, -1):
-                if (other := self._ended_at(chosen, begin, place, seen, left)) is not None:
+            for place in range(min(cut.place, last - 1), begin - 1, -1):
+                if (other := self._otherwise(chosen, begin, place, cut, seen, left)) is not None:
                     break
             else:
                 return chosen
-            chosen, last = other, max(place, begin + 1)
+            # What is changed must not be changed back; another end leaves the text before it as it is.
+            chosen, last = other, len(chosen) if cut.change and place == cut.place else max(place, begin + 1)
         return chosen
 
-    def _cut(self, chosen: np.ndarray, begin: int) -> int | None:
-        """The position of the token with which a text goes too far."""
+    def _cut(self, chosen: np.ndarray, begin: int) -> _Cut | None:
+        """Where a chosen text goes too far."""
+        to_bytes = self._language.token_bytes.to_bytes
         stop = next((i for i in range(begin, len(chosen)) if chosen[i] in self._ends), len(chosen))
-        scanner, length = copy.deepcopy(self._scanner), self._language.token_bytes.length[chosen[begin:stop]]
+        scanner, tokens = copy.deepcopy(self._scanner), chosen[begin:stop].tolist()
         assert scanner is not None
-        at = scanner.feed(self._language.token_bytes.to_bytes(chosen[begin:stop].tolist()))
-        return None if at is None else begin + int(np.searchsorted(np.cumsum(length), at, "right"))
+        if (excess := scanner.feed(to_bytes(tokens))) is None:
+            return None
+        behind = np.cumsum(self._language.token_bytes.length[chosen[begin:stop]])
+        return _Cut(begin + int(np.searchsorted(behind, excess.at, "right")), excess.change, excess.at + 1)
 
-    def _ended_at(self, chosen: np.ndarray, begin: int, place: int, seen: Marginals, left: int) -> np.ndarray | None:
-        """The chosen text with another token at a place, which ends what goes on there, and the best text behind."""
-        language = self._language
-        state = language.state_after(chosen[begin:place].tolist(), max(self._state, 0))
+    def _otherwise(
+        self, chosen: np.ndarray, begin: int, place: int, cut: _Cut, seen: Marginals, left: int
+    ) -> np.ndarray | None:
+        """The chosen text with another token at a place, and the best text behind it; None if there is no such token.
+
+        The token ends what goes too far, or makes it another text.
+        """
+        language, to_bytes = self._language, self._language.token_bytes.to_bytes
+        before = chosen[begin:place].tolist()
+        state = language.state_after(before, max(self._state, 0))
         tokens = np.concatenate([language.always_scored_tokens, seen.likely[place]])
         log_p = np.concatenate([seen.always_scored_log_p[place], seen.likely_log_p[place]])
-        behind = language.ends_soon(tokens, state)
+        behind = language.states_after(tokens, state, not cut.change)
         log_p = np.where(language.distance[behind] + 1 <= left - place - 1, log_p, -np.inf)
-        best = int(log_p.argmax())
-        if log_p[best] == -np.inf:
+        written = to_bytes(chosen[begin:].tolist())[len(to_bytes(before)) : cut.stop]
+        for best in np.argsort(-log_p, kind="stable").tolist():
+            if log_p[best] == -np.inf:
+                return None
+            spelt = to_bytes([int(tokens[best])])
+            if not cut.change or not (written.startswith(spelt) or spelt.startswith(written)):
+                break
+        else:
             return None
         found = chosen.copy()
         found[place] = tokens[best]

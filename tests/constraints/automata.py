@@ -25,6 +25,7 @@ class Automaton:
         self.moves = [
             [(int(byte), int(row[byte])) for byte in np.flatnonzero(row != dead)] for row in self.dfa.table[:-1]
         ]
+        self.next = [dict(moves) for moves in self.moves]
         self.distance = self._distances()
 
     def _distances(self):
@@ -41,8 +42,13 @@ class Automaton:
         return distance
 
     def matches(self, text):
-        marks, read = self.dfa.marks, text.encode()
-        return accepts(self.dfa, read) and (marks is None or Scanner(self.dfa.table, marks).feed(read) is None)
+        state, read, marks = 0, text.encode(), self.dfa.marks
+        for byte in read:
+            if (state := self.next[state].get(byte, -1)) < 0:
+                return False
+        return bool(self.dfa.accepting[state]) and (
+            marks is None or Scanner(self.dfa.table, marks).feed(read) is None
+        )
 
     def sample(self, rng, steps=60):
         """A random text that is not checked: random moves at first, then the shortest way to an end."""

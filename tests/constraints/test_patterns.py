@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from automata import Automaton, as_python
+from automata import Automaton
 
 from mlx_dgemma.constraints.patterns import character_class, literal, python_regex_to_plain, subtract
 from mlx_dgemma.errors import OptionError
@@ -59,6 +59,12 @@ PATTERNS = [
     r"\{\}\(\)\[\]\.\*\+\?\^\$\|#",
     r"(?P<year>\d{4})-(?P<month>0[1-9]|1[0-2])",
     r"a$|\n",
+    r"^(?!\.)(?!.*\.\.)[a-z.]+@\w+$",
+    "(?=.*b)a+b?|c",
+    "a(?=b).*",
+    r"^(?:x|(?!ab)\w+)$",
+    "a(?!$)b*|(?!)",
+    "^a(?:b(?=c)c?)?$",
 ]
 TEXTS = [
     *["", "a", "b", "c", "x", "y", "ab", "ac", "bc", "abc", "abcd", "abbcd", "aab", "bb", "abab", "ababab", "aa"],
@@ -106,6 +112,9 @@ def test_safe_leaves_out_what_json_strings_escape(pattern, search):
     r"(?i)[à-ÿ] (?ai)k (?ai)[a-z] (?i)ǅ (?i)[α-ω] (?i)ı (?i)[^\W\d_] [^a] (?i)µ ſ (?i)ſ a [\s\S]".split(),
 )
 def test_a_class_is_exact(pattern):
+    def as_python(plain):
+        return re.sub(r"\\x\{([0-9a-f]+)\}", lambda match: f"\\U{int(match[1], 16):08x}", plain)
+
     def spans(of):
         return [match.span() for match in re.finditer(f"{of}+", ALL_CODE_POINTS)]
 
@@ -122,13 +131,30 @@ def test_plain_patterns():
     assert subtract([(0, 10), (20, 30)], (5, 6), (9, 25)) == [(0, 4), (7, 8), (26, 30)]
 
 
+def test_portable_patterns_mean_the_same_to_others():
+    """To those for whom \\d, \\w and \\s are ASCII, and to those for whom they are not."""
+    for pattern in (r"^\d\w\s$", r"^\D\W\S$", r"^[^\w]$", r"^(?!\d)..$", r"^(?<year>\d)$"):
+        automaton = Automaton(python_regex_to_plain(pattern, search=True, portable=True))
+        named = pattern.replace("(?<y", "(?P<y")
+        for text in ("1a ", "٣a ", "1é ", "é-x", "a٣", "--x", "é", "-", "1", "٣", "ab", "xé1"):
+            both = re.search(named, text) and re.search(named, text, re.ASCII)
+            assert automaton.matches(text) == bool(both), (pattern, text)
+
+
+def test_case_is_folded_for_few_characters(monkeypatch):
+    monkeypatch.setattr("mlx_dgemma.constraints.patterns.MAX_FOLDED", 3)
+    assert Automaton(python_regex_to_plain("(?i)kabba")).matches("\u212aABBA")
+    with pytest.raises(OptionError, match="more than 3 different characters or classes without regard to case"):
+        python_regex_to_plain("(?i)kabc")
+
+
 UNSUPPORTED = {
     r"(a)\1": "a backreference",
     r"(a)?(?(1)b|c)": "a condition on a group",
-    "(?=a)": "a lookahead or lookbehind",
-    "(?<=a)": "a lookahead or lookbehind",
-    "a(?!a)": "a negative lookahead or lookbehind",
-    "(?!)": "a negative lookahead or lookbehind",
+    "(?:(?=a).)*": "a lookahead in a group that something follows",
+    "((?!ab).)a": "a lookahead in a group that something follows",
+    "(?<=a)": "a lookbehind",
+    "(?<!a)b": "a lookbehind",
     r"\bfoo": r"\b",
     r"foo\B": r"\B",
     "a^": "^ elsewhere than where a match starts",

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from ..checks import UNIQUE, items_mark, length_mark
+from ..checks import REQUIRED, UNIQUE, items_mark, length_mark
 from ..expressions import EMPTY, Expression, characters, choice, graph, marked, optional, repeat, sequence, text
 from ..patterns import ALL_CODE_POINTS, JSON_ESCAPED, SURROGATES, subtract
 from ..plain import parse_plain
@@ -62,7 +62,8 @@ def separated(item: Expression, low: int, high: int | None, unique: bool = False
     low = max(low, 1)
     counted = high is not None and (item.size + 4) * high <= COUNTED
     comma = _marked_comma(unique, None if counted else high)
-    first = sequence(*[sequence(item, COMMA)] * (low - 1)) if low < 4 else repeat(sequence(item, COMMA), low - 1, low - 1)
+    needed = sequence(marked(text(","), UNIQUE | REQUIRED), SPACE) if unique else COMMA
+    first = repeat(sequence(item, needed), low - 1, low - 1)
     if counted and high is not None:
         return sequence(first, item, repeat(sequence(comma, item), 0, high - low))
     return sequence(first, graph(3, [(0, EMPTY, 1), (1, item, 2), (2, comma, 1)]))
@@ -114,8 +115,8 @@ def some_of(
     if extra is not None:
         for count in range(top + 1):
             if ("at", last, count) in numbers:
-                checked = _marked_comma(True, limit) if count >= low else COMMA
-                enter(last, count, extra, last, checked)
+                needed = sequence(marked(text(","), UNIQUE | REQUIRED), SPACE)
+                enter(last, count, extra, last, _marked_comma(True, limit) if count >= low else needed)
     ends = [count for count in range(max(low, 1), top + 1) if ("at", last, count) in numbers]
     may_be_empty = low == 0 and ("at", last, 0) in numbers
     if not ends:

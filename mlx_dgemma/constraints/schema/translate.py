@@ -78,7 +78,8 @@ def translate(schema: Any) -> Translation:
         key = json.dumps(schema)
     except (ValueError, TypeError, RecursionError):
         return _translated(schema)
-    return _kept(key)
+    read = json.loads(key)
+    return _kept(key) if read == schema else _translated(schema)  # keys that are no texts would become some
 
 
 @lru_cache(maxsize=64)
@@ -140,7 +141,7 @@ class _Translator:
 
     def _any_object(self, levels: int) -> Expression:
         value = self.any_json(levels - 1)
-        inside, _ = some_of([], [], member(_free_key(), value))
+        inside, _ = some_of([], [], member(_ANY_KEY, value))
         found = brackets("{", inside, True)
         assert found is not None
         return found
@@ -200,8 +201,8 @@ class _Translator:
         if listed and not flat.properties and flat.names and not flat.required:
             return None  # all names that there may be are listed
         patterns = [quoted(_pattern(pattern, flat.pointer)) for pattern, _ in flat.patterned]
-        free = self._key(flat)
         taken = [string_value(key) for key in listed]
+        free = self._key(flat, bool(patterns or taken))
         found: list[Expression] = []
         for i, (_, node) in enumerate(flat.patterned):
             if (value := self.node(node)) is not None:
@@ -223,11 +224,12 @@ class _Translator:
         says_nothing = all(isinstance(part, Part) and part.schema in (True, {}) for part in given)
         return None if says_nothing and listed >= max(flat.members[0], 1) else given
 
-    def _key(self, flat: Flat) -> Expression:
+    def _key(self, flat: Flat, told_apart: bool) -> Expression:
+        """Any key; without escapes where it is told apart from others, which are texts of their own."""
         if not flat.names:
-            return _free_key()
+            return _PLAIN_KEY if told_apart else _ANY_KEY
         names = self.node((*flat.names, _STRINGS))
-        return both(_free_key(), names) if names is not None else quoted(parse_plain("(?:(?!a)a)"))
+        return both(_PLAIN_KEY, names) if names is not None else quoted(parse_plain("(?:(?!a)a)"))
 
     # arrays
 
@@ -348,6 +350,7 @@ class _Translator:
         return None if any(one is None for one in flat.excluded) else text("null")
 
 
+_ANY_KEY, _PLAIN_KEY = (quoted(repeat(part, 0, None)) for part in (CHARACTER, UNESCAPED))
 _STRINGS = Flat(types=frozenset({"string"}))
 
 
@@ -395,10 +398,6 @@ def _in_turn(parts: Sequence[Expression], rest: Sequence[Expression], low: int) 
         if i >= low:
             behind = [choice([text(""), *behind])]
     return sequence(parts[0], *behind)
-
-
-def _free_key() -> Expression:
-    return quoted(repeat(UNESCAPED, 0, None))
 
 
 def _pattern(pattern: str, pointer: str) -> Expression:
