@@ -11,6 +11,7 @@ therefore agrees with `re`.
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import string
 import sys
@@ -52,7 +53,8 @@ def python_regex_to_plain(
 
     Args:
         pattern: in the syntax of `re`; ^, \A, $ and \Z only where a match starts or ends.
-        json_safe: leave out the texts that have characters which JSON strings escape.
+        json_safe: of the content of a JSON string. Quotes, backslashes and line breaks that the pattern names one by
+            one are escaped; other texts with characters that JSON strings escape are left out.
         search: take the texts in which `re.search` finds a match, instead of those that `re.fullmatch` matches.
         portable: take (?<name>...) for a named group, as ECMA-262 does, and leave out the texts that only match where
             \d, \w and \s stand for more than ASCII, or only where they do not.
@@ -130,12 +132,15 @@ class _Translator:
     def __init__(self, pattern: str, json_safe: bool, portable: bool):
         self.pattern, self.portable = pattern, portable
         self.left_out = (SURROGATES, *JSON_ESCAPED) if json_safe else (SURROGATES,)
+        self.escapes = {ord(one): json.dumps(one)[1:-1] for one in '"\\\n\t\r'} if json_safe else {}
         self.any_text = character_class(subtract([ALL_CODE_POINTS], *self.left_out)) + "*"
         self.negated = False  # within a negative lookahead
         self.folded: set[Any] = set()
         self.last_newline = "" if json_safe else r"\x{a}?"  # $ also holds before a newline that ends the text
 
     def whole(self, tree: Any, search: bool) -> str | None:
+        if _looks_ahead(tree):  # what is looked for would have to match escapes everywhere
+            self.escapes = {}
         around = self.any_text if search else ""
         return self.sequence(tree, tree.state.flags, _Context(True, True, around, around))
 
@@ -197,6 +202,8 @@ class _Translator:
         return None if part is None else context.before + part + context.after
 
     def _one_character(self, op: str, value: Any, flags: int) -> str | None:
+        if op == "LITERAL" and value in self.escapes:
+            return literal(self.escapes[value])
         if op == "LITERAL" and not flags & re.IGNORECASE:
             return literal(chr(value)) if subtract([(value, value)], *self.left_out) else None
         value = tuple(value) if isinstance(value, list) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
@@ -12,6 +13,7 @@ from .keywords import fail, key_pointer, own_part, schemas_of
 from .validity import in_bounds, is_valid_flat
 
 MAX_ALTERNATIVES = 200  # of one schema; each may take a part of the automaton of its own
+REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 MAX_COMPARED = 3  # levels that are looked at to tell two schemas apart
 SPLIT = "write anyOf, or give each a required property with a const of its own"
 
@@ -68,9 +70,12 @@ class Alternatives:
         self._open.append(id(schema))
         try:
             found = [own_part(schema, pointer, depth)]
-            for word in ("$ref", "allOf", "anyOf", "oneOf", "not", "if"):
+            for word in REFERENCES:
                 if word in schema:
-                    found = self._both(found, getattr(self, f"_{word.strip('$')}")(schema, part), pointer)
+                    found = self._both(found, self._reference(schema[word], schema, part), pointer)
+            for word in ("allOf", "anyOf", "oneOf", "not", "if"):
+                if word in schema:
+                    found = self._both(found, getattr(self, f"_{word}")(schema, part), pointer)
             return self._dependent(schema, part, found)
         finally:
             self._open.pop()
@@ -81,8 +86,7 @@ class Alternatives:
         found = (common(one, other) for one in first for other in second)
         return [one for one in found if one.types and one.values != ()]
 
-    def _ref(self, schema: dict, part: Part) -> list[Flat]:
-        name = schema["$ref"]
+    def _reference(self, name: Any, schema: dict, part: Part) -> list[Flat]:
         target = self._target(name, schema, part.pointer)
         depth, pointer = part.depth, name if isinstance(name, str) else part.pointer
         if self._leads_back(target):
@@ -121,15 +125,25 @@ class Alternatives:
     def _clear_of(self, flat: Flat, others: list[Flat]) -> Flat | None:
         """What is valid for a schema and for none of the others; None if that cannot be said."""
         for other in others:
-            if self.apart(flat, other):
-                continue
-            keys = sorted((key for key in other.required if key not in flat.required), key=flat.properties.__contains__)
-            narrowed = (without_key(flat, key) for key in keys if "object" in flat.types)
-            found = next((one for one in narrowed if self.apart(one, other)), None)
-            if found is None:
-                return None
-            flat = found
+            if not self.apart(flat, other):
+                found = next((one for one in self._narrower(flat, other) if self.apart(one, other)), None)
+                if found is None:
+                    return None
+                flat = found
         return flat
+
+    def _narrower(self, flat: Flat, other: Flat) -> Iterator[Flat]:
+        """Schemas with fewer values: with a key that tells, without one that the other needs, without its values."""
+        if "object" in flat.types:
+            names = sorted(flat.properties, key=lambda key: not _is_fixed(flat.properties[key]))
+            for key in names:
+                if key not in flat.required:
+                    yield replace(flat, required=(*flat.required, key))
+            needed = [key for key in other.required if key not in flat.required]
+            for key in sorted(needed, key=flat.properties.__contains__):
+                yield without_key(flat, key)
+        if other.values is not None:
+            yield replace(flat, excluded=flat.excluded + other.values)
 
     def apart(self, first: Flat, second: Flat) -> bool:
         """Whether certainly no value is valid for both."""
@@ -241,16 +255,18 @@ class Alternatives:
             return
         if schema is not self.root and ("$defs" in schema or "definitions" in schema):
             around = [*around, schema]
-        for word in ("$id", "$anchor"):
+        for word in ("$id", "$anchor", "$dynamicAnchor"):
             if isinstance(schema.get(word), str):
                 self._names[schema[word] if word == "$id" else f"#{schema[word]}"] = schema
-        if "$ref" in schema:
+        if any(word in schema for word in REFERENCES):
             self._homes[id(schema)] = around
         for word, value in schema.items():
             if word not in ("enum", "const", "default", "examples", "example"):
                 self._find_homes(value, around)
 
     def _target(self, name: Any, schema: dict, pointer: str) -> Any:
+        if isinstance(name, str) and isinstance(self.root, dict) and isinstance(self.root.get("$id"), str):
+            name = name.removeprefix(self.root["$id"]) if name.startswith(f"{self.root['$id']}#") else name
         if isinstance(name, str) and name in self._names:
             return self._names[name]
         if not isinstance(name, str) or not (name == "#" or name.startswith("#/")):
@@ -290,8 +306,7 @@ class Alternatives:
             if isinstance(one, list):
                 todo += one
             elif isinstance(one, dict):
-                if "$ref" in one:
-                    found.append(self._target(one["$ref"], one, "#"))
+                found += [self._target(one[word], one, "#") for word in REFERENCES if word in one]
                 todo += [value for word, value in one.items() if word not in ("$defs", "definitions", "enum", "const")]
         return found
 

@@ -23,11 +23,7 @@ KEYWORDS = {
 COMBINING = ("anyOf", "oneOf", "allOf", "not", "if", "then", "else", "$ref")
 SUPPORTED: tuple[str, ...] = ("type", "enum", "const", *(word for words in KEYWORDS.values() for word in words))
 SUPPORTED += COMBINING
-REFUSED = {
-    "maxContains": "write the items as prefixItems",
-    "$dynamicRef": "write $ref",
-    "$recursiveRef": "write $ref",
-}
+REFUSED = {"maxContains": "write the items as prefixItems"}
 MAX_COUNT = 1_000_000  # of lengths and items; far more than any automaton has room for
 
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ...errors import OptionError
-from ..expressions import Expression, both, choice, marked, repeat, sequence, text, without
+from ..expressions import Characters, Expression, Repeat, both, choice, marked, repeat, sequence, text, without
 from ..checks import length_mark
 from ..nfa import Work, determinize
 from ..patterns import python_regex_to_plain
@@ -200,7 +200,7 @@ class _Translator:
         """A member whose key is not listed."""
         if listed and not flat.properties and flat.names and not flat.required:
             return None  # all names that there may be are listed
-        patterns = [quoted(_pattern(pattern, flat.pointer)) for pattern, _ in flat.patterned]
+        patterns = [quoted(_pattern(pattern)) for pattern, _ in flat.patterned]
         taken = [string_value(key) for key in listed]
         free = self._key(flat, bool(patterns or taken))
         found: list[Expression] = []
@@ -300,7 +300,7 @@ class _Translator:
 
     def _string(self, flat: Flat) -> Expression | None:
         low, high = flat.characters
-        patterns = [_pattern(one, flat.pointer) for one in flat.patterns]
+        patterns = [_pattern(one) for one in flat.patterns]
         formats = [parse_plain(format_pattern(one)) for one in flat.formats]
         excluded = [string_value(one) for one in flat.excluded if isinstance(one, str)]
         if not patterns and not formats:
@@ -400,8 +400,11 @@ def _in_turn(parts: Sequence[Expression], rest: Sequence[Expression], low: int) 
     return sequence(parts[0], *behind)
 
 
-def _pattern(pattern: str, pointer: str) -> Expression:
-    return parse_plain(python_regex_to_plain(pattern, json_safe=True, search=True, portable=True))
+def _pattern(pattern: str) -> Expression:
+    found = parse_plain(python_regex_to_plain(pattern, json_safe=True, search=True, portable=True))
+    if isinstance(found, Repeat) and isinstance(found.part, Characters):
+        return free_text(found.part, found.low, found.high)
+    return found
 
 
 def _together(parts: Sequence[Expression]) -> Expression:
