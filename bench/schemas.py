@@ -1,7 +1,7 @@
 """The corpus of schemas, as pydantic, zod and tool servers write them: which are taken, and whether answers are valid.
 
-    python bench/schemas.py                 # random texts of each schema's automaton
-    python bench/schemas.py --answers       # and an answer of the demo, after one step
+python bench/schemas.py                 # random texts of each schema's automaton
+python bench/schemas.py --answers       # and an answer of the demo, after one step
 """
 
 from __future__ import annotations

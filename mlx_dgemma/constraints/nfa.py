@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import singledispatchmethod
+from itertools import pairwise
 
 from ..errors import OptionError
 from .checks import joined
@@ -204,7 +205,7 @@ class _Subsets:
         active: list[Edge] = []
         at = 0
         self.work.add(len(borders) + len(leaving))
-        for low, beyond in zip(borders, borders[1:]):
+        for low, beyond in pairwise(borders):
             active = [edge for edge in active if edge[1] >= low]
             while at < len(leaving) and leaving[at][0] <= low:
                 active.append(leaving[at])

@@ -46,9 +46,7 @@ _START_ANCHORS = {"AT_BEGINNING": "^", "AT_BEGINNING_STRING": r"\A"}
 _END_ANCHORS = {"AT_END": "$", "AT_END_STRING": r"\Z"}
 
 
-def python_regex_to_plain(
-    pattern: str, json_safe: bool = False, search: bool = False, portable: bool = False
-) -> str:
+def python_regex_to_plain(pattern: str, json_safe: bool = False, search: bool = False, portable: bool = False) -> str:
     r"""The plain pattern of the texts that a Python pattern matches, except those with U+10FFFE or U+10FFFF.
 
     Args:

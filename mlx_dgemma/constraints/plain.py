@@ -59,5 +59,3 @@ def _item(op: str, value: Any) -> Expression:
     if len(merged) == 1 and merged[0][0] == merged[0][1]:
         return text(chr(merged[0][0]))
     return characters(merged)
-
-

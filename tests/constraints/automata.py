@@ -46,9 +46,7 @@ class Automaton:
         for byte in read:
             if (state := self.next[state].get(byte, -1)) < 0:
                 return False
-        return bool(self.dfa.accepting[state]) and (
-            marks is None or Scanner(self.dfa.table, marks).feed(read) is None
-        )
+        return bool(self.dfa.accepting[state]) and (marks is None or Scanner(self.dfa.table, marks).feed(read) is None)
 
     def sample(self, rng, steps=60):
         """A random text that is not checked: random moves at first, then the shortest way to an end."""

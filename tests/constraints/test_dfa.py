@@ -51,8 +51,8 @@ def test_an_automaton_accepts_what_re_matches(pattern):
 def test_an_automaton_accepts_every_short_text_as_re_does(pattern):
     dfa = build_dfa(python_regex_to_plain(pattern))
     for length in range(6):
-        for characters in product("abcd", repeat=length):
-            text = "".join(characters)
+        for letters in product("abcd", repeat=length):
+            text = "".join(letters)
             assert accepts(dfa, text) == (re.fullmatch(pattern, text) is not None), text
 
 
@@ -106,7 +106,8 @@ def test_work_is_bounded_whatever_is_asked(pattern, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(?:){4294967294}", "(?:|){4000000}", "(?:a{0}){4000000}", "(?:(?:){1000}){1000}", "(?:(?:|()){9}){4000000}"]
+    "pattern",
+    ["(?:){4294967294}", "(?:|){4000000}", "(?:a{0}){4000000}", "(?:(?:){1000}){1000}", "(?:(?:|()){9}){4000000}"],
 )
 def test_repeats_of_nothing_are_nothing(pattern):
     """Their sizes multiply to nothing, however often each part is looked at."""
@@ -148,7 +149,9 @@ def test_marks_stay_where_every_way_has_one():
     assert both.marks is None
 
 
-@pytest.mark.parametrize("intervals", [((0, 0xD7FF), (0xE000, 0x10FFFD)), ((0x61, 0x7FF),), ((0xE9, 0x2345),), ((0xFFFF, 0x10000),)])
+@pytest.mark.parametrize(
+    "intervals", [((0, 0xD7FF), (0xE000, 0x10FFFD)), ((0x61, 0x7FF),), ((0xE9, 0x2345),), ((0xFFFF, 0x10000),)]
+)
 def test_characters_are_spelt_in_utf8(intervals):
     dfa, edges = build_dfa(characters(intervals)), byte_ranges(intervals)
     ends = {at + step for pair in intervals for at in pair for step in (-1, 0, 1)} | set(range(0x20, 0x900, 7))

@@ -208,7 +208,7 @@ def test_what_is_not_supported_is_refused_by_name(pattern):
         (
             'say ["\x01]hi',
             True,
-            'The pattern \'say ["\\x01]hi\' needs characters that JSON strings escape (", \\ or control characters); '
+            "The pattern 'say [\"\\x01]hi' needs characters that JSON strings escape (\", \\ or control characters); "
             "give one that does without them.",
         ),
     ],

@@ -319,7 +319,10 @@ ERRORS = [
     ),
     (some("format", 1), f"{AT}has format 1; it should be a string."),
     (some("multipleOf", 0), f"{AT}has multipleOf 0; it should be above 0."),
-    (some("multipleOf", 1013), f"{AT}has multipleOf 1013, and 1000 residues are the most; write the values as an enum."),
+    (
+        some("multipleOf", 1013),
+        f"{AT}has multipleOf 1013, and 1000 residues are the most; write the values as an enum.",
+    ),
     (some("minimum", "1"), f"{AT}has minimum '1'; it should be a number."),
     (some("minimum", float("inf")), f"{AT}has minimum inf; it should be a number."),
     (some("minimum", 2, maximum=1, type="number"), f"{AT}allows no number between its bounds; change one."),

@@ -96,17 +96,17 @@ class Alternatives:
             depth -= 1
         return self._of_part(Part(target, pointer, depth))
 
-    def _allOf(self, schema: dict, part: Part) -> list[Flat]:  # noqa: N802, named after the keyword
+    def _allOf(self, schema: dict, part: Part) -> list[Flat]:
         found = [Flat(pointer=part.pointer)]
         for one, pointer in schemas_of(schema, part.pointer, "allOf"):
             found = self._both(found, self._of_part(Part(one, pointer, part.depth)), part.pointer)
         return found
 
-    def _anyOf(self, schema: dict, part: Part) -> list[Flat]:  # noqa: N802
+    def _anyOf(self, schema: dict, part: Part) -> list[Flat]:
         branches = schemas_of(schema, part.pointer, "anyOf")
         return [flat for one, pointer in branches for flat in self._of_part(Part(one, pointer, part.depth))]
 
-    def _oneOf(self, schema: dict, part: Part) -> list[Flat]:  # noqa: N802
+    def _oneOf(self, schema: dict, part: Part) -> list[Flat]:
         """The branches, changed so that no value is valid for two of them. What is around them helps to see that."""
         around = {word: value for word, value in schema.items() if word in ("type", "properties", "required")}
         rest = self._of_part(Part(around, part.pointer, part.depth)) if around else [Flat()]
@@ -142,6 +142,10 @@ class Alternatives:
             needed = [key for key in other.required if key not in flat.required]
             for key in sorted(needed, key=flat.properties.__contains__):
                 yield without_key(flat, key)
+        if flat.values is not None:
+            left = [one for one in flat.values if not is_valid_flat(one, other, self.is_valid)]
+            if left:
+                yield replace(flat, values=tuple(left))
         if other.values is not None:
             yield replace(flat, excluded=flat.excluded + other.values)
 
@@ -209,10 +213,11 @@ class Alternatives:
             found.append(Flat(types=kinds - {"number"} if "integer" in flat.types else kinds))
         if flat.values is not None:
             found.append(Flat(types=flat.types, excluded=flat.values))
-        for bound, name in ((flat.low, "high"), (flat.high, "low")):
-            if bound:
-                opposite = bound._replace(exclusive=not bound.exclusive)
-                found.append(Flat(types=frozenset({"number"}), **{name: opposite}))
+        numbers = frozenset({"number"})
+        if flat.low:
+            found.append(Flat(types=numbers, high=flat.low._replace(exclusive=not flat.low.exclusive)))
+        if flat.high:
+            found.append(Flat(types=numbers, low=flat.high._replace(exclusive=not flat.high.exclusive)))
         objects = frozenset({"object"})
         for key in flat.required:
             found.append(Flat(types=objects, properties={key: (Part(False, part.pointer, 0),)}))
@@ -271,19 +276,11 @@ class Alternatives:
             return self._names[name]
         if not isinstance(name, str) or not (name == "#" or name.startswith("#/")):
             fail(pointer, f"refers to {name!r}; references should start with #/: put what it names under $defs")
-        for home in self._homes.get(id(schema), [self.root]):
-            target = home
-            for step in name.split("/")[1:]:
-                key = unquote(step).replace("~1", "/").replace("~0", "~")
-                if isinstance(target, list) and key.isdigit() and int(key) < len(target):
-                    target = target[int(key)]
-                elif isinstance(target, dict) and key in target:
-                    target = target[key]
-                else:
-                    break
-            else:
-                return target
-        fail(pointer, f"refers to {name!r}, which the schema does not have; define it")
+        for target in self._homes.get(id(schema), [self.root]):
+            found = _at(target, name)
+            if found is not _MISSING:
+                return found
+        return fail(pointer, f"refers to {name!r}, which the schema does not have; define it")
 
     def _leads_back(self, target: Any) -> bool:
         """Whether references in a schema lead to it again."""
@@ -311,11 +308,28 @@ class Alternatives:
         return found
 
 
+_MISSING = object()
+
+
+def _at(target: Any, pointer: str) -> Any:
+    """What a JSON pointer leads to, or _MISSING."""
+    for step in pointer.split("/")[1:]:
+        key = unquote(step).replace("~1", "/").replace("~0", "~")
+        if isinstance(target, list) and key.isdigit() and int(key) < len(target):
+            target = target[int(key)]
+        elif isinstance(target, dict) and key in target:
+            target = target[key]
+        else:
+            return _MISSING
+    return target
 
 
 def _is_fixed(node: Node) -> bool:
     """Whether a schema says which values there are."""
-    return any(isinstance(part, Part) and isinstance(part.schema, dict) and {"const", "enum"} & part.schema.keys() for part in node)
+    return any(
+        isinstance(part, Part) and isinstance(part.schema, dict) and {"const", "enum"} & part.schema.keys()
+        for part in node
+    )
 
 
 def _deeper(node: Node) -> Node:

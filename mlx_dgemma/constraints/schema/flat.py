@@ -70,9 +70,7 @@ def common(first: Flat, second: Flat) -> Flat:
     if second.values is not None:
         mine = second.values if values is None else values
         values = tuple(value for value in mine if any(same(value, other) for other in second.values))
-    prefix = tuple(
-        _item(first, i) + _item(second, i) for i in range(max(len(first.prefix), len(second.prefix)))
-    )
+    prefix = tuple(_item(first, i) + _item(second, i) for i in range(max(len(first.prefix), len(second.prefix))))
     return Flat(
         types=_common_types(first.types, second.types),
         values=values,

@@ -88,7 +88,7 @@ def some_of(
         The members, at least one, or None if there cannot be one; and whether there may also be none.
     """
     limit = high if extra is not None and high is not None and high > max(8, len(members)) else None
-    if high is not None and (limit is not None or high >= len(members) and extra is None):
+    if high is not None and (limit is not None or (high >= len(members) and extra is None)):
         high = None
     top = max(low, high or 0, 1)
     numbers: dict[tuple[str, int, int], int] = {("at", 0, 0): 0}

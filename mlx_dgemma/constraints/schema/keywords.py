@@ -16,7 +16,9 @@ KEYWORDS = {
         "properties required additionalProperties patternProperties propertyNames minProperties maxProperties "
         "unevaluatedProperties dependentRequired dependentSchemas dependencies"
     ).split(),
-    "array": "items prefixItems additionalItems contains minContains minItems maxItems uniqueItems unevaluatedItems".split(),
+    "array": (
+        "items prefixItems additionalItems contains minContains minItems maxItems uniqueItems unevaluatedItems"
+    ).split(),
     "string": "minLength maxLength pattern format".split(),
     "number": "minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split(),
 }
@@ -229,7 +231,9 @@ def _array(schema: dict, pointer: str, depth: int) -> dict[str, Any]:
     if not isinstance(prefix, list):
         fail(pointer, f"has prefixItems {shown(prefix)}; it should be a list of schemas")
     word = "items" if rest == "additionalItems" else "prefixItems"
-    found: dict[str, Any] = {"prefix": tuple((Part(one, f"{pointer}/{word}/{i}", depth),) for i, one in enumerate(prefix))}
+    found: dict[str, Any] = {
+        "prefix": tuple((Part(one, f"{pointer}/{word}/{i}", depth),) for i, one in enumerate(prefix))
+    }
     for name in ("unevaluatedItems", rest):
         if name in schema:
             found["items"] = _node(schema, pointer, name, depth)

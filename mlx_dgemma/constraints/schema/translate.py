@@ -18,8 +18,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ...errors import OptionError
-from ..expressions import Characters, Expression, Repeat, both, choice, marked, repeat, sequence, text, without
 from ..checks import length_mark
+from ..expressions import Characters, Expression, Repeat, both, choice, marked, repeat, sequence, text, without
 from ..nfa import Work, determinize
 from ..patterns import python_regex_to_plain
 from ..plain import parse_plain
@@ -128,7 +128,9 @@ class _Translator:
         """Any JSON, with so many levels of brackets."""
         self.met_any = True
         if not self._any:
-            self._any.append(choice([quoted(repeat(CHARACTER, 0, None)), parse_plain(NUMBER), *map(text, ("true", "false", "null"))]))
+            self._any.append(
+                choice([quoted(repeat(CHARACTER, 0, None)), parse_plain(NUMBER), *map(text, ("true", "false", "null"))])
+            )
         while len(self._any) <= levels:
             array, table = self._any_array(len(self._any)), self._any_object(len(self._any))
             self._any.append(choice([self._any[0], array, table]))
@@ -154,7 +156,9 @@ class _Translator:
         types = _types_of(flat)
         if types == ALL_TYPES and not flat.excluded:
             return self.any_json(self.levels)
-        kinds = [kind for kind in ("object", "array", "string", "number", "integer", "boolean", "null") if kind in types]
+        kinds = [
+            kind for kind in ("object", "array", "string", "number", "integer", "boolean", "null") if kind in types
+        ]
         found = [getattr(self, f"_{kind}")(flat) for kind in kinds]
         possible = [one for one in found if one is not None]
         return choice(possible) if possible else None
@@ -189,11 +193,8 @@ class _Translator:
             matching = [inner for pattern, inner in flat.patterned if re.search(pattern, key)]
             if not matching and flat.patterned and key not in flat.properties:
                 matching = [flat.additional or ()]
-            for inner in matching:
-                node += inner
-            if flat.names and not self.alternatives.is_valid(key, flat.names):
-                node = NOTHING
-            found[key] = node
+            fits = not flat.names or self.alternatives.is_valid(key, flat.names)
+            found[key] = tuple(part for inner in (node, *matching) for part in inner) if fits else NOTHING
         return found
 
     def _extra(self, flat: Flat, listed: list[str]) -> Expression | None:
@@ -360,7 +361,9 @@ def json_value(value: Any) -> Expression:
         members = [member(string_value(key), json_value(one)) for key, one in value.items()]
         found = brackets("{", some_of(members, [False] * len(members))[0], not members)
     elif isinstance(value, list):
-        found = brackets("[", _in_turn([json_value(one) for one in value], [], len(value)) if value else None, not value)
+        found = brackets(
+            "[", _in_turn([json_value(one) for one in value], [], len(value)) if value else None, not value
+        )
     else:
         found = string_value(value) if isinstance(value, str) else text(json.dumps(value))
     assert found is not None
@@ -432,11 +435,11 @@ def _is_empty(expression: Expression) -> bool:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    return json.dumps(one) == json.dumps(other) or (is_type("number", one) and is_type("number", other) and one == other)
+    return json.dumps(one) == json.dumps(other) or (
+        is_type("number", one) and is_type("number", other) and one == other
+    )
 
 
 def _refuse_excluded(flat: Flat, kind: str) -> None:
     if any(is_type(kind, one) for one in flat.excluded):
         fail(flat.pointer, f"leaves out an {kind}, which is not supported; leave out texts and numbers alone")
-
-
