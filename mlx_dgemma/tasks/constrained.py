@@ -23,7 +23,7 @@ from ..errors import OptionError, PromptError
 from ..prompt.answer import Answer
 from ..prompt.builder import PromptBuilder
 
-MOST_CUTS = 32  # places in a text where it went too far and was changed
+MOST_CUTS = 64  # places in a text where it went too far and was changed
 
 
 class _Cut(NamedTuple):
@@ -109,19 +109,20 @@ class Constrained(Control):
 
     def _checked(self, chosen: np.ndarray, seen: Marginals, left: int) -> np.ndarray:
         """The chosen text; where it goes too far the same up to there, and then the best one that does not."""
-        last = len(chosen)
+        tried: dict[int, int] = {}  # for each position where a text went too far, the one where it was changed
+        given_up: dict[int, list[bytes]] = {}  # and what was written from there on
         for _ in range(MOST_CUTS):
             begin = self._begin(chosen.tolist())
             cut = None if begin is None else self._cut(chosen, begin)
             if begin is None or cut is None:
                 return chosen
-            for place in range(min(cut.place, last - 1), begin - 1, -1):
-                if (other := self._otherwise(chosen, begin, place, cut, seen, left)) is not None:
+            first = cut.place if cut.change else tried.get(cut.place, cut.place + 1) - 1
+            for place in range(first, begin - 1, -1):
+                if (other := self._otherwise(chosen, begin, place, cut, seen, left, given_up)) is not None:
                     break
             else:
                 return chosen
-            # What is changed must not be changed back; another end leaves the text before it as it is.
-            chosen, last = other, len(chosen) if cut.change and place == cut.place else max(place, begin + 1)
+            chosen, tried[cut.place] = other, place
         return chosen
 
     def _cut(self, chosen: np.ndarray, begin: int) -> _Cut | None:
@@ -136,7 +137,14 @@ class Constrained(Control):
         return _Cut(begin + int(np.searchsorted(behind, excess.at, "right")), excess.change, excess.at + 1)
 
     def _otherwise(
-        self, chosen: np.ndarray, begin: int, place: int, cut: _Cut, seen: Marginals, left: int
+        self,
+        chosen: np.ndarray,
+        begin: int,
+        place: int,
+        cut: _Cut,
+        seen: Marginals,
+        left: int,
+        given_up: dict[int, list[bytes]],
     ) -> np.ndarray | None:
         """The chosen text with another token at a place, and the best text behind it; None if there is no such token.
 
@@ -149,12 +157,14 @@ class Constrained(Control):
         log_p = np.concatenate([seen.always_scored_log_p[place], seen.likely_log_p[place]])
         behind = language.states_after(tokens, state, not cut.change)
         log_p = np.where(language.distance[behind] + 1 <= left - place - 1, log_p, -np.inf)
-        written = to_bytes(chosen[begin:].tolist())[len(to_bytes(before)) : cut.stop]
+        written = given_up.setdefault(place, [])
+        if cut.change:
+            written.append(to_bytes(chosen[begin:].tolist())[len(to_bytes(before)) : cut.stop])
         for best in np.argsort(-log_p, kind="stable").tolist():
             if log_p[best] == -np.inf:
                 return None
             spelt = to_bytes([int(tokens[best])])
-            if not cut.change or not (written.startswith(spelt) or spelt.startswith(written)):
+            if not any(text.startswith(spelt) or spelt.startswith(text) for text in written):
                 break
         else:
             return None

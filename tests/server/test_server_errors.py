@@ -86,7 +86,7 @@ REFUSED = [
     ({"response_format": {"type": "json_object"}, "tools": [WEATHER]}, "response_format",
      "response_format is an object of 1; but tools are given, and a call of one would have another form: leave one "
      "out."),
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object", "not": {}}}}},
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object", "maxContains": 1}}}},
      "response_format", NOT),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "minLength": 10**30}}}},
      "response_format",
