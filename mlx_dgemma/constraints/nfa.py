@@ -160,8 +160,8 @@ class _Network:
 
     @put.register
     def _both(self, expression: Both, start: int, mark: int) -> int:
-        parts = (determinize(part, self.work) for part in (expression.part, expression.other))
-        rows = _trimmed(_product(*parts, expression.negative, self.work), self.work)
+        first, second = determinize(expression.part, self.work), determinize(expression.other, self.work)
+        rows = _trimmed(_product(first, second, expression.negative, self.work), self.work)
         states, end = [start] + [self.state() for _ in rows.edges[1:]], self.state()
         states[0] = self.loop(start)
         for state, edges, accepting in zip(states, rows.edges, rows.accepting):

@@ -210,8 +210,8 @@ class _Translator:
                 key = both(free, patterns[i])
                 others = [*taken, *patterns[:i], *patterns[i + 1 :]]
                 found.append(member(without(key, choice(others)) if others else key, value))
-        node = self._additional(flat, len(listed))
-        if node is not None and (value := self.node(node)) is not None:
+        further = self._additional(flat, len(listed))
+        if further is not None and (value := self.node(further)) is not None:
             others = [*taken, *patterns]
             found.append(member(without(free, choice(others)) if others else free, value))
         return choice(found) if found else None
