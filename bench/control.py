@@ -32,7 +32,7 @@ from mlx_dgemma.check.shapes import random_model, random_prompt, raw_config
 from mlx_dgemma.checkpoint.build import choose_kernels, suit_device
 from mlx_dgemma.constraints.language import Language
 from mlx_dgemma.constraints.patterns import python_regex_to_plain
-from mlx_dgemma.constraints.schema import to_regex
+from mlx_dgemma.constraints.schema import translate
 from mlx_dgemma.constraints.search import Marginals, best_text
 from mlx_dgemma.constraints.tokens import TokenBytes
 from mlx_dgemma.decoding.lookahead import denoise_block
@@ -233,7 +233,7 @@ def overhead(_: None, count: int, full: bool = False) -> list[list]:
     """What a constraint of ten fields takes to make, and adds to a step, at a large vocabulary."""
     raw = raw_config("26b") if full else raw_config("small", 2, 512, 262144, 64)
     rows, made = [["", "seconds", "MiB kept", "MiB at most"]], []
-    pieces, pattern = Pieces(262144), to_regex(TEN)
+    pieces, pattern = Pieces(262144), translate(TEN).expression
     makers = {"TokenBytes": lambda: TokenBytes(pieces, 262144), "Language": lambda: Language(pattern, made[0])}
     for what, make in makers.items():
         began = time.perf_counter()

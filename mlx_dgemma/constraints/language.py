@@ -13,14 +13,16 @@ from functools import cache, cached_property
 import numpy as np
 
 from ..errors import OptionError
-from .dfa import build_dfa
+from .checks import REQUIRED, Scanner
+from .dfa import Dfa, build_dfa
+from .expressions import Expression, characters, repeat
 from .moves import LikelyMoves, ScoredMoves, Transitions
-from .patterns import ALL_CODE_POINTS, SURROGATES, character_class, subtract
+from .patterns import ALL_CODE_POINTS, SURROGATES, subtract
 from .tokens import MAX_TOKEN_BYTES, TokenBytes
 from .walks import Walks
 
 BROAD_STATE = 32  # a state from which more bytes than this may follow lies inside free text
-MAX_SCORED_MOVES = 4_000_000  # of always scored tokens; each takes some 100 bytes while they are found
+MAX_SCORED_MOVES = 1_000_000  # of always scored tokens; each takes some 100 bytes while they are found
 MIN_PROBABILITY = 1e-5  # a position's tokens below it are not looked at
 
 
@@ -28,7 +30,7 @@ class Language:
     """A regular language over a tokenizer's tokens. States are numbered; 0 is the start, the last one is dead.
 
     Args:
-        pattern: in the plain syntax of `patterns.python_regex_to_plain`.
+        pattern: an expression, or a pattern in the plain syntax of `patterns.python_regex_to_plain`.
         token_bytes: of the tokenizer.
         what: how an error names the pattern.
 
@@ -45,12 +47,11 @@ class Language:
         OptionError: the tokenizer can spell no text of the language, or the automaton is too large.
     """
 
-    def __init__(self, pattern: str, token_bytes: TokenBytes, what: str = "The constraint"):
-        self.table, self.accepting = build_dfa(pattern)
+    def __init__(self, pattern: str | Expression, token_bytes: TokenBytes, what: str = "The constraint"):
+        self.table, self.accepting, self._marks = build_dfa(pattern)
         self.token_bytes, self._dead = token_bytes, len(self.table) - 1
         live = self.table != self._dead
         self._states_taking = [np.flatnonzero(live[:, byte]) for byte in range(256)]
-        self._broad = live.sum(axis=1) > BROAD_STATE
         self.always_scored_tokens = self._find_always_scored(live)
         transitions = self.transitions_of(self.always_scored_tokens)
         self.distance = self._distances(transitions)
@@ -86,6 +87,22 @@ class Language:
             state = int(self.table[state, byte])
         return state
 
+    def scanner(self) -> Scanner | None:
+        """What checks a text that its automaton alone does not; None: there is nothing to check."""
+        return None if self._marks is None else Scanner(self.table, self._marks)
+
+    def states_after(self, tokens: np.ndarray, state: int, ending: bool) -> np.ndarray:
+        """[N] the state behind each token, from `state` on; dead if none, and, where `ending`, behind a marked byte."""
+        found = np.where(self.token_bytes.length[tokens] > 0, state, self._dead)
+        for i in range(int(self.token_bytes.length[tokens].max(initial=0))):
+            byte = self.token_bytes.bytes[tokens, i]
+            behind = self.table[found, byte]
+            if ending and self._marks is not None:
+                mark = self._marks[found, byte]
+                behind = np.where((mark == 0) | (mark & REQUIRED > 0), behind, self._dead)
+            found = np.where(self.token_bytes.length[tokens] > i, behind, found)
+        return found
+
     @cached_property
     def shortest_length(self) -> int:
         """Tokens of the shortest text, over the whole vocabulary. `distance` uses the always scored tokens alone."""
@@ -111,31 +128,46 @@ class Language:
 
     def _find_always_scored(self, live: np.ndarray) -> np.ndarray:
         """All tokens that fit into fixed text, and each that is a single character; see `always_scored_tokens`."""
+        length, first = self.token_bytes.length, self.token_bytes.bytes[:, 0]
+        is_character = length <= np.where(first < 128, 1, 4 - (first < 0xF0).astype(np.int32) - (first < 0xE0))
+        text = length > 0
+        # Many states over a small alphabet, where nearly all words fit: words are looked at where they are likely, and
+        # only those of narrower states, which spell keys and punctuation, everywhere.
+        steps = ((BROAD_STATE, text), (BROAD_STATE // 4, text), (2, text), (BROAD_STATE, is_character & text))
+        tokens = next((found for most, among in steps if (found := self._fitting(live, most, among)) is not None), None)
+        if tokens is None or np.isinf(self._distances(self.transitions_of(tokens))[0]):
+            # Some character has no token of its own and is spelt in bytes.
+            known = np.zeros(0, np.int64) if tokens is None else tokens
+            tokens = np.unique(np.concatenate([known, np.flatnonzero(length == 1)]))
+        return tokens.astype(np.int32)
+
+    def _fitting(self, live: np.ndarray, most: int, among: np.ndarray) -> np.ndarray | None:
+        """Those tokens among some [V] that fit into fixed text or are one ASCII character; None if far too many do.
+
+        Args:
+            live: [states, 256], whether a text goes on with each byte.
+            most: bytes with which fixed text may go on.
+            among: [V] bool.
+        """
+        self._broad = live.sum(axis=1) > most
         length, found, fitting = self.token_bytes.length, [], 0
         for byte in np.flatnonzero(live[:-1].any(axis=0)):
             tokens = self.token_bytes.starting_with(int(byte))
             if byte < 128:
                 found.append(tokens[length[tokens] == 1][:1])
             narrow = self._states_taking[byte][~self._broad[self._states_taking[byte]]]
-            tokens = tokens[length[tokens] > 1]
+            tokens = tokens[(length[tokens] > 1) & among[tokens]]
             second = self.token_bytes.bytes[tokens, 1]
             for state in np.unique(self.table[narrow, byte]):
                 if not self._broad[state]:
                     going_on = live[state].take(second)
                     fitting += int(going_on.sum())
                     if fitting > MAX_SCORED_MOVES:
-                        break
+                        return None
                     found.append(self._within_fixed_text(tokens[going_on], int(state)))
         tokens = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
-        first = self.token_bytes.bytes[tokens, 0]
-        if fitting > MAX_SCORED_MOVES or live.sum(axis=0)[first].sum() > MAX_SCORED_MOVES:
-            # Many states over a small alphabet, where nearly all words fit: they are looked at where they are likely.
-            tokens = tokens[length[tokens] <= np.where(first < 128, 1, 4 - (first < 0xF0) - (first < 0xE0))]
-        if np.isinf(self._distances(self.transitions_of(tokens))[0]):
-            # Some character has no token of its own and is spelt in bytes.
-            every = np.flatnonzero(length == 1)
-            tokens = np.unique(np.concatenate([tokens, every]))
-        return tokens.astype(np.int32)
+        states = live.sum(axis=0)[self.token_bytes.bytes[tokens, 0]]
+        return tokens if states.sum() <= MAX_SCORED_MOVES or not (length[tokens] > 1).any() else None
 
     def _within_fixed_text(self, tokens: np.ndarray, state: int) -> np.ndarray:
         """Those tokens that go on from `state`, which their first byte led to, and cross no broad state.
@@ -159,12 +191,16 @@ class Language:
     def _distances(self, transitions: Transitions) -> np.ndarray:
         """[states] moves from each state to an accepting one, infinite where there is no way."""
         distance = np.where(self.accepting, 0.0, np.inf)
-        while True:
-            shorter = distance.copy()
-            np.minimum.at(shorter, transitions.source, distance[transitions.target] + 1)
-            if (shorter == distance).all():
-                return distance
-            distance = shorter
+        order = np.argsort(transitions.target, kind="stable")
+        source = transitions.source[order]
+        first = np.searchsorted(transitions.target[order], np.arange(len(distance) + 1))
+        reached, steps = np.flatnonzero(self.accepting), 0
+        while len(reached):
+            steps += 1
+            before = np.unique(np.concatenate([source[first[state] : first[state + 1]] for state in reached.tolist()]))
+            reached = before[np.isinf(distance[before])]
+            distance[reached] = steps
+        return distance
 
     def _not_stuck(self, transitions: Transitions) -> Transitions:
         """Those moves from whose target the end can be reached."""
@@ -173,14 +209,14 @@ class Language:
 
 
 @cache
-def _lines() -> tuple[np.ndarray, np.ndarray]:
+def _lines() -> Dfa:
     """The automaton of all texts without a line break."""
-    return build_dfa(character_class(subtract([ALL_CODE_POINTS], SURROGATES, (10, 10))) + "*")
+    return build_dfa(repeat(characters(subtract([ALL_CODE_POINTS], SURROGATES, (10, 10))), 0, None))
 
 
 def accepts_every_line(language: Language) -> bool:
     """Whether every text without a line break is in the language."""
-    table, accepting = _lines()
+    table, accepting, _ = _lines()
     seen, todo = {(0, 0)}, [(0, 0)]  # pairs of states of both automata, which the same text leads to
     while todo:
         line, state = todo.pop()

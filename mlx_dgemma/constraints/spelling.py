@@ -21,6 +21,7 @@ class Spelling:
 
     def __init__(self, language: Language, what: str):
         self._language, self._what, self._state = language, what, 0
+        self._scanner = language.scanner()
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def add(self, token: int) -> str:
@@ -33,6 +34,11 @@ class Spelling:
         self._state = self._language.state_after([token], self._state)
         if not text or not np.isfinite(self._language.distance[self._state]):
             raise self._error(f"token {token}")
+        if self._scanner is not None and self._scanner.feed(text) is not None:
+            raise LanguageError(
+                f"{self._what} has an array or a text that became too long or repeats itself, and no way was found to "
+                "end it; ask again with another seed, or with smaller bounds."
+            )
         return self._decoder.decode(text)
 
     def finish(self) -> None:

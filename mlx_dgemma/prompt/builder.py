@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+from ..constraints.expressions import Expression
 from ..constraints.language import Language
 from ..constraints.tokens import TokenBytes
 from ..decoding.options import GenerationOptions, whole_number
@@ -38,7 +39,7 @@ class PromptBuilder:
     def __init__(self, tokenizer: Any, config: ModelConfig, options: GenerationOptions, video_tokens: int):
         self.tokenizer, self.config, self.options = tokenizer, config, options
         self._video_tokens = video_tokens
-        self._languages: dict[str, Language] = {}
+        self._languages: dict[str | Expression, Language] = {}
 
     def request(
         self,
@@ -184,8 +185,8 @@ class PromptBuilder:
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         return next((t for t in reversed(tokens) if t in self.options.end_tokens), self.options.end_tokens[0])
 
-    def language(self, pattern: str, what: str) -> Language:
-        """The language of a plain pattern, made once; the last few are kept."""
+    def language(self, pattern: str | Expression, what: str) -> Language:
+        """The language of an expression or a plain pattern, made once; the last few are kept."""
         found = self._languages.pop(pattern, None) or Language(pattern, self.token_bytes, what)
         self._languages[pattern] = found
         for oldest in list(self._languages)[:-KEPT_LANGUAGES]:

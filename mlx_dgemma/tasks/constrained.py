@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from ..constraints.expressions import Expression
 from ..constraints.language import Language, accepts_every_line
 from ..constraints.patterns import python_regex_to_plain
-from ..constraints.schema import to_regex
+from ..constraints.schema import Translation, translate
 from ..constraints.search import FRESH, THINKING, Marginals, best_text
 from ..constraints.spelling import Spelling
 from ..decoding.control import Control
@@ -18,6 +22,19 @@ from ..decoding.request import Request
 from ..errors import OptionError, PromptError
 from ..prompt.answer import Answer
 from ..prompt.builder import PromptBuilder
+
+MOST_CUTS = 64  # places in a text where it went too far and was changed
+
+
+class _Cut(NamedTuple):
+    """Where a chosen text goes too far: the position of a token, and the byte behind it, counted from the text's begin.
+
+    `change` is as in `Excess`.
+    """
+
+    place: int
+    change: bool
+    stop: int
 
 
 class LanguageGuide:
@@ -61,24 +78,102 @@ class Constrained(Control):
     def __init__(self, language: Language, ends: Sequence[int], marks: Sequence[int] = (), thinks: bool = False):
         self._language, self._ends, self._marks = language, tuple(ends), tuple(marks)
         self._state = (THINKING if thinks else FRESH) if marks else 0
+        self._scanner = language.scanner()
 
     def guide(self, left: int) -> LanguageGuide:
         """Chooses the most probable text of the language."""
 
         def choose(row: int, seen: Marginals) -> np.ndarray:
-            return best_text(self._language, seen, self._state, self._ends, left, self._marks)
+            chosen = best_text(self._language, seen, self._state, self._ends, left, self._marks)
+            return chosen if self._scanner is None else self._checked(chosen, seen, left)
 
         return LanguageGuide(self._language.always_scored_tokens, self._ends, self._marks, choose)
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Move on in the language."""
-        state, text = self._state, list(tokens)
+        begin = self._begin(tokens)
+        if begin is None:
+            self._state = THINKING
+            return
+        text = list(tokens)[begin:]
+        if self._scanner is not None:
+            self._scanner.feed(self._language.token_bytes.to_bytes(text))
+        self._state = self._language.state_after(text, max(self._state, 0))
+
+    def _begin(self, tokens: Sequence[int]) -> int | None:
+        """Where the text begins or goes on, behind a thought; None: the thought does not end."""
+        text, state = list(tokens), self._state
         if state == THINKING or (state == FRESH and text[0] == self._marks[0]):
-            if self._marks[1] not in text:
-                self._state = THINKING
-                return
-            text, state = text[text.index(self._marks[1]) + 1 :], 0
-        self._state = self._language.state_after(text, max(state, 0))
+            return text.index(self._marks[1]) + 1 if self._marks[1] in text else None
+        return 0
+
+    def _checked(self, chosen: np.ndarray, seen: Marginals, left: int) -> np.ndarray:
+        """The chosen text; where it goes too far the same up to there, and then the best one that does not."""
+        tried: dict[int, int] = {}  # for each position where a text went too far, the one where it was changed
+        given_up: dict[int, list[bytes]] = {}  # and what was written from there on
+        for _ in range(MOST_CUTS):
+            begin = self._begin(chosen.tolist())
+            cut = None if begin is None else self._cut(chosen, begin)
+            if begin is None or cut is None:
+                return chosen
+            first = cut.place if cut.change else tried.get(cut.place, cut.place + 1) - 1
+            for place in range(first, begin - 1, -1):
+                if (other := self._otherwise(chosen, begin, place, cut, seen, left, given_up)) is not None:
+                    break
+            else:
+                return chosen
+            chosen, tried[cut.place] = other, place
+        return chosen
+
+    def _cut(self, chosen: np.ndarray, begin: int) -> _Cut | None:
+        """Where a chosen text goes too far."""
+        to_bytes = self._language.token_bytes.to_bytes
+        stop = next((i for i in range(begin, len(chosen)) if chosen[i] in self._ends), len(chosen))
+        scanner, tokens = copy.deepcopy(self._scanner), chosen[begin:stop].tolist()
+        assert scanner is not None
+        if (excess := scanner.feed(to_bytes(tokens))) is None:
+            return None
+        behind = np.cumsum(self._language.token_bytes.length[chosen[begin:stop]])
+        return _Cut(begin + int(np.searchsorted(behind, excess.at, "right")), excess.change, excess.at + 1)
+
+    def _otherwise(
+        self,
+        chosen: np.ndarray,
+        begin: int,
+        place: int,
+        cut: _Cut,
+        seen: Marginals,
+        left: int,
+        given_up: dict[int, list[bytes]],
+    ) -> np.ndarray | None:
+        """The chosen text with another token at a place, and the best text behind it; None if there is no such token.
+
+        The token ends what goes too far, or makes it another text.
+        """
+        language, to_bytes = self._language, self._language.token_bytes.to_bytes
+        before = chosen[begin:place].tolist()
+        state = language.state_after(before, max(self._state, 0))
+        tokens = np.concatenate([language.always_scored_tokens, seen.likely[place]])
+        log_p = np.concatenate([seen.always_scored_log_p[place], seen.likely_log_p[place]])
+        behind = language.states_after(tokens, state, not cut.change)
+        log_p = np.where(language.distance[behind] + 1 <= left - place - 1, log_p, -np.inf)
+        written = given_up.setdefault(place, [])
+        if cut.change:
+            written.append(to_bytes(chosen[begin:].tolist())[len(to_bytes(before)) : cut.stop])
+        for best in np.argsort(-log_p, kind="stable").tolist():
+            if log_p[best] == -np.inf:
+                return None
+            spelt = to_bytes([int(tokens[best])])
+            if not any(text.startswith(spelt) or spelt.startswith(text) for text in written):
+                break
+        else:
+            return None
+        found = chosen.copy()
+        found[place] = tokens[best]
+        if place + 1 < len(chosen):
+            rest = Marginals(**{name: value[place + 1 :] for name, value in vars(seen).items()})
+            found[place + 1 :] = best_text(language, rest, int(behind[best]), self._ends, left - place - 1)
+        return found
 
 
 def constrain(builder: PromptBuilder, request: Request, language: Language, what: str, thinking: bool = False) -> None:
@@ -136,12 +231,15 @@ def constrain_answer(
             that it excludes.
         PromptError: the context has no room for any such text.
     """
+    pattern: str | Expression
     if schema is not None and regex is not None:
         raise OptionError("Both schema and regex are given; leave one out.")
     if schema is not None:
         if not isinstance(schema, dict):
             raise OptionError(f"schema is {schema!r}; it should be a JSON Schema as a dict.")
-        name, what, pattern = "schema", "The schema", to_regex(schema)
+        translation = translate(schema)
+        _tell_levels(translation)
+        name, what, pattern = "schema", "The schema", translation.expression
     elif regex is not None:
         if not isinstance(regex, str):
             raise OptionError(f"regex is {regex!r}; it should be a text.")
@@ -155,6 +253,14 @@ def constrain_answer(
     if regex is not None and accepts_every_line(language):
         raise OptionError(f"{what} matches every line of text, so it asks for nothing; leave it out.")
     constrain(builder, request, language, what, thinking)
+
+
+def _tell_levels(translation: Translation) -> None:
+    """Warn where a schema has more levels than a text is given."""
+    if translation.returns:
+        warnings.warn(
+            f"The schema refers to itself; answers follow it {translation.returns} levels deep at most.", stacklevel=4
+        )
 
 
 def task_options(builder: PromptBuilder, task: str, options: OptionKeywords) -> GenerationOptions:

@@ -59,6 +59,7 @@ class Hole(Control):
         self.found: list[int] = []
         self.log_probs: list[float] = []
         self.score = [float("-inf")] * len(self._lengths)
+        self._kept: dict[int, np.ndarray] = {}  # the last text of each row on this canvas
 
     @property
     def full(self) -> bool:
@@ -88,6 +89,7 @@ class Hole(Control):
     def _choose_length(self, model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, key: mx.array) -> int:
         """Try lengths, several in a pass, until one is certain; returns the positions that were denoised."""
         scores: dict[int, float] = {}
+        texts: dict[int, np.ndarray] = {}
         once, positions = options.override(max_denoising_steps=1), 0
         for start in range(0, len(self._lengths), TOGETHER):
             group = self._lengths[start : start + TOGETHER]
@@ -98,6 +100,7 @@ class Hole(Control):
             for _ in denoise_block(model, prefix, once, keys, None, layout, tried.guide(0)):
                 positions += layout.tokens.size
             scores.update(zip(group, tried.score))
+            texts.update((group[row], text) for row, text in tried._kept.items())
             best, *others = sorted(scores.values(), reverse=True)
             if best > CERTAIN and best - max(others, default=-np.inf) > APART:
                 break
@@ -105,6 +108,8 @@ class Hole(Control):
         best_length = max(scores, key=scores.__getitem__)
         none = self._otherwise is not None and scores[best_length] == -np.inf
         self._lengths = [self._otherwise if none and self._otherwise else best_length]
+        if self._lengths[0] in texts:
+            self._kept = {0: texts[self._lengths[0]]}
         return positions
 
     def layout(self) -> Layout:
@@ -125,7 +130,12 @@ class Hole(Control):
             tokens, size = seen.argmax.copy(), len(seen.argmax)
             start, stop = self._window(row, size)
             room = self._lengths[row] - len(self.found) - (stop - start)  # in later canvases
-            tokens[start:stop], score = exact_text(self._language, seen, start, stop, self._state, room)
+            text, score = exact_text(self._language, seen, start, stop, self._state, room)
+            if score > -np.inf:
+                self._kept[row] = text
+            elif row in self._kept and len(self._kept[row]) == stop - start:
+                text = self._kept[row]  # it needed likely tokens that are no more
+            tokens[start:stop] = text
             view = [self._asked.index(token) for token in self._behind[: min(IN_VIEW, size - stop)]]
             self.score[row] = score + float(seen.end_log_p[np.arange(stop, stop + len(view)), view].sum())
             return tokens
@@ -139,6 +149,7 @@ class Hole(Control):
         self.log_probs += log_probs[start:stop]
         self._state = self._language.state_after(tokens[start:stop], self._state)
         self._begin += len(tokens)
+        self._kept.clear()
 
     def _size(self, begin: int) -> int:
         """Positions of the canvas that begins there; the last one has a view of what stands behind the hole."""

@@ -1,11 +1,12 @@
 """Plain patterns against `re`: whole texts through an automaton of bytes, classes over all code points."""
 
+import json
 import random
 import re
 import sys
 
 import pytest
-from automata import Automaton, as_python
+from automata import Automaton
 
 from mlx_dgemma.constraints.patterns import character_class, literal, python_regex_to_plain, subtract
 from mlx_dgemma.errors import OptionError
@@ -59,6 +60,12 @@ PATTERNS = [
     r"\{\}\(\)\[\]\.\*\+\?\^\$\|#",
     r"(?P<year>\d{4})-(?P<month>0[1-9]|1[0-2])",
     r"a$|\n",
+    r"^(?!\.)(?!.*\.\.)[a-z.]+@\w+$",
+    "(?=.*b)a+b?|c",
+    "a(?=b).*",
+    r"^(?:x|(?!ab)\w+)$",
+    "a(?!$)b*|(?!)",
+    "^a(?:b(?=c)c?)?$",
 ]
 TEXTS = [
     *["", "a", "b", "c", "x", "y", "ab", "ac", "bc", "abc", "abcd", "abbcd", "aab", "bb", "abab", "ababab", "aa"],
@@ -96,8 +103,11 @@ def test_safe_leaves_out_what_json_strings_escape(pattern, search):
         assert "needs characters that JSON strings escape" in str(error)
         automaton = None
     for text in TEXTS:
-        expected = bool(match(text)) and not re.search(r'["\\\x00-\x1f]', text)
-        assert (automaton is not None and automaton.matches(text)) == expected, text
+        found = automaton is not None and automaton.matches(json.dumps(text, ensure_ascii=False)[1:-1])
+        if re.search(r'["\\\x00-\x1f]', text):
+            assert not found or match(text), text
+        else:
+            assert found == bool(match(text)), text
 
 
 @pytest.mark.parametrize(
@@ -106,6 +116,9 @@ def test_safe_leaves_out_what_json_strings_escape(pattern, search):
     r"(?i)[à-ÿ] (?ai)k (?ai)[a-z] (?i)ǅ (?i)[α-ω] (?i)ı (?i)[^\W\d_] [^a] (?i)µ ſ (?i)ſ a [\s\S]".split(),
 )
 def test_a_class_is_exact(pattern):
+    def as_python(plain):
+        return re.sub(r"\\x\{([0-9a-f]+)\}", lambda match: f"\\U{int(match[1], 16):08x}", plain)
+
     def spans(of):
         return [match.span() for match in re.finditer(f"{of}+", ALL_CODE_POINTS)]
 
@@ -122,13 +135,30 @@ def test_plain_patterns():
     assert subtract([(0, 10), (20, 30)], (5, 6), (9, 25)) == [(0, 4), (7, 8), (26, 30)]
 
 
+def test_portable_patterns_mean_the_same_to_others():
+    """To those for whom \\d, \\w and \\s are ASCII, and to those for whom they are not."""
+    for pattern in (r"^\d\w\s$", r"^\D\W\S$", r"^[^\w]$", r"^(?!\d)..$", r"^(?<year>\d)$"):
+        automaton = Automaton(python_regex_to_plain(pattern, search=True, portable=True))
+        named = pattern.replace("(?<y", "(?P<y")
+        for text in ("1a ", "٣a ", "1é ", "é-x", "a٣", "--x", "é", "-", "1", "٣", "ab", "xé1"):
+            both = re.search(named, text) and re.search(named, text, re.ASCII)
+            assert automaton.matches(text) == bool(both), (pattern, text)
+
+
+def test_case_is_folded_for_few_characters(monkeypatch):
+    monkeypatch.setattr("mlx_dgemma.constraints.patterns.MAX_FOLDED", 3)
+    assert Automaton(python_regex_to_plain("(?i)kabba")).matches("\u212aABBA")
+    with pytest.raises(OptionError, match="more than 3 different characters or classes without regard to case"):
+        python_regex_to_plain("(?i)kabc")
+
+
 UNSUPPORTED = {
     r"(a)\1": "a backreference",
     r"(a)?(?(1)b|c)": "a condition on a group",
-    "(?=a)": "a lookahead or lookbehind",
-    "(?<=a)": "a lookahead or lookbehind",
-    "a(?!a)": "a negative lookahead or lookbehind",
-    "(?!)": "a negative lookahead or lookbehind",
+    "(?:(?=a).)*": "a lookahead in a group that something follows",
+    "((?!ab).)a": "a lookahead in a group that something follows",
+    "(?<=a)": "a lookbehind",
+    "(?<!a)b": "a lookbehind",
     r"\bfoo": r"\b",
     r"foo\B": r"\B",
     "a^": "^ elsewhere than where a match starts",
@@ -176,9 +206,9 @@ def test_what_is_not_supported_is_refused_by_name(pattern):
         (r"a[^\s\S]+b", True, "The pattern 'a[^\\\\s\\\\S]+b' matches nothing; give one that some text matches."),
         ("\ud800", False, "The pattern '\\ud800' matches nothing; give one that some text matches."),
         (
-            'say "hi"',
+            'say ["\x01]hi',
             True,
-            'The pattern \'say "hi"\' needs characters that JSON strings escape (", \\ or control characters); '
+            "The pattern 'say [\"\\x01]hi' needs characters that JSON strings escape (\", \\ or control characters); "
             "give one that does without them.",
         ),
     ],
@@ -191,4 +221,4 @@ def test_errors(pattern, json_safe, message):
 
 def test_what_matches_nothing_may_be_a_part():
     assert Automaton(python_regex_to_plain(r"a|[^\s\S]b|(?:[^\s\S])*c{0}")).matches("")
-    assert python_regex_to_plain(r'a|b"', json_safe=True) == python_regex_to_plain(r"a|b[^\s\S]") == "(?:a)"
+    assert python_regex_to_plain(r'a|b["\x00]', json_safe=True) == python_regex_to_plain(r"a|b[^\s\S]") == "(?:a)"

@@ -11,7 +11,6 @@ from listeners import until
 from serving import CHAT, COMPLETIONS, MODEL, RESPONSES, WEATHER, Script, ask, chat, post, said
 
 from mlx_dgemma import OptionError, PromptError, RangeError
-from mlx_dgemma.constraints.schema import SUPPORTED
 from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.settings import Settings
@@ -21,7 +20,7 @@ COUNT = "Count from 1 to 30."
 
 # refusals
 
-NOT = f"The schema at # has not, which is not supported; supported are {', '.join(SUPPORTED)}."
+NOT = "The schema at # has maxContains, which is not supported; write the items as prefixItems."
 REFUSED = [
     ({"messages": None}, "messages", "messages is missing; give it."),
     ({"messages": []}, "messages", "The prompt is []; give a text or a list of messages."),
@@ -84,7 +83,7 @@ REFUSED = [
     ({"response_format": {"type": "json_object"}, "tools": [WEATHER]}, "response_format",
      "response_format is an object of 1; but tools are given, and a call of one would have another form: leave one "
      "out."),
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object", "not": {}}}}},
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object", "maxContains": 1}}}},
      "response_format", NOT),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "minLength": 10**30}}}},
      "response_format",

@@ -10,7 +10,7 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
-from .patterns import any_of, literal
+from ..patterns import any_of, literal
 
 DIGITS = 15  # decimals of up to so many digits that differ as text differ as floats too
 
