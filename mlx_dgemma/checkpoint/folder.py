@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from ..model.config import GenerationConfig, ModelConfig, ProcessorConfig, read_
 from ..model.diffusion_gemma import DiffusionGemma
 from .headers import TensorInfo, read_tensors
 from .processor import read_processor
+from .weights import is_vision
+
+POINT = "point at the folder that holds config.json"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Checkpoint:
     processor: ProcessorConfig
     raw_config: dict[str, Any] = field(repr=False)
     tensors: dict[str, TensorInfo] = field(repr=False)
+    notes: tuple[str, ...] = ()  # what was found and is not used, one sentence each
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -36,17 +40,24 @@ class Checkpoint:
             CheckpointError: a file is missing or broken, or belongs to another model.
         """
         if not path.is_dir():
-            raise CheckpointError(f"{path} is not a folder; point at the folder that holds config.json.")
+            way = "convert it: `mlx-dgemma convert` reads GGUF" if path.suffix == ".gguf" else POINT
+            raise CheckpointError(f"{path} is not a folder; {way}.")
+        notes: list[str] = []
         raw = read_json(path / "config.json")
-        config = ModelConfig.from_dict(raw)
-        generation = path / "generation_config.json"
+        config = ModelConfig.from_dict(raw, notes)
+        tensors = read_tensors(path, notes)
+        if config.vision and not any(map(is_vision, tensors)):
+            config = replace(config, vision=None)
+            raw = {key: value for key, value in raw.items() if key != "vision_config"}
+            notes.append("config.json has a vision_config, but no file holds the tower: text only, no pictures.")
         return cls(
             path,
             config,
-            GenerationConfig.from_dict(read_json(generation) if generation.exists() else {}, config.eos_token_ids),
-            read_processor(path, config.vision),
+            read_generation(path, config, notes),
+            read_processor(path, config.vision, notes),
             raw,
-            read_tensors(path),
+            tensors,
+            tuple(dict.fromkeys(notes)),  # one file may give the settings of pictures and of videos
         )
 
     @property
@@ -73,6 +84,12 @@ class Checkpoint:
     def bits_per_weight(self) -> float:
         """Stored bits, scales and biases included, per weight."""
         return self.nbytes * 8 / self.parameters
+
+
+def read_generation(path: Path, config: ModelConfig, notes: list[str]) -> GenerationConfig:
+    """generation_config.json of a folder; without one, defaults and config.json's end tokens."""
+    file = path / "generation_config.json"
+    return GenerationConfig.from_dict(read_json(file) if file.exists() else {}, config.eos_token_ids, notes)
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

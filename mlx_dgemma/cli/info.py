@@ -66,6 +66,7 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
         "bits_per_weight": round(checkpoint.bits_per_weight, 3),
         "quantization": _quantization(checkpoint),
         "sampler": sampler,
+        "notes": list(checkpoint.notes),
         "machine": {
             "device": str(mx.device_info().get("device_name", "unknown")),
             "available": available,
@@ -172,6 +173,7 @@ def lines(about: dict[str, Any]) -> list[str]:
         ),
         ("", _verdict(needed["total"], machine["available"])),
         *(("advice", line) for line in _advice(machine)),
+        *(("note", line) for line in about["notes"]),
     ]
     output = [f"{name:14}{value}" for name, value in pairs]
     output += ["", f"{'context':>14}{'memory':>12}"]
