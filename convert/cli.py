@@ -123,6 +123,8 @@ def _print_report(report: Report) -> None:
     click.echo(f"{report.bits_per_weight:.2f} bits per weight, {size}, {report.seconds:.1f} s.")
     if not report.quantized:
         click.echo("Nothing was quantized; use -q to quantize.")
+    for note in report.notes:
+        click.echo(note)
     for name in report.nonfinite:
         click.echo(f"Warning: {name} contains NaN or infinity.", err=True)
     if result := report.verification:

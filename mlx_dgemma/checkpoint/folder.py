@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from ..errors import CheckpointError
 from ..model.config import GenerationConfig, ModelConfig, ProcessorConfig, read_json
 from ..model.diffusion_gemma import DiffusionGemma
+from .foreign import format_of, own_quantization
 from .headers import TensorInfo, read_tensors
 from .processor import read_processor
 from .weights import is_vision
@@ -46,6 +47,7 @@ class Checkpoint:
         raw = read_json(path / "config.json")
         config = ModelConfig.from_dict(raw, notes)
         tensors = read_tensors(path, notes)
+        format_of(raw, tensors)  # refuses formats that nothing here reads
         if config.vision and not any(map(is_vision, tensors)):
             config = replace(config, vision=None)
             raw = {key: value for key, value in raw.items() if key != "vision_config"}
@@ -63,7 +65,20 @@ class Checkpoint:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """config.json's quantization: group_size, bits, mode, and overrides by module path."""
-        return self.raw_config.get("quantization") or self.raw_config.get("quantization_config")
+        return own_quantization(self.raw_config)
+
+    @cached_property
+    def foreign(self) -> str | None:
+        """The other program's format that the weights are quantized in, which only a conversion reads."""
+        return format_of(self.raw_config, self.tensors)
+
+    def require_native(self) -> None:
+        """Raise CheckpointError for a checkpoint that must be converted before it can be loaded."""
+        if self.foreign:
+            raise CheckpointError(
+                f"{self.path} is quantized in the format of {self.foreign}; convert it first: "
+                f"mlx-dgemma convert {self.path} --mlx-path NAME -q."
+            )
 
     @property
     def nbytes(self) -> int:

@@ -135,9 +135,7 @@ def _read_all(files: list[Path]) -> dict[str, TensorInfo]:
     for file in files:
         for name, info in read_header(file).items():
             if name in tensors:
-                raise CheckpointError(
-                    f"{tensors[name].file} and {file} both hold {name}; remove the one that is stray."
-                )
+                raise CheckpointError(f"{tensors[name].file} and {file} both hold {name}; remove the stray one.")
             tensors[name] = info
     return tensors
 

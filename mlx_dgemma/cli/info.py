@@ -66,7 +66,7 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
         "bits_per_weight": round(checkpoint.bits_per_weight, 3),
         "quantization": _quantization(checkpoint),
         "sampler": sampler,
-        "notes": list(checkpoint.notes),
+        "notes": [*checkpoint.notes, *_conversion(checkpoint)],
         "machine": {
             "device": str(mx.device_info().get("device_name", "unknown")),
             "available": available,
@@ -123,6 +123,11 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
         return None
     common = {key: value for key, value in checkpoint.quantization.items() if not isinstance(value, (dict, bool))}
     return {**common, "overrides": sum(isinstance(one, dict) for one in checkpoint.quantization.values())}
+
+
+def _conversion(checkpoint: Checkpoint) -> list[str]:
+    """That a checkpoint must be converted before it can be loaded, if it must."""
+    return [f"the format of {checkpoint.foreign} is only read by `mlx-dgemma convert`"] if checkpoint.foreign else []
 
 
 def _recipes(checkpoint: Checkpoint, other_bytes: int) -> dict[str, dict[str, Any]]:
