@@ -114,7 +114,7 @@ class Coded:
         if self.kind == "fp4":
             return fp4(stored)
         if self.kind == "fp8":
-            return E4M3[stored]
+            return np.take(E4M3, stored)
         if self.kind == "bits":
             return integers(stored, self.bits, self.width)
         return stored.astype(np.float32, copy=False)

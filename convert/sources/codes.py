@@ -18,13 +18,13 @@ def _float(code: int, exponent_bits: int, mantissa_bits: int, bias: int) -> floa
 E2M1 = np.array([_float(code, 2, 1, 1) for code in range(16)], np.float32)
 E4M3 = np.array([np.nan if code & 127 == 127 else _float(code, 4, 3, 7) for code in range(256)], np.float32)
 E8M0 = np.array([2.0 ** (code - 127) for code in range(255)] + [np.nan], np.float32)
-# Two numbers in a byte, the first in the low half.
-_PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=1)
+# The two numbers in a byte, the first in the low half, as one element: numpy takes those several times faster.
+_PAIRS = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=1).view(np.uint64).reshape(-1)
 
 
 def fp4(data: np.ndarray) -> np.ndarray:
     """[rows, width / 2] uint8 -> [rows, width] float32."""
-    return _PAIRS[data].reshape(len(data), -1)
+    return np.take(_PAIRS, data).view(np.float32)
 
 
 def integers(words: np.ndarray, bits: int, count: int) -> np.ndarray:

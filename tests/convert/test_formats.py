@@ -151,3 +151,67 @@ def test_what_is_not_read_is_named(weights, metadata, tmp_path, case):
     files.write_foreign(tmp_path / "source", metadata, weights, encode, config)
     assert words in refusal(CheckpointError, convert, tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# OptiQ: MLX's own quantization with bits by layer, and the tower in a file of its own.
+
+TOWER = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+
+
+@pytest.fixture(scope="module")
+def optiq(tmp_path_factory) -> tuple[Path, Path]:
+    """(a checkpoint as OptiQ writes it, its dequantized form)."""
+    folder = tmp_path_factory.mktemp("optiq")
+    tensors, plain = dict(mx.load(str(DEMO / "model.safetensors"))), {}
+    config = json.loads((DEMO / "config.json").read_text())
+    config["quantization"] = {"group_size": 64, "bits": 4}
+    stored, tower = {}, {}
+    for i, (name, array) in enumerate(sorted(tensors.items())):
+        path = name.removesuffix(".weight")
+        plain[name] = array
+        if name.startswith(TOWER):
+            tower[name.removeprefix("model.encoder.")] = array
+        elif array.ndim < 2:
+            stored[name] = array
+        else:
+            bits = (4, 8, 6, 3)[i % 4]
+            packed = mx.quantize(array, 64, bits)
+            stored |= {f"{path}.{part}": one for part, one in zip(("weight", "scales", "biases"), packed)}
+            codes, *scales = packed
+            plain[name] = mx.dequantize(codes, *(one.astype(mx.float32) for one in scales), 64, bits)
+            if bits != 4:
+                config["quantization"][path] = {"group_size": 64, "bits": bits}
+    for path, kept in ((folder / "packed", stored), (folder / "plain", plain)):
+        shutil.copytree(DEMO, path)
+        mx.save_safetensors(str(path / "model.safetensors"), kept)
+        (path / files.INDEX).unlink()
+    config["quantization_config"] = config["quantization"]
+    config["optiq_vision"] = {"sidecar": "optiq_vision.safetensors", "dtype": "bfloat16"}
+    (folder / "packed" / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "packed" / "optiq_vision.safetensors"), tower)
+    return folder / "packed", folder / "plain"
+
+
+@pytest.mark.parametrize("place", ["index", "optiq", "beside"])
+def test_optiqs_bits_and_tower(optiq, tmp_path, place):
+    packed, plain = optiq
+    source = shutil.copytree(packed, tmp_path / "source")
+    if place == "index":
+        names = {file: list(mx.load(str(source / file))) for file in ("model.safetensors", "optiq_vision.safetensors")}
+        where = {name: file for file, held in names.items() for name in held}
+        (source / files.INDEX).write_text(json.dumps({"weight_map": where}))
+    elif place == "optiq":
+        (source / "optiq").mkdir()
+        (source / "optiq_vision.safetensors").rename(source / "optiq" / "optiq_vision.safetensors")
+    checkpoint = Checkpoint.open(source)
+    assert checkpoint.notes == ("config.json: 'optiq_vision' change nothing here.",)
+    assert any(name.startswith("vision_tower.") for name in checkpoint.tensors)
+    if place != "index":
+        return
+    report = convert(source, tmp_path / "out")
+    assert [f"{bits}-bit" in report.quantized["experts"] for bits in (3, 4, 6, 8)] == [True] * 4
+    expected = dict(tree_flatten(build(Checkpoint.open(plain), "float32").parameters()))
+    for path in (source, tmp_path / "out"):
+        found = dict(tree_flatten(build(Checkpoint.open(path), "float32", dequantize=True).parameters()))
+        assert found.keys() == expected.keys()
+        assert all(mx.allclose(found[name], expected[name], rtol=1e-5, atol=1e-6) for name in found)
