@@ -148,7 +148,7 @@ def _prepare(origin: Source, recipe: Recipe | None, dtype: str | None) -> _Work:
     checkpoint = origin.checkpoint
     if origin.decode is not None:
         decoded, notes = origin.decode(recipe, dtype)
-        return _Work(decoded, _quantized(decoded), DTYPES[float_dtype(decoded)], False, False, tuple(notes))
+        return _Work(list(decoded), _quantized(decoded), DTYPES[float_dtype(decoded)], False, False, tuple(notes))
     quantized = source_quantization(checkpoint)
     if quantized and recipe:
         widths = {name.removesuffix(".weight"): shape[-1] for name, shape in checkpoint.shapes.items()}

@@ -10,9 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.checkpoint.tokenizer import load_tokenizer
 from mlx_dgemma.errors import CheckpointError, OptionError, human
 from mlx_dgemma.model import device
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
@@ -64,7 +64,7 @@ def verify_conversion(
         CheckpointError: the logits differ although `exact` is set, or the tokenizer cannot be used.
     """
     try:
-        prompt = render(load_tokenizer(result.path), messages_of(PROMPT))
+        prompt = render(load_tokenizer(result), messages_of(PROMPT))
     except Exception as error:  # tokenizer libraries raise exceptions of many types
         raise CheckpointError(f"The tokenizer in {source.path} cannot be used ({error}); download it again.") from None
     before = _logits(source, prompt) if decoded is None else _logits(source, prompt, _decoded_model(source, decoded))

@@ -18,8 +18,6 @@ from .headers import TensorInfo, read_tensors
 from .processor import read_processor
 from .weights import is_vision
 
-POINT = "point at the folder that holds config.json"
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -41,8 +39,10 @@ class Checkpoint:
             CheckpointError: a file is missing or broken, or belongs to another model.
         """
         if not path.is_dir():
-            way = "convert it: `mlx-dgemma convert` reads GGUF" if path.suffix == ".gguf" else POINT
-            raise CheckpointError(f"{path} is not a folder; {way}.")
+            if path.suffix == ".gguf":
+                way = f"mlx-dgemma convert {path} --mlx-path NAME -q"
+                raise CheckpointError(f"{path} is a GGUF file; convert it first: {way}.")
+            raise CheckpointError(f"{path} is not a folder; point at the folder that holds config.json.")
         notes: list[str] = []
         raw = read_json(path / "config.json")
         config = ModelConfig.from_dict(raw, notes)

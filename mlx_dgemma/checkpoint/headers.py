@@ -91,10 +91,10 @@ def read_tensors(path: Path, notes: list[str] | None = None) -> dict[str, Tensor
         used = _one_set(path, files)
         tensors = _read_all(used)
     else:
-        ways = "; convert a GGUF file by its own path" if any(path.glob("*.gguf")) else ""
-        raise CheckpointError(
-            f"{path} holds no .safetensors file; point at a folder that holds a whole checkpoint{ways}."
-        )
+        way = "point at a folder that holds a whole checkpoint"
+        if any(path.glob("*.gguf")):
+            way = "convert its GGUF file first: mlx-dgemma convert FILE.gguf --mlx-path NAME -q"
+        raise CheckpointError(f"{path} holds no .safetensors file; {way}.")
     towers = [file for file in (path / "optiq" / VISION, path / VISION) if file.exists() and file not in used]
     if towers and not any("vision_tower." in name for name in tensors):
         used = [*used, towers[0]]

@@ -204,8 +204,7 @@ REFUSED = {
     ),
     "GGUF alone": (
         lambda p: [file.rename(p / f"{file.stem}.gguf") for file in list(p.glob("*.safetensors*"))],
-        "{p} holds no .safetensors file; point at a folder that holds a whole checkpoint; "
-        "convert a GGUF file by its own path.",
+        "{p} holds no .safetensors file; convert its GGUF file first: mlx-dgemma convert FILE.gguf --mlx-path NAME -q.",
     ),
 }
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors_files import INDEX as INDEX
 from safetensors_files import write_safetensors
 
 Stored = dict[str, tuple[str, list[int], bytes]]  # {part: (dtype, shape, bytes)}
