@@ -120,7 +120,7 @@ def encoded(weight: np.ndarray, kind: str):
     return data, Types[kind], dequantize(data, Types[kind]) if kind != "F32" else weight
 
 
-def _add_sizes(writer, text: dict) -> None:
+def add_sizes(writer, text: dict) -> None:
     sliding = [kind_ == "sliding_attention" for kind_ in text["layer_types"]]
     writer.add_block_count(len(sliding))
     writer.add_context_length(text["max_position_embeddings"])
@@ -145,7 +145,7 @@ def _add_sizes(writer, text: dict) -> None:
     writer.add_causal_attention(False)
 
 
-def _add_tokenizer(writer, tokenizer: Path) -> None:
+def add_tokenizer(writer, tokenizer: Path) -> None:
     whole = json.loads((tokenizer / "tokenizer.json").read_text())
     special = {one["id"] for one in whole["added_tokens"]}
     tokens = sorted(whole["model"]["vocab"], key=whole["model"]["vocab"].get)
@@ -176,12 +176,12 @@ def write_gguf(
 
     writer = GGUFWriter(str(file), "diffusion-gemma")
     text = config["text_config"]
-    _add_sizes(writer, text)
+    add_sizes(writer, text)
     writer.add_uint32("diffusion.canvas_length", config["canvas_length"])
     writer.add_uint32("diffusion.eb_max_steps", 24)
     writer.add_float32("diffusion.eb_entropy_bound", 0.2)
     if tokenizer:
-        _add_tokenizer(writer, tokenizer)
+        add_tokenizer(writer, tokenizer)
     pairs = text["global_head_dim"] // 2
     writer.add_tensor("rope_freqs.weight", np.array([1.0] * (pairs // 4) + [1e30] * (pairs - pairs // 4), np.float32))
     meaning = {}
