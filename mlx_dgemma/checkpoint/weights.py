@@ -30,7 +30,8 @@ COPIES: tuple[tuple[str, str], ...] = (
     (r"lm_head\." + _PARTS, r"model.decoder.embed_tokens.\1"),
     (r"model\.encoder\.language_model\.((?!layers\.\d+\.layer_scalar$).+)", r"model.decoder.\1"),
 )
-_COMPUTED = r".*rotary_emb\..*"  # tables that are computed
+# Tables that are computed, and one that exporters of Gemma 3n leave.
+_COMPUTED = r".*rotary_emb\..*|.*embed_vision\.embedding\..*"
 _CLIP_BOUND = r".*\.(input|output)_(min|max)"  # also written by towers that do not clip
 
 

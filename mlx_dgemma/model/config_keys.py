@@ -30,7 +30,7 @@ FIXED: dict[str, Any] = {
 _BOOKKEEPING = re.compile(
     r"_.*|.*version|(unsloth|nemo|trl|peft|axolotl|megatron|optiq|quant|modelopt|sparsity|kv_cache)_?.*|.*_token_(id|index)"
     r"|.*(dropout|loss|jitter|initializer|init_std|parallel|checkpointing).*|author|license.*|description|comment|notes?"
-    r"|name|tags|date|.*_(date|time|path|url|by|at|dtype|implementation|class)|base_model.*|revision|finetuning_task"
+    r"|(model_)?(name|id)|pretraining_tp|tags|date|.*_(date|time|path|url|by|at|dtype|implementation|class)|base_model.*|revision|finetuning_task"
     r"|task_specific_params|prefix|is_decoder|torchscript|tf_legacy_loss|use_bfloat16|pruned_heads|use_return_dict"
     r"|moe_(backend|kernel).*|experts_implementation|seq_length|max_seq_len(gth)?|model_max_length"
 )

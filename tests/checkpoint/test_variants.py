@@ -112,8 +112,10 @@ LOADED = {
     "a template with a byte order mark": (marked("chat_template.jinja"), None),
     "UTF-16": (lambda p: (p / "config.json").write_text((p / "config.json").read_text(), "utf-16"), None),
     "Unsloth's keys": (
-        config(unsloth_version="2026.6.1", unsloth_fixed=True, torch_dtype="bfloat16"),
-        "config.json: 'unsloth_fixed', 'unsloth_version' change nothing here.",
+        config(
+            unsloth_version="2026.6.1", unsloth_fixed=True, model_name="unsloth/diffusiongemma", torch_dtype="bfloat16"
+        ),
+        "config.json: 'model_name', 'unsloth_fixed', 'unsloth_version' change nothing here.",
     ),
     "NeMo's keys": (
         config("text_config", nemo_version="2.8", gradient_checkpointing=True, router_aux_loss_coef=0.001),
