@@ -41,13 +41,13 @@ def imported_distributions():
 def test_what_the_package_imports_is_named_as_a_dependency():
     # mlx-lm imports transformers; it is named for its lower bound
     extras = PROJECT["optional-dependencies"]
-    optional = names_of(one for extra in ("video", "constrain", "serve") for one in extras[extra])
+    optional = names_of(one for extra in ("video", "constrain", "serve", "gguf") for one in extras[extra])
     assert imported_distributions() | {"transformers"} == names_of(PROJECT["dependencies"]) | optional
 
 
 def test_dependencies_have_lower_bounds():
     extras = PROJECT["optional-dependencies"]
-    for one in (*PROJECT["dependencies"], *extras["video"], *extras["constrain"], *extras["serve"]):
+    for one in (*PROJECT["dependencies"], *extras["video"], *extras["constrain"], *extras["serve"], *extras["gguf"]):
         assert re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?", one), one
 
 
