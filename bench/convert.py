@@ -2,6 +2,8 @@
 
     python bench/convert.py                              # ours
     python bench/convert.py --peer-python PATH           # mlx-vlm's, too, run by that Python
+    python bench/convert.py --format modelopt-nvfp4      # a source of 4 GB in another program's format
+    python bench/convert.py --format gguf-q4_k
 
 Makes a checkpoint of random weights in the release's layout and sizes, cut to a few layers, in a temporary
 folder; converts it with `-q` in a process of its own, in turn with the peer's. The ceiling is the time that
@@ -23,6 +25,7 @@ from mlx.utils import tree_flatten
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from foreign import FORMATS, make_foreign, make_gguf
 from report import finish, machine, ratio, show, spread, table
 from shapes import TOWER
 
@@ -52,11 +55,27 @@ def release_model(layers: int) -> DiffusionGemma:
     return DiffusionGemma(ModelConfig.from_dict(release_config(layers)))
 
 
-def make_checkpoint(folder: Path, layers: int) -> int:
-    """Write random bfloat16 weights in Hugging Face's layout; returns their bytes."""
+GGUF = "gguf-q4_k"
+LAYERS = {"bfloat16": 2, "modelopt-nvfp4": 6, "compressed-fp8": 3, GGUF: 7}  # that make about 4 GB
+
+
+def make_source(folder: Path, layers: int, form: str) -> tuple[Path, int]:
+    """Write a source in a format; returns its path and bytes."""
+    folder.mkdir()
     write_json(folder / "config.json", release_config(layers))
+    if form == GGUF:
+        sys.path.insert(0, str(ROOT / "tests" / "convert"))
+        file = folder / "model.gguf"
+        return file, make_gguf(file, release_config(layers), release_model(layers), DEMO)
     for name in CARRIED:
         shutil.copy(DEMO / name, folder)
+    if form in FORMATS:
+        return folder, make_foreign(folder, form, release_model(layers))
+    return folder, make_checkpoint(folder, layers)
+
+
+def make_checkpoint(folder: Path, layers: int) -> int:
+    """Write random bfloat16 weights in Hugging Face's layout; returns their bytes."""
     entries = []
     for name, array in tree_flatten(release_model(layers).parameters()):
         release = name.removesuffix(".weight") if ".experts." in name else name
@@ -92,7 +111,7 @@ def measure(command: list[str], folder: Path) -> dict:
 def copy_rate(source: Path, folder: Path) -> float:
     """Bytes read and written in a second by a plain copy of the weights; the page cache is as warm as later."""
     folder.mkdir()
-    files = list(source.glob("*.safetensors"))
+    files = [source] if source.is_file() else list(source.glob("*.safetensors"))
     started = time.perf_counter()
     for file in files:
         shutil.copyfile(file, folder / file.name)
@@ -115,11 +134,13 @@ def ceiling(source: Path, folder: Path, layers: int, nbytes: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2, help="of 1.6 GB each, beside 1.5 GB of embedding")
+    parser.add_argument("--format", default="bfloat16", choices=list(LAYERS), help="of the source")
+    parser.add_argument("--layers", type=int, help="in bfloat16 1.6 GB each, beside 1.5 GB of embedding")
     parser.add_argument("--runs", type=int, default=2, help="conversions by each, in alternating order")
     parser.add_argument("--peer-python", help="a Python that can import mlx_vlm")
     parser.add_argument("--folder", help="where the temporary folder lies")
     args = parser.parse_args()
+    layers = args.layers or LAYERS[args.format]
     found = machine()
     if args.peer_python:
         say = "from importlib.metadata import version; print(version('mlx-vlm'))"
@@ -127,10 +148,9 @@ def main() -> None:
         found["versions"]["mlx-vlm"] = run.stdout.strip()
         print(f"mlx-vlm {run.stdout.strip()}")
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-        source, target = Path(temporary, "source"), Path(temporary, "target")
-        source.mkdir()
-        nbytes = make_checkpoint(source, args.layers)
-        limit = ceiling(source, target, args.layers, nbytes)
+        target = Path(temporary, "target")
+        source, nbytes = make_source(Path(temporary, "source"), layers, args.format)
+        limit = ceiling(source, target, layers, nbytes)
         flags = ["--hf-path", str(source), "--mlx-path", str(target), "-q"]
         commands = {"mlx-dgemma": [sys.executable, "-m", "mlx_dgemma.convert", *flags]}
         if args.peer_python:
@@ -147,7 +167,7 @@ def main() -> None:
         }
         for name, some in runs.items()
     }
-    print(f"{nbytes / 1e9:.2f} GB of bfloat16, {args.layers} layers, -q, whole processes")
+    print(f"{nbytes / 1e9:.2f} GB of {args.format}, {layers} layers, -q, whole processes")
     table(
         ["", "seconds: median (min-max)", "MB/s of source", "peak RSS, GB", "result, GB"],
         [

@@ -23,7 +23,7 @@ tenths of the weights. The rest of the text model is stored at 8 bits, and the v
 
 @click.command("convert", epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", required=False)
-@click.option("--hf-path", help="Checkpoint to convert: a folder or a Hub id (same as the argument SOURCE).")
+@click.option("--hf-path", help="What to convert: a folder, a Hub id or a GGUF file (same as the argument SOURCE).")
 @click.option("--mlx-path", default="mlx_model", show_default=True, help="Folder to make; it must not exist yet.")
 @click.option("-q", "--quantize", is_flag=True, help=f"Quantize with the default recipe, {recipes.DEFAULT}.")
 @click.option("--recipe", metavar="NAME", help="Quantize with this recipe (see below).")
@@ -123,6 +123,8 @@ def _print_report(report: Report) -> None:
     click.echo(f"{report.bits_per_weight:.2f} bits per weight, {size}, {report.seconds:.1f} s.")
     if not report.quantized:
         click.echo("Nothing was quantized; use -q to quantize.")
+    for note in report.notes:
+        click.echo(note)
     for name in report.nonfinite:
         click.echo(f"Warning: {name} contains NaN or infinity.", err=True)
     if result := report.verification:

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,14 @@ from .jobs import (
     Job,
     float_dtype,
     make_jobs,
-    read_ranges,
     source_quantization,
-    to_array,
     to_bytes,
 )
 from .recipes import PARTS, Quantization, Recipe, part_of, recipe_named
 from .report import Report
-from .verify import Verification, verify_conversion
+from .sources.opened import STALE, Source, open_source
+from .sources.parts import Decoded
+from .verify import Verification, check_decoded_fits, verify_conversion
 from .writer import INDEX, Writer
 
 Progress = Callable[[int, int], None]  # called with the bytes read so far and in total
@@ -57,7 +57,7 @@ def convert(
     it is complete: an interruption or an error leaves nothing behind.
 
     Args:
-        source: a folder or a Hub id, in Hugging Face's or MLX's layout.
+        source: a folder or a Hub id, laid out as by Hugging Face, MLX, ModelOpt or compressed-tensors, or a GGUF file.
         target: the folder to make.
         recipe: a name in `RECIPES` or a `Recipe`; None does not quantize.
         dtype: "float32", "bfloat16" or "float16" for the weights that stay floats; None keeps the source's dtype.
@@ -77,12 +77,32 @@ def convert(
     target = require_absent(target, OPTION)
     if upload_repo:
         hub.check(upload_repo)
-    checkpoint = Checkpoint.open(find(source))
+    with open_source(find(source)) as origin:
+        report = _convert(origin, str(source), target, chosen, dtype, verify, progress, start)
+    url = hub.upload(target, upload_repo) if upload_repo else None
+    return replace(report, url=url)
+
+
+def _convert(
+    origin: Source,
+    source: str,
+    target: Path,
+    chosen: Recipe | None,
+    dtype: str | None,
+    verify: bool,
+    progress: Progress | None,
+    start: float,
+) -> Report:
+    """Convert what was opened; `source` is what the user calls it."""
+    checkpoint = origin.checkpoint
     if not (checkpoint.path / "tokenizer.json").exists():
         raise CheckpointError(
             f"{checkpoint.path} has no tokenizer.json; download it, because the model cannot be used without it."
         )
-    work = _prepare(checkpoint, chosen, dtype)
+    work = _prepare(origin, chosen, dtype)
+    decoded = work.jobs if origin.decode else None
+    if verify and decoded:
+        check_decoded_fits(checkpoint)
     with atomic_folder(target, work.nbytes, OPTION) as folder:
         if work.unchanged:
             _copy(checkpoint, folder, progress)
@@ -90,11 +110,14 @@ def convert(
         else:
             nonfinite = _write(work.jobs, folder, verify, progress)
         copy_metadata(checkpoint, folder, work.dtype, work.quantized)
-        verification = verify_conversion(checkpoint, Checkpoint.open(folder), work.exact) if verify else None
+        if decoded:
+            for name in STALE:
+                (folder / name).unlink(missing_ok=True)
+        result = Checkpoint.open(folder)
+        verification = verify_conversion(checkpoint, result, work.exact, decoded) if verify else None
         report = _report(source, target, checkpoint, chosen, work, nonfinite, verification, start)
         card.write(folder, report, chosen, checkpoint.path / "README.md")
-    url = hub.upload(target, upload_repo) if upload_repo else None
-    return replace(report, url=url)
+    return report
 
 
 @dataclass(frozen=True)
@@ -107,20 +130,26 @@ class _Work:
         dtype: dtype of the weights that stay floats.
         unchanged: True if the files can be copied as they are.
         exact: True if every weight keeps its bits.
+        notes: what of the source is not used, one sentence each.
     """
 
-    jobs: list[Job]
+    jobs: list[Job | Decoded]
     quantized: dict[str, Quantization]
     dtype: str
     unchanged: bool
     exact: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for job in self.jobs for entry in job.entries)
 
 
-def _prepare(checkpoint: Checkpoint, recipe: Recipe | None, dtype: str | None) -> _Work:
+def _prepare(origin: Source, recipe: Recipe | None, dtype: str | None) -> _Work:
+    checkpoint = origin.checkpoint
+    if origin.decode is not None:
+        decoded, notes = origin.decode(recipe, dtype)
+        return _Work(list(decoded), _quantized(decoded), DTYPES[float_dtype(decoded)], False, False, tuple(notes))
     quantized = source_quantization(checkpoint)
     if quantized and recipe:
         widths = {name.removesuffix(".weight"): shape[-1] for name, shape in checkpoint.shapes.items()}
@@ -133,10 +162,14 @@ def _prepare(checkpoint: Checkpoint, recipe: Recipe | None, dtype: str | None) -
         recipe = None
     jobs = make_jobs(checkpoint, quantized, recipe, dtype)
     check_tied(checkpoint)
-    quantized = quantized or {job.target.removesuffix(".weight"): job.quantization for job in jobs if job.quantization}
+    quantized = quantized or _quantized(jobs)
     exact = all(job.unchanged for job in jobs)
     unchanged = exact and {job.target for job in jobs} == set(checkpoint.tensors)
-    return _Work(jobs, quantized, DTYPES[float_dtype(jobs)], unchanged, exact)
+    return _Work(list(jobs), quantized, DTYPES[float_dtype(jobs)], unchanged, exact)
+
+
+def _quantized(jobs: Iterable[Job | Decoded]) -> dict[str, Quantization]:
+    return {job.target.removesuffix(".weight"): job.quantization for job in jobs if job.quantization}
 
 
 def _copy(checkpoint: Checkpoint, folder: Path, progress: Progress | None) -> None:
@@ -154,17 +187,17 @@ def _copy(checkpoint: Checkpoint, folder: Path, progress: Progress | None) -> No
         shutil.copyfile(checkpoint.path / INDEX, folder / INDEX)
 
 
-def _find_nonfinite(jobs: list[Job]) -> tuple[str, ...]:
+def _find_nonfinite(jobs: list[Job | Decoded]) -> tuple[str, ...]:
     """The parameters that contain NaN or infinity."""
     floats = [job for job in jobs if job.dtype in DTYPES]
     return tuple(
         job.target
         for job in floats
-        if not all(mx.isfinite(to_array(read_ranges(piece), job.dtype)).all().item() for piece in job.slices())
+        if not all(mx.isfinite(job.to_array(job.read(piece))).all().item() for piece in job.slices())
     )
 
 
-def _write(jobs: list[Job], folder: Path, scan: bool, progress: Progress | None) -> tuple[str, ...]:
+def _write(jobs: list[Job | Decoded], folder: Path, scan: bool, progress: Progress | None) -> tuple[str, ...]:
     """Convert every job slice by slice.
 
     Returns:
@@ -173,7 +206,7 @@ def _write(jobs: list[Job], folder: Path, scan: bool, progress: Progress | None)
     # A CPU stream is one thread. One stream more than there are cores keeps the cores busy while a slice is written.
     count = min(8, (os.cpu_count() or 1) + 1) if on_cpu() else 3
     streams = [mx.new_stream(mx.default_device()) for _ in range(count)]
-    pending: deque[tuple[Job, dict[str, int], list[mx.array], mx.array | None, int]] = deque()
+    pending: deque[tuple[Job | Decoded, dict[str, int], list[mx.array], mx.array | None, int]] = deque()
     nonfinite: dict[str, None] = {}
     total, done, started = sum(job.nbytes for job in jobs), 0, 0
 
@@ -195,8 +228,8 @@ def _write(jobs: list[Job], folder: Path, scan: bool, progress: Progress | None)
     with Writer(folder, [job.entries for job in jobs]) as writer:
         for job in jobs:
             offsets = dict.fromkeys((entry.name for entry in job.entries), 0)
-            for ranges in job.slices():
-                data = read_ranges(ranges)
+            for piece in job.slices():
+                data: Any = job.read(piece)
                 if job.unchanged and not (scan and job.dtype in DTYPES):
                     writer.write(job.target, offsets[job.target], data)
                     offsets[job.target] += len(data)
@@ -205,7 +238,7 @@ def _write(jobs: list[Job], folder: Path, scan: bool, progress: Progress | None)
                 with mx.stream(streams[started % count]):
                     arrays, finite = _compute(job, data, scan)
                 mx.async_eval(*arrays, *([] if finite is None else [finite]))
-                pending.append((job, dict(offsets), arrays, finite, len(data)))
+                pending.append((job, dict(offsets), arrays, finite, job.size(data)))
                 for name, array in zip(offsets, arrays):
                     offsets[name] += array.nbytes
                 started += 1
@@ -216,10 +249,9 @@ def _write(jobs: list[Job], folder: Path, scan: bool, progress: Progress | None)
     return tuple(nonfinite)
 
 
-def _compute(job: Job, data: Any, scan: bool) -> tuple[list[mx.array], mx.array | None]:
+def _compute(job: Job | Decoded, data: Any, scan: bool) -> tuple[list[mx.array], mx.array | None]:
     """A slice's arrays in the order of the job's entries, and with `scan` whether all its values are finite."""
-    source = to_array(data, job.sources[0].dtype)
-    cast = source.astype(getattr(mx, DTYPES[job.dtype]))
+    cast = job.to_array(data).astype(getattr(mx, DTYPES[job.dtype]))
     finite = mx.all(mx.isfinite(cast)) if scan else None
     if job.quantization is None:
         return [cast], finite
@@ -264,4 +296,5 @@ def _report(
         bits_per_weight=work.nbytes * 8 / checkpoint.parameters,
         seconds=time.perf_counter() - start,
         verification=verification,
+        notes=work.notes,
     )

@@ -26,7 +26,7 @@ def copy_metadata(checkpoint: Checkpoint, folder: Path, dtype: str, quantized: d
     """
     for pattern in _COPIED:
         for file in sorted(checkpoint.path.glob(pattern)):
-            if file.name not in _REWRITTEN and file.is_file():
+            if file.name not in _REWRITTEN and not file.name.startswith("._") and file.is_file():
                 copy = folder / file.relative_to(checkpoint.path)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)

@@ -22,8 +22,8 @@ from .writer import ITEM, Entry
 SLICE_BYTES = 16 * 2**20  # bytes of the source read at a time
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 Range = tuple[Path, int, int]  # file[start:end]
-_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-DTYPES = {name: short for short, name in _NAMES.items()}  # {safetensors' name: MLX's name}
+NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPES = {name: short for short, name in NAMES.items()}  # {safetensors' name: MLX's name}
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ class Job:
     @property
     def entries(self) -> list[Entry]:
         """The tensors to write."""
-        if self.quantization is None:
-            return [Entry(self.target, self.dtype, self.shape)]
-        tensors = self.quantization.stored_tensors(self.target.removesuffix(".weight"), self.shape, self.dtype)
-        return [Entry(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
+        return stored_entries(self.target, self.shape, self.dtype, self.quantization)
 
     @property
     def unchanged(self) -> bool:
@@ -63,6 +60,27 @@ class Job:
     def nbytes(self) -> int:
         """Bytes to read."""
         return sum(info.nbytes for info in self.sources)
+
+    @property
+    def place(self) -> Range:
+        """Where the first source lies."""
+        return self.sources[0].file, self.sources[0].start, self.sources[0].end
+
+    def read(self, piece: Any) -> bytearray:
+        """The bytes of a slice."""
+        return read_ranges(piece)
+
+    def to_array(self, data: Any) -> mx.array:
+        """The values of a slice, 1-D in the source's dtype."""
+        return to_array(data, self.sources[0].dtype)
+
+    def size(self, data: Any) -> int:
+        """Bytes that were read for a slice."""
+        return len(data)
+
+    def whole(self) -> mx.array:
+        """The parameter as the source stores it."""
+        return self.to_array(read_ranges(list(self._ranges()))).reshape(self.shape)
 
     def slices(self) -> Iterator[list[Range]]:
         """The source's bytes in order, in slices of about `SLICE_BYTES`.
@@ -106,6 +124,14 @@ class Job:
                 yield info.file, info.start + i * size, info.start + (i + 1) * size
 
 
+def stored_entries(target: str, shape: tuple[int, ...], dtype: str, quantization: Quantization | None) -> list[Entry]:
+    """The tensors that store a parameter, quantized or not."""
+    if quantization is None:
+        return [Entry(target, dtype, shape)]
+    tensors = quantization.stored_tensors(target.removesuffix(".weight"), shape, dtype)
+    return [Entry(name, kind, stored) for name, (kind, stored) in tensors.items()]
+
+
 def source_quantization(checkpoint: Checkpoint) -> dict[str, Quantization]:
     """{module path: its quantization} of every module of a checkpoint that has scales.
 
@@ -113,6 +139,7 @@ def source_quantization(checkpoint: Checkpoint) -> dict[str, Quantization]:
         CheckpointError: scales without an entry in config.json, an entry that MLX does not support, or
             separate gate and up tensors with different quantizations.
     """
+    checkpoint.require_native()
     declared = checkpoint.quantization or {}
     default: dict[str, Any] = {key: declared[key] for key in ("group_size", "bits", "mode") if key in declared}
     found: dict[str, Quantization] = {}
@@ -170,12 +197,12 @@ def make_jobs(
         floating = infos[0].dtype in FLOATS
         path = target.removesuffix(".weight")
         quantization = recipe.fitted(path, shape[-1]) if recipe and floating and shape else None
-        out = _NAMES[dtype] if dtype and floating else infos[0].dtype
+        out = NAMES[dtype] if dtype and floating else infos[0].dtype
         jobs.append(Job(target, shape, tuple(source.name for source in sources), infos, out, quantization))
-    return sorted(jobs, key=lambda job: (job.sources[0].file, job.sources[0].start))
+    return sorted(jobs, key=lambda job: job.place)
 
 
-def float_dtype(jobs: Iterable[Job]) -> str:
+def float_dtype(jobs: Iterable[Any]) -> str:
     """Safetensors dtype of the weights that stay floats: that of the final norm."""
     return next(job.dtype for job in jobs if job.target == "model.decoder.norm.weight")
 

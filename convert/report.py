@@ -28,6 +28,7 @@ class Report:
         seconds: duration of the conversion.
         verification: the comparison of logits, with `verify` only.
         url: where the result was uploaded, or None.
+        notes: what of the source is not used, one sentence each.
     """
 
     source: str
@@ -45,3 +46,4 @@ class Report:
     seconds: float
     verification: Verification | None = None
     url: str | None = None
+    notes: tuple[str, ...] = ()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.checkpoint.folder import Checkpoint
-from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.checkpoint.tokenizer import load_tokenizer
+from mlx_dgemma.errors import CheckpointError, OptionError, human
+from mlx_dgemma.model import device
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.model.kv_cache import Prefix
 from mlx_dgemma.prompt.messages import messages_of
 from mlx_dgemma.prompt.template import render
 from mlx_dgemma.upstream import load_tokenizer
 
-from .jobs import make_jobs, source_quantization
+from .jobs import Job, make_jobs, source_quantization
+from .sources.parts import Decoded
 
 PROMPT = "Tell me a short story about a fox."
 CANVAS = 32  # largest number of canvas tokens
@@ -42,7 +47,9 @@ class Verification:
     equal: bool
 
 
-def verify_conversion(source: Checkpoint, result: Checkpoint, exact: bool) -> Verification:
+def verify_conversion(
+    source: Checkpoint, result: Checkpoint, exact: bool, decoded: Sequence[Job | Decoded] | None = None
+) -> Verification:
     """Compare the logits of two denoising steps, the second self-conditioned, on a fixed prompt and canvas.
 
     Weights are loaded and dequantized to float32 when they are needed and freed after use, so only a few layers are in
@@ -52,15 +59,16 @@ def verify_conversion(source: Checkpoint, result: Checkpoint, exact: bool) -> Ve
         source: the checkpoint that was converted.
         result: the converted checkpoint.
         exact: True if every weight kept its bits; then the logits must be equal.
+        decoded: the jobs of a source in a format that is decoded; all of it is in memory then.
 
     Raises:
         CheckpointError: the logits differ although `exact` is set, or the tokenizer cannot be used.
     """
     try:
-        prompt = render(load_tokenizer(result.path), messages_of(PROMPT))
+        prompt = render(load_tokenizer(result), messages_of(PROMPT))
     except Exception as error:  # tokenizer libraries raise exceptions of many types
         raise CheckpointError(f"The tokenizer in {source.path} cannot be used ({error}); download it again.") from None
-    before = _logits(source, prompt)
+    before = _logits(source, prompt) if decoded is None else _logits(source, prompt, _decoded_model(source, decoded))
     after = _logits(result, prompt)
     p, q = (a - mx.logsumexp(a, axis=-1, keepdims=True) for a in (before, after))
     equal = bool(mx.array_equal(before, after, equal_nan=True))
@@ -79,7 +87,17 @@ def verify_conversion(source: Checkpoint, result: Checkpoint, exact: bool) -> Ve
     )
 
 
-def _logits(checkpoint: Checkpoint, prompt: list[int]) -> mx.array:
+def check_decoded_fits(source: Checkpoint) -> None:
+    """Refuse to verify a source that is decoded as a whole and does not fit into memory."""
+    needed = 2 * source.parameters
+    if needed > device.available():
+        raise OptionError(
+            f"--verify takes {human(needed)} for a source in this format, and this machine gives "
+            f"{human(device.available())}; leave it out."
+        )
+
+
+def _logits(checkpoint: Checkpoint, prompt: list[int], model: Callable[[], DiffusionGemma] | None = None) -> mx.array:
     """Logits of two denoising steps, [2 * canvas, vocabulary] float32.
 
     Each pass uses a new model whose weights are not evaluated yet, so that MLX's graph frees them layer by layer.
@@ -87,13 +105,14 @@ def _logits(checkpoint: Checkpoint, prompt: list[int]) -> mx.array:
     config = checkpoint.config
     size = (1, min(CANVAS, config.canvas_length))
     canvas = mx.array(np.random.default_rng(0).integers(0, config.text.vocab_size, size), mx.int32)
-    prefix = _lazy_model(checkpoint).new_prefix()
-    _lazy_model(checkpoint).encode(mx.array([prompt], mx.int32), prefix)
+    make = model or partial(_lazy_model, checkpoint)
+    prefix = make().new_prefix()
+    make().encode(mx.array([prompt], mx.int32), prefix)
     mx.eval(prefix.state)
-    first = _step(_lazy_model(checkpoint), canvas, prefix, None)
-    conditioning = _lazy_model(checkpoint).condition(first)
+    first = _step(make(), canvas, prefix, None)
+    conditioning = make().condition(first)
     mx.eval(conditioning)
-    second = _step(_lazy_model(checkpoint), canvas, prefix, conditioning)
+    second = _step(make(), canvas, prefix, conditioning)
     return mx.concatenate([first[0], second[0]])
 
 
@@ -120,3 +139,15 @@ def _lazy_model(checkpoint: Checkpoint) -> DiffusionGemma:
     model = DiffusionGemma(checkpoint.config)
     model.load_weights(list(arrays.items()), strict=True)
     return model
+
+
+def _decoded_model(checkpoint: Checkpoint, jobs: Sequence[Job | Decoded]) -> Callable[[], DiffusionGemma]:
+    """Makes models with the float32 values of decoded weights, which are held in the result's float dtype."""
+    held = [(job.target, job.whole()) for job in jobs]
+
+    def make() -> DiffusionGemma:
+        model = DiffusionGemma(checkpoint.config)
+        model.load_weights([(name, array.astype(mx.float32)) for name, array in held], strict=True)
+        return model
+
+    return make

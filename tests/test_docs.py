@@ -130,7 +130,7 @@ def test_the_readme_is_short_and_names_every_page():
 def test_the_tree_in_the_architecture_names_every_module():
     tree = CODE.findall((ROOT / "docs" / "architecture.md").read_text())[1]
     named = {name.rpartition("/")[2] for name in re.findall(r"[\w/]+\.py", tree)}
-    files = [*(ROOT / "convert").glob("*.py"), *(ROOT / "mlx_dgemma").rglob("*.py")]
+    files = [*(ROOT / "convert").rglob("*.py"), *(ROOT / "mlx_dgemma").rglob("*.py")]
     assert named == {file.name for file in files if not file.name.startswith("__")}
 
 

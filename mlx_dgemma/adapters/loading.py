@@ -31,7 +31,7 @@ def load_model(
         MemoryLimitError: the machine has too little memory.
         OptionError: an unknown dtype; a DoRA where products are computed in float16.
     """
-    notes = []
+    notes = list(checkpoint.notes)
     dtype, dequantize = memory.resolve_dtype(checkpoint, dtype, dequantize)
     if on_cpu():
         how = f"{'dequantized to' if dequantize else 'computed in'} {dtype}"

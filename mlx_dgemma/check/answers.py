@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw
 
 from ..engine import Engine
-from .lines import SKIPPED, Line, attempt, judged
+from .lines import Line, attempt, judged
 
 PERSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
 ANNA = '{"name": "Anna", "age": 31, "city": "Oslo"}'
@@ -33,12 +32,6 @@ class Case(NamedTuple):
     name: str
     ask: Callable[[Engine], Any]
     fits: Callable[[Any], bool]
-    needs: str = ""  # the module of an extra
-
-    @property
-    def possible(self) -> bool:
-        """Whether the extra is installed."""
-        return not self.needs or find_spec(self.needs) is not None
 
 
 def is_story(text: str) -> bool:
@@ -66,16 +59,10 @@ def cases(story_steps: int = 12) -> list[Case]:
             "schema",
             _generate(PERSON.replace("JSON", "JSON with name and age"), schema=SCHEMA),
             '{"name": "Anna", "age": 31}'.__eq__,
-            "outlines_core",
         ),
-        Case("regex", _generate(SORT, regex=r"\d+(, \d+){4}"), SORTED.__eq__, "outlines_core"),
-        Case(
-            "infill",
-            lambda engine: engine.infill("def ", ADDED, prompt=ADD, seed=0, length=1).text,
-            "add".__eq__,
-            "outlines_core",
-        ),
-        Case("fill", lambda engine: engine.fill(fill, holes, prompt=PERSON, seed=0).text, ANNA.__eq__, "outlines_core"),
+        Case("regex", _generate(SORT, regex=r"\d+(, \d+){4}"), SORTED.__eq__),
+        Case("infill", lambda engine: engine.infill("def ", ADDED, prompt=ADD, seed=0, length=1).text, "add".__eq__),
+        Case("fill", lambda engine: engine.fill(fill, holes, prompt=PERSON, seed=0).text, ANNA.__eq__),
         Case(
             "edit",
             lambda engine: engine.edit("The cat saw a cat in the barn.", "Replace cat with dog", seed=0).text,
@@ -101,8 +88,6 @@ def answered(case: Case, engine: Engine) -> Line:
         got = case.ask(engine)
         return judged(case.name, case.fits(got), f"{got:.4f}" if isinstance(got, float) else repr(got))
 
-    if not case.possible:
-        return Line(case.name, SKIPPED, f"{case.needs} is not installed; the extra `constrain` brings it.")
     return attempt(case.name, ask)
 
 

@@ -50,6 +50,7 @@ def build(
         raise OptionError(f"dtype is {dtype!r}; it should be one of {', '.join(DTYPES)}.")
     if compute_dtype not in (None, "float16"):
         raise OptionError(f"compute_dtype is {compute_dtype!r}; it should be float16 or None.")
+    checkpoint.require_native()
     model = DiffusionGemma(checkpoint.config)
     stored = {name for name in checkpoint.tensors if name.endswith(".scales")}
     if checkpoint.quantization:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from mlx.utils import tree_flatten
 from ..errors import CheckpointError
 from ..model.config import GenerationConfig, ModelConfig, ProcessorConfig, read_json
 from ..model.diffusion_gemma import DiffusionGemma
+from .foreign import format_of, own_quantization
 from .headers import TensorInfo, read_tensors
 from .processor import read_processor
+from .weights import is_vision
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Checkpoint:
     processor: ProcessorConfig
     raw_config: dict[str, Any] = field(repr=False)
     tensors: dict[str, TensorInfo] = field(repr=False)
+    notes: tuple[str, ...] = ()  # what was found and is not used, one sentence each
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -36,23 +39,46 @@ class Checkpoint:
             CheckpointError: a file is missing or broken, or belongs to another model.
         """
         if not path.is_dir():
+            if path.suffix == ".gguf":
+                way = f"mlx-dgemma convert {path} --mlx-path NAME -q"
+                raise CheckpointError(f"{path} is a GGUF file; convert it first: {way}.")
             raise CheckpointError(f"{path} is not a folder; point at the folder that holds config.json.")
+        notes: list[str] = []
         raw = read_json(path / "config.json")
-        config = ModelConfig.from_dict(raw)
-        generation = path / "generation_config.json"
+        config = ModelConfig.from_dict(raw, notes)
+        tensors = read_tensors(path, notes)
+        format_of(raw, tensors)  # refuses formats that nothing here reads
+        if config.vision and not any(map(is_vision, tensors)):
+            config = replace(config, vision=None)
+            raw = {key: value for key, value in raw.items() if key != "vision_config"}
+            notes.append("config.json has a vision_config, but no file holds the tower: text only, no pictures.")
         return cls(
             path,
             config,
-            GenerationConfig.from_dict(read_json(generation) if generation.exists() else {}, config.eos_token_ids),
-            read_processor(path, config.vision),
+            read_generation(path, config, notes),
+            read_processor(path, config.vision, notes),
             raw,
-            read_tensors(path),
+            tensors,
+            tuple(dict.fromkeys(notes)),  # one file may give the settings of pictures and of videos
         )
 
     @property
     def quantization(self) -> dict[str, Any] | None:
         """config.json's quantization: group_size, bits, mode, and overrides by module path."""
-        return self.raw_config.get("quantization") or self.raw_config.get("quantization_config")
+        return own_quantization(self.raw_config)
+
+    @cached_property
+    def foreign(self) -> str | None:
+        """The other program's format that the weights are quantized in, which only a conversion reads."""
+        return format_of(self.raw_config, self.tensors)
+
+    def require_native(self) -> None:
+        """Raise CheckpointError for a checkpoint that must be converted before it can be loaded."""
+        if self.foreign:
+            raise CheckpointError(
+                f"{self.path} is quantized in the format of {self.foreign}; convert it first: "
+                f"mlx-dgemma convert {self.path} --mlx-path NAME -q."
+            )
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +99,12 @@ class Checkpoint:
     def bits_per_weight(self) -> float:
         """Stored bits, scales and biases included, per weight."""
         return self.nbytes * 8 / self.parameters
+
+
+def read_generation(path: Path, config: ModelConfig, notes: list[str]) -> GenerationConfig:
+    """generation_config.json of a folder; without one, defaults and config.json's end tokens."""
+    file = path / "generation_config.json"
+    return GenerationConfig.from_dict(read_json(file) if file.exists() else {}, config.eos_token_ids, notes)
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

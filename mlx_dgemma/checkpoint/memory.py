@@ -100,8 +100,10 @@ def check(checkpoint: Checkpoint, needed: Need, recipe_sizes: Callable[[], Mappi
         recipe_sizes: gives the bytes of the weights under each conversion recipe; called only to refuse.
 
     Raises:
+        CheckpointError: it must be converted first.
         MemoryLimitError: says how much is missing, which recipe would fit, and what to try.
     """
+    checkpoint.require_native()
     have = device.available()
     if needed.total <= have:
         return

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..model.config import ProcessorConfig, VisionConfig, read_json
+from ..model.config_keys import changes_nothing, unused
 from ..model.patches import BUDGETS
 
 NESTED, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
@@ -35,16 +36,22 @@ _INERT = frozenset(
 _NORMALIZATION = ("do_normalize", "image_mean", "image_std")
 
 
-def read_processor(folder: Path, vision: VisionConfig | None) -> ProcessorConfig:
+def read_processor(folder: Path, vision: VisionConfig | None, notes: list[str] | None = None) -> ProcessorConfig:
     """The settings of pictures and videos in a checkpoint's folder; missing ones are Gemma 4's.
+
+    Args:
+        folder: of the checkpoint.
+        vision: sizes of the tower, with which the settings must agree.
+        notes: takes a sentence about keys that are not used.
 
     Raises:
         CheckpointError: a setting that is not computed here, or is unknown, or contradicts the vision tower.
     """
     image_at, image = _section(folder, "image_processor", IMAGES)
     video_at, video = _section(folder, "video_processor", VIDEOS, IMAGES)
-    _check(image_at, image, vision, ("max_soft_tokens",))
-    _check(video_at, video, vision, ("max_soft_tokens", "num_frames"))
+    notes = [] if notes is None else notes
+    notes += unused(image_at, _check(image_at, image, vision, ("max_soft_tokens",)))
+    notes += unused(video_at, _check(video_at, video, vision, ("max_soft_tokens", "num_frames")))
     return ProcessorConfig(
         _number(image_at, image, "max_soft_tokens", ProcessorConfig.image_tokens, BUDGETS.__contains__),
         _number(video_at, video, "max_soft_tokens", ProcessorConfig.video_tokens, BUDGETS.__contains__),
@@ -66,8 +73,9 @@ def _section(folder: Path, name: str, *files: str) -> tuple[str, dict[str, Any]]
     return where, {key: value for key, value in found.items() if value is not None}
 
 
-def _check(where: str, settings: dict[str, Any], vision: VisionConfig | None, taken: tuple[str, ...]) -> None:
-    """Refuse settings that would change the pixels, the patches or the choice of frames."""
+def _check(where: str, settings: dict[str, Any], vision: VisionConfig | None, taken: tuple[str, ...]) -> list[str]:
+    """Refuse settings that would change the pixels, the patches or the choice of frames; the unknown others."""
+    idle = []
     computed = dict(_FIXED)
     if vision is not None:
         computed |= {"patch_size": vision.patch_size, "pooling_kernel_size": vision.pooling_kernel_size}
@@ -79,7 +87,11 @@ def _check(where: str, settings: dict[str, Any], vision: VisionConfig | None, ta
                 same = isinstance(value, (int, float)) and abs(value - computed[key]) < 1e-9
             if not same:
                 raise CheckpointError(f"{where} has {key} = {value!r}, but only {computed[key]!r} is computed here.")
-        elif key not in (*taken, *_NORMALIZATION, *_INERT, "patch_size", "pooling_kernel_size"):
+        elif key in (*taken, *_NORMALIZATION, *_INERT, "patch_size", "pooling_kernel_size"):
+            continue
+        elif changes_nothing(key, value):
+            idle.append(key)
+        else:
             raise CheckpointError(
                 f"{where} has the unknown key {key!r} = {value!r}, which may change the pixels; "
                 "remove it if you know that it does not."
@@ -92,6 +104,7 @@ def _check(where: str, settings: dict[str, Any], vision: VisionConfig | None, ta
                     f"{where} has do_normalize = {settings['do_normalize']!r} with {key} = {value!r}, "
                     f"but only {plain} changes nothing, and nothing else is computed here."
                 )
+    return idle
 
 
 def _number(where: str, settings: dict[str, Any], key: str, default: int, fits: Callable[[int], bool]) -> int:

@@ -23,13 +23,15 @@ RULES: tuple[tuple[str, str, int | None], ...] = (
     (_EXPERTS + r"\.up_proj\." + _PARTS, r"\1.gate_up_proj.\2", 1),
     (r"(model\.encoder\.language_model\.layers\.\d+\.layer_scalar)", r"\1", None),
     (r"(model\.(?:decoder|encoder\.vision_tower|encoder\.embed_vision)\..+)", r"\1", None),
+    (r"(?:encoder\.)?((?:vision_tower|embed_vision)\..+)", r"model.encoder.\1", None),  # OptiQ's file of the tower
 )
 # Copies of tied weights and their originals; only the encoder's layer scalars are weights of their own.
 COPIES: tuple[tuple[str, str], ...] = (
     (r"lm_head\." + _PARTS, r"model.decoder.embed_tokens.\1"),
     (r"model\.encoder\.language_model\.((?!layers\.\d+\.layer_scalar$).+)", r"model.decoder.\1"),
 )
-_COMPUTED = r".*rotary_emb\..*"  # tables that are computed
+# Tables that are computed, and one that exporters of Gemma 3n leave.
+_COMPUTED = r".*rotary_emb\..*|.*embed_vision\.embedding\..*"
 _CLIP_BOUND = r".*\.(input|output)_(min|max)"  # also written by towers that do not clip
 
 
@@ -49,13 +51,23 @@ def original_of(name: str) -> str | None:
     return None
 
 
+def is_vision(name: str) -> bool:
+    """Whether a tensor belongs to the vision tower or its projector."""
+    return re.match(r"(?:model\.)?(?:encoder\.)?(?:vision_tower|embed_vision)\.", name) is not None
+
+
+def is_copy(name: str) -> bool:
+    """Whether a source tensor is a copy of another one or a table that is computed, so that it may be missing."""
+    return bool(original_of(name) or re.fullmatch(_COMPUTED, name))
+
+
 def match(name: str, config: ModelConfig) -> tuple[str, int | None] | None:
     """(target, half) of a source tensor, or None if it is ignored.
 
     Raises:
         CheckpointError: no rule matches the name.
     """
-    vision = name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision."))
+    vision = is_vision(name)
     clipped = config.vision is not None and config.vision.use_clipped_linears
     unclipped = vision and not clipped and re.fullmatch(_CLIP_BOUND, name)
     if unclipped or original_of(name) or re.fullmatch(_COMPUTED, name):

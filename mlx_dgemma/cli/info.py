@@ -66,6 +66,7 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
         "bits_per_weight": round(checkpoint.bits_per_weight, 3),
         "quantization": _quantization(checkpoint),
         "sampler": sampler,
+        "notes": [*checkpoint.notes, *_conversion(checkpoint)],
         "machine": {
             "device": str(mx.device_info().get("device_name", "unknown")),
             "available": available,
@@ -124,6 +125,11 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {**common, "overrides": sum(isinstance(one, dict) for one in checkpoint.quantization.values())}
 
 
+def _conversion(checkpoint: Checkpoint) -> list[str]:
+    """That a checkpoint must be converted before it can be loaded, if it must."""
+    return [f"the format of {checkpoint.foreign} is only read by `mlx-dgemma convert`"] if checkpoint.foreign else []
+
+
 def _recipes(checkpoint: Checkpoint, other_bytes: int) -> dict[str, dict[str, Any]]:
     """Size of the weights for each recipe, and the memory needed with `other_bytes` for prefix and workspace."""
     sizes = {name: recipe.nbytes(checkpoint.shapes) for name, recipe in RECIPES.items()}
@@ -172,6 +178,7 @@ def lines(about: dict[str, Any]) -> list[str]:
         ),
         ("", _verdict(needed["total"], machine["available"])),
         *(("advice", line) for line in _advice(machine)),
+        *(("note", line) for line in about["notes"]),
     ]
     output = [f"{name:14}{value}" for name, value in pairs]
     output += ["", f"{'context':>14}{'memory':>12}"]

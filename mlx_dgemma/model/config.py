@@ -1,8 +1,9 @@
 """The JSON files of a checkpoint as frozen dataclasses.
 
 Reading is strict: an unknown key may stand for another computation, so it is an error that names the key. Keys that
-change nothing here are listed. An unknown key that is null counts as missing. Sizes that a tensor's shape pins may be
-missing, since a wrong default is then found; what no shape pins is required, or has the default of Transformers.
+change nothing here are listed. An unknown key that is bookkeeping by its name, or off by its value, is told in a note;
+one that is null counts as missing. Sizes that a tensor's shape pins may be missing, since a wrong default is then
+found; what no shape pins is required, or has the default of Transformers.
 """
 
 from __future__ import annotations
@@ -17,28 +18,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
+from .config_keys import FIXED, INERT, SAMPLING, changes_nothing, unused
 
-# Keys that do not change the computation: bookkeeping, training and serving hints.
-_INERT = frozenset(
-    """_name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
-    default_output_length dtype eos_token_id generation_config global_head_dim id2label
-    initializer_range is_encoder_decoder label2id max_position_embeddings output_attentions
-    output_hidden_states pad_token_id problem_type quantization quantization_config return_dict
-    skip_vision torch_dtype transformers_version use_cache video_token_id vision_soft_tokens_per_image
-    vision_soft_tokens_per_video_frame audio_token_id boa_token_id eoa_token_id eoa_token_index
-    audio_soft_tokens_per_image audio_ms_per_token ignore_index""".split()
-)
-# Keys of the Gemma 4 family with the only value that is computed here.
-_FIXED: dict[str, Any] = {
-    "attention_bias": False,
-    "attention_k_eq_v": True,
-    "enable_moe_block": True,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "hidden_size_per_layer_input": 0,
-    "num_kv_shared_layers": 0,
-    "tie_word_embeddings": True,
-    "use_double_wide_mlp": False,
-}
 # Keys of text_config that no tensor's shape pins and for which readers of checkpoints have different defaults.
 _REQUIRED = ("sliding_window", "top_k_experts")
 # JSON types of a field, by the type of its default.
@@ -65,30 +46,38 @@ def _refuses_bad_values(file: str) -> Callable:
     return wrap
 
 
-def _read(cls: type, raw: Any, where: str, **derived: Any):
-    """A dataclass from a JSON object. Missing fields have defaults; other keys must be in `_INERT` or `_FIXED`."""
+def _read(cls: type, raw: Any, where: str, notes: list[str], **derived: Any):
+    """A dataclass from a JSON object. Missing fields have defaults; keys that are not used are added to `notes`."""
     if not isinstance(raw, dict):
         raise CheckpointError(f"{where} is not a JSON object but {type(raw).__name__}; download the checkpoint again.")
     known = {f.name: f for f in fields(cls)}
     values = dict(derived)
+    idle: list[str] = []
+    sampling: list[str] = []
     for key, value in raw.items():
         if key in derived or (value is None and not _must_be_number(known.get(key))):
             continue
-        if key in _FIXED and key not in known:
-            if value != _FIXED[key]:
+        if key in FIXED and key not in known:
+            if value != FIXED[key]:
                 raise CheckpointError(
-                    f"{where} has {key} = {value!r}, but this model is only computed with {_FIXED[key]!r}."
+                    f"{where} has {key} = {value!r}, but this model is only computed with {FIXED[key]!r}."
                 )
         elif key in known:
             noun, kinds = _KINDS.get(type(known[key].default), ("", ()))
             if noun and type(value) not in kinds:
                 raise CheckpointError(f"{where} has {key} = {value!r}, which should be {noun}.")
             values[key] = tuple(value) if isinstance(value, list) else value
-        elif key not in _INERT:
+        elif key in SAMPLING:
+            sampling.append(key)
+        elif key not in INERT and changes_nothing(key, value):
+            idle.append(key)
+        elif key not in INERT:
             raise CheckpointError(
                 f"{where} has the unknown key {key!r} = {value!r}, which may change the computation; "
                 "remove it if you know that it does not."
             )
+    notes += unused(where, idle)
+    notes += unused(where, sampling, "are settings of other samplers and are not used; give options instead")
     return cls(**values)
 
 
@@ -163,7 +152,7 @@ class TextConfig:
         return frequencies.astype(np.float32)
 
 
-def _text_config(raw: dict) -> TextConfig:
+def _text_config(raw: dict, notes: list[str]) -> TextConfig:
     where = "config.json (text_config)"
     for key in _REQUIRED:
         if raw.get(key) is None:
@@ -195,7 +184,7 @@ def _text_config(raw: dict) -> TextConfig:
     derived.update(_full_layer_sizes(raw, types, where))
     names = {f.name for f in fields(TextConfig)}
     rest = {k: v for k, v in raw.items() if k not in derived}
-    config = _read(TextConfig, rest, where, **{k: v for k, v in derived.items() if k in names})
+    config = _read(TextConfig, rest, where, notes, **{k: v for k, v in derived.items() if k in names})
     if config.use_bidirectional_attention not in (None, "vision"):
         raise CheckpointError(
             f"{where} has use_bidirectional_attention = {config.use_bidirectional_attention!r}, "
@@ -268,11 +257,11 @@ class VisionConfig:
     model_type: str = "gemma4_vision"
 
 
-def _vision_config(raw: dict) -> VisionConfig:
+def _vision_config(raw: dict, notes: list[str]) -> VisionConfig:
     where = "config.json (vision_config)"
     rope = _rope(raw.get("rope_parameters"), where, {"rope_type": "axial", "rope_theta": 100.0}, "default")
     rest = {k: v for k, v in raw.items() if k not in ("rope_parameters", "layer_types", "use_bidirectional_attention")}
-    config = _read(VisionConfig, rest, where, rope_theta=rope["rope_theta"])
+    config = _read(VisionConfig, rest, where, notes, rope_theta=rope["rope_theta"])
     if config.head_dim < 4 or config.head_dim % 4:
         raise CheckpointError(
             f"{where} has head_dim = {config.head_dim}, which RoPE cannot turn in pairs along two axes; "
@@ -296,8 +285,12 @@ class ModelConfig:
 
     @classmethod
     @_refuses_bad_values("config.json")
-    def from_dict(cls, raw: dict) -> ModelConfig:
+    def from_dict(cls, raw: dict, notes: list[str] | None = None) -> ModelConfig:
         """Read config.json's content.
+
+        Args:
+            raw: the content.
+            notes: takes a sentence about each file's keys that are not used.
 
         Raises:
             CheckpointError: another `model_type`, an unknown key, or sizes that contradict each other.
@@ -310,12 +303,13 @@ class ModelConfig:
             )
         if raw.get("audio_config") not in (None, {}):
             raise CheckpointError("config.json has an audio_config, but audio is not a modality of DiffusionGemma.")
-        text = _text_config(raw.get("text_config") or {})
-        vision = _vision_config(raw["vision_config"]) if raw.get("vision_config") else None
+        notes = [] if notes is None else notes
+        text = _text_config(raw.get("text_config") or {}, notes)
+        vision = _vision_config(raw["vision_config"], notes) if raw.get("vision_config") else None
         eos = raw.get("eos_token_id", (raw.get("text_config") or {}).get("eos_token_id"))
         drop = ("text_config", "vision_config", "audio_config")
         rest = {k: v for k, v in raw.items() if k not in drop}
-        return _read(cls, rest, "config.json", text=text, vision=vision, eos_token_ids=_ids(eos) or (1,))
+        return _read(cls, rest, "config.json", notes, text=text, vision=vision, eos_token_ids=_ids(eos) or (1,))
 
 
 @dataclass(frozen=True)
@@ -333,7 +327,7 @@ class GenerationConfig:
 
     @classmethod
     @_refuses_bad_values("generation_config.json")
-    def from_dict(cls, raw: dict, eos_token_ids: tuple[int, ...]) -> GenerationConfig:
+    def from_dict(cls, raw: dict, eos_token_ids: tuple[int, ...], notes: list[str] | None = None) -> GenerationConfig:
         """Read generation_config.json's content; without end tokens of its own it takes `eos_token_ids`.
 
         Raises:
@@ -359,7 +353,7 @@ class GenerationConfig:
         ):
             raw.pop(key, None)
         ends = _ids(raw.pop("eos_token_id", None)) or eos_token_ids
-        return _read(cls, raw, "generation_config.json", eos_token_ids=ends)
+        return _read(cls, raw, "generation_config.json", [] if notes is None else notes, eos_token_ids=ends)
 
 
 @dataclass(frozen=True)
@@ -379,13 +373,15 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
+    """The object in a JSON file, in UTF-8 or UTF-16, with or without a byte order mark.
 
     Raises:
-        CheckpointError: the file is missing, is not JSON, or does not hold an object.
+        CheckpointError: the file is missing, is a git-lfs pointer, is not JSON, or does not hold an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        refuse_pointer(path, data)
+        content = json.loads(data)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; point at a folder that holds a whole checkpoint.") from None
     except (ValueError, OSError) as error:
@@ -393,3 +389,19 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object; download it again.")
     return content
+
+
+def refuse_pointer(file: Path, start: bytes) -> None:
+    """Refuse a git-lfs pointer, which `git clone` leaves in a file's place where git-lfs is not installed.
+
+    Args:
+        file: for the message.
+        start: its first bytes, 32 at least.
+
+    Raises:
+        CheckpointError: it is a pointer.
+    """
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{file} is a git-lfs pointer, not the file itself; run `git lfs install` and `git lfs pull` in its folder."
+        )

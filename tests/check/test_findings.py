@@ -96,16 +96,11 @@ def test_a_model_of_another_shape_is_a_failure_of_each_line():
     assert {line.status for line in references.lines(small_model())} == {FAILED}
 
 
-def test_a_wrong_answer_fails_and_what_needs_an_extra_is_skipped():
+def test_a_wrong_answer_fails():
     case = answers.Case("sorting", lambda engine: "1, 2", "1, 2".__eq__)
     assert answers.answered(case, None).status == PASSED
     wrong = answers.answered(case._replace(ask=lambda engine: "2, 1"), None)
     assert (wrong.status, wrong.says) == (FAILED, "'2, 1'")
-    skipped = answers.answered(case._replace(needs="no_such_module"), None)
-    assert (skipped.status, skipped.says) == (
-        SKIPPED,
-        "no_such_module is not installed; the extra `constrain` brings it.",
-    )
 
 
 def test_the_demo_knows_its_answers():

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dgemma.convert import cli as cli_module
-from mlx_dgemma.convert import conversion, convert
+from mlx_dgemma.convert import convert, jobs
 from mlx_dgemma.errors import DgemmaError, OptionError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -148,7 +148,7 @@ def test_ctrl_c_removes_the_partial_folder(hf_checkpoint, tmp_path, monkeypatch)
     def interrupt(ranges):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "read_ranges", interrupt)
+    monkeypatch.setattr(jobs, "read_ranges", interrupt)
     done = run(hf_checkpoint, "--mlx-path", tmp_path / "out")
     assert (done.exit_code, done.stdout) == (130, "")
     assert done.stderr == "Interrupted; no files were left behind.\n"
@@ -157,7 +157,7 @@ def test_ctrl_c_removes_the_partial_folder(hf_checkpoint, tmp_path, monkeypatch)
 
 def test_sigterm_removes_the_partial_folder(hf_checkpoint, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(conversion, "read_ranges", lambda ranges: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(jobs, "read_ranges", lambda ranges: os.kill(os.getpid(), signal.SIGTERM))
     done = run(hf_checkpoint, "--mlx-path", tmp_path / "out")
     assert done.exit_code == 143
     assert list(tmp_path.iterdir()) == []

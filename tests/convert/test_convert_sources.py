@@ -71,14 +71,6 @@ BROKEN = {
         lambda p: (p / SHARDS[0]).write_bytes(b"\x08\0\0\0\0\0\0\0not json"),
         "{p}/" + SHARDS[0] + " is not a safetensors file; download it again.",
     ),
-    "stray shard": (
-        lambda p: shutil.copy(p / SHARDS[0], p / "other.safetensors"),
-        "The shard {p}/other.safetensors is not in " + INDEX + "; remove it or download the index again.",
-    ),
-    "no index": (
-        lambda p: (p / INDEX).unlink(),
-        "{p} holds 3 shards but no " + INDEX + "; download the index.",
-    ),
     "no shards": (
         lambda p: [(p / name).unlink() for name in (*SHARDS, INDEX)],
         "{p} holds no .safetensors file; point at a folder that holds a whole checkpoint.",

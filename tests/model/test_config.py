@@ -377,8 +377,8 @@ def test_every_setting_of_the_generation_config_is_taken(raw_generation):
 
 
 def test_an_unknown_generation_setting_or_sampler_is_an_error(raw_generation):
-    assert message(GenerationConfig.from_dict, changed(raw_generation, top_p=0.9), ()) == (
-        "generation_config.json has the unknown key 'top_p' = 0.9, which may change the computation; "
+    assert message(GenerationConfig.from_dict, changed(raw_generation, remasking="low"), ()) == (
+        "generation_config.json has the unknown key 'remasking' = 'low', which may change the computation; "
         "remove it if you know that it does not."
     )
     other = changed(raw_generation, sampler_config={"_cls_name": "ConfidenceSamplerConfig", "threshold": 0.9})
