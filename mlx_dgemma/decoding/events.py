@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import mlx.core as mx
+
+
+class ScoredToken(NamedTuple):
+    """A token with its log-probability: in nats, by the processed logits of the step in which its canvas ended."""
+
+    token: int
+    log_prob: float
+
+
+def scored(tokens: Sequence[int], log_probs: Sequence[float]) -> tuple[ScoredToken, ...]:
+    """Tokens with their log-probabilities.
+
+    Raises:
+        ValueError: there are more of the one than of the other.
+    """
+    return tuple(ScoredToken(*pair) for pair in zip(tokens, log_probs, strict=True))
 
 
 @dataclass(frozen=True)
@@ -28,7 +46,15 @@ class Block:
     tokens: tuple[int, ...]  # the whole canvas, what lies behind an end token included
     text: str = ""  # answer text that is new and final
     thinking: str = ""  # thinking text that is new and final
-    log_probs: tuple[float, ...] = ()  # of the tokens, in nats, by the processed logits of the last step
+    log_probs: tuple[float, ...] = ()  # of the tokens, as in `ScoredToken`; none where they are not known
+
+    def __post_init__(self) -> None:
+        _ = self.scored
+
+    @property
+    def scored(self) -> tuple[ScoredToken, ...]:
+        """Each token with its log-probability."""
+        return scored(self.tokens, self.log_probs) if self.log_probs else ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,14 @@ class Result:
     log_probs: list[float] = field(default_factory=list)  # one for each of `tokens`, in nats, as in `Block`
     holes: dict[str, str] = field(default_factory=dict)  # what `Engine.fill` put into each
     notes: tuple[str, ...] = ()  # what is to be known of the answer, one sentence each, such as a call that is broken
+
+    def __post_init__(self) -> None:
+        _ = self.scored
+
+    @property
+    def scored(self) -> tuple[ScoredToken, ...]:
+        """Each token with its log-probability."""
+        return scored(self.tokens, self.log_probs) if self.log_probs else ()
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ def _text_config(raw: dict, notes: list[str]) -> TextConfig:
             f"{where} has layer_types for {len(types)} layers ({', '.join(sorted(set(types)))}) "
             f"and num_hidden_layers = {count}; they should agree and name sliding_attention or full_attention."
         )
+    types = (*types[:-1], "full_attention")  # whatever is written: Transformers computes the last layer so
     rope = {} if raw.get("rope_parameters") is None else raw["rope_parameters"]
     if unknown := sorted(set(rope) - {"sliding_attention", "full_attention"}):
         raise CheckpointError(f"{where} has the unknown key {unknown[0]!r} in rope_parameters.")

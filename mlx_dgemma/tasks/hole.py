@@ -15,6 +15,7 @@ import numpy as np
 from ..constraints.language import Language
 from ..constraints.search import Marginals, exact_text
 from ..decoding.control import Control, Layout, fitting_size
+from ..decoding.events import ScoredToken, scored
 from ..decoding.lookahead import denoise_block
 from ..decoding.options import GenerationOptions
 from ..model.diffusion_gemma import DiffusionGemma
@@ -38,8 +39,7 @@ class Hole(Control):
         otherwise: the length that is taken where none of these has a text; None: one of them always has.
 
     Attributes:
-        found: the hole's tokens so far.
-        log_probs: theirs, in nats.
+        found: the hole's tokens so far, each with its log-probability.
         score: log-probability of each row's hole and of up to `IN_VIEW` tokens behind it, in the last step.
     """
 
@@ -56,8 +56,7 @@ class Hole(Control):
         self._lengths, self._canvas, self._otherwise = list(lengths), canvas_length, otherwise
         self._asked = sorted(set(self._behind[:IN_VIEW]))
         self._begin, self._state = 0, 0  # of the canvas: its first position, and where the hole's text stands
-        self.found: list[int] = []
-        self.log_probs: list[float] = []
+        self.found: list[ScoredToken] = []
         self.score = [float("-inf")] * len(self._lengths)
         self._kept: dict[int, np.ndarray] = {}  # the last text of each row on this canvas
 
@@ -145,8 +144,7 @@ class Hole(Control):
     def take(self, tokens: Sequence[int], log_probs: Sequence[float]) -> None:
         """Take the hole's part of a finished canvas."""
         start, stop = self._window(0, len(tokens))
-        self.found += tokens[start:stop]
-        self.log_probs += log_probs[start:stop]
+        self.found += scored(tokens, log_probs)[start:stop]
         self._state = self._language.state_after(tokens[start:stop], self._state)
         self._begin += len(tokens)
         self._kept.clear()

@@ -84,12 +84,12 @@ class HoleReader:
     @property
     def tokens(self) -> list[int]:
         """Tokens of the hole."""
-        return self._hole.found
+        return [one.token for one in self._hole.found]
 
     @property
     def log_probs(self) -> list[float]:
         """Their log-probabilities, in nats."""
-        return self._hole.log_probs
+        return [one.log_prob for one in self._hole.found]
 
     def close_thought(self, tokens: Sequence[int], log_probs: Sequence[float]) -> tuple[list[int], list[float]]:
         """The canvas as it is: a hole has no thoughts."""

@@ -189,7 +189,7 @@ def test_groups_and_waiting_bound_the_peak(monkeypatch):
 
 
 @pytest.mark.parametrize("group", [1, 3, 4])
-@pytest.mark.parametrize("kinds", [(SLIDING, FULL, SLIDING), (FULL, FULL)])
+@pytest.mark.parametrize("kinds", [(SLIDING, FULL, SLIDING, FULL), (FULL, FULL)])
 def test_a_model_in_groups_gives_the_same_logits(grouped, kinds, group):
     """With grouped prefill, padded rows, rings that wrapped, an image span, a commit and a conditioned canvas."""
     model = small_model(4, layers=kinds)

@@ -192,7 +192,7 @@ def test_a_model_with_kernels_gives_the_same_states(monkeypatch, way):
     """Prompt, commit, canvases of one prefix and of several, in all ways of laying out rows."""
     monkeypatch.setattr(experts, "uses_padded_runs", lambda: way == "runs")
     monkeypatch.setattr(experts, "PAD_FROM", 0 if way == "sorted" else 10**6)
-    model = small_model(4, layers=(SLIDING, FULL, SLIDING))
+    model = small_model(4, layers=(SLIDING, FULL, SLIDING, FULL))
     tokens, canvas = random_tokens(0, 2, 21), random_tokens(2, 2, 4)
     conditioning = draw(3, 2, 4, 16)
     model.eval()

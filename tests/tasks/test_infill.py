@@ -10,6 +10,7 @@ from support import refusal
 from mlx_dgemma import OptionError, PromptError
 from mlx_dgemma.decoding.control import fitting_size
 from mlx_dgemma.tasks import infill
+from mlx_dgemma.tasks.hole import divide
 from mlx_dgemma.tasks.infill import HoleContext
 
 HOLES = [
@@ -206,3 +207,9 @@ def test_a_cut_run_without_blanks_finds_a_length(engine, monkeypatch, few):
     result = engine.infill("One day a " + run[:2], run[3:] + " came.", seed=0, max_denoising_steps=1)
     assert result.finish_reason == "stop"
     assert engine.builder.token_bytes.to_bytes(result.tokens).decode() == " " + run[:2] + result.text + run[3:]
+
+
+@pytest.mark.parametrize(("count", "behind", "encoded"), [(128, 40, 128), (170, 40, 138), (170, 4, 128), (190, 4, 146)])
+def test_as_much_is_encoded_as_leaves_room_for_the_hole_and_its_view(count, behind, encoded):
+    """On a canvas of 64: a hole of 16, and up to 16 tokens behind it; else canvases begin at their multiples."""
+    assert divide(range(count), behind, 16, 64) == encoded
