@@ -19,7 +19,6 @@ from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.model.kv_cache import Prefix
 from mlx_dgemma.prompt.messages import messages_of
 from mlx_dgemma.prompt.template import render
-from mlx_dgemma.upstream import load_tokenizer
 
 from .jobs import Job, make_jobs, source_quantization
 from .sources.parts import Decoded
