@@ -16,11 +16,12 @@ from ..errors import OptionError, PromptError, shown
 from ..model.config import ModelConfig
 from .answer import Answer
 from .images import digest, open_image, patchify
+from .lanes import HERE, LANES
+from .languages import Languages
 from .messages import Message, parts_of
 from .template import opens_thought, render
 from .video import sample_frames, stamp
 
-KEPT_LANGUAGES = 16  # of constraints, the last used
 VIDEO = "<|video|>"  # Gemma 4's marker in chat templates; it never reaches the model
 
 
@@ -37,7 +38,7 @@ class PromptBuilder:
     def __init__(self, tokenizer: Any, config: ModelConfig, options: GenerationOptions, video_tokens: int):
         self.tokenizer, self.config, self.options = tokenizer, config, options
         self._video_tokens = video_tokens
-        self._languages: dict[str, Language] = {}
+        self._languages = Languages(lambda: self.token_bytes)
 
     def request(
         self,
@@ -68,8 +69,7 @@ class PromptBuilder:
         vocab_size = self.config.text.vocab_size
         if outside := [token for token in options.end_tokens if token >= vocab_size]:
             raise OptionError(f"end_tokens has {outside[0]}, but the vocabulary has {vocab_size} tokens; leave it out.")
-        self._check_characters(messages)
-        prompt = self.prompt_tokens(messages, thinking, tools, options)
+        prompt = self.prompt_tokens(messages, thinking, tools, options, bounded=True)
         self.check_room(len(prompt.tokens))
         thinks = opens_thought(self.tokenizer, prompt.tokens)
         answer = Answer(self.tokenizer, options.end_tokens, options.max_tokens, options.stop, thinks=thinks)
@@ -81,20 +81,23 @@ class PromptBuilder:
         thinking: bool = False,
         tools: list[dict] | None = None,
         options: GenerationOptions | None = None,
+        bounded: bool = False,
     ) -> PromptTokens:
-        """A conversation as the model reads it, however long, ready for the assistant's answer.
+        """A conversation as the model reads it, ready for the assistant's answer.
 
         Args:
             messages: from `messages_of`.
             thinking, tools: as `request` takes them.
             options: what pictures and videos may take; None takes the checkpoint's.
+            bounded: refuse what is certainly too long for the context before it is cut into tokens.
 
         Raises:
-            PromptError: the template refuses the messages, or a picture cannot be read.
+            PromptError: the template refuses the messages, a picture cannot be read, or the prompt is too long.
         """
         pictures, spans, times = self._media(messages, options or self.options)
         placeholder = self.config.image_token_id
-        tokens = render(self.tokenizer, messages, tools, thinking, spans, (self._token(placeholder), VIDEO))
+        markers, check = (self._token(placeholder), VIDEO), self.check_characters if bounded else None
+        tokens = render(self.tokenizer, messages, tools, thinking, spans, markers, check)
         digests = iter([picture.digest for picture in pictures for _ in range(picture.tokens)])
         cache_key = [next(digests) if token == placeholder and pictures else token for token in tokens]
         return PromptTokens(tokens, cache_key, pictures, times)
@@ -126,9 +129,10 @@ class PromptBuilder:
             raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
         if isinstance(source, Picture):
             return source
-        image = open_image(source)
-        patches = patchify([image], budget, vision.patch_size, vision.pooling_kernel_size)
-        return Picture(f"{digest(image)}/{budget}", patches)
+        with LANES.get(HERE).picture():
+            image = open_image(source)
+            patches = patchify([image], budget, vision.patch_size, vision.pooling_kernel_size)
+            return Picture(f"{digest(image)}/{budget}", patches)
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
@@ -148,13 +152,9 @@ class PromptBuilder:
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         return next((t for t in reversed(tokens) if t in self.options.end_tokens), self.options.end_tokens[0])
 
-    def language(self, pattern: str, what: str) -> Language:
-        """The language of a plain pattern, made once; the last few are kept."""
-        found = self._languages.pop(pattern, None) or Language(pattern, self.token_bytes, what)
-        self._languages[pattern] = found
-        for oldest in list(self._languages)[:-KEPT_LANGUAGES]:
-            del self._languages[oldest]
-        return found
+    def language(self, source: Any, what: str, kind: str = "plain") -> Language:
+        """The language of a constraint, as `lanes.make_language` makes it; the last few are kept."""
+        return self._languages.get(kind, source, what)
 
     def check_room(self, count: int) -> None:
         """Raise PromptError where the context has no room for so many tokens and a canvas."""
@@ -165,10 +165,12 @@ class PromptBuilder:
                 f"beside a canvas of {self.config.canvas_length}; shorten it."
             )
 
-    def _check_characters(self, messages: list[Message]) -> None:
-        """Refuse texts that no tokens could make fit, before they are cut into tokens, which takes a second a MB."""
-        texts = [message["content"] for message in messages if isinstance(message["content"], str)]
-        count = sum(map(len, [*texts, *(part["text"] for part in parts_of(messages, "text"))]))
+    def check_characters(self, count: int) -> None:
+        """Refuse texts that no tokens could make fit, before they are cut into tokens, which takes a second a MB.
+
+        Raises:
+            PromptError: the context has no room for so many characters.
+        """
         room = self.config.text.max_position_embeddings - self.config.canvas_length
         if count > room * self._longest_token:
             raise PromptError(

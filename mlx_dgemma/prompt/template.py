@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import PromptError
@@ -16,6 +16,7 @@ def render(
     thinking: bool = False,
     media: Sequence[tuple[str, str]] = (),
     markers: Sequence[str] = (),
+    check: Callable[[int], None] | None = None,
 ) -> list[int]:
     """Token ids of the messages in the checkpoint's own chat template, ready for the answer.
 
@@ -26,6 +27,7 @@ def render(
         thinking: switch the template's thinking on.
         media: for each image and video part, in order, (the template's marker, the text that takes its place).
         markers: every marker that there is.
+        check: told how many characters the whole text has before it is cut into tokens; raises if they are too many.
 
     Raises:
         PromptError: the checkpoint has no chat template, the template refuses these messages, or it shows
@@ -51,7 +53,10 @@ def render(
     for marker, shown in media:
         head, _, text = text.partition(marker)
         done += head + shown
-    return tokenizer.encode(done + text, add_special_tokens=False)
+    text = done + text
+    if check is not None:
+        check(len(text))
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def opens_thought(tokenizer: Any, tokens: Sequence[int]) -> bool:

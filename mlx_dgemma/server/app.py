@@ -110,16 +110,18 @@ async def model(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """GET /health: whether the server accepts requests, and how many it has."""
+    """GET /health: whether the server accepts requests, how many it has, and since when it works on the last step."""
     state = request.app.state
-    load, stopping = state.scheduler.load(), state.stopping()
+    load, scheduler_health, stopping = state.scheduler.load(), state.scheduler.health(), state.stopping()
+    status = "stopping" if stopping else "ok" if scheduler_health.alive else "failed"
     body = {
-        "status": "stopping" if stopping else "ok",
+        "status": status,
         "model": state.settings.model,
         "running": load.running,
         "waiting": load.waiting,
+        "seconds_since_step": round(scheduler_health.seconds_since_pass, 3),
     }
-    return JSONResponse(body, 503 if stopping else 200)
+    return JSONResponse(body, 200 if status == "ok" else 503)
 
 
 async def metrics(request: Request) -> Response:
