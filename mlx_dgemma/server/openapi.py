@@ -422,7 +422,11 @@ def _answers() -> dict[str, Schema]:
         "Model": model,
         "Models": _answer(object=_enum("list"), data=_list(model)),
         "Health": _answer(
-            status=_enum("ok", "stopping", "failed"), model=TEXT, running=COUNT, waiting=COUNT, seconds_since_step=NUMBER
+            status=_enum("ok", "stopping", "failed"),
+            model=TEXT,
+            running=COUNT,
+            waiting=COUNT,
+            seconds_since_step=NUMBER,
         ),
         "Error": _answer(error=_answer(**error)),
     }

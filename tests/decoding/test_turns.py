@@ -82,4 +82,3 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(monkeypatch):
     assert watched.chunks_of(1) == [11]
     assert watched.chunks_of(2) == [13, 15]
     assert watched.steps_of(2)[-1] < watched.chunks_of(0)[-1]
-
