@@ -30,6 +30,11 @@ def shown(value: object) -> str:
         return "an integer of thousands of digits"
 
 
+def as_exception(error: BaseException) -> Exception:
+    """An error that ends one request alone: a panic of a library in Rust is no Exception, and becomes one."""
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+
+
 class DgemmaError(Exception):
     """Base of every error below; the command line prints its message and exits with 1."""
 

@@ -12,7 +12,7 @@ from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.connections import Server
 from mlx_dgemma.server.settings import Settings
-from mlx_dgemma.serving.scheduler import Accepted, Load, Ticket
+from mlx_dgemma.serving.tickets import Accepted, Health, Load, Ticket
 
 MODEL = "demo"
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -52,6 +52,9 @@ class Script:
 
     def load(self):
         return Load(0, 0, {})
+
+    def health(self):
+        return Health(True, 0.0)
 
     def close(self, seconds=0.0):
         pass

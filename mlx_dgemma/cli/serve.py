@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from ..errors import OptionError
+from ..errors import DgemmaError, OptionError
 from ..server.settings import Settings, model_name
 from .common import ModelChoice, adapter_option, model_options
 from .terminal import Terminal
@@ -135,12 +135,15 @@ def serve(
         warnings.filterwarnings("ignore", category=UserWarning, module=QUOTING_MODULES)
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else a line for whatever is no HTTP
         server = Server(app)
+        scheduler.on_death = lambda: setattr(server, "should_exit", True)
         address = f"[{host}]" if ":" in host else host
         with_adapter = f" with the adapter {engine.adapter}" if engine.adapter else ""
         terminal.warn(
             f"Listening on http://{address}:{server_socket.getsockname()[1]}/v1{with_adapter}; Ctrl-C stops it."
         )
         server.run(sockets=[server_socket])
+        if scheduler.broken is not None:
+            raise DgemmaError(str(scheduler.broken))
 
 
 def _agent(ctx: click.Context, both: bool, install: bool, api_key: str | None, terminal: Terminal) -> None:

@@ -42,6 +42,7 @@ class Language:
             text, and each that is a single character.
         scored_moves: theirs.
         distance: [states] tokens from each state to the end, of the always scored ones; infinite if there is no way.
+        returns: how many levels of a schema that refers to itself are in it; 0 of any other.
 
     Raises:
         OptionError: the tokenizer can spell no text of the language, or the automaton is too large.
@@ -50,6 +51,7 @@ class Language:
     def __init__(self, pattern: str | Expression, token_bytes: TokenBytes, what: str = "The constraint"):
         self.table, self.accepting, self._marks = build_dfa(pattern)
         self.token_bytes, self._dead = token_bytes, len(self.table) - 1
+        self.returns = 0
         live = self.table != self._dead
         self._states_taking = [np.flatnonzero(live[:, byte]) for byte in range(256)]
         self.always_scored_tokens = self._find_always_scored(live)

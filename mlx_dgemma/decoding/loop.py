@@ -16,12 +16,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..errors import as_exception
 from ..model.diffusion_gemma import DiffusionGemma
 from .canvas import CanvasBatch
 from .events import Block, Draft, Event, Finished
 from .lookahead import Step, advance
 from .request import Request
 from .session import Session
+
+INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # for whoever drives the loop, not for one request
 
 
 @dataclass
@@ -36,8 +39,8 @@ class Loop:
     """Requests that are generated together: continuous batching, a canvas at a time.
 
     Canvases of requests with the same sampler options are denoised as one batch. A request joins a batch for one
-    canvas and leaves when that has settled, so nobody waits for another's. Prompts are encoded a chunk at a time
-    between the steps of others.
+    canvas and leaves when that has settled, so nobody waits for another's. Prompts are encoded in turns, a chunk of one
+    of them between two steps of others.
 
     Args:
         model: the model.
@@ -93,30 +96,38 @@ class Loop:
             request.session.release(request)
 
     def step(self) -> Iterator[tuple[Request, Event | Exception]]:
-        """One chunk of a prompt and one denoising step of every canvas.
+        """One chunk of one prompt and one denoising step of every canvas.
 
         Yields:
             A request and its event. `Finished`, or what it failed with, is a request's last.
         """
         if self._encoding:
-            request, chunks = self._encoding[0]
+            request, chunks = self._encoding.popleft()
             try:
-                if next(chunks, self) is self:  # no chunk was left
-                    self._encoding.popleft()
+                over = next(chunks, self) is self
+                if not over and request.session.prefix.offset == len(request.prompt.tokens):
+                    over = next(chunks, self) is self  # that was the last chunk: no turn is waited for the end
+                if over:
                     self._prepare(request)
                     yield from self._begin_block(request)
-            except Exception as error:
+                else:
+                    self._encoding.append((request, chunks))  # behind the others, so that a short prompt comes soon
+            except INTERRUPTS:
+                raise
+            except BaseException as error:
                 self.remove(request)
-                yield request, error
+                yield request, as_exception(error)
         self._join()
         for key in list(self._groups):
             try:
                 yield from self._step_group(key)
-            except Exception as error:  # of a whole batch: what it did to whom cannot be told
+            except INTERRUPTS:
+                raise
+            except BaseException as error:  # of a whole batch: what it did to whom cannot be told
                 for request in self._groups.pop(key).requests:
                     request.session.reset()
                     self._end(request)
-                    yield request, error
+                    yield request, as_exception(error)
             self._join()
 
     def _prepare(self, request: Request) -> None:
@@ -145,9 +156,11 @@ class Loop:
                     requests[i].session.reset()
                     raise self.model.range_error()
                 yield from self._end_block(requests[i], step, i)
-            except Exception as error:
+            except INTERRUPTS:
+                raise
+            except BaseException as error:
                 self._end(requests[i])
-                yield requests[i], error
+                yield requests[i], as_exception(error)
 
     def _end_block(self, request: Request, step: Step, i: int) -> Iterator[tuple[Request, Event]]:
         """Take a canvas that has settled, and go on with the next one or end."""

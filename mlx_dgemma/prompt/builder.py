@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from ..constraints.expressions import Expression
 from ..constraints.language import Language
 from ..constraints.tokens import TokenBytes
 from ..decoding.options import GenerationOptions, whole_number
@@ -18,11 +17,12 @@ from ..model.config import ModelConfig
 from .answer import Answer
 from .endings import with_hand_off
 from .images import digest, open_image, patchify
+from .lanes import HERE, LANES
+from .languages import Languages
 from .messages import SYSTEM_ROLES, Message, joined, parts_of
 from .template import apply_template, opens_thought, render
 from .video import sample_frames, stamp
 
-KEPT_LANGUAGES = 16  # of constraints, the last used
 VIDEO = "<|video|>"  # Gemma 4's marker in chat templates; it never reaches the model
 
 
@@ -39,7 +39,7 @@ class PromptBuilder:
     def __init__(self, tokenizer: Any, config: ModelConfig, options: GenerationOptions, video_tokens: int):
         self.tokenizer, self.config, self.options = tokenizer, config, options
         self._video_tokens = video_tokens
-        self._languages: dict[str | Expression, Language] = {}
+        self._languages = Languages(lambda: self.token_bytes)
 
     def request(
         self,
@@ -96,7 +96,7 @@ class PromptBuilder:
         options: GenerationOptions | None = None,
         check: Callable[[int], None] = lambda count: None,
     ) -> PromptTokens:
-        """A conversation as the model reads it, however long, ready for the assistant's answer.
+        """A conversation as the model reads it, ready for the assistant's answer.
 
         Args:
             messages: from `messages_of`.
@@ -105,7 +105,7 @@ class PromptBuilder:
             check: told the number of characters of the whole text before it is cut into tokens; it may raise.
 
         Raises:
-            PromptError: the template refuses the messages, or a picture cannot be read.
+            PromptError: the template refuses the messages, a picture cannot be read, or the prompt is too long.
         """
         messages = self._placed(messages)
         pictures, spans, times = self._media(messages, options or self.options)
@@ -163,9 +163,10 @@ class PromptBuilder:
             raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
         if isinstance(source, Picture):
             return source
-        image = open_image(source)
-        patches = patchify([image], budget, vision.patch_size, vision.pooling_kernel_size)
-        return Picture(f"{digest(image)}/{budget}", patches)
+        with LANES.get(HERE).picture():
+            image = open_image(source)
+            patches = patchify([image], budget, vision.patch_size, vision.pooling_kernel_size)
+            return Picture(f"{digest(image)}/{budget}", patches)
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
@@ -185,13 +186,9 @@ class PromptBuilder:
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         return next((t for t in reversed(tokens) if t in self.options.end_tokens), self.options.end_tokens[0])
 
-    def language(self, pattern: str | Expression, what: str) -> Language:
-        """The language of an expression or a plain pattern, made once; the last few are kept."""
-        found = self._languages.pop(pattern, None) or Language(pattern, self.token_bytes, what)
-        self._languages[pattern] = found
-        for oldest in list(self._languages)[:-KEPT_LANGUAGES]:
-            del self._languages[oldest]
-        return found
+    def language(self, source: Any, what: str, kind: str = "plain") -> Language:
+        """The language of a constraint, as `lanes.make_language` makes it; the last few are kept."""
+        return self._languages.get(kind, source, what)
 
     def check_room(self, count: int) -> None:
         """Raise PromptError where the context has no room for so many tokens and a canvas."""

@@ -94,12 +94,18 @@ async def model(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """GET /health: whether the server accepts requests, and how many it has."""
+    """GET /health: whether the server accepts requests, how many it has, and since when it works on the last step."""
     state = request.app.state
-    load, stopping = state.scheduler.load(), state.stopping()
-    counts = {"running": load.running, "waiting": load.waiting}
-    body = {"status": "stopping" if stopping else "ok", "model": state.settings.model, **counts}
-    return JSONResponse(body, 503 if stopping else 200)
+    load, health, stopping = state.scheduler.load(), state.scheduler.health(), state.stopping()
+    status = "stopping" if stopping else "ok" if health.alive else "failed"
+    body = {
+        "status": status,
+        "model": state.settings.model,
+        "running": load.running,
+        "waiting": load.waiting,
+        "seconds_since_step": round(health.seconds_since_pass, 3),
+    }
+    return JSONResponse(body, 200 if status == "ok" else 503)
 
 
 async def metrics(request: Request) -> Response:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..constraints.expressions import Expression
-from ..constraints.language import Language, accepts_every_line
-from ..constraints.patterns import python_regex_to_plain
-from ..constraints.schema import Translation, translate
+from ..constraints.language import Language
 from ..constraints.search import FRESH, THINKING, Marginals, best_text
 from ..constraints.spelling import Spelling
 from ..decoding.control import Control
@@ -231,36 +228,28 @@ def constrain_answer(
             that it excludes.
         PromptError: the context has no room for any such text.
     """
-    pattern: str | Expression
     if schema is not None and regex is not None:
         raise OptionError("Both schema and regex are given; leave one out.")
+    source: Any
     if schema is not None:
         if not isinstance(schema, dict):
             raise OptionError(f"schema is {schema!r}; it should be a JSON Schema as a dict.")
-        translation = translate(schema)
-        _tell_levels(translation)
-        name, what, pattern = "schema", "The schema", translation.expression
+        name, what, source = "schema", "The schema", schema
     elif regex is not None:
         if not isinstance(regex, str):
             raise OptionError(f"regex is {regex!r}; it should be a text.")
-        name, what, pattern = "regex", f"The regex {regex!r}", python_regex_to_plain(regex)
+        name, what, source = "regex", f"The regex {regex!r}", regex
     else:
         return
     for other, given in (("exact", request.options.exact), ("stop", request.options.stop), ("tools", tools)):
         if given:
             raise OptionError(f"{name} is given and {other} is {given!r}; they cannot be together: leave one out.")
-    language = builder.language(pattern, what)
-    if regex is not None and accepts_every_line(language):
-        raise OptionError(f"{what} matches every line of text, so it asks for nothing; leave it out.")
-    constrain(builder, request, language, what, thinking)
-
-
-def _tell_levels(translation: Translation) -> None:
-    """Warn where a schema has more levels than a text is given."""
-    if translation.returns:
+    language = builder.language(source, what, name)
+    if language.returns:
         warnings.warn(
-            f"The schema refers to itself; answers follow it {translation.returns} levels deep at most.", stacklevel=4
+            f"The schema refers to itself; answers follow it {language.returns} levels deep at most.", stacklevel=3
         )
+    constrain(builder, request, language, what, thinking)
 
 
 def task_options(builder: PromptBuilder, task: str, options: OptionKeywords) -> GenerationOptions:

@@ -6,7 +6,6 @@ hole, whose text must then begin or end with what is left of the word.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,12 +54,11 @@ class HoleContext:
             return vocabulary_of(tokenizer).encode(text) if text else []
 
         before, behind = encode(prefix), encode(suffix)
-        last = re.search(r"\s*\w*$", prefix)
-        keep = last.start() if last else len(prefix)
+        keep = min(_last_word(prefix), _last_word(prefix[:-1]) if prefix.endswith("\n") else len(prefix))
         while before and (len(text := tokenizer.decode(before)) > keep or text.endswith(BROKEN)):
             before.pop()
-        first = re.match(r"\w*", suffix)
-        need, taken, head = len(first[0]) if first else 0, 0, ""
+        need = next((i for i, one in enumerate(suffix) if not _in_word(one)), len(suffix))
+        taken, head = 0, ""
         while taken < len(behind) and (len(head) < need or head.endswith(BROKEN)):
             taken += 1
             head = tokenizer.decode(behind[:taken])
@@ -70,6 +68,20 @@ class HoleContext:
     def pattern(self) -> str:
         """Of the texts that the hole may have."""
         return literal(self.tail) + ANY + literal(self.head)
+
+
+def _in_word(character: str) -> bool:
+    return character.isalnum() or character == "_"
+
+
+def _last_word(text: str) -> int:
+    """Where the last word begins, or the blanks before it; a pattern would take time in square of the length."""
+    start = len(text)
+    while start and _in_word(text[start - 1]):
+        start -= 1
+    while start and text[start - 1].isspace():
+        start -= 1
+    return start
 
 
 class HoleReader:

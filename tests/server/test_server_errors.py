@@ -14,7 +14,7 @@ from mlx_dgemma import OptionError, PromptError, RangeError
 from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.settings import Settings
-from mlx_dgemma.serving.scheduler import Busy, Failed, Stopping
+from mlx_dgemma.serving.tickets import Busy, Failed, Health, Stopping
 
 COUNT = "Count from 1 to 30."
 
@@ -319,10 +319,17 @@ def test_health_and_metrics(client, scheduler):
     client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Spell the word cat."}], seed=0)
     app = create_app(scheduler, Settings(model=MODEL))
     told = {"status": "ok", "model": MODEL, "running": 0, "waiting": 0}
-    assert json.loads(ask(app, "GET", "/health")[2]) == told
+    body = json.loads(ask(app, "GET", "/health")[2])
+    assert body.pop("seconds_since_step") >= 0
+    assert body == told
     app.state.stopping = lambda: True
     status, _, body = ask(app, "GET", "/health")
-    assert (status, json.loads(body)) == (503, {**told, "status": "stopping"})
+    assert (status, json.loads(body)["status"]) == (503, "stopping")
+    app.state.stopping = lambda: False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "health", lambda: Health(False, 3.0))
+        status, _, body = ask(app, "GET", "/health")
+    assert (status, json.loads(body)) == (503, {**told, "status": "failed", "seconds_since_step": 3.0})
     ask(app, "GET", "/nothing/at/all")
     _, headers, body = ask(app, "GET", "/metrics")
     assert headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -345,6 +352,6 @@ def test_health_and_metrics(client, scheduler):
     assert samples["dgemma_running"] == 0
     assert samples["dgemma_generated_tokens_total"] == scheduler.load().counters["generated_tokens"] > 0
     assert samples['dgemma_http_requests_total{endpoint="/health",status="200"}'] == 1
-    assert samples['dgemma_http_requests_total{endpoint="/health",status="503"}'] == 1
+    assert samples['dgemma_http_requests_total{endpoint="/health",status="503"}'] == 2
     assert samples['dgemma_http_requests_total{endpoint="other",status="404"}'] == 1
     assert {f"dgemma_{name}_total" for name in scheduler.load().counters} <= set(samples)

@@ -41,24 +41,28 @@ def test_who_is_cancelled_while_waiting_hears_nothing_more(tiny_scheduler, accep
 
 
 def test_who_is_cancelled_while_prepared_hears_nothing(tiny_scheduler):
-    listener, tickets = Listener(), []
+    listener, submitted = Listener(), threading.Event()
     first = ask(tiny_scheduler, 1, Accepted)
     first.wait()
 
     def prepare():
+        assert submitted.wait(LIMIT)
         tickets[0].cancel()
         return tiny_request(tokens_of(2))
 
     def mistaken():
+        assert submitted.wait(LIMIT)
         tickets[1].cancel()
         raise PromptError("nobody hears this")
 
-    tickets += [tiny_scheduler.submit(prepare, listener), tiny_scheduler.submit(mistaken, listener)]
+    tickets = [tiny_scheduler.submit(prepare, listener), tiny_scheduler.submit(mistaken, listener)]
+    submitted.set()
     first.go_on()
     assert told(first.last) == alone(1)
     assert told(ask(tiny_scheduler, 3).last) == alone(3)
+    until(lambda: load_of(tiny_scheduler) == (0, 0))
     assert listener.kinds == []
-    assert [tiny_scheduler.load().counters[name] for name in COUNTERS[:3]] == [4, 1, 1]
+    assert [tiny_scheduler.load().counters[name] for name in COUNTERS[:3]] == [4, 2, 0]
 
 
 def test_who_is_cancelled_while_encoded_hears_nothing_more(tiny_scheduler, monkeypatch):
@@ -141,16 +145,23 @@ def test_closing_at_once_tells_everyone(tiny_scheduler):
 
 
 @one_row
-def test_closing_gives_those_that_are_there_time_to_finish(tiny_scheduler):
-    running = ask(tiny_scheduler, 1, Block)
+def test_closing_gives_the_running_time_to_finish_and_refuses_the_queued_at_once(tiny_scheduler):
+    running, go_on = ask(tiny_scheduler, 1, Block, Block), threading.Event()
     running.wait()
-    waiting = ask(tiny_scheduler, 2)
+    waiting, unprepared = ask(tiny_scheduler, 2), Listener()
+    until(lambda: tiny_scheduler._prepared)
+    tiny_scheduler.submit(lambda: go_on.wait(LIMIT), unprepared)
     closing = threading.Thread(target=tiny_scheduler.close, args=(LIMIT,))
     closing.start()
     until(lambda: tiny_scheduler._deadline is not None)
     running.go_on()
+    running.wait()  # still running
+    assert [type(one.last.error) for one in (waiting, unprepared)] == [Stopping] * 2
+    assert (waiting.kinds, unprepared.kinds) == ([Accepted, Failed], [Failed])
+    running.go_on()
     closing.join(LIMIT)
-    assert [told(running.last), told(waiting.last)] == [alone(1), alone(2)]
+    assert told(running.last) == alone(1)
+    go_on.set()  # what is still being prepared hurts nobody
 
 
 def test_the_time_to_finish_ends(tiny_scheduler):

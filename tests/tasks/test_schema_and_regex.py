@@ -229,4 +229,4 @@ def test_languages_are_kept(engine):
     for i in range(16):
         engine.builder.language(f"y{i}", "The regex")
     assert engine.builder.language("abc", "The regex") is not first
-    assert len(engine.builder._languages) == 16
+    assert len(engine.builder._languages._made) == 16

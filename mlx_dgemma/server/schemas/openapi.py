@@ -75,7 +75,10 @@ ANSWERS: Schema = {  # in the words of `_schema`
     },
     "Model": MODEL,
     "Models": {"object": ("list",), "data": ["Model"]},
-    "Health": {"status": ("ok", "stopping"), "model": str, "running": int, "waiting": int},
+    "Health": {
+        **{"status": ("ok", "stopping", "failed"), "model": str, "running": int, "waiting": int},
+        "seconds_since_step": float,
+    },
     "Error": {"error": {"message": str, "type": str, "param": MAYBE, "code": MAYBE}},
     "Description": {},
     "Text": str,
@@ -151,7 +154,7 @@ def _schema(shape: Any) -> Schema:
     """The JSON Schema of a shape: a type, a tuple of values, a list of one shape, the name of a schema, an object's
     fields by their names, optional ones with a question mark, or a schema."""
     if isinstance(shape, type):
-        return COUNT if shape is int else {"type": "string"}
+        return {int: COUNT, float: {"type": "number", "minimum": 0}, str: {"type": "string"}}[shape]
     if isinstance(shape, str):
         return {"$ref": f"#/components/schemas/{shape}"}
     if isinstance(shape, tuple):
