@@ -93,8 +93,8 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_survives_saving(kind, t
 def test_targets_are_the_last_layers_modules():
     model = small()
     assert target_paths(model, ("attention",), 2) == [
-        *(f"{LAYERS}1.self_attn.{name}_proj" for name in "qko"),  # a full layer takes V from K
-        *(f"{LAYERS}2.self_attn.{name}_proj" for name in "qkvo"),
+        *(f"{LAYERS}1.self_attn.{name}_proj" for name in "qkvo"),
+        *(f"{LAYERS}2.self_attn.{name}_proj" for name in "qko"),  # a full layer takes V from K
     ]
     assert target_paths(model, ("router", "self-conditioning"), 1) == [
         f"{LAYERS}2.router.proj",
@@ -117,7 +117,7 @@ def test_an_adapter_works_the_same_on_quantized_weights(mode, kind):
 # Errors.
 
 
-@pytest.mark.parametrize("path", ["model.decoder.layers.3.self_attn.q_proj", "model.decoder.layers.1.self_attn.v_proj"])
+@pytest.mark.parametrize("path", ["model.decoder.layers.3.self_attn.q_proj", "model.decoder.layers.2.self_attn.v_proj"])
 def test_a_module_that_does_not_exist_is_refused(path):
     one = Delta(mx.zeros((1, 16)), mx.zeros((32, 1)), 1.0)
     for adapter in (Adapter({path: one}, {}), Adapter({}, {path: one})):

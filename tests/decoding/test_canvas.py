@@ -266,7 +266,7 @@ def test_pinned_canvases_over_two_blocks(model):
             expected.append((tuple(last.argmax[0].tolist()), last.steps[0]))
             said += last.argmax[0].tolist()
         assert blocks == expected
-        assert reader.taken == [tokens for tokens, _ in blocks]
+        assert [tuple(tokens) for tokens in reader.taken] == [tokens for tokens, _ in blocks]
         assert [len(tokens) for tokens, _ in blocks] == [LAYOUTS[first].tokens.shape[1], 8, 8]
         assert control.committed == [tokens for tokens, _ in blocks[:2]]  # the last one has ended
         assert np.array(blocks[0][0])[np.array(LAYOUTS[first].fixed[0])].tolist() == [

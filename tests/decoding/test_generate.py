@@ -35,7 +35,7 @@ def engine(demo):
 
 
 @pytest.mark.parametrize("stability", [0, 1, 2])
-@pytest.mark.parametrize("seed", [2, 4, 2**63 + 5])
+@pytest.mark.parametrize("seed", [3, 4, 2**63 + 5])
 def test_generate_equals_a_plain_loop(model, seed, stability):
     options = replace(OPTIONS, stability_threshold=stability)
     prompt = random_tokens(1, 9).tolist()
@@ -49,7 +49,7 @@ def test_some_canvases_settle_and_some_do_not(model):
     taken = set()
     for stability in range(3):
         (events,), _ = run(
-            model, [random_tokens(1, 9).tolist()], [4], [2], replace(OPTIONS, stability_threshold=stability)
+            model, [random_tokens(1, 9).tolist()], [4], [3], replace(OPTIONS, stability_threshold=stability)
         )
         steps = tuple(event.steps for event in events if isinstance(event, Block))
         assert min(steps) < OPTIONS.max_denoising_steps
@@ -188,11 +188,11 @@ def test_a_step_costs_one_forward_for_all_rows(model, monkeypatch):
     denoise = model.denoise
     monkeypatch.setattr(type(model), "denoise", lambda self, *arguments: calls.append(1) or denoise(*arguments))
     prompt, options = random_tokens(1, 9).tolist(), replace(OPTIONS, stability_threshold=0)
-    (events,), _ = run(model, [prompt], [1], [0], options)
+    (events,), _ = run(model, [prompt], [1], [1], options)
     (block,) = [e for e in events if isinstance(e, Block)]
     assert block.steps == len(calls) == OPTIONS.max_denoising_steps  # the last possible step builds none ahead
     calls.clear()
-    events, _ = run(model, [prompt] * 3, [1] * 3, [0, 1, 2], options)
+    events, _ = run(model, [prompt] * 3, [1] * 3, [1, 0, 2], options)
     steps = [e.steps for row in events for e in row if isinstance(e, Block)]
     assert len(set(steps)) == 3
     assert max(steps) <= len(calls) < sum(steps)
