@@ -18,6 +18,7 @@ import numpy as np
 
 from ..model.diffusion_gemma import DiffusionGemma
 from .canvas import CanvasBatch
+from .causal import TokenLoop
 from .events import Block, Draft, Event, Finished
 from .lookahead import Step, advance
 from .request import Request
@@ -49,6 +50,7 @@ class Loop:
         self._encoding: deque[tuple[Request, Iterator[None]]] = deque()
         self._ready: list[tuple[Any, Request, CanvasBatch]] = []  # whose canvases wait to join a group
         self._groups: dict[Any, _Group] = {}
+        self._tokens = TokenLoop(model, load_seconds)
         self.requests: list[Request] = []  # all that have not ended; their sessions are theirs until then
 
     def add(self, request: Request, session: Session | None = None, snapshot_at: int = 0) -> None:
@@ -70,12 +72,14 @@ class Loop:
         session.acquire(request, self.model)
         self.requests.append(request)
         request.session, request.started = session, time.perf_counter()
-        encoding = session.encode(request.prompt, request.options.prefill_chunk, snapshot_at)
+        prompt = request.prompt.without_last() if request.options.causal else request.prompt
+        encoding = session.encode(prompt, request.options.prefill_chunk, snapshot_at)
         self._encoding.append((request, encoding))
 
     def remove(self, request: Request) -> None:
         """Forget a request, wherever it is, and let go of its session."""
         self._end(request)
+        self._tokens.remove(request)
         self._encoding = deque(one for one in self._encoding if one[0] is not request)
         self._ready = [one for one in self._ready if one[1] is not request]
         for key, group in list(self._groups.items()):
@@ -93,7 +97,7 @@ class Loop:
             request.session.release(request)
 
     def step(self) -> Iterator[tuple[Request, Event | Exception]]:
-        """One chunk of a prompt and one denoising step of every canvas.
+        """One chunk of a prompt, one denoising step of every canvas, and one pass of those that go token by token.
 
         Yields:
             A request and its event. `Finished`, or what it failed with, is a request's last.
@@ -104,7 +108,10 @@ class Loop:
                 if next(chunks, self) is self:  # no chunk was left
                     self._encoding.popleft()
                     self._prepare(request)
-                    yield from self._begin_block(request)
+                    if request.options.causal:
+                        self._tokens.add(request)
+                    else:
+                        yield from self._begin_block(request)
             except Exception as error:
                 self.remove(request)
                 yield request, error
@@ -118,6 +125,11 @@ class Loop:
                     self._end(request)
                     yield request, error
             self._join()
+
+        for request, event in self._tokens.step():
+            if isinstance(event, (Finished, Exception)):
+                self._end(request)
+            yield request, event
 
     def _prepare(self, request: Request) -> None:
         """The prompt is encoded: let the control find out what it must know."""

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..constraints.language import Language, accepts_every_line
+from ..constraints.next_token import NextTokens
 from ..constraints.patterns import python_regex_to_plain
 from ..constraints.schema import to_regex
 from ..constraints.search import FRESH, THINKING, Marginals, best_text
@@ -69,6 +70,10 @@ class Constrained(Control):
             return best_text(self._language, seen, self._state, self._ends, left, self._marks)
 
         return LanguageGuide(self._language.always_scored_tokens, self._ends, self._marks, choose)
+
+    def next_tokens(self) -> NextTokens:
+        """The tokens that may come next, where text comes token by token."""
+        return NextTokens(self._language, self._ends, self._marks, self._state)
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Move on in the language."""
