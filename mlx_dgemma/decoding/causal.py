@@ -215,7 +215,7 @@ class TokenLoop:
         for i, row in enumerate(rows):
             room = config.text.max_position_embeddings - row.session.prefix.offset - 2  # beside the tokens around it
             assert row.drafter is not None
-            draft = row.drafter.propose(max(min(row.request.reader.left - 1, room, config.canvas_length - 1), 0))
+            draft = row.drafter.propose(max(min(row.request.reader.left - 1, room), 0), config.canvas_length - 1)
             if isinstance(draft, list):
                 found[i] = mx.array(draft, mx.int32)
             elif draft:

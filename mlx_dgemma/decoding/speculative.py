@@ -17,7 +17,7 @@ from ..model.kv_cache import Prefix
 
 LENGTHS = (4, 8, 16, 32, 64)  # tokens of a draft
 GRAM = 3  # tokens that must repeat before what followed them is taken for a draft
-MEMORY = 0.8  # weight of the drafts before the last one
+MEMORY = 0.5  # weight of the drafts before the last one
 HOPE = 16.0, 0.5  # tokens that count as right and as wrong at first
 REST, LONGEST_REST = 16, 256  # tokens without drafts once they have not paid; doubled each time
 
@@ -67,11 +67,11 @@ class Pace:
         """A draft of so many tokens came to so many that were right."""
         self._right = MEMORY * self._right + accepted
         self._wrong = MEMORY * self._wrong + (accepted < drafted)
-        if self.length:
+        if accepted + 1 > min(self._costs.values()):
             self._next_rest = REST
-            return
-        self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
-        self._right, self._wrong = HOPE
+        if not self.length:
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
+            self._right, self._wrong = HOPE
 
     def pass_by(self) -> None:
         """A token was taken."""
@@ -106,7 +106,7 @@ class Drafter:
         self._by_look_up.pass_by()
         self._by_model.pass_by()
 
-    def propose(self, most: int) -> list[int] | int:
+    def propose(self, most: int, most_by_model: int) -> list[int] | int:
         """A draft of at most so many tokens from the text so far, or how long one of the model's should be."""
         place, length = self._place(), min(self._by_look_up.length, most)
         if place is not None and length:
@@ -120,7 +120,7 @@ class Drafter:
             if draft:
                 return draft
         self._last = self._by_model
-        return min(self._by_model.length, most)
+        return min(self._by_model.length, most, most_by_model)
 
     def learn(self, drafted: int, accepted: int) -> None:
         """What became of the last draft."""

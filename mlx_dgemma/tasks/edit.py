@@ -87,5 +87,6 @@ def edit(
     if options.get("max_tokens") is None:
         effective = effective.override(max_tokens=max(effective.max_tokens, 2 * len(draft)))
     request = builder.request(messages_of(f"{instruction.rstrip().removesuffix(':')}: {text}"), seed, effective)
-    request.control = Drafted(draft, builder.turn_end, strength, builder.config.canvas_length, request.seed)
+    if not effective.causal:  # token by token, what is copied is drafted from the prompt
+        request.control = Drafted(draft, builder.turn_end, strength, builder.config.canvas_length, request.seed)
     return request

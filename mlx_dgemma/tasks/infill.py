@@ -157,6 +157,10 @@ def infill(
             f"max_tokens is {options['max_tokens']}, but a hole with text behind it is as long as length says; "
             "give length instead."
         )
+    if suffix and effective.causal:
+        raise OptionError(
+            f"mode is {effective.mode!r}, but a hole with text behind it needs a canvas; leave the mode or suffix out."
+        )
     context = HoleContext.of(builder.tokenizer, prefix, suffix)
     language = builder.language(context.pattern(), "The hole")
     least = max(language.shortest_length, 1)
