@@ -7,11 +7,20 @@ from typing import Any
 
 from .. import __version__
 from ..decoding.events import Stats
+from ..decoding.options import MODES
 from ..model.patches import BUDGETS
 from .chat import EFFORTS
 from .fields import MAX_INTEGER
 from .items import ROLES, STATUS
-from .options import FLAGS, INTEGER_LIMITS, MAX_CHOICES, MAX_STOP_STRINGS, NUMBER_LIMITS
+from .options import (
+    FLAGS,
+    INTEGER_LIMITS,
+    MAX_CHOICES,
+    MAX_STOP_STRINGS,
+    NUMBER_LIMITS,
+    TOKEN_LIMITS,
+    TOKEN_NUMBER_LIMITS,
+)
 from .responses import MAX_LABEL_NAME, MAX_LABEL_VALUE, MAX_LABELS
 from .settings import Settings
 
@@ -30,6 +39,10 @@ OPTION_DESCRIPTIONS = {  # of the options that OpenAI does not have
     "stability_threshold": "Number of previous steps whose most probable tokens must be the same.",
     "patience": "Finish a canvas after this many steps without a change; 0 disables this.",
     "image_tokens": "Maximum number of soft tokens of a picture.",
+    "mode": "diffusion: canvas by canvas; causal: token by token; speculative: the same text from drafts.",
+    "top_k": "Token by token: draw among so many most probable tokens; 0: all.",
+    "min_p": "Token by token: draw among tokens with this share of the most probable one's probability.",
+    "repetition_penalty": "Token by token: make tokens that were there before less probable.",
     "entropy_bound": "Nats; a higher value accepts more positions in one step.",
     "t_min": "Temperature at the last step.",
     "t_max": "Temperature at the first step.",
@@ -202,15 +215,18 @@ def _generation_fields(choices: int) -> dict[str, Schema]:
     options: dict[str, Schema] = dict.fromkeys(FLAGS, FLAG)
     options |= {name: _integer(*bounds) for name, bounds in INTEGER_LIMITS.items()}
     options |= {name: _number(*bounds) for name, bounds in NUMBER_LIMITS.items()}
+    options |= {name: _integer(*bounds) for name, bounds in TOKEN_LIMITS.items()}
+    options |= {name: _number(*bounds) for name, bounds in TOKEN_NUMBER_LIMITS.items()}
+    options |= {"mode": _enum(*MODES)}
     options["image_tokens"] = _enum(*BUDGETS)
     stop = {**TEXT, "minLength": 1}
     return {
         "seed": {**_integer(0, 2**64 - choices), "description": "The same seed gives the same answer."},
         "temperature": {
             **_number(0, 2),
-            "description": "Multiplies t_min and t_max; 0 means seed 0 if no seed is given.",
+            "description": "Of tokens; of canvases it multiplies t_min and t_max. 0 means seed 0 if no seed is given.",
         },
-        "top_p": _enum(1),
+        "top_p": {**_number(0.001, 1), "description": "Token by token; whole canvases take 1 alone."},
         "stop": _any(stop, _list(stop, maxItems=MAX_STOP_STRINGS)),
         **{name: {**schema, "description": OPTION_DESCRIPTIONS[name]} for name, schema in options.items()},
     }

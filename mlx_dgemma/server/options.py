@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
-from ..decoding.options import MIN_TEMPERATURE, GenerationOptions
+from ..decoding.options import MIN_TEMPERATURE, MODES, GenerationOptions
 from ..errors import DgemmaError, OptionError, PromptError
 from ..model.patches import BUDGETS
 from .errors import ApiError
@@ -32,6 +32,8 @@ NUMBER_LIMITS = {  # {name: (lowest, highest)}
     "confidence_threshold": (0, 1e9),
     "certainty_threshold": (0, 1e9),
 }
+TOKEN_LIMITS = {"top_k": (0, MAX_INTEGER)}  # of causal and speculative mode; {name: (lowest, highest)}
+TOKEN_NUMBER_LIMITS = {"min_p": (0, 1), "repetition_penalty": (0.01, 100)}
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 8  # answers to one request
 _OPTION_NAMES = {field.name for field in dataclass_fields(GenerationOptions)}
@@ -71,6 +73,11 @@ def parse_arguments(
     given |= {name: fields.flag(name) for name in FLAGS}
     given |= {name: fields.integer(name, *bounds) for name, bounds in INTEGER_LIMITS.items()}
     given |= {name: fields.number(name, *bounds) for name, bounds in NUMBER_LIMITS.items()}
+    given |= {name: fields.integer(name, *bounds) for name, bounds in TOKEN_LIMITS.items()}
+    given |= {name: fields.number(name, *bounds) for name, bounds in TOKEN_NUMBER_LIMITS.items()}
+    given["mode"] = fields.text("mode")
+    if given["mode"] not in (None, *MODES):
+        fields.reject("mode", f"it should be one of {', '.join(MODES)}")
     if given["image_tokens"] not in (None, *BUDGETS):
         fields.reject("image_tokens", f"it should be one of {', '.join(map(str, BUDGETS))}")
     temperature = fields.number("temperature", 0, 2)
@@ -78,12 +85,17 @@ def parse_arguments(
         fields.reject("temperature", f"it should be 0, or a number from {MIN_TEMPERATURE:g} to 2")
     if temperature == 0 and given["seed"] is None:
         given["seed"] = 0
-    if temperature not in (None, 0, 1):
+    by_token = given["mode"] in MODES[1:]
+    if by_token:
+        given["temperature"], given["top_p"] = temperature, fields.number("top_p", 0.001, 1)
+    elif temperature not in (None, 0, 1):
         for name in ("t_min", "t_max"):
             if given[name] is not None:
                 fields.reject("temperature", f"and {name} is {given[name]}, which it would multiply: leave one out")
             given[name] = getattr(defaults, name) * temperature
-    fields.allow_only("top_p", 1, 1.0, why="nucleus sampling is unknown to this model: leave it out, or give 1")
+    if not by_token:
+        why = "whole canvases know no nucleus sampling: leave it out, give 1, or take the mode causal"
+        fields.allow_only("top_p", 1, 1.0, why=why)
     for name in ("frequency_penalty", "presence_penalty"):
         fields.allow_only(name, 0, 0.0, why="penalties are unknown to this model: leave it out, or give 0")
     fields.allow_only("logit_bias", {}, why="biases are unknown to this model: leave it out")

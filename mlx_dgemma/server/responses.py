@@ -19,7 +19,7 @@ from .events import EventTranslator, FinishedAnswer, stats, usage
 from .fields import Fields, read_body
 from .follow import follow_all
 from .items import ResponseBuilder, ResponseEvent, parse_input
-from .options import FLAGS, INTEGER_LIMITS, NUMBER_LIMITS
+from .options import FLAGS, INTEGER_LIMITS, NUMBER_LIMITS, TOKEN_LIMITS, TOKEN_NUMBER_LIMITS
 from .settings import Settings
 from .streaming import LOG, EventStream, after_first_event, cancel_on_disconnect
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 SHARED_FIELDS = (  # fields with the same name and meaning in a chat request
     "model", "stream", "stream_options", "drafts", "user", "safety_identifier", "prompt_cache_key", "metadata",
     "store", "service_tier", "seed", "stop", "temperature", "top_p", "top_logprobs", "regex", "thinking",
-    "parallel_tool_calls", *FLAGS, *INTEGER_LIMITS, *NUMBER_LIMITS,
+    "parallel_tool_calls", *FLAGS, *INTEGER_LIMITS, *NUMBER_LIMITS, "mode", *TOKEN_LIMITS,
+    *TOKEN_NUMBER_LIMITS,
 )  # fmt: skip
 RENAMED_FIELDS = (  # (pattern of a chat request's field, its name here), for error messages
     (r"\b(tools\[\d+\]|tool_choice)\.function\b", r"\1"),
