@@ -23,10 +23,11 @@ import numpy as np
 from ..model.config import TextConfig
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.functions import finite
+from ..model.kv_cache import BUFFER_STEP
 from .events import Block, Event, Finished
 from .request import Request
 from .sampler import draw
-from .speculative import Drafter, draft_by_model
+from .speculative import Drafter, draft_canvas
 
 Told = tuple[Request, Event | Exception]
 KEYS = 64  # random keys made at once
@@ -168,6 +169,8 @@ class TokenLoop:
 
         ahead = {i: draw_next(i) for i, row in enumerate(rows) if row.language is None}
         mx.async_eval(list(ahead.values()), logits, valid, [row.session.prefix.state for row in rows])
+        if any(row.session.prefix.offset % BUFFER_STEP == 0 for row in rows):
+            mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
         for i, row in enumerate(rows):
             try:
                 if isinstance(row.next, Drawn):
@@ -224,10 +227,12 @@ class TokenLoop:
             length, makers = max(asked.values()), [rows[i] for i in asked]
             prefixes, seeds = [row.session.prefix for row in makers], [row.request.seed for row in makers]
             first = [row.next for row in makers if not isinstance(row.next, Drawn)]
-            for i, made in zip(asked, draft_by_model(self.model, prefixes, first, seeds, length)):
+            canvas, keys = draft_canvas(prefixes, first, seeds, length, config.text.vocab_size)
+            made = self.model.head.predict(self.model.denoise(canvas, prefixes), 1.0, keys).argmax
+            for place, (i, wanted) in enumerate(asked.items()):
                 rows[i].request.steps += 1
                 rows[i].request.positions += length + 1
-                found[i] = made[: asked[i]]
+                found[i] = made[place, 1 : wanted + 1]
         return found
 
     def _draw_verified(self, row: Row, hidden: mx.array, draft: mx.array) -> tuple[mx.array, mx.array]:

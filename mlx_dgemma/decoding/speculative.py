@@ -12,7 +12,6 @@ import mlx.core as mx
 
 from ..model import rng
 from ..model.config import TextConfig
-from ..model.diffusion_gemma import DiffusionGemma
 from ..model.kv_cache import Prefix
 
 LENGTHS = (4, 8, 16, 32, 64)  # tokens of a draft
@@ -137,22 +136,22 @@ class Drafter:
         self._text.append(token)
 
 
-def draft_by_model(
-    model: DiffusionGemma, prefixes: Sequence[Prefix], first: Sequence[int], seeds: Sequence[int], length: int
-) -> mx.array:
-    """What one denoising step takes for the next tokens.
+def draft_canvas(
+    prefixes: Sequence[Prefix], first: Sequence[int], seeds: Sequence[int], length: int, vocab_size: int
+) -> tuple[mx.array, mx.array]:
+    """What a denoising step is to make drafts of: the token that each goes on from, and noise.
 
     Args:
-        model: the model.
         prefixes: B prefixes of one row each.
-        first: [B] the token behind each prefix, which the draft goes on from.
-        seeds: [B] of the requests; the noise that a draft begins as depends on them and the place alone.
+        first: [B] the token behind each prefix.
+        seeds: [B] of the requests; the noise depends on them and the place alone.
         length: tokens of a draft.
+        vocab_size: tokens that noise is drawn from.
 
     Returns:
-        [B, length] int32.
+        canvas: [B, 1 + length] int32.
+        keys: [B, 2], a random key for each row.
     """
-    keys = [mx.random.key((seed + (prefix.offset << 32)) % 2**64) for seed, prefix in zip(seeds, prefixes)]
-    noise = rng.noise(length, model.config.text.vocab_size, mx.stack(keys))
-    canvas = mx.concatenate([mx.array(list(first), mx.int32)[:, None], noise], axis=1)
-    return model.head.predict(model.denoise(canvas, prefixes), 1.0, mx.stack(keys)).argmax[:, 1:]
+    keys = mx.stack([mx.random.key((seed + (one.offset << 32)) % 2**64) for seed, one in zip(seeds, prefixes)])
+    start = mx.array(list(first), mx.int32)[:, None]
+    return mx.concatenate([start, rng.noise(length, vocab_size, keys)], axis=1), keys

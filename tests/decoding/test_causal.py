@@ -16,6 +16,7 @@ from mlx_dgemma.decoding.options import GenerationOptions, Sampling
 from mlx_dgemma.decoding.sampler import draw, lowest_kept
 from mlx_dgemma.decoding.session import Session
 from mlx_dgemma.errors import OptionError, RangeError
+from mlx_dgemma.model.kv_cache import LayerKV
 
 GREEDY = GenerationOptions(mode="causal", temperature=0, end_tokens=(39,))
 DRAWN = replace(GREEDY, temperature=0.9, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.2)
@@ -198,6 +199,35 @@ def test_a_text_ends_where_the_context_does():
     for mode in ("causal", "speculative"):
         ((tokens, _),) = generate(model, [(PROMPTS[0], 100, 0, replace(GREEDY, mode=mode))])
         assert len(tokens) == 24 - len(PROMPTS[0])
+
+
+@pytest.mark.parametrize("mode", ["causal", "speculative"])
+def test_an_interrupt_leaves_a_session_that_goes_on(model, monkeypatch, mode):
+    """In the middle of a pass's acceptance, when some rings have the new token and some have not."""
+    options = replace(GREEDY, mode=mode)
+    ((right, _),) = generate(model, [(PROMPTS[2], 9, 0, options)])
+    request, session = request_of(model, PROMPTS[2], Counting(9), 0, options)
+    accept, calls = LayerKV.accept, []
+
+    def interrupted(layer, *arguments):
+        calls.append(layer)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        accept(layer, *arguments)
+
+    monkeypatch.setattr(LayerKV, "accept", interrupted)
+    loop = Loop(model)
+    loop.add(request, session)
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            list(loop.step())
+    loop.close()
+    assert session.prefix.offset == len(session.cache_key) == len(PROMPTS[2]) - 1  # where the prompt ended
+    request, _ = request_of(model, PROMPTS[2], Counting(9), 0, options)
+    loop.add(request, session)
+    while loop.requests:
+        list(loop.step())
+    assert request.reader.tokens == right and session.reused_tokens == len(PROMPTS[2]) - 1
 
 
 def test_inf_ends_one_request_and_its_session_is_empty(model):
