@@ -7,7 +7,7 @@ import pytest
 from support import engine_of, small_model
 from test_causal import DRAWN, GREEDY, PROMPTS, generate
 
-from mlx_dgemma.decoding import speculative
+from mlx_dgemma.decoding import causal, speculative
 from mlx_dgemma.decoding.speculative import Drafter, Pace, pass_cost
 
 
@@ -19,25 +19,39 @@ def model():
 @pytest.mark.parametrize("options", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("length", [1, 9])
 def test_any_draft_comes_to_the_same_text(model, monkeypatch, options, length):
-    """Together with a row in causal mode; drafts of 9 are longer than the window (5), those of 1 wrap its ring."""
+    """Together with a row in causal mode; drafts of 9 are longer than the window (5), those of 1 wrap its ring.
+
+    Drafts are found as ever, or right but for their last token.
+    """
     monkeypatch.setattr(Pace, "length", length)
+    monkeypatch.setattr(causal, "POSITIONS", 4)
     asked = [(prompt, count, 7 + i, options) for i, (prompt, count) in enumerate(zip(PROMPTS, (24, 13, 9)))]
     alone = [generate(model, [one])[0] for one in asked]
     drafted = [(*one[:3], replace(options, mode="speculative")) for one in asked]
-    for found in (generate(model, [*drafted[:2], asked[2]], late={1: 3}), [generate(model, drafted[:1])[0]]):
-        for (tokens, log_probs), (right, right_log_probs) in zip(found, alone):
-            assert tokens == right
-            assert np.abs(np.array(log_probs) - right_log_probs).max() < 1e-4
+    found = generate(model, [*drafted[:2], asked[2]], late={1: 3})
+
+    def nearly_right(drafter, most, most_by_model):
+        for prompt, (tokens, _) in zip(PROMPTS, alone):
+            if drafter._text[: len(prompt)] == prompt:
+                draft = tokens[len(drafter._text) - len(prompt) :][: min(most, length)]
+                return [*draft[:-1], draft[-1] ^ 1] if len(draft) > 1 else draft
+        raise AssertionError
+
+    monkeypatch.setattr(speculative.Drafter, "propose", nearly_right)
+    found += generate(model, drafted[:2])
+    for (tokens, log_probs), (right, right_log_probs) in zip(found, [*alone, *alone[:2]], strict=True):
+        assert tokens == right
+        assert np.abs(np.array(log_probs) - right_log_probs).max() < 1e-4
 
 
 def test_right_drafts_save_passes(demo):
     engine, told = engine_of(demo), {}
     for mode in ("causal", "speculative"):
         told[mode] = engine.generate("Write JSON for: Anna is 31 years old and lives in Oslo.", mode=mode, seed=4)
-    causal, drafted = told["causal"].stats, told["speculative"].stats
+    single, drafted = told["causal"].stats, told["speculative"].stats
     assert told["causal"].tokens == told["speculative"].tokens
-    assert drafted.causal_passes < causal.causal_passes / 3 and drafted.denoising_steps <= drafted.causal_passes
-    assert drafted.accepted_tokens >= 3 * drafted.verify_passes > 0 == causal.verify_passes
+    assert drafted.causal_passes < single.causal_passes / 3 and drafted.denoising_steps <= drafted.causal_passes
+    assert drafted.accepted_tokens >= 3 * drafted.verify_passes > 0 == single.verify_passes
 
 
 def test_text_that_repeats_itself_is_its_own_draft(model):
