@@ -44,7 +44,7 @@ class Stats:
     blocks: int
     denoising_steps: int
     canvas_positions: int  # positions denoised, summed over steps
-    seconds: dict[str, float]  # load, prefill, denoise (commits included), total (prefill and denoise)
+    seconds: dict[str, float]  # load, prefill, denoise (all behind it), total (prefill and denoise)
     time_to_first_block: float
     tokens_per_second: float  # generated tokens over seconds["total"]
     peak_memory_bytes: int

@@ -67,8 +67,9 @@ def test_text_that_repeats_itself_is_its_own_draft(model):
 
 def test_drafts_rest_while_they_do_not_pay(model):
     config = model.config.text
-    costs = [pass_cost(config, length + 1) for length in speculative.LENGTHS]
-    assert costs == sorted(costs) and pass_cost(config, 1) == 1 < costs[0]
+    costs = [pass_cost(config, length + 1, 64) for length in speculative.LENGTHS]
+    assert costs == sorted(costs) and pass_cost(config, 1, 64) == 1 < costs[0]
+    assert pass_cost(config, 65, 1) == pytest.approx(65)  # where arithmetic is all that counts
     pace = Pace({4: 3.0, 64: 8.0})
     pace.learn(64, 64)
     lengths = [pace.length]
