@@ -391,7 +391,8 @@ def _response(settings: Settings) -> Schema:
 
 
 def _answers() -> dict[str, Schema]:
-    kinds = {"int": COUNT, "float": NUMBER, "dict[str, float]": {**ANY_OBJECT, "additionalProperties": NUMBER}}
+    seconds = {**ANY_OBJECT, "additionalProperties": NUMBER}
+    kinds = {"int": COUNT, "float": NUMBER, "str": TEXT, "dict[str, float]": seconds}
     stats = _answer(**{one.name: kinds.get(str(one.type), _list(NUMBER)) for one in fields(Stats)})
     cached, thought = _answer(cached_tokens=COUNT), _answer(reasoning_tokens=COUNT)
     reason = _enum("stop", "length", "tool_calls")
