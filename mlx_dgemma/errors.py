@@ -30,6 +30,9 @@ def shown(value: object) -> str:
         return "an integer of thousands of digits"
 
 
+INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # for whoever drives the loop, not for one request
+
+
 def as_exception(error: BaseException) -> Exception:
     """An error that ends one request alone: a panic of a library in Rust is no Exception, and becomes one."""
     return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")

@@ -100,6 +100,16 @@ def batches(dtype: str, folder: Path) -> None:
         engine.generate_batch(prompts, seeds=[0, 1, 2], max_denoising_steps=3, max_tokens=20, **mode)
 
 
+def token_by_token(dtype: str, folder: Path) -> None:
+    """Tokens drawn in every way, alone and together, from drafts of the model and of the text, and in a language."""
+    engine = loaded(dtype, folder)
+    few = {"seed": 0, "max_tokens": 8}
+    for mode in ("causal", "speculative"):
+        engine.generate_batch(["Spell the word frog.", PERSON], mode=mode, temperature=0, **{**few, "max_tokens": 70})
+        engine.generate(PERSON, mode=mode, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1, **few)
+        engine.generate("Spell the word bear.", regex="[bear ]+", mode=mode, **few)
+
+
 def guided(dtype: str, folder: Path) -> None:
     """Steps whose text a schema or a regular expression chooses, choices, holes and edits."""
     engine = loaded(dtype, folder)
@@ -341,8 +351,8 @@ def copy_of_tied_weights(packed: Path, folder: Path) -> None:
 PATHS: dict[str, Callable[[str, Path], None]] = {
     path.__name__: path
     for path in (
-        answers, batches, guided, pictures, float16_products, long_prefixes, padded, quantized, custom_kernels, tuning,
-        adapters, conversions,
+        answers, batches, token_by_token, guided, pictures, float16_products, long_prefixes, padded, quantized,
+        custom_kernels, tuning, adapters, conversions,
     )
 }  # fmt: skip
 

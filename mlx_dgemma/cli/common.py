@@ -160,6 +160,17 @@ sampler_options = combine(
     ),
     number_option("--patience", 0, "Finish after N steps without a change; 0 disables.", "2"),
     click.option("--fast", is_flag=True, default=None, help="Fix confident tokens for good: fewer steps."),
+    click.option(
+        "--mode",
+        type=click.Choice(["diffusion", "causal", "speculative"]),
+        show_default="diffusion",
+        help="Canvas by canvas, token by token, or the latter from drafts.",
+    ),
+    number_option("--temperature", 0.0, "Token by token: 0 takes the most probable token.", "1"),
+    number_option("--top-p", 0.0, "Token by token: draw among the tokens with this share of the probability.", "1"),
+    number_option("--top-k", 0, "Token by token: draw among N most probable tokens; 0 disables.", "0"),
+    number_option("--min-p", 0.0, "Token by token: draw among tokens with X of the best one's probability.", "0"),
+    number_option("--repetition-penalty", 0.0, "Token by token: above 1, earlier tokens become less probable.", "1"),
     number_option("--prefill-chunk", 1, "Prompt tokens encoded at once.", "512; 1024 for prompts above 4096"),
 )
 answer_options = combine(

@@ -108,9 +108,13 @@ def rows(parts: Iterable[Segment], start: int, columns: int, limit: int) -> list
 
 def summary(stats: Stats) -> str:
     """Statistics in one line."""
+    how = f"{count(stats.blocks, 'block')} and {count(stats.denoising_steps, 'step')}"
+    if stats.mode != "diffusion":
+        how = f"{stats.mode} mode and {count(stats.causal_passes, 'encoder step')}"
+    if stats.drafted_tokens:
+        how += f", {stats.accepted_tokens} of {count(stats.drafted_tokens, 'drafted token')} right"
     parts = [
-        f"{count(stats.generated_tokens, 'token')} in {count(stats.blocks, 'block')} "
-        f"and {count(stats.denoising_steps, 'step')}",
+        f"{count(stats.generated_tokens, 'token')} in {how}",
         f"{stats.tokens_per_second:.1f} tok/s",
         f"first block {stats.time_to_first_block:.2f} s",
         f"peak memory {human(stats.peak_memory_bytes)}",

@@ -47,6 +47,18 @@ class Guide(Protocol):
         """
 
 
+class TokenLanguage(Protocol):
+    """Says which tokens may follow where text comes token by token. States are whole numbers."""
+
+    state: int  # at the beginning
+
+    def allowed(self, state: int, left: int) -> np.ndarray:
+        """[V] bool, tokens that may follow `state` where the text has room for `left`, its end token included."""
+
+    def after(self, state: int, token: int) -> int:
+        """The state behind a token."""
+
+
 class Control:
     """Leaves every canvas of a request as it is; the base of those that don't."""
 
@@ -56,6 +68,10 @@ class Control:
 
     def guide(self, left: int) -> Guide | None:
         """What chooses the text of the next canvas, where the text has room for `left` tokens; None: nothing."""
+        return None
+
+    def next_tokens(self) -> TokenLanguage | None:
+        """What bounds each token of a text that comes token by token; None: nothing."""
         return None
 
     def commit(self, tokens: Sequence[int]) -> None:

@@ -39,11 +39,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class Block:
-    """A canvas that has settled."""
+    """A canvas that has settled, or in causal and speculative mode the tokens of one pass.
+
+    Log-probabilities of the latter are by the model's own distribution, before temperature, cuts and constraints.
+    """
 
     block: int  # from 0
     steps: int  # denoising steps it took
-    tokens: tuple[int, ...]  # the whole canvas, what lies behind an end token included
+    tokens: tuple[int, ...]  # of a canvas all, what lies behind an end token included
     text: str = ""  # answer text that is new and final
     thinking: str = ""  # thinking text that is new and final
     log_probs: tuple[float, ...] = ()  # of the tokens, as in `ScoredToken`; none where they are not known
@@ -67,7 +70,7 @@ class Stats:
     blocks: int
     denoising_steps: int
     canvas_positions: int  # positions denoised, summed over steps
-    seconds: dict[str, float]  # load, prefill, denoise (commits included), total (prefill and denoise)
+    seconds: dict[str, float]  # load, prefill, denoise (all behind it), total (prefill and denoise)
     time_to_first_block: float
     tokens_per_second: float  # generated tokens over seconds["total"]
     peak_memory_bytes: int
@@ -75,6 +78,11 @@ class Stats:
     images: int = 0  # pictures and video frames in the prompt
     images_encoded: int = 0  # of them, run through the vision tower this time
     frame_seconds: tuple[float, ...] = ()  # times of the video frames in the prompt
+    mode: str = "diffusion"  # how the text came: "diffusion", "causal" or "speculative"
+    causal_passes: int = 0  # passes of the encoder behind the prompt, of one token or of a draft
+    verify_passes: int = 0  # of these, passes that verified a draft
+    drafted_tokens: int = 0  # tokens of these drafts
+    accepted_tokens: int = 0  # of these, tokens that causal mode itself would have drawn
 
 
 @dataclass(frozen=True)

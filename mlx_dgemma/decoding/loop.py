@@ -16,15 +16,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import as_exception
+from ..errors import INTERRUPTS, as_exception
 from ..model.diffusion_gemma import DiffusionGemma
 from .canvas import CanvasBatch
+from .causal import TokenLoop
 from .events import Block, Draft, Event, Finished
 from .lookahead import Step, advance
 from .request import Request
 from .session import Session
-
-INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # for whoever drives the loop, not for one request
 
 
 @dataclass
@@ -52,6 +51,7 @@ class Loop:
         self._encoding: deque[tuple[Request, Iterator[None]]] = deque()
         self._ready: list[tuple[Any, Request, CanvasBatch]] = []  # whose canvases wait to join a group
         self._groups: dict[Any, _Group] = {}
+        self._tokens = TokenLoop(model, load_seconds)
         self.requests: list[Request] = []  # all that have not ended; their sessions are theirs until then
 
     def add(self, request: Request, session: Session | None = None, snapshot_at: int = 0) -> None:
@@ -73,12 +73,14 @@ class Loop:
         session.acquire(request, self.model)
         self.requests.append(request)
         request.session, request.started = session, time.perf_counter()
-        encoding = session.encode(request.prompt, request.options.prefill_chunk, snapshot_at)
+        prompt = request.prompt.without_last() if request.options.causal else request.prompt
+        encoding = session.encode(prompt, request.options.prefill_chunk, snapshot_at)
         self._encoding.append((request, encoding))
 
     def remove(self, request: Request) -> None:
         """Forget a request, wherever it is, and let go of its session."""
         self._end(request)
+        self._tokens.remove(request)
         self._encoding = deque(one for one in self._encoding if one[0] is not request)
         self._ready = [one for one in self._ready if one[1] is not request]
         for key, group in list(self._groups.items()):
@@ -96,7 +98,7 @@ class Loop:
             request.session.release(request)
 
     def step(self) -> Iterator[tuple[Request, Event | Exception]]:
-        """One chunk of one prompt and one denoising step of every canvas.
+        """One chunk of one prompt, one denoising step of every canvas, one pass of those that go token by token.
 
         Yields:
             A request and its event. `Finished`, or what it failed with, is a request's last.
@@ -109,7 +111,10 @@ class Loop:
                     over = next(chunks, self) is self  # that was the last chunk: no turn is waited for the end
                 if over:
                     self._prepare(request)
-                    yield from self._begin_block(request)
+                    if request.options.causal:
+                        self._tokens.add(request)
+                    else:
+                        yield from self._begin_block(request)
                 else:
                     self._encoding.append((request, chunks))  # behind the others, so that a short prompt comes soon
             except INTERRUPTS:
@@ -129,6 +134,11 @@ class Loop:
                     self._end(request)
                     yield request, as_exception(error)
             self._join()
+
+        for request, event in self._tokens.step():
+            if isinstance(event, (Finished, Exception)):
+                self._end(request)
+            yield request, event
 
     def _prepare(self, request: Request) -> None:
         """The prompt is encoded: let the control find out what it must know."""

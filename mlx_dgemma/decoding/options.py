@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from ..errors import OptionError, shown
 from ..model.config import GenerationConfig, ProcessorConfig
@@ -20,6 +20,7 @@ STOP_DEFAULTS: dict[str, dict[str, Any]] = {
     "fast": {"certainty_threshold": 0.3, "patience": 2},
 }
 
+MODES = ("diffusion", "causal", "speculative")
 _FLAGS = ("exact", "fast")
 MAX_INTEGER = 2**31 - 1  # arrays of tokens and of counts are int32
 MAX_NUMBER = 1e9
@@ -32,9 +33,28 @@ _WHOLE_NUMBERS = {  # name: least and greatest value
     "thinking_budget": (0, MAX_INTEGER),
     "prefill_chunk": (1, MAX_INTEGER),
     "max_frames": (1, MAX_INTEGER),
+    "top_k": (0, MAX_INTEGER),
 }
 _NUMBERS = ("entropy_bound", "t_min", "t_max", "confidence_threshold", "certainty_threshold", "fps")  # 0 at least
 _ABOVE_ZERO = ("t_max", "fps")
+_TOKEN_NUMBERS = {  # least and greatest value of what token by token knows; None: not given
+    "temperature": (0, MAX_NUMBER),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0, MAX_NUMBER),
+}
+TOKEN_OPTIONS = ("top_k", *_TOKEN_NUMBERS)
+_OPTIONAL = ("prefill_chunk", "thinking_budget", *TOKEN_OPTIONS)
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn where text comes token by token."""
+
+    temperature: float = 1.0  # 0: the most probable token
+    top_p: float = 1.0  # the fewest most probable tokens that have this share of the probability
+    top_k: int = 0  # that many most probable tokens; 0: all
+    min_p: float = 0.0  # tokens with this share of the most probable one's probability
+    repetition_penalty: float = 1.0  # divides positive logits of tokens that prompt and text have, multiplies negative
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -58,6 +78,12 @@ class OptionKeywords(TypedDict, total=False):
     image_tokens: int | None
     fps: float | None
     max_frames: int | None
+    mode: str | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
 
 
 @dataclass(frozen=True)
@@ -86,6 +112,12 @@ class GenerationOptions:
     image_tokens: int = 280  # the most soft tokens of a picture: 70, 140, 280, 560 or 1120
     fps: float = 1.0  # frames taken from a second of video
     max_frames: int = 32  # frames taken from a whole video
+    mode: str = "diffusion"  # canvas by canvas; "causal": token by token; "speculative": the same text from drafts
+    temperature: float | None = None  # this and what follows are causal mode's: see `Sampling`, which has the defaults
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
     def __post_init__(self):
         for name in _FLAGS:
@@ -93,7 +125,7 @@ class GenerationOptions:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it should be true or false.")
         self._set_stop_rules()
         for name, (least, greatest) in _WHOLE_NUMBERS.items():
-            if not (name in ("prefill_chunk", "thinking_budget") and getattr(self, name) is None):
+            if not (name in _OPTIONAL and getattr(self, name) is None):
                 whole = whole_number(getattr(self, name))
                 self._set_number(name, whole, "a whole number", least, str(least), greatest)
         for name in _NUMBERS:
@@ -106,6 +138,7 @@ class GenerationOptions:
             raise OptionError(f"t_max is {self.t_max!r}; it should be a number, at least {MIN_TEMPERATURE}.")
         check_budget(self.image_tokens)
         self._set_sequences()
+        self._set_mode()
 
     def _set_number(
         self, name: str, number: float | None, noun: str, least: float, named: str, greatest: float
@@ -115,6 +148,49 @@ class GenerationOptions:
         if number > greatest:
             raise OptionError(f"{name} is {shown(getattr(self, name))}; it should be {noun}, at most {greatest:.0f}.")
         object.__setattr__(self, name, number)
+
+    def _set_mode(self) -> None:
+        """Check the mode and what only some modes know."""
+        if self.mode not in MODES:
+            raise OptionError(f"mode is {shown(self.mode)}; it should be one of {', '.join(MODES)}.")
+        for name, (least, greatest) in _TOKEN_NUMBERS.items():
+            if (given := getattr(self, name)) is not None:
+                number = _real_number(given)
+                if number is None or not least <= number <= greatest:
+                    raise OptionError(f"{name} is {shown(given)}; it should be a number from {least} to {greatest:g}.")
+                object.__setattr__(self, name, number)
+        if self.top_p == 0 or self.repetition_penalty == 0:
+            name = "top_p" if self.top_p == 0 else "repetition_penalty"
+            raise OptionError(f"{name} is 0; it should be above 0.")
+        if self.temperature and self.temperature < MIN_TEMPERATURE:
+            raise OptionError(f"temperature is {self.temperature!r}; it should be 0, or at least {MIN_TEMPERATURE}.")
+        if self.causal and (self.exact or self.fast):
+            name = "exact" if self.exact else "fast"
+            raise OptionError(f"mode is {self.mode!r} and {name} is True, which is a way of diffusion: leave one out.")
+        if self.causal and self.thinking_budget is not None:
+            raise OptionError(
+                f"mode is {self.mode!r} and thinking_budget is {self.thinking_budget}, which holds on canvases alone: "
+                "leave one out."
+            )
+        given_here = [name for name in TOKEN_OPTIONS if getattr(self, name) is not None]
+        if not self.causal and given_here:
+            name = given_here[0]
+            more = "t_min and t_max are its temperatures" if name == "temperature" else "leave it out"
+            raise OptionError(
+                f"{name} is {getattr(self, name)!r}, but the mode is diffusion, which draws whole canvases: {more}, or "
+                'take mode="causal".'
+            )
+
+    @property
+    def causal(self) -> bool:
+        """Whether text comes token by token."""
+        return self.mode != "diffusion"
+
+    @property
+    def sampling(self) -> Sampling:
+        """How a token is drawn, defaults filled in."""
+        given = {name: getattr(self, name) for name in TOKEN_OPTIONS}
+        return Sampling(**{name: value for name, value in given.items() if value is not None})
 
     def _set_sequences(self) -> None:
         """Take one string or token for a list of it."""

@@ -81,6 +81,10 @@ class Request:
     blocks: int = 0
     steps: int = 0
     positions: int = 0  # denoised, summed over steps
+    passes: int = 0  # of the encoder behind the prompt
+    verified: int = 0  # of these, with a draft
+    drafted: int = 0  # tokens of these drafts
+    accepted: int = 0  # tokens of these drafts that were taken
     started: float = 0.0  # seconds of a clock
     encoded: float = 0.0  # seconds of the same clock, when the prompt was encoded
     first_block: float = 0.0  # seconds since it started
@@ -108,6 +112,11 @@ class Request:
             images=len(self.prompt.pictures),
             images_encoded=session.images_encoded,
             frame_seconds=tuple(self.prompt.frame_seconds),
+            mode=self.options.mode,
+            causal_passes=self.passes,
+            verify_passes=self.verified,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )
         reason = reader.finish_reason or "length"
         told = reader.text, reader.thinking, reader.tool_calls, reader.tokens, reason, stats, reader.log_probs

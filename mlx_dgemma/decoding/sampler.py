@@ -1,4 +1,4 @@
-"""The checkpoint's sampler as pure functions of arrays: temperature, acceptance, noise, stop rule.
+"""The samplers as pure functions of arrays: `draw` of a token; temperature, acceptance, stop rule of a canvas.
 
 B is the batch, C the canvas length, V the vocabulary. Formulas: the entropy-bound sampler of
 arXiv 2505.24857 as Transformers' diffusion_gemma computes it.
@@ -6,9 +6,64 @@ arXiv 2505.24857 as Transformers' diffusion_gemma computes it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import mlx.core as mx
+
+from ..model import rng
+from .options import Sampling
+
+
+def draw(
+    logits: mx.array,
+    sampling: Sampling,
+    keys: mx.array | None,
+    seen: mx.array | None = None,
+    allowed: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """One token for each of L positions of a text that comes token by token.
+
+    Args:
+        logits: [L, V] float32, softcapped.
+        sampling: how to draw.
+        keys: [L, 2], a random key for each position; not read at temperature 0.
+        seen: [L, V] or [1, V] bool, tokens that the penalty applies to; None: no penalty.
+        allowed: [L, V] or [1, V] bool, tokens that may be drawn; None: all.
+
+    Returns:
+        tokens: [L] int32.
+        log_probs: [L] float32, theirs in nats by the model's own distribution: temperature, cuts, penalty and
+            constraint do not count.
+    """
+    scores = logits
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        scores = mx.where(seen, mx.where(scores > 0, scores / penalty, scores * penalty), scores)
+    if allowed is not None:
+        scores = mx.where(allowed, scores, -mx.inf)
+    if sampling.temperature > 0 and keys is not None:
+        scores = scores / sampling.temperature
+        scores = mx.where(scores < lowest_kept(scores, sampling), -mx.inf, scores)
+        scores = scores + rng.gumbel(scores.shape[1:], keys)
+    tokens = mx.argmax(scores, axis=-1, keepdims=True).astype(mx.int32)
+    own = mx.take_along_axis(logits, tokens, axis=-1) - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return tokens[:, 0], own[:, 0]
+
+
+def lowest_kept(scores: mx.array, sampling: Sampling) -> mx.array:
+    """[L, V] logits over the temperature -> [L, 1], the lowest that top_k, top_p and min_p leave, in this order."""
+    lowest = mx.full((scores.shape[0], 1), -mx.inf)
+    if sampling.top_k or sampling.top_p < 1:
+        ordered = mx.sort(scores, axis=-1)[:, ::-1]
+        if 0 < sampling.top_k < scores.shape[-1]:
+            ordered = ordered[:, : sampling.top_k]
+        p = mx.softmax(ordered, axis=-1, precise=True)
+        kept = (mx.cumsum(p, axis=-1) - p < sampling.top_p).sum(axis=-1, keepdims=True)
+        lowest = mx.take_along_axis(ordered, mx.maximum(kept, 1) - 1, axis=-1)
+    if sampling.min_p > 0:
+        lowest = mx.maximum(lowest, scores.max(axis=-1, keepdims=True) + math.log(sampling.min_p))
+    return lowest
 
 
 def temperature(remaining: int, steps: int, t_min: float, t_max: float) -> float:

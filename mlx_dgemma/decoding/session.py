@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import mlx.core as mx
@@ -40,6 +40,10 @@ class PromptTokens:
     cache_key: list[int | str]  # the same with a picture's digest for each of its placeholders
     pictures: list[Picture] = field(default_factory=list)
     frame_seconds: list[float] = field(default_factory=list)  # times of video frames
+
+    def without_last(self) -> PromptTokens:
+        """All tokens but the last one, which is text."""
+        return replace(self, tokens=self.tokens[:-1], cache_key=self.cache_key[:-1])
 
     def extend(self, tokens: list[int]) -> None:
         """Put more tokens behind."""
@@ -178,6 +182,12 @@ class Session:
             evaluate(self.prefix)
             self.cache_key = [*self.cache_key, *np.asarray(tokens[0]).tolist()]
         mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
+
+    def accept(self, tokens: list[int]) -> None:
+        """Take these tokens in, which the last pass of `encode_ahead` began with."""
+        with self._undone_if_interrupted(len(tokens)):
+            self.prefix.accept(len(tokens))
+            self.cache_key += tokens
 
     def take_snapshot(self) -> Session | None:
         """The copy that `encode` kept, which belongs to the caller from now on."""

@@ -151,10 +151,22 @@ class DiffusionGemma(nn.Module):
         if features is not None:
             h, spans = self._insert_image_features(tokens, h, features)
         masks = prefix.encode_masks(tokens.shape[1], spans, ALIGNMENT if self._with_kernels else 1)
-        scalars = [one.layer_scalar for one in self.model.encoder.language_model.layers]
-        h = self._run(h, [prefix], [masks], scalars, canvas=False)
+        h = self._run(h, [prefix], [masks], encoder=True, canvas=False)
         prefix.offset += tokens.shape[1]
         return h
+
+    def encode_ahead(self, tokens: mx.array, prefixes: Sequence[Prefix]) -> mx.array:
+        """Encode tokens causally behind prefixes, which are extended by as many of them as `Prefix.accept` is told.
+
+        Args:
+            tokens: [B, L] int32, text alone.
+            prefixes: B prefixes of one row each, without padding.
+
+        Returns:
+            Hidden states [B, L, H] after the final norm.
+        """
+        masks = [one.encode_masks(tokens.shape[1]) for one in prefixes]
+        return self._run(self._embed(tokens), prefixes, masks, encoder=True, canvas=True)
 
     def encode_images(self, images: tuple[mx.array, mx.array]) -> mx.array:
         """Soft tokens of pictures. They are encoded in groups, so that memory does not grow with their number.
@@ -199,10 +211,9 @@ class DiffusionGemma(nn.Module):
         """
         decoder = self.model.decoder
         h = decoder.self_conditioning(self._embed(canvas), conditioning)
-        scalars = [layer.layer_scalar for layer in decoder.layers]
         prefixes = [prefix] if isinstance(prefix, Prefix) else prefix
         masks = [one.denoise_masks(canvas.shape[1]) for one in prefixes]
-        return self._run(h, prefixes, masks, scalars, canvas=True, queue=queue)
+        return self._run(h, prefixes, masks, encoder=False, canvas=True, queue=queue)
 
     @property
     def head(self) -> Head:
@@ -256,15 +267,20 @@ class DiffusionGemma(nn.Module):
         h: mx.array,
         prefixes: Sequence[Prefix],
         masks: list[dict],
-        scalars: list[mx.array],
+        encoder: bool,
         canvas: bool,
         queue: Queue | None = None,
     ) -> mx.array:
+        """Hidden states after the final norm; `canvas` as in `LayerContext`."""
         offsets, rope_offset = [prefix.offset for prefix in prefixes], prefixes[0].rope_offset()
         if len(prefixes) > 1:
             rope_offset = mx.array(offsets)
         turns = self.turns(rope_offset, h.shape[1]) if self._with_kernels else {}
-        layers = self.model.decoder.layers if canvas or self._encoder_layers is None else self._encoder_layers
+        layers: Sequence[Layer] = self.model.decoder.layers
+        scalars = [layer.layer_scalar for layer in layers]
+        if encoder:
+            layers = self._encoder_layers or layers
+            scalars = [one.layer_scalar for one in self.model.encoder.language_model.layers]
         for i, (layer, scalar) in enumerate(zip(layers, scalars)):
             kind = layer._layer_type
             caches = [prefix.layers[i] for prefix in prefixes]

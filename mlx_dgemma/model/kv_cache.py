@@ -66,13 +66,8 @@ class LayerKV:
                 mx.concatenate([self.keys[:, :, :free], self.keys[:, :, :used], keys], axis=2),
                 mx.concatenate([self.values[:, :, :free], self.values[:, :, :used], values], axis=2),
             )
-        kept = min(length, self.window_slots)
-        start = (offset + length - kept) % self.window_slots
-        head = min(kept, self.window_slots - start)  # positions up to the end of the ring; the rest go to its beginning
-        tail = length - kept + head
-        self._write(keys[:, :, length - kept : tail], values[:, :, length - kept : tail], start)
-        if head < kept:
-            self._write(keys[:, :, tail:], values[:, :, tail:], 0)
+        first = max(length - self.window_slots, 0)
+        self._write_ring(keys[:, :, first:], values[:, :, first:], offset + first)
         return seen
 
     def with_canvas(
@@ -87,6 +82,25 @@ class LayerKV:
         used = self.used(offset)
         self._write(keys, values, used)
         return self._first(used + keys.shape[2], alignment)
+
+    def accept(self, offset: int, count: int) -> None:
+        """Make the first `count` positions that `with_canvas` wrote part of the prefix, which holds `offset`."""
+        if self.window_slots is None or offset + count <= self.window_slots or self.keys is None or self.values is None:
+            return  # they lie where they belong
+        end, behind = offset + count, self.used(offset) - offset  # position + behind is its slot
+        start = max(end - self.window_slots, self.window_slots, offset)
+        # Copies of their own, so that the buffers can be written in place.
+        keys, values = (mx.contiguous(a[:, :, start + behind : end + behind]) for a in (self.keys, self.values))
+        self._write_ring(keys, values, start)
+
+    def _write_ring(self, keys: mx.array, values: mx.array, position: int) -> None:
+        """Write at most a ring full of positions, the first of which is given."""
+        assert self.window_slots is not None
+        start = position % self.window_slots
+        head = self.window_slots - start  # up to the end of the ring; the rest go to its beginning
+        self._write(keys[:, :, :head], values[:, :, :head], start)
+        if head < keys.shape[2]:
+            self._write(keys[:, :, head:], values[:, :, head:], 0)
 
     def _write(self, keys: mx.array, values: mx.array, at: int) -> None:
         end = at + keys.shape[2]
@@ -216,6 +230,12 @@ class Prefix:
             kind: Mask(self._key_positions(length, kind == "sliding_attention"), padding=self._padding())
             for kind in ("full_attention", "sliding_attention")
         }
+
+    def accept(self, count: int) -> None:
+        """Extend the prefix by the first `count` positions of the last pass of `encode_ahead`."""
+        for layer in self.layers:
+            layer.accept(self.offset, count)
+        self.offset += count
 
     def handles(self) -> list[tuple[mx.array | None, mx.array | None]]:
         """The layers' present buffers, for `restore`. While they are kept, the next write copies the buffers."""

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from ..decoding.options import MIN_TEMPERATURE, GenerationOptions
+from ..decoding.options import MIN_TEMPERATURE, MODES, GenerationOptions
 from ..errors import DgemmaError, OptionError, PromptError
 from .errors import ApiError
 from .schemas.bodies import Shared
 from .schemas.fields import format_value, reject
 from .settings import Settings
 
-OPTIONS = {field.name for field in fields(GenerationOptions)} - {"max_tokens", "stop"}
+OPTIONS = {field.name for field in fields(GenerationOptions)} - {"max_tokens", "stop", "temperature"}
 LIMITS = ("max_completion_tokens", "max_tokens")
 
 
@@ -39,7 +39,16 @@ def generation_arguments(body: Shared, defaults: GenerationOptions) -> dict[str,
     temperature, seed = body.temperature, body.seed
     if temperature and temperature < MIN_TEMPERATURE:
         reject("temperature", temperature, f"it should be 0, or a number from {MIN_TEMPERATURE:g} to 2")
-    if temperature not in (None, 0, 1):
+    by_token = body.mode in MODES[1:]
+    if by_token and temperature is not None:
+        given["temperature"] = temperature
+    if not by_token and given.pop("top_p", 1) != 1:
+        reject(
+            "top_p",
+            body.top_p,
+            "whole canvases know no nucleus sampling: leave it out, give 1, or take the mode causal",
+        )
+    if not by_token and temperature not in (None, 0, 1):
         for name in ("t_min", "t_max"):
             if name in given:
                 reject(

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..constraints.language import Language
+from ..constraints.next_token import NextTokens
 from ..constraints.search import FRESH, THINKING, Marginals, best_text
 from ..constraints.spelling import Spelling
 from ..decoding.control import Control
@@ -85,6 +86,10 @@ class Constrained(Control):
             return chosen if self._scanner is None else self._checked(chosen, seen, left)
 
         return LanguageGuide(self._language.always_scored_tokens, self._ends, self._marks, choose)
+
+    def next_tokens(self) -> NextTokens:
+        """The tokens that may come next, where text comes token by token."""
+        return NextTokens(self._language, self._ends, self._marks, self._state)
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Move on in the language."""
@@ -190,6 +195,11 @@ def constrain(builder: PromptBuilder, request: Request, language: Language, what
     While it is generated, a text that would leave the language is a `LanguageError`.
     """
     options, answer = request.options, request.reader
+    if options.causal and language.scanner() is not None:
+        raise OptionError(
+            f"mode is {options.mode!r}, but {what[:1].lower()}{what[1:]} has limits that are checked on a canvas alone "
+            "(long maxLength, many items, uniqueItems): leave the mode or these limits out."
+        )
     if not options.end_tokens:
         raise OptionError(f"{what} needs an end token, but end_tokens is (); give one.")
     # A thought that the prompt has opened takes a token to close it.

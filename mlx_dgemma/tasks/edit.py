@@ -92,7 +92,8 @@ def edit(
         effective = effective.override(max_tokens=max(effective.max_tokens, 2 * len(draft)))
     asked = f"{instruction.rstrip().removesuffix(':')}: {file.plain}"
     request = builder.request(messages_of(asked), seed, effective)
-    request.control = Drafted(draft, builder.turn_end, strength, builder.config.canvas_length, request.seed)
+    if not effective.causal:  # token by token, what is copied is drafted from the prompt
+        request.control = Drafted(draft, builder.turn_end, strength, builder.config.canvas_length, request.seed)
     request.postprocess = lambda result: replace(
         result, text=file.restored(result.text, whole=result.finish_reason != "length")
     )

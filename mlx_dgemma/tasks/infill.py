@@ -175,6 +175,10 @@ def infill(
             "give length instead."
         )
     builder.check_characters(len(prefix) + len(suffix))
+    if suffix and effective.causal:
+        raise OptionError(
+            f"mode is {effective.mode!r}, but a hole with text behind it needs a canvas; leave the mode or suffix out."
+        )
     context = HoleContext.of(builder.tokenizer, prefix, suffix)
     language = builder.language(context.pattern(), "The hole")
     least = max(language.shortest_length, 1)

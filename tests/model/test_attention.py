@@ -198,14 +198,13 @@ def test_a_model_in_groups_gives_the_same_logits(grouped, kinds, group):
     spans = np.zeros((3, 9), np.int32)
     spans[0, 2:6], spans[1, 4:9], spans[2, :3] = 1, 1, 1
     conditioning = mx.random.normal((3, 4, 16), key=mx.random.key(0))
-    scalars = [one.layer_scalar for one in model.model.encoder.language_model.layers]
 
     def logits():
         prefix = model.new_prefix(3)
         hidden = [model.encode(tokens[:, a:b], prefix, mask=padded[:, a:b]) for a, b in ((0, 2), (2, 12))]
         prefix.pad(padded[:, 12:])
         embedded = model._embed(tokens[:, 12:])
-        hidden.append(model._run(embedded, [prefix], [prefix.encode_masks(9, spans)], scalars, canvas=False))
+        hidden.append(model._run(embedded, [prefix], [prefix.encode_masks(9, spans)], encoder=True, canvas=False))
         prefix.offset += 9
         first = model.denoise(canvas, prefix)
         hidden.append(model.encode(more, prefix))

@@ -104,8 +104,7 @@ def test_image_spans_see_themselves_in_both_directions(model, naive, cut):
     prefix = model.new_prefix()
     before = model.encode(tokens[:, :cut], prefix)
     masks = prefix.encode_masks(17 - cut, spans[None, cut:])
-    scalars = [one.layer_scalar for one in model.model.encoder.language_model.layers]
-    after = model._run(model._embed(tokens[:, cut:]), [prefix], [masks], scalars, canvas=False)
+    after = model._run(model._embed(tokens[:, cut:]), [prefix], [masks], encoder=True, canvas=False)
     assert far(mx.concatenate([before, after], axis=1)[0], hidden) < BOUND
 
 

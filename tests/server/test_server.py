@@ -150,6 +150,19 @@ def test_options_of_this_model(client):
     assert told.stats["denoising_steps"] == same.stats.denoising_steps
 
 
+def test_token_by_token(client):
+    """Streamed by token, sampled as alone, several at once; the next turn reuses the prefix in any mode."""
+    drawing = {"mode": "causal", "min_p": 0.02, "top_k": 40, "repetition_penalty": 1.05}
+    same = expected("Spell the word frog.", seed=5, temperature=0.7, top_p=0.95, **drawing)
+    stream = chat(client, "Spell the word frog.", seed=5, temperature=0.7, top_p=0.95, stream=True, extra_body=drawing)
+    parts = [part.choices[0].delta.content for part in stream if part.choices and part.choices[0].delta.content]
+    assert "".join(parts) == same.text and len(parts) > 3
+    drafted = chat(client, JSON_PROMPT, temperature=0, n=2, extra_body={"mode": "speculative"})
+    assert {one.message.content for one in drafted.choices} == {
+        expected(JSON_PROMPT, mode="causal", temperature=0).text
+    }
+
+
 @pytest.mark.parametrize(
     "asked", [{"reasoning_effort": "low"}, {"thinking": True}, {"chat_template_kwargs": {"enable_thinking": True}}]
 )

@@ -18,7 +18,6 @@ MAX_REGEX_LENGTH = 20_000  # characters; a million take seconds to parse
 TOOL_CHOICE = "it should be auto, none, required, or name a function"
 STOPS = f"it should be a string that is not empty, or a list of up to {MAX_STOPS}"
 ONE_BUDGET = f"it should be one of {', '.join(map(str, BUDGETS))}"
-NO_NUCLEUS = "nucleus sampling is unknown to this model: leave it out, or give 1"
 NO_BIASES = "biases are unknown to this model: leave it out"
 ONLY_CHOSEN = "only the chosen tokens' are known: leave it out, or give 0"
 NOT_REPEATED = "the prompt is not repeated: leave it out, or give false"
@@ -59,11 +58,20 @@ class Shared(Body):
     store: Annotated[Flag, only(False, why="nothing is stored here: leave it out, or give false")] = None
     service_tier: Annotated[String, only("auto", "default", why="there are no tiers here: leave it out")] = None
     seed: Annotated[int | None, whole(0, 2**64 - 1), doc("The same seed gives the same answer.")] = None
-    temperature: Annotated[float | None, number(0, 2), doc("Of t_min and t_max; 0 means seed 0 if none is given.")] = (
+    temperature: Annotated[float | None, number(0, 2), doc("Of canvases it multiplies t_min, t_max; 0: seed 0.")] = None
+    top_p: Annotated[float | None, number(0.001, 1), doc("Token by token; whole canvases take 1 alone.")] = None
+    stop: Annotated[StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None, Rule(STOPS)] = None
+    mode: Annotated[
+        Literal["diffusion", "causal", "speculative"] | None,
+        doc("How text comes."),
+    ] = None
+    top_k: Annotated[Whole, doc("Token by token: draw among so many of the most probable tokens; 0: all.")] = None
+    min_p: Annotated[float | None, number(0, 1), doc("Token by token: least share of the best one's probability.")] = (
         None
     )
-    top_p: Annotated[float | None, only(1, why=NO_NUCLEUS)] = None
-    stop: Annotated[StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None, Rule(STOPS)] = None
+    repetition_penalty: Annotated[float | None, number(0.01, 100), doc("Token by token: above 1, fewer repeats.")] = (
+        None
+    )
     exact: Annotated[Flag, doc("Use the reference implementation's stopping rule only.")] = None
     fast: Annotated[Flag, doc("Fix confident tokens for good, which takes fewer steps.")] = None
     max_denoising_steps: Annotated[int | None, whole(1, MAX_STEPS), doc("The most denoising steps of a canvas.")] = None
