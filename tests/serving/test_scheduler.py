@@ -15,6 +15,7 @@ import mlx_dgemma
 from mlx_dgemma.decoding.events import Block, Draft, Finished
 from mlx_dgemma.errors import OptionError, PromptError
 from mlx_dgemma.serving.prefix_cache import PrefixCache
+from mlx_dgemma.serving.preparation import SLOTS
 from mlx_dgemma.serving.scheduler import COUNTERS, Accepted, Busy, Failed, Scheduler
 from mlx_dgemma.tasks import infill
 
@@ -152,21 +153,22 @@ def test_as_many_may_wait_as_there_is_room_for(tiny_scheduler):
 
 
 def test_what_is_being_prepared_counts_as_waiting(tiny_scheduler):
-    preparing, go_on = threading.Event(), threading.Event()
+    preparing, go_on = threading.Semaphore(0), threading.Event()
 
     def slow():
-        preparing.set()
+        preparing.release()
         assert go_on.wait(LIMIT)
         return tiny_request(tokens_of(0))
 
-    tiny_scheduler.submit(slow, Listener())
-    assert preparing.wait(LIMIT)
-    assert load_of(tiny_scheduler) == (0, 1)
-    listeners = [ask(tiny_scheduler, n) for n in range(1, 5)]
+    for _ in range(SLOTS):
+        tiny_scheduler.submit(slow, Listener())
+        assert preparing.acquire(timeout=LIMIT)
+    assert load_of(tiny_scheduler) == (0, SLOTS)
+    listeners = [ask(tiny_scheduler, n) for n in range(1, 6 - SLOTS)]
     with pytest.raises(Busy, match=r"^The queue is full \(5 waiting\); retry in 2 s\.$"):
         ask(tiny_scheduler, 9)
     go_on.set()
-    assert [told(one.last) for one in listeners] == [alone(n) for n in range(1, 5)]
+    assert [told(one.last) for one in listeners] == [alone(n) for n in range(1, 6 - SLOTS)]
 
 
 def test_what_fails_a_whole_batch_fails_all_that_run_and_no_other(tiny_scheduler, monkeypatch):
