@@ -268,7 +268,9 @@ def test_pinned_canvases_over_two_blocks(model):
         assert blocks == expected
         assert [tuple(tokens) for tokens in reader.taken] == [tokens for tokens, _ in blocks]
         assert [len(tokens) for tokens, _ in blocks] == [LAYOUTS[first].tokens.shape[1], 8, 8]
-        assert control.committed == [tokens for tokens, _ in blocks[:2]]  # the last one has ended
+        assert [tuple(tokens) for tokens in control.committed] == [
+            tokens for tokens, _ in blocks[:2]
+        ]  # the last one has ended
         assert np.array(blocks[0][0])[np.array(LAYOUTS[first].fixed[0])].tolist() == [
             token for token, pin in zip(LAYOUTS[first].tokens[0].tolist(), LAYOUTS[first].fixed[0].tolist()) if pin
         ]
