@@ -25,8 +25,6 @@ from ..settings import Settings
 if TYPE_CHECKING:
     from ...engine import Engine
 
-NESTED_LEVELS = 3  # of a json_object, below its own; each level makes the automaton four times as large
-
 
 class ChatExchange(Exchange):
     """A chat to answer, from the body of any endpoint that has the fields of `Chat` or properties in their place.
@@ -47,8 +45,8 @@ class ChatExchange(Exchange):
         tools, self.forced_tools = self._tools()
         self._check_constraint(tools)
         self.log_probs = bool(getattr(body, "logprobs", None))
-        if self.log_probs and self.constraint:
-            reject("logprobs", True, f"but {self.constraint} chooses among texts, not by them: leave one out")
+        if self.log_probs and self.forced_tools:
+            reject("logprobs", True, "but tool_choice asks for a call, whose text is not sent: leave one out")
         if tools:
             self.arguments["tools"] = tools
 
@@ -152,7 +150,7 @@ class ChatExchange(Exchange):
     def _schema(self) -> dict[str, Any] | None:
         """The JSON Schema of the answer, or None if it is text."""
         form = self.body.response_format
-        return any_object_schema() if form and form.type == "json_object" else self.body.schema_asked
+        return {"type": "object"} if form and form.type == "json_object" else self.body.schema_asked
 
     def _check_constraint(self, tools: list[Message]) -> None:
         """Put schema or pattern into the arguments, or refuse what they cannot go with."""
@@ -192,17 +190,6 @@ class ChatExchange(Exchange):
             if any(tool["function"].get("strict") for tool in tools):
                 reject("tools", body.tools, f"strict {why}: leave it out")
         return tools, forced
-
-
-def any_object_schema() -> dict[str, Any]:
-    """The schema of any JSON object with at most four levels of nesting, its own included."""
-    scalars: list[dict[str, Any]] = [{"type": kind} for kind in ("string", "number", "boolean", "null")]
-    value: dict[str, Any] = {"anyOf": scalars}
-    for _ in range(NESTED_LEVELS):
-        value = {
-            "anyOf": [*scalars, {"type": "object", "additionalProperties": value}, {"type": "array", "items": value}]
-        }
-    return {"type": "object", "additionalProperties": value}
 
 
 def _call_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:

@@ -81,12 +81,16 @@ Texts = Annotated[Text | PartsOf[TextPart], EITHER]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class SystemMessage(Body):
+class Named(Body):
+    name: str | None = None
+
+
+class SystemMessage(Named):
     role: Literal["system", "developer"]
     content: Texts
 
 
-class UserMessage(Body):
+class UserMessage(Named):
     role: Literal["user"]
     content: Annotated[Text | PartsOf[Part], EITHER]
 
@@ -103,14 +107,14 @@ class ToolCall(Body):
     index: Any = Field(None, exclude=True)
 
 
-class AssistantMessage(Body):
+class AssistantMessage(Named):
     role: Literal["assistant"]
     content: Texts | None = None
     reasoning_content: str | None = None
     tool_calls: Many[ToolCall] | None = None
 
 
-class ToolMessage(Body):
+class ToolMessage(Named):
     role: Literal["tool"]
     content: Texts
     tool_call_id: str
