@@ -5,12 +5,14 @@ import json
 import re
 
 import pytest
-from serving import WEATHER
+from serving import WEATHER, Script, said
 
+from mlx_dgemma.server.endpoints.chat import ChatExchange
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.schemas.bodies import Chat, Completion
 from mlx_dgemma.server.schemas.fields import parse_body
 from mlx_dgemma.server.schemas.items import Response
+from mlx_dgemma.server.settings import Settings
 
 PICTURE = "data:image/png;base64,aGk="
 CALL = {"id": "a", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{}"}}
@@ -32,7 +34,7 @@ VALID = {
             {"role": "tool", "content": "a", "tool_call_id": "a"},
         ],
         "response_format": {"type": "json_schema", "json_schema": FORM}, "tools": [{"function": FUNCTION}],
-        "tool_choice": {"type": "function", "function": {"name": "f"}}, "reasoning_effort": "low",
+        "tool_choice": {"type": "function", "function": {"name": "f"}}, "reasoning_effort": "low", "thinking_budget": 9,
         "chat_template_kwargs": {"enable_thinking": True}, "regex": "a", "parallel_tool_calls": True,
     },
     Completion: {**SHARED, "prompt": ["a"], "suffix": "b", "echo": False, "best_of": 1},
@@ -106,3 +108,18 @@ def test_null_is_absent_and_what_is_unknown_is_refused_everywhere(kind):
             read(kind, changed(VALID[kind], (*path, "odd"), None))
             with pytest.raises(ApiError, match=r"odd is not supported here; leave it out\.$"):
                 read(kind, changed(VALID[kind], (*path, "odd"), 1))
+
+
+@pytest.mark.parametrize(
+    ("asked", "budget"),
+    [
+        ({"reasoning_effort": "low"}, 512),
+        ({"reasoning_effort": "low", "thinking_budget": 9}, 9),
+        ({"reasoning_effort": "high"}, None),
+        ({"reasoning_effort": "low", "mode": "causal"}, None),
+        ({}, None),
+    ],
+)
+def test_an_effort_is_a_budget_of_the_thought(asked, budget):
+    body = parse_body(Chat, json.dumps({"messages": said("Hi"), **asked}).encode())
+    assert ChatExchange(body, Script().engine, Settings()).arguments.get("thinking_budget") == budget

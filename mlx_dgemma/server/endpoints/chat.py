@@ -25,6 +25,12 @@ from ..settings import Settings
 if TYPE_CHECKING:
     from ...engine import Engine
 
+THOUGHT_BUDGETS = {
+    "minimal": 128,
+    "low": 512,
+    "medium": 2048,
+}  # tokens, by reasoning_effort; others: no limit
+
 
 class ChatExchange(Exchange):
     """A chat to answer, from the body of any endpoint that has the fields of `Chat` or properties in their place.
@@ -42,6 +48,9 @@ class ChatExchange(Exchange):
         if len(parts_of(self.messages, "image")) > settings.pictures:
             raise ApiError(f"There are more than {settings.pictures} pictures; send fewer.", body.path("messages"))
         self.arguments["thinking"] = self._thinking()
+        budget = THOUGHT_BUDGETS.get(body.reasoning_effort)
+        if budget is not None and body.mode in (None, "diffusion"):
+            self.arguments.setdefault("thinking_budget", budget)
         tools, self.forced_tools = self._tools()
         self._check_constraint(tools)
         self.log_probs = bool(getattr(body, "logprobs", None))

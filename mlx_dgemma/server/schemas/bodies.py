@@ -117,6 +117,7 @@ class Answered(Shared):
     """What the endpoints take that answer a chat."""
 
     thinking: Flag = None
+    thinking_budget: Annotated[Whole, doc("Tokens after which a thought is ended; on canvases alone.")] = None
     regex: Annotated[String, Field(max_length=MAX_REGEX_LENGTH), doc("Of Python; the whole answer matches it.")] = None
     parallel_tool_calls: Flag = None
     top_logprobs: Annotated[int | None, only(0, why=ONLY_CHOSEN)] = None
