@@ -44,6 +44,10 @@ _TOKEN_NUMBERS = {  # least and greatest value of what token by token knows; Non
     "repetition_penalty": (0, MAX_NUMBER),
 }
 TOKEN_OPTIONS = ("top_k", *_TOKEN_NUMBERS)
+CANVAS_OPTIONS = (  # of diffusion alone
+    "max_denoising_steps", "entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold",
+    "certainty_threshold", "patience",
+)  # fmt: skip
 _OPTIONAL = ("prefill_chunk", "thinking_budget", *TOKEN_OPTIONS)
 
 
@@ -244,6 +248,11 @@ class GenerationOptions:
             raise OptionError(
                 f"fast is True and entropy_bound is {changes['entropy_bound']!r}; "
                 "fast mode accepts by confidence: leave one out."
+            )
+        mode = changes.get("mode", self.mode)
+        if mode != "diffusion" and (other := next((name for name in CANVAS_OPTIONS if name in changes), None)):
+            raise OptionError(
+                f"mode is {mode!r} and {other} is {changes[other]!r}, which is of canvases alone: leave one out."
             )
         if {"exact", "fast"} & set(changes):
             changes = {**dict.fromkeys(STOP_DEFAULTS["default"]), **changes}  # the stop rules follow the mode

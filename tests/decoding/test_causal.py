@@ -258,3 +258,20 @@ def test_inf_ends_one_request_and_its_session_is_empty(model):
 )
 def test_options_of_another_mode_are_refused(options, words):
     assert words in refusal(OptionError, GenerationOptions().override, **options)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"t_min": 0.5}, "mode is 'causal' and t_min is 0.5, which is of canvases alone: leave one out."),
+        ({"patience": 0}, "mode is 'causal' and patience is 0, which is of canvases alone: leave one out."),
+        (
+            {"thinking_budget": 9},
+            "mode is 'causal' and thinking_budget is 9, which holds on canvases alone: leave one out.",
+        ),
+    ],
+)
+def test_what_is_of_canvases_alone_is_refused(asked, message):
+    with pytest.raises(OptionError) as caught:
+        GenerationOptions(t_min=0.3, patience=3).override(mode="causal", **asked)
+    assert str(caught.value) == message
