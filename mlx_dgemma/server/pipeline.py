@@ -22,7 +22,7 @@ from .events import EventTranslator, FinishedAnswer, usage, usage_and_stats
 from .follow import follow
 from .options import as_api_errors, check_model, generation_arguments
 from .schemas.bodies import Shared
-from .schemas.fields import parse_body, reject
+from .schemas.fields import ignored, parse_body, reject
 from .settings import Settings
 from .streaming import ClientDisconnected, EventStream, cancel_on_disconnect, format_sse
 
@@ -46,6 +46,7 @@ class Exchange(ABC):
         arguments: of `Engine.prepare`, with the seed of the first answer.
         messages: whose pictures are to be decoded.
         log_probs: whether log-probabilities are sent.
+        ignored: `x_ignored` of the answer with the paths of the given fields that change nothing, if there are any.
         answers: those that are whole.
 
     Raises:
@@ -64,6 +65,7 @@ class Exchange(ABC):
         if body.stream_options and not body.stream:
             reject("stream_options", body.stream_options, "there is no stream: give stream true, or leave it out")
         self.arguments = generation_arguments(body, engine.options)
+        self.ignored = {"x_ignored": fields} if (fields := ignored(body)) else {}
         self.answers: dict[int, FinishedAnswer] = {}
         ids, kind = f"{self.KIND[0]}-{secrets.token_hex(12)}", self.KIND[2 if body.stream else 1]
         self._envelope = {"id": ids, "object": kind, "created": int(time.time()), "model": self.model}
@@ -101,7 +103,7 @@ class Exchange(ABC):
     def whole(self) -> dict[str, Any]:
         """The one body, when all answers are whole."""
         choices = [self.choice(i, answer) for i, answer in enumerate(self._in_order())]
-        return {**self._envelope, "choices": choices, **usage_and_stats(self._in_order())}
+        return {**self._envelope, "choices": choices, **usage_and_stats(self._in_order()), **self.ignored}
 
     def _in_order(self) -> list[FinishedAnswer]:
         return [self.answers[i] for i in sorted(self.answers)]

@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag
 
 from ...decoding.options import MIN_TEMPERATURE
 from ...model.patches import BUDGETS
-from .fields import Body, Many, Rule, doc, number, only, whole
+from .fields import Body, Harmless, Many, Rule, doc, number, only, whole
 from .messages import ChatMessage, Function, Tools
 
 MAX_CHOICES = 8  # answers to one request
@@ -24,6 +24,7 @@ NOT_REPEATED = "the prompt is not repeated: leave it out, or give false"
 NO_LOGPROBS = "log-probabilities are told by /v1/chat/completions alone: leave it out"
 ELSEWHERE = "a text is continued without it: leave it out, or ask /v1/chat/completions"
 NO_PENALTIES = only(0, why="penalties are unknown to this model: leave it out, or give 0")
+LABEL = Harmless("a label of the client's")
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Flag = bool | None
 String = str | None
@@ -51,9 +52,9 @@ class Shared(Body):
     stream: Flag = None
     stream_options: StreamOptions | None = None
     drafts: Annotated[Flag, doc("Send the canvas after each denoising step; requires `stream`.")] = None
-    user: String = None
-    safety_identifier: String = None
-    prompt_cache_key: String = None
+    user: Annotated[String, LABEL] = None
+    safety_identifier: Annotated[String, LABEL] = None
+    prompt_cache_key: Annotated[String, LABEL] = None
     metadata: dict[str, Any] | None = None
     store: Annotated[Flag, only(False, why="nothing is stored here: leave it out, or give false")] = None
     service_tier: Annotated[String, only("auto", "default", why="there are no tiers here: leave it out")] = None

@@ -67,6 +67,33 @@ class Rule:
         )
 
 
+class Harmless:
+    """Annotation of a field that changes no answer here: it is accepted, and `ignored` tells its name.
+
+    Args:
+        why: it changes nothing, such as "a label".
+    """
+
+    def __init__(self, why: str):
+        self.why = why
+
+
+def ignored(body: Body, path: str = "") -> list[str]:
+    """The paths of the given fields that change no answer, such as "messages[0].name"."""
+    found = []
+    for name in sorted(body.model_fields_set & type(body).model_fields.keys()):
+        field, value = type(body).model_fields[name], getattr(body, name)
+        here = f"{path}{field.alias or name}"
+        if any(isinstance(one, Harmless) for one in field.metadata):
+            found.append(here)
+        elif isinstance(value, Body):
+            found += ignored(value, f"{here}.")
+        elif isinstance(value, list):
+            for i, one in enumerate(value):
+                found += ignored(one, f"{here}[{i}].") if isinstance(one, Body) else []
+    return found
+
+
 def doc(text: str | None = None, **keywords: str) -> Any:
     """The description of a field, and further keywords of its JSON Schema."""
     return Field(description=text, json_schema_extra=dict(keywords))
