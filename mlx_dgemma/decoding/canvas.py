@@ -172,6 +172,11 @@ class CanvasBatch:
         """Bytes that the queue of these stages may have in flight."""
         return max(prefix.in_flight for prefix in self.prefixes)
 
+    @property
+    def in_groups(self) -> bool:
+        """Whether the stages of a layer are several, because its attention goes by groups of queries."""
+        return any(layer.stages for prefix in self.prefixes for layer in prefix.layers)
+
     def _align(self, other: CanvasBatch) -> None:
         """Fill in what the rows of another batch have and these do not: the step before, and earlier argmaxes."""
         rows, missing = self.rows, len(other.rows.earlier) - len(self.rows.earlier)

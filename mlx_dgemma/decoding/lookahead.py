@@ -19,6 +19,8 @@ from .control import Guide, Layout
 from .options import GenerationOptions
 from .step import fast_step, guided_step, plain_step
 
+EARLY = 2  # layers
+
 
 @dataclass(frozen=True)
 class Step:
@@ -60,19 +62,24 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
         following = build(batch, current, steps, guess)
     host_state, prediction = current.host_state, current.prediction
     shown = [current.argmax, current.accepted, prediction.entropy, prediction.confidence]
-    batch.queue.add(*prediction.stages, [host_state, *shown, *prediction.carried])
-    batch.queue.finish()
+    last = [host_state, *shown, *prediction.carried]
+    batch.queue.add(*prediction.stages, last)
+    early = early_layers(batch) if following is not None else 0
+    for handles in buffers:
+        del handles[:early]  # what these layers write now lies behind the prefix, and needs no undoing
+    batch.queue.add(*batch.stages()[:early])
+    mx.eval(last)
     overflowed = batch.advance_to(current, host_state, steps)
     over = any(batch.finished)
     if following is not None and (over or not _fits(prediction, guess, batch.dense)):
         # What was built is of no use, and must not be computed for its side effects.
         for prefix in batch.prefixes:
             prefix.restore(buffers.pop(0))
-        following = None if over else build(batch, current, steps, batch.dense)
+        following, early = None if over else build(batch, current, steps, batch.dense), 0
     del buffers  # or the next write would copy the buffers
     batch.queue = device.Queue(batch.in_flight)
     if following is not None:
-        batch.queue.add(*batch.stages())
+        batch.queue.add(*batch.stages()[early:])
     batch.ahead = following
     return _step(batch, current, prediction, overflowed)
 
@@ -102,6 +109,15 @@ def denoise_block(
         yield step
         if all(step.done):
             return
+
+
+def early_layers(batch: CanvasBatch) -> int:
+    """Layers of the next step that are started before this step is read, so that a GPU has work while the host reads.
+
+    If no row goes on they were computed in vain: on the CPU nothing would be gained, and where attention goes by groups
+    of queries a layer takes too long.
+    """
+    return 0 if device.on_cpu() or batch.in_groups else EARLY
 
 
 def _fits(prediction: head.Prediction | head.FullPrediction, guess: int, dense: int) -> bool:

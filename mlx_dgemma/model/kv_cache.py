@@ -242,8 +242,11 @@ class Prefix:
         return [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers]
 
     def restore(self, handles: list[tuple[mx.array | None, mx.array | None]]) -> None:
-        """Undo all writes since `handles` was called; lazy ones are then never computed."""
-        for layer, (keys, values) in zip(self.layers, handles):
+        """Undo all writes since `handles` was called, of the last layers where some were taken from its beginning.
+
+        Lazy writes are then never computed.
+        """
+        for layer, (keys, values) in zip(self.layers[len(self.layers) - len(handles) :], handles):
             layer.keys, layer.values, layer.stages = keys, values, []
 
     def _padding(self) -> np.ndarray:

@@ -11,6 +11,7 @@ from support import engine_of, random_tokens, refusal, small_model
 from test_generate import PROMPTS
 
 from mlx_dgemma.decoding import canvas as module
+from mlx_dgemma.decoding import lookahead
 from mlx_dgemma.decoding.events import Block, Draft
 from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.loop import Loop
@@ -235,6 +236,24 @@ def test_the_prefix_ends_with_the_canvas_that_was_shown_last(models, mode, monke
     for one, other in zip(prefix.state, fresh.state):
         assert mx.abs(one - other).max().item() < 1e-5
     assert prefix.offset == len(PROMPT)
+
+
+@pytest.mark.parametrize("mode", ["exact", "default", "fast"])
+def test_layers_that_are_started_early_change_nothing(models, mode, monkeypatch):
+    """Whether the next step is taken, is of no use, or is built anew; and its first layers write in place."""
+    monkeypatch.setattr(module, "DENSE", 1)
+    monkeypatch.setattr(tiling, "TOP_TOKENS", 4)
+    options, found, handles = options_of(mode, 1000, max_denoising_steps=6), [], Prefix.handles
+    kept: list[list] = []
+    monkeypatch.setattr(Prefix, "handles", lambda self: kept.append(handles(self)) or kept[-1])
+    for early in (0, 2):
+        monkeypatch.setattr(lookahead, "early_layers", lambda batch, early=early: early)
+        kept.clear()
+        events, _ = run(models[1000], [PROMPT, PROMPT[:3]], [2, 2], [2, 1], options)
+        assert {len(one) for one in kept} <= {3 - early, 3, 0}
+        assert any(len(one) == 3 - early for one in kept)
+        found.append([blocks_of(events, row) for row in range(2)])
+    assert found[0] == found[1]
 
 
 def test_every_way_of_conditioning_is_taken_and_none_changes_the_result(models, monkeypatch):
