@@ -65,8 +65,7 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
     last = [host_state, *shown, *prediction.carried]
     batch.queue.add(*prediction.stages, last)
     early = early_layers(batch) if following is not None else 0
-    for handles in buffers:
-        del handles[:early]  # what these layers write now lies behind the prefix, and needs no undoing
+    buffers = [handles[early:] for handles in buffers]  # what those write lies behind the prefix: nothing to undo
     batch.queue.add(*batch.stages()[:early])
     mx.eval(last)
     overflowed = batch.advance_to(current, host_state, steps)

@@ -240,20 +240,34 @@ def test_the_prefix_ends_with_the_canvas_that_was_shown_last(models, mode, monke
 
 @pytest.mark.parametrize("mode", ["exact", "default", "fast"])
 def test_layers_that_are_started_early_change_nothing(models, mode, monkeypatch):
-    """Whether the next step is taken, is of no use, or is built anew; and its first layers write in place."""
+    """Whether the next step is taken, is of no use, or is built anew."""
     monkeypatch.setattr(module, "DENSE", 1)
     monkeypatch.setattr(tiling, "TOP_TOKENS", 4)
-    options, found, handles = options_of(mode, 1000, max_denoising_steps=6), [], Prefix.handles
-    kept: list[list] = []
-    monkeypatch.setattr(Prefix, "handles", lambda self: kept.append(handles(self)) or kept[-1])
+    options, found, restore, undone = options_of(mode, 1000, max_denoising_steps=6), [], Prefix.restore, []
+    monkeypatch.setattr(Prefix, "restore", lambda self, kept: undone.append(len(kept)) or restore(self, kept))
     for early in (0, 2):
         monkeypatch.setattr(lookahead, "early_layers", lambda batch, early=early: early)
-        kept.clear()
         events, _ = run(models[1000], [PROMPT, PROMPT[:3]], [2, 2], [2, 1], options)
-        assert {len(one) for one in kept} <= {3 - early, 3, 0}
-        assert any(len(one) == 3 - early for one in kept)
         found.append([blocks_of(events, row) for row in range(2)])
     assert found[0] == found[1]
+    assert set(undone) == {3, 1}
+
+
+@pytest.mark.parametrize("early", [0, 2, 3])
+def test_no_step_copies_the_prefix(models, early, monkeypatch):
+    model, taken = models[40], []
+    monkeypatch.setattr(lookahead, "early_layers", lambda batch: taken.append(early) or early)
+    prefix = model.new_prefix(capacity=200_000)
+    model.encode(mx.array([PROMPT]), prefix)
+    mx.eval(model.denoise(mx.array([PROMPT]), prefix), prefix.state)
+    steps = denoise_block(model, prefix, options_of("steps", 40), mx.random.key(3)[None])
+    next(steps)
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in steps:
+        assert mx.get_peak_memory() - before < prefix.layers[2].keys.nbytes / 2
+    assert len(taken) > 4
 
 
 def test_every_way_of_conditioning_is_taken_and_none_changes_the_result(models, monkeypatch):
