@@ -367,5 +367,8 @@ class Prefix:
 
 
 def _handle(array: mx.array | None) -> mx.array | None:
-    """The same array as a new object, which assignments to slices of the old object do not change."""
-    return None if array is None else mx.array(array)
+    """The same array as a new object, which assignments to slices of the old object do not change.
+
+    `mx.array` would copy it.
+    """
+    return None if array is None else mx.stop_gradient(array)
