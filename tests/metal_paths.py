@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -225,6 +226,9 @@ def custom_kernels(dtype: str, folder: Path) -> None:
         model.denoise(random_tokens(2, 1, 4), prefix)
     finally:
         attention.SCORE_BYTES = bytes_before
+    model.config = replace(model.config, image_token_id=3)
+    features = mx.zeros((2, model.config.text.hidden_size), model.dtype)
+    model.encode(mx.array([[1, 2, 3, 3, 4, 5, 6]]), model.new_prefix(), features=features)
 
 
 def tuning(dtype: str, folder: Path) -> None:

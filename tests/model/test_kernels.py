@@ -1,6 +1,7 @@
 """The custom kernels, emulated on the CPU, against the plain way of computing the same."""
 
 import shutil
+from dataclasses import replace
 
 import emulator
 import mlx.core as mx
@@ -212,6 +213,34 @@ def test_a_model_with_kernels_gives_the_same_states(monkeypatch, way):
     model.train()
     for a, b in zip(states(), expected):
         assert mx.array_equal(a, b)  # training takes the plain way
+
+
+@pytest.mark.parametrize("length", [11, 16])
+def test_kernels_with_masks_of_their_own(monkeypatch, length):
+    """Pictures' spans, left padding and passes that are only looked at, whether or not keys fill whole tiles."""
+    model = small_model(4, layers=(SLIDING, FULL, SLIDING, FULL))
+    model.config = replace(model.config, image_token_id=39)
+    model.eval()
+    tokens, features = np.array(random_tokens(0, 2, length)) % 39, draw(5, 4, 16)
+    tokens[:, 3:5] = 39
+    padding = np.arange(length) >= np.array([[0], [2]])
+
+    def states():
+        pictures, padded, looked = model.new_prefix(2), model.new_prefix(2), model.new_prefix()
+        found = [model.encode(mx.array(tokens), pictures, features=features)]
+        found.append(model.encode(mx.array(tokens), pictures, features=features))
+        found.append(model.encode(mx.array(tokens % 38), padded, mask=padding)[:, 2:])
+        found += [model.encode(mx.array(tokens % 38), padded), model.denoise(random_tokens(2, 2, 4), padded)]
+        model.encode(mx.array(tokens[:1] % 38), looked)
+        for size in (1, 3, 5):
+            found.append(model.encode_ahead(random_tokens(3, 1, size), [looked]))
+            looked.accept(size)
+        return found
+
+    expected = states()
+    model.uses_kernels = True
+    for a, b in zip(states(), expected):
+        assert mx.abs(a - b).max() < 1e-4
 
 
 def test_kernels_are_used_where_they_agree_and_else_refused_aloud(monkeypatch):
