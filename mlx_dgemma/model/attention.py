@@ -204,7 +204,7 @@ class Attention(nn.Module):
         for i, (cache, offset, mask) in enumerate(zip(context.caches, context.offsets, context.masks)):
             q, k, v = new if len(context.caches) == 1 else (a[i : i + 1] for a in new)
             leading = mask.leading if context.turn is not None else None
-            # Without kernels there are as many keys as the mask has; a wrapped ring's mask has counted the slots in front.
+            # Without a kernel there are as many keys as the mask has, which counts the slots in front of a full ring.
             alignment = 1 if leading is None and len(mask.keys) % ALIGNMENT else ALIGNMENT
             k, v = (cache.with_canvas if context.canvas else cache.extend)(k, v, offset, alignment)
             cache.stages = []
