@@ -51,7 +51,7 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
     if batch.ahead is None:
         current = build(batch, batch.rows.last, batch.steps, batch.dense)
         batch.queue = device.Queue(batch.in_flight)
-        batch.queue.add(*batch.stages())
+        batch.queue.add(*batch.stages()[early_layers(batch) :])
     else:
         current = batch.ahead
     batch.remember(current.argmax)
@@ -64,9 +64,10 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
     shown = [current.argmax, current.accepted, prediction.entropy, prediction.confidence]
     last = [host_state, *shown, *prediction.carried]
     batch.queue.add(*prediction.stages, last)
-    early = early_layers(batch) if following is not None else 0
+    early = early_layers(batch)  # whose keys no stage of the queue holds, so that they are written in place
     buffers = [handles[early:] for handles in buffers]  # what those write lies behind the prefix: nothing to undo
-    batch.queue.add(*batch.stages()[:early])
+    if following is not None:
+        batch.queue.add(*batch.stages()[:early])
     mx.eval(last)
     overflowed = batch.advance_to(current, host_state, steps)
     over = any(batch.finished)
@@ -74,7 +75,7 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
         # What was built is of no use, and must not be computed for its side effects.
         for prefix in batch.prefixes:
             prefix.restore(buffers.pop(0))
-        following, early = None if over else build(batch, current, steps, batch.dense), 0
+        following = None if over else build(batch, current, steps, batch.dense)
     del buffers  # or the next write would copy the buffers
     batch.queue = device.Queue(batch.in_flight)
     if following is not None:
