@@ -17,6 +17,7 @@ from collections import defaultdict
 
 import mlx.core as mx
 import numpy as np
+import peers
 import quality
 import score
 from meter import settle
@@ -25,7 +26,7 @@ from shapes import add_arguments, from_arguments
 
 import mlx_dgemma
 from mlx_dgemma.check.shapes import random_prompt
-from mlx_dgemma.checkpoint.build import choose_kernels, suit_device
+from mlx_dgemma.checkpoint.build import DTYPES, choose_kernels, suit_device
 from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
@@ -93,7 +94,7 @@ def seconds_a_token(model: DiffusionGemma, prompt: mx.array, rows: int, length: 
 
 
 def speed(args: argparse.Namespace) -> list[dict]:
-    raw, _, model = from_arguments(args)
+    raw, dtype, model = from_arguments(args)
     suit_device(model)
     mx.eval(model.parameters())
     choose_kernels(model)
@@ -108,7 +109,14 @@ def speed(args: argparse.Namespace) -> list[dict]:
                 peak = (mx.get_peak_memory() - held) / 2**30
                 found.append({"prefix": prefix, "rows": rows, "tokens": length, "ms": taken, "peak_gib": peak})
                 settle()
-    body = [[one["prefix"], one["rows"], one["tokens"], one["ms"]["median"], f"{one['peak_gib']:.2f}"] for one in found]
+        if args.mlx_lm:
+            seconds = peers.mlx_lm_seconds(raw, DTYPES[dtype], args.recipe, prompt, args.runs * 8 + 4)
+            taken = spread([1000 * one for one in seconds])
+            found.append({"prefix": prefix, "rows": "mlx-lm, 1", "tokens": 1, "ms": taken, "peak_gib": None})
+            settle()
+    body = [
+        [one["prefix"], one["rows"], one["tokens"], one["ms"]["median"], f"{one['peak_gib'] or 0:.2f}"] for one in found
+    ]
     table(["prefix", "rows", "tokens a row", "ms", "GiB above the weights"], body)
     return found
 
@@ -124,6 +132,7 @@ def main() -> None:
     one.add_argument("--temperature", type=float, default=0.0)
     other = commands.add_parser("speed")
     add_arguments(other)
+    other.add_argument("--mlx-lm", action="store_true", help="plain Gemma 4 of the same shape beside it, by mlx-lm")
     other.add_argument("--rows", type=int, nargs="+", default=[1])
     args = parser.parse_args()
     found = machine()

@@ -1,4 +1,4 @@
-"""Other runtimes, each measured through its own code: mlx-vlm and Transformers. Imported only when asked for.
+"""Other runtimes, each measured through its own code: mlx-vlm, mlx-lm and Transformers. Imported only when asked for.
 
 Steps: random weights at a shape, the peer's entropy-bound loop. Answers: a checkpoint, the peer's default sampler.
 """
@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from meter import MLX, Memory, Meter
 
-from mlx_dgemma.check.shapes import quantize
+from mlx_dgemma.check.shapes import fill, quantize
 
 COMPUTED = ("DiffusionGemmaTextRotaryEmbedding", "DiffusionGemmaTextScaledWordEmbedding")  # buffers no file holds
 NEVER = 1e-30  # nats: no canvas's mean entropy is below it, so the stop rule is never met
@@ -30,6 +30,28 @@ def mlx_vlm_model(raw: dict, weights: list, recipe: str | None) -> nn.Module:
     model.load_weights(weights)
     mx.eval(model.parameters())
     return model
+
+
+def mlx_lm_seconds(raw: dict, dtype: mx.Dtype, recipe: str | None, prompt: mx.array, tokens: int) -> list[float]:
+    """Seconds of each token by mlx-lm's own loop, at temperature 0, of plain Gemma 4 at the same shape.
+
+    Weights are random. With a recipe all matrices have 4 bits, in groups of 64.
+    """
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.gemma4_text import Model, ModelArgs
+
+    text = {key: value for key, value in raw["text_config"].items() if key != "model_type"}
+    more = {"enable_moe_block": True, "attention_k_eq_v": True, "num_kv_shared_layers": 0, "use_double_wide_mlp": False}
+    model = Model(ModelArgs.from_dict({**text, **more, "hidden_size_per_layer_input": 0}))
+    fill(model, dtype)
+    if recipe:
+        nn.quantize(model, 64, 4)
+    mx.eval(model.parameters())
+    taken, started = [], time.perf_counter()
+    for _ in generate_step(prompt[0], model, max_tokens=tokens):
+        taken.append(time.perf_counter() - started)
+        started = time.perf_counter()
+    return taken[4:]
 
 
 def mlx_vlm_step(model: nn.Module, prompt: mx.array, steps: int) -> dict:
