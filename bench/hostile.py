@@ -2,9 +2,12 @@
 
 The server runs as a process of its own. An honest client asks for short answers, first alone and then beside the
 attack, one request after the other. Bounds: its median latency under attack is at most `--ratio` times the quiet one,
-memory grows by at most 5 % between the first and the last third of the attack, no file and no thread but idle ones
-stay, and the server ends with exit code 130 within its time. Exit code 1 where a bound fails; the last line is JSON.
-Prompts that are merely long are load, not an attack: there are none.
+memory grows by at most 5 % between the first and the last third of the attack, no file, no process and no thread but
+idle ones stay, and the server ends with exit code 130 within its time. Exit code 1 where a bound fails; the last line
+is JSON. Prompts that are merely long are load, not an attack: there are none.
+
+The hostile clients are processes of their own with the lowest priority: they stand for other machines, whose work takes
+no processor from the server.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import base64
 import http.client
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -25,7 +29,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from io import BytesIO
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +41,11 @@ from mlx_dgemma.checkpoint.find import DEMO
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 CLIENTS, KEY = 30, "honest"
+PROCESSES, NICENESS = 3, 19  # of the hostile clients
 HONEST = {"messages": [{"role": "user", "content": "Spell the word frog."}], "seed": 0}
 BOMBS = ("(?:){4294967294}", "a{19000}", ".{15000}", "(a?){9000}", "((a?){90}){90}", "(x+x+)+y", "[ab]*a[ab]{40}")
 MB = 2**20
-KEPT_THREADS = 4  # anyio keeps idle worker threads until it is asked for one again
+KEPT = {"threads": 4}  # anyio keeps idle worker threads until it is asked for one again
 
 
 class Server:
@@ -66,18 +73,14 @@ class Server:
         """Resident bytes."""
         return int(self._status("VmRSS")) * 1024
 
-    def threads(self) -> int:
-        """Threads of the process."""
-        return int(self._status("Threads"))
-
-    def files(self) -> int:
-        """Open file descriptors."""
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
-
-    def children(self) -> int:
-        """Processes that it has started."""
+    def held(self) -> dict[str, int]:
+        """Its threads, open file descriptors, and the processes that it has started."""
         tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
-        return sum(len((task / "children").read_text().split()) for task in tasks)
+        return {
+            "threads": int(self._status("Threads")),
+            "files": len(os.listdir(f"/proc/{self.process.pid}/fd")),
+            "processes": sum(len((task / "children").read_text().split()) for task in tasks),
+        }
 
     def _status(self, name: str) -> str:
         text = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -234,6 +237,45 @@ def attack(attacks: Attacks, number: int, pause: float, done: Counter[str]) -> N
             return
 
 
+def attack_together(port: int, numbers: range, pause: float, pipe: Connection) -> None:
+    """Hostile clients in threads of this process until the pipe says how long to wait for the last ones;
+    what they did goes into it."""
+    with suppress(OSError):
+        os.nice(NICENESS)
+    stop, done = threading.Event(), Counter()
+    attacks = Attacks(port, stop)
+    clients = [threading.Thread(target=attack, args=(attacks, one, pause, done), daemon=True) for one in numbers]
+    for client in clients:
+        client.start()
+    end = pipe.recv() + time.monotonic()
+    stop.set()
+    for client in clients:
+        client.join(max(end - time.monotonic(), 0))
+    pipe.send(done)
+
+
+class Hostile:
+    """Processes of hostile clients."""
+
+    def __init__(self, port: int, clients: int, pause: float):
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        for i in range(PROCESSES):
+            ours, theirs = context.Pipe()
+            numbers = range(i, clients, PROCESSES)
+            context.Process(target=attack_together, args=(port, numbers, pause, theirs), daemon=True).start()
+            self._pipes.append(ours)
+
+    def stop(self, seconds: float) -> Counter[str]:
+        """End the attacks, waiting so long for those that are under way; how many there were of each."""
+        done: Counter[str] = Counter()
+        for pipe in self._pipes:
+            pipe.send(seconds)
+        for pipe in self._pipes:
+            done.update(pipe.recv())
+        return done
+
+
 def honest(port: int, seconds: float, watch: list[int], server: Server) -> tuple[list[float], Counter[int]]:
     """Seconds that each request took, and statuses; resident bytes after each go into `watch`."""
     times: list[float] = []
@@ -265,12 +307,12 @@ def percentiles(times: list[float]) -> dict[str, float]:
 
 
 def settled(server: Server, before: dict[str, int], seconds: float) -> dict[str, int]:
-    """Threads, files and processes once no more are left than before, or when the time is over."""
+    """What the server holds once it is no more than before, or when the time is over."""
     end = time.monotonic() + seconds
     while True:
-        left = {"threads": server.threads(), "files": server.files()}
+        left = server.held()
         if time.monotonic() > end or all(left[name] <= before[name] for name in left):
-            return {**left, "processes": server.children()}
+            return left
         time.sleep(1)
 
 
@@ -278,22 +320,14 @@ def main() -> int:
     options = parse()
     print(f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()}", flush=True)
     server = Server(["--model", options.model])
-    stop, memory, done = threading.Event(), [], Counter()
+    memory: list[int] = []
     honest(server.port, 5, [], server)  # warm
     quiet, _ = honest(server.port, options.quiet, [], server)
-    before = {"threads": server.threads(), "files": server.files()}
-    attacks = Attacks(server.port, stop)
-    clients = [
-        threading.Thread(target=attack, args=(attacks, number, options.pause, done), daemon=True)
-        for number in range(options.clients)
-    ]
-    for client in clients:
-        client.start()
+    before = server.held()
+    hostile = Hostile(server.port, options.clients, options.pause)
     attacked, statuses = honest(server.port, options.seconds, memory, server)
-    stop.set()
     alive, load = server.process.poll() is None, os.getloadavg()
-    for client in clients:
-        client.join(options.settle)
+    done = hostile.stop(options.settle)
     after = settled(server, before, options.settle) if alive else {}
     again, _ = honest(server.port, options.quiet, [], server) if alive else ([], None)
     code = server.stop(60)
@@ -305,9 +339,7 @@ def main() -> int:
         "latency": ratio <= options.ratio,
         "answers": set(statuses) == {200},
         "memory": growth <= 0.05,
-        "threads and files": alive
-        and after["threads"] <= before["threads"] + KEPT_THREADS
-        and after["files"] <= before["files"],
+        "threads and files": alive and all(after[name] <= before[name] + KEPT.get(name, 0) for name in before),
         "exit": code == 130,
         "log": not [line for line in server.other if "Traceback" in line],
     }

@@ -142,7 +142,7 @@ JOBS = {one.__name__: one for one in (convert, fuse, tune, tune_all_weights, cac
 
 def contents(folder: Path) -> dict[str, bytes]:
     """What a job leaves. README.md and log.csv tell times, curves.png draws nothing else than the log."""
-    left_out = ("README.md", "log.csv", "curves.png", "owner.json")
+    left_out = ("README.md", "log.csv", "curves.png", "owner.json", "lock")
     files = [file for file in folder.rglob("*") if file.is_file()]
     return {str(file.relative_to(folder)): b"" if file.name in left_out else file.read_bytes() for file in files}
 

@@ -23,7 +23,11 @@ tenths of the weights. The rest of the text model is stored at 8 bits, and the v
 
 @click.command("convert", epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", required=False)
-@click.option("--hf-path", help="What to convert: a folder, a Hub id or a GGUF file (same as the argument SOURCE).")
+@click.option(
+    "--hf-path",
+    help="What to convert: a folder, a Hub id, a GGUF file, or one on the Hub such as owner/name:Q4_K_M (same as the "
+    "argument SOURCE).",
+)
 @click.option("--mlx-path", default="mlx_model", show_default=True, help="Folder to make; it must not exist yet.")
 @click.option("-q", "--quantize", is_flag=True, help=f"Quantize with the default recipe, {recipes.DEFAULT}.")
 @click.option("--recipe", metavar="NAME", help="Quantize with this recipe (see below).")

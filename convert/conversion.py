@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint.find import find
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.checkpoint.tied import check_tied
 from mlx_dgemma.errors import CheckpointError, OptionError
@@ -33,7 +32,7 @@ from .jobs import (
 )
 from .recipes import PARTS, Quantization, Recipe, part_of, recipe_named
 from .report import Report
-from .sources.opened import STALE, Source, open_source
+from .sources.opened import STALE, Source, find_source, open_source
 from .sources.parts import Decoded
 from .verify import Verification, check_decoded_fits, verify_conversion
 from .writer import INDEX, Writer
@@ -57,7 +56,8 @@ def convert(
     it is complete: an interruption or an error leaves nothing behind.
 
     Args:
-        source: a folder or a Hub id, laid out as by Hugging Face, MLX, ModelOpt or compressed-tensors, or a GGUF file.
+        source: a folder or a Hub id, laid out as by Hugging Face, MLX, ModelOpt or compressed-tensors, or a GGUF file,
+            on the Hub as `find_source` takes it.
         target: the folder to make.
         recipe: a name in `RECIPES` or a `Recipe`; None does not quantize.
         dtype: "float32", "bfloat16" or "float16" for the weights that stay floats; None keeps the source's dtype.
@@ -77,7 +77,7 @@ def convert(
     target = require_absent(target, OPTION)
     if upload_repo:
         hub.check(upload_repo)
-    with open_source(find(source)) as origin:
+    with open_source(find_source(source)) as origin:
         report = _convert(origin, str(source), target, chosen, dtype, verify, progress, start)
     url = hub.upload(target, upload_repo) if upload_repo else None
     return replace(report, url=url)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from mlx_dgemma.checkpoint.find import fetch, find
 from mlx_dgemma.checkpoint.folder import Checkpoint, read_generation
 from mlx_dgemma.checkpoint.headers import weight_files
 from mlx_dgemma.checkpoint.processor import read_processor
@@ -24,6 +28,7 @@ from .parts import Decoded
 from .quantized import make_decoded_jobs
 
 Jobs = Callable[[Recipe | None, str | None], tuple[Sequence[Job | Decoded], list[str]]]
+_ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:[/:](.+\.gguf)|:([\w.-]+)|(?<=[-_.](?:gguf|GGUF)))")
 # Files that describe the source's quantization and would be wrong beside the result.
 STALE = ("hf_quant_config.json", "recipe.yaml", "quant_strategy.json")
 
@@ -57,6 +62,47 @@ def open_source(path: Path) -> Iterator[Source]:
         yield Source(checkpoint)
     else:
         yield Source(checkpoint, lambda recipe, dtype: make_decoded_jobs(checkpoint, recipe, dtype))
+
+
+def find_source(name: str | os.PathLike) -> Path:
+    """The folder or GGUF file that is to be converted.
+
+    Args:
+        name: what `find` takes, or a GGUF file of the Hub, `owner/name/file.gguf`, `owner/name:file.gguf` or, by a part
+            of its name, `owner/name:Q4_K_M`. Of a split all files are fetched.
+
+    Raises:
+        CheckpointError: as `find`; or there is no such file, or several.
+    """
+    found = _ON_HUB.fullmatch(str(name))
+    if found is None or str(name).startswith((".", "~")) or Path(name).exists():
+        return find(name)
+    repository, file, part = found.groups()
+    if file:
+        wanted = [file, re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-?????-of-\1", file)]
+    elif part:
+        cases = {part, part.upper(), part.lower()}
+        ends = [one + rest for one in sorted(cases) for rest in (".gguf", "-?????-of-?????.gguf")]
+        wanted = [*ends, *(f"*[-._/]{end}" for end in ends)]
+    else:
+        raise CheckpointError(f"{name} holds GGUF files; name the one to convert, such as {name}:Q4_K_M.")
+
+    def matching(folder: Path) -> list[Path]:
+        files = {one: one.relative_to(folder).as_posix() for one in sorted(folder.rglob("*.gguf"))}
+        models = {one: path for one, path in files.items() if not one.name.startswith("mmproj")}
+        return [one for one, path in models.items() if any(fnmatchcase(path, pattern) for pattern in wanted)]
+
+    def is_complete(folder: Path) -> bool:
+        found = matching(folder)
+        return len(found) >= max([1, *(int(one.stem[-5:]) for one in found if "-of-" in one.stem)])
+
+    beside = ("tokenizer*.json", "chat_template*")
+    folder = fetch(repository, (*wanted, *beside), is_complete, "name a file that is there")
+    files = [one for one in matching(folder) if "-of-" not in one.stem or "-00001-of-" in one.stem]
+    if len(files) != 1:
+        names = ", ".join(str(one.relative_to(folder)) for one in files) or "none"
+        raise CheckpointError(f"{name} stands for one GGUF file, and there is {names}; give the file's whole name.")
+    return files[0]
 
 
 def _gguf_of(path: Path) -> Path | None:

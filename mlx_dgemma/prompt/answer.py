@@ -11,8 +11,8 @@ from ..constraints.spelling import Spelling
 from ..decoding.options import MAX_INTEGER
 from ..errors import PromptError, shown
 from .messages import reject_surrogates
-from .notation import Tools, is_lone_call
-from .parts import CallPart, Part, Parts, TextPart, ThoughtPart
+from .notation import Tools
+from .parts import CallPart, Part, Parts, TextPart, ThoughtPart, is_lone_call
 from .vocabulary import (
     CALL,
     CALL_SIGN,

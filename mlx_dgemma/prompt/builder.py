@@ -158,15 +158,26 @@ class PromptBuilder:
         Raises:
             PromptError: it cannot be read, or the checkpoint has no vision tower.
         """
+        return self.load_part({"image": source}, budget)
+
+    def load_part(self, part: Message, budget: int) -> Picture:
+        """As `load_image`, of a message's image part, whose source the picture replaces: threads share the work."""
         vision = self.config.vision
         if vision is None:
             raise PromptError("This checkpoint has no vision tower, so it cannot look at pictures; send text alone.")
-        if isinstance(source, Picture):
-            return source
-        with LANES.get(HERE).picture():
+
+        def decode() -> Picture:
+            source = part["image"]
+            if isinstance(source, Picture):  # another thread decoded it while this one waited
+                return source
             image = open_image(source)
             patches = patchify([image], budget, vision.patch_size, vision.pooling_kernel_size)
             return Picture(f"{digest(image)}/{budget}", patches)
+
+        if not isinstance(part["image"], Picture):
+            part["image"] = LANES.get(HERE).picture(decode)
+        picture: Picture = part["image"]
+        return picture
 
     @cached_property
     def token_bytes(self) -> TokenBytes:

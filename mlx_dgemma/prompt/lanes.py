@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from ..constraints.language import Language, accepts_every_line
 from ..constraints.patterns import python_regex_to_plain
 from ..constraints.schema import translate
 from ..constraints.tokens import TokenBytes
 from ..errors import OptionError
+
+T = TypeVar("T")
 
 
 def make_language(kind: str, source: Any, token_bytes: TokenBytes, what: str) -> Language:
@@ -45,9 +47,9 @@ class Lanes:
         """As `make_language`."""
         return make_language(kind, source, token_bytes, what)
 
-    def picture(self) -> AbstractContextManager[Any]:
-        """The context in which a picture is decoded."""
-        return nullcontext()
+    def picture(self, decode: Callable[[], T]) -> T:
+        """What a function returns that decodes a picture."""
+        return decode()
 
 
 HERE = Lanes()

@@ -20,12 +20,17 @@ _SPACE = re.compile(r"\s*")
 _BETWEEN = re.compile(r"[\s,;]*")
 _HEAD = re.compile(rf"\s*(?:(?:call)?\s*:)?\s*([\w.:/$@-]+)\s*([{{(]|[\s{SIGNS}]*\Z)")
 _KEY, _KEY_OF_KEYWORD = re.compile(rf"[^:}}\n{Q}]*"), re.compile(rf"[^:=)\n{Q}]*")
-_FUNCTION = re.compile(r"\s*([A-Za-z_]\w*[.:/-][\w.:/$@-]*|[A-Za-z]\w*_\w*)\{")  # `body{` is CSS
 PLAIN_KEY = re.compile(r"[\w.$@/+*#!?%&|^~<>-]+(?: [\w.$@/+*#!?%&|^~<>-]+)*")  # a key that needs no quotes
 _BARE = {"}": re.compile(rf"[^,{{}}\[\]{Q}]*"), ")": re.compile(rf"[^,{{}}\[\]){Q}]*")}  # by the arguments' end
 _REST = {  # of a bare string behind a comma in it: texts without a key
     end: re.compile(rf"[^,:={{}}\[\]{end}{Q}]+(?:,[^,:={{}}\[\]{end}{Q}]+)*(?=[,{end}}}])") for end in "})"
 }
+# What needs no second look, up to behind its comma or before the end: most of what templates write.
+_SIMPLE = rf"(?:([^\W\d]\w*)|(-?(?:0|[1-9]\d{{0,17}}))|{Q}([^{Q}]*){Q})(?:,|(?=%s))"
+_SIMPLE_ITEM = re.compile(_SIMPLE % r"\]")
+_SIMPLE_KEY = r"([\w.$@/+-]+):"
+_SIMPLE_MEMBER = {end: re.compile(rf"{_SIMPLE_KEY}(?:{_SIMPLE % re.escape(end)}|([{{\[]))") for end in "})"}
+_SIMPLE_MEMBERS = re.compile(rf"(?:{_SIMPLE_KEY}{_SIMPLE % '}'})*}}")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 _WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 _IDENTIFIER = re.compile(r"[A-Za-z_$@][\w.$@-]*")
@@ -39,6 +44,9 @@ _QUOTED = {
     '"': re.compile(rf'"((?:[^"\\{Q}]|\\[^{Q}])*)"(?=\s*(?:[,:=}}\])]|\Z))'),
     "'": re.compile(rf"'((?:[^'\\{Q}]|\\[^{Q}])*)'(?=\s*(?:[,:=}}\])]|\Z))"),
 }
+
+
+_NO_PROPERTIES: Mapping[str, Any] = {}
 
 
 class Call(NamedTuple):
@@ -67,6 +75,14 @@ class Tools:
             for one in functions
             if isinstance(one, Mapping) and isinstance(one.get("name"), str)
         }
+        self._simple: dict[str, bool] = {}
+
+    def is_simple(self, name: str) -> bool:
+        """Whether all keys that a function declares can be told from the notation."""
+        found = self._simple.get(name)
+        if found is None:
+            found = self._simple[name] = not _odd_names(_properties(self.parameters.get(name)))
+        return found
 
     def resolve(self, name: str) -> str | None:
         """The declared function that a name means, or None: itself, or the only one that differs by its namespace."""
@@ -74,6 +90,18 @@ class Tools:
             return name
         found = [one for one in self.parameters if _is_inside(one, name) or _is_inside(name, one)]
         return found[0] if len(found) == 1 else None
+
+
+def _properties(schema: Any) -> Mapping[str, Any]:
+    """The declared properties of an object."""
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    return properties if isinstance(properties, Mapping) else _NO_PROPERTIES
+
+
+def _odd_names(declared: Mapping[str, Any]) -> list[str]:
+    """The declared names that could not be told from the notation, the longest first."""
+    odd = [name for name in declared if isinstance(name, str) and not PLAIN_KEY.fullmatch(name)]
+    return sorted(filter(None, odd), key=len, reverse=True)
 
 
 def _is_inside(name: str, namespaced: str) -> bool:
@@ -93,6 +121,8 @@ def read_calls(
         complete: whether the text ends where the model ended it, so that it may only have forgotten a brace.
     """
     body = body.rstrip()
+    if not _HEAD.match(body, _passed(_BETWEEN, body, 0)):
+        return None
     for way in [_Reader, _LooseQuotes, _LooseCommas] + [_OpenEnd] * complete:
         try:
             calls, at = _read_all(way, body, tools, spelt)
@@ -104,6 +134,7 @@ def read_calls(
 
 def _read_all(way: type[_Reader], body: str, tools: Tools, spelt: Callable[[str], str]) -> tuple[list[Call], int]:
     calls: list[Call] = []
+    readers: dict[str, _Reader] = {}
     at = 0
     while head := _HEAD.match(body, _passed(_BETWEEN, body, at)):
         name = tools.resolve(head[1]) or head[1]
@@ -111,7 +142,8 @@ def _read_all(way: type[_Reader], body: str, tools: Tools, spelt: Callable[[str]
             if calls or name not in tools.parameters:
                 break  # a word alone is a call only of a function that there is
             return [Call(name, {})], len(body)
-        reader = way(body, spelt, ")" if head[2] == "(" else "}")
+        end = ")" if head[2] == "(" else "}"
+        reader = readers.get(end) or readers.setdefault(end, way(body, spelt, end))
         try:
             arguments, at = reader.arguments(head.end(), tools.parameters.get(name))
         except _UnreadableError:
@@ -130,45 +162,6 @@ def _passed(pattern: re.Pattern[str], text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def is_lone_call(text: str, tools: Tools) -> bool:
-    """Whether a text is a call and nothing else, although neither a marker nor `call:` begins it."""
-    head = _FUNCTION.match(text)
-    if head is None or (tools.known and tools.resolve(head[1]) is None):
-        return False
-    return closing(text, head.end() - 1, {}) == len(text.rstrip()) - 1
-
-
-def closing(text: str, start: int, found: dict[int, int]) -> int | None:
-    """Where the bracket at a place is closed, or None; strings between quotes are passed over.
-
-    Args:
-        text: with signs.
-        start: place of a { or (.
-        found: what earlier searches of the same text have seen, {opening: closing}, and -1 for those that stay open.
-    """
-    if start in found:
-        return None if found[start] < 0 else found[start]
-    stack: list[int] = []
-    for one in _BRACKETS.finditer(text, start):
-        char = one[0]
-        if char in "{(":
-            stack.append(one.start())
-        elif char in "})" and stack:
-            while stack and _PAIRS[text[stack[-1]]] != char:
-                found[stack.pop()] = -1  # such as a smiley's
-            if stack:
-                found[stack.pop()] = one.start()
-            if start in found:
-                return None if found[start] < 0 else found[start]
-    found.update(dict.fromkeys(stack, -1))
-    found.setdefault(start, -1)
-    return None
-
-
-_PAIRS = {"{": "}", "(": ")"}
-_BRACKETS = re.compile(rf"{Q}[^{Q}]*{Q}|(?<=[:,{{\[(=\s])\"(?:[^\"\\{Q}]|\\[^{Q}])*\"|[{{}}()]")
-
-
 class _Reader:
     """Reads a call's arguments as a template writes them, and what cannot be mistaken.
 
@@ -180,6 +173,7 @@ class _Reader:
 
     commas_needed = True
     open_end = False
+    simple = True  # whether a string ends with the next quote
 
     def __init__(self, text: str, spelt: Callable[[str], str], end: str):
         self.text, self._spelt, self._end = text, spelt, end
@@ -200,11 +194,20 @@ class _Reader:
     def _members(self, at: int, schema: Any, depth: int, end: str = "}") -> tuple[dict[str, Any], int]:
         """The members of an object from behind its brace, and the place behind its end."""
         text = self.text
-        properties = schema.get("properties") if isinstance(schema, Mapping) else None
-        declared: Mapping[str, Any] = properties if isinstance(properties, Mapping) else {}
+        declared = _properties(schema)
         found: dict[str, Any] = {}
         bare = ""  # the last member's key, where its value is a bare string
+        simple = _SIMPLE_MEMBER[end] if self.simple and not self._odd_names(declared) else None
         while True:
+            if simple and (one := simple.match(text, at)):
+                key, at, bare = one[1], one.end(), ""
+                if one.lastindex == 5:
+                    found[key], at, _ = self._value(at - 1, declared.get(key), depth + 1, False)
+                    at = self._comma(at, end)
+                else:
+                    found[key] = value = _simple_value(one, 1, self._spelt)
+                    bare = key if one.lastindex == 2 and isinstance(value, str) else ""
+                continue
             at = self._space(at)
             if at == len(text):
                 if self.open_end:
@@ -226,6 +229,9 @@ class _Reader:
         inner = schema.get("items") if isinstance(schema, Mapping) else None
         found: list[Any] = []
         while True:
+            while self.simple and (one := _SIMPLE_ITEM.match(self.text, at)):
+                found.append(_simple_value(one, 0, self._spelt))
+                at = one.end()
             at = self._space(at)
             if at == len(self.text) and self.open_end:
                 return found, at
@@ -272,11 +278,10 @@ class _Reader:
         return text[at:place].strip(), place + 1
 
     def _odd_names(self, declared: Mapping[str, Any]) -> list[str]:
-        """The declared names that could not be told from the notation, the longest first."""
+        """As `_odd_names`."""
         found = self._odd.get(id(declared))
         if found is None:
-            odd = [name for name in declared if isinstance(name, str) and not PLAIN_KEY.fullmatch(name)]
-            found = self._odd[id(declared)] = sorted(filter(None, odd), key=len, reverse=True)
+            found = self._odd[id(declared)] = _odd_names(declared)
         return found
 
     def _is_written(self, at: int) -> bool:
@@ -345,6 +350,8 @@ class _Reader:
 class _LooseQuotes(_Reader):
     """Reads strings that hold quote markers: one ends where the notation goes on behind it."""
 
+    simple = False
+
     def _end_of_string(self, at: int, end: re.Pattern[str]) -> int:
         found = end.search(self.text, at)
         return found.start() if found else -1
@@ -361,6 +368,27 @@ class _OpenEnd(_Reader):
 
     commas_needed = False
     open_end = True
+
+
+def simple_arguments(text: str, at: int, end: int, spelt: Callable[[str], str]) -> tuple[dict[str, Any], int] | None:
+    """The arguments from behind their brace and the place behind their end, where all of them are simple, else None.
+
+    Only where no declared key is odd (`Tools.is_simple`) they are what `read_calls` reads.
+    """
+    found = _SIMPLE_MEMBERS.match(text, at, end)
+    if found is None:
+        return None
+    members = _SIMPLE_MEMBER["}"].finditer(text, at, found.end())
+    return {one[1]: _simple_value(one, 1, spelt) for one in members}, found.end()
+
+
+def _simple_value(one: re.Match[str], before: int, spelt: Callable[[str], str]) -> Any:
+    """The value in a match of a simple pattern with so many groups before the value's."""
+    kind = one.lastindex or 0
+    told = one[kind]
+    if kind == before + 1:
+        return _WORDS.get(told, told)
+    return int(told) if kind == before + 2 else spelt(told)
 
 
 _NONE = object()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .notation import Call, Tools, closing, read_calls
+from .notation import Call, Tools, read_calls, simple_arguments
 from .vocabulary import CALL_END_SIGN, CALL_SIGN, QUOTE_SIGN, SIGNS, THOUGHT_END_SIGN, THOUGHT_SIGN, plain
 
 SPOKEN_CHANNELS = ("final", "answer", "response")  # what stands in them is said
@@ -19,10 +19,16 @@ _NAME = r"[\w.:/$@-]"
 _BEFORE = r"(?<![\w.:/$@\-`\"'(])"  # a call that is quoted is spoken of
 _UNMARKED = re.compile(rf"{_BEFORE}call:[ \t]?({_NAME}{{1,128}})[ \t]*([{{(])")
 _BEGUN = re.compile(rf"{_BEFORE}(?:c|ca|cal|call|call:[ \t]?{_NAME}{{0,128}}[ \t]*)\Z")
-_BLANKS = f" \t\r\n{CALL_END_SIGN}"
+_BLANKS = re.compile(f"[ \t\r\n{CALL_END_SIGN}]*")
 _END_OF_LINE = re.compile(rf"[ \t]*(?:({CALL_END_SIGN})|\n|\Z)")
 _BEGIN_OF_LINE = re.compile(rf"(?:^|[\n{SIGNS}]|^[ \t]|[\n{SIGNS}][ \t])[ \t]*\Z")
 _BRACKET = re.compile(r"[{(]")
+_FUNCTION = re.compile(r"\s*([A-Za-z_]\w*[.:/-][\w.:/$@-]*|[A-Za-z]\w*_\w*)\{")  # `body{` is CSS
+_PAIRS = {"{": "}", "(": ")"}
+_BRACKETS = re.compile(  # and strings
+    rf"{QUOTE_SIGN}[^{QUOTE_SIGN}]*{QUOTE_SIGN}"
+    rf"|(?<=[:,{{\[(=\s])\"(?:[^\"\\{QUOTE_SIGN}]|\\[^{QUOTE_SIGN}])*\"|[{{}}()]"
+)
 _LEFT_OVER = " \t\r\n,;}])"
 _LONGEST_BEGINNING = 160  # characters that may become a call's name
 _TRIED = 8  # markers at which a call that was not whole may end
@@ -124,11 +130,12 @@ class Parts:
         end = opening.start() if opening else len(text)
         self._searched = end
         if self._behind_call:  # blanks between calls are no text
-            rest = text[start:end].lstrip(_BLANKS)
-            if not final and not opening and "call:".startswith(rest[:5]) and len(rest) < 5:
+            blanks = _BLANKS.match(text, start, end)
+            rest = blanks.end() if blanks else start
+            if not final and not opening and end - rest < 5 and "call:".startswith(text[rest:end]):
                 return False
-            again = not rest or (self._unmarked and rest.startswith("call:"))
-            self._at, self._behind_call = end - len(rest) if again else start, False
+            again = rest == end or (self._unmarked and text.startswith("call:", rest, end))
+            self._at, self._behind_call = rest if again else start, False
         if self._unmarked and (call := _UNMARKED.search(text, max(self._at, self._looked), end)):
             return self._unmarked_call(call, end, opening is None, final)
         if opening:
@@ -142,14 +149,15 @@ class Parts:
     def _unmarked_call(self, call: re.Match[str], end: int, last: bool, final: bool) -> bool:
         """Read a call without an opening marker, or say what only looks like one."""
         text, start = self._text, call.start()
-        close = closing(text, call.end() - 1, self._closings)
+        simple = self._simple_call(call, end)
+        close = simple[1] - 1 if simple else closing(text, call.end() - 1, self._closings)
         if close is None or close >= end:
             if last and not final:
                 self._say(start)
                 return False
             self._looked = call.end()  # it stays open
             return True
-        read = self._accepted(start, close + 1)
+        read = self._accepted(start, close + 1, simple and [simple[0]])
         self._say(start)
         if read:
             self._found.append(CallPart(tuple(read)))
@@ -160,13 +168,23 @@ class Parts:
             self._found.append(BrokenPart(plain(text[start : close + 1])))
         return True
 
-    def _accepted(self, start: int, end: int) -> list[Call]:
-        """The calls in a part of the text that no marker opens, if they are meant as such."""
+    def _simple_call(self, call: re.Match[str], end: int) -> tuple[Call, int] | None:
+        """A call that can be read at one go, and the place behind it."""
+        name = self._tools.resolve(call[1]) or call[1]
+        if call[2] == "(" or not self._tools.is_simple(name):
+            return None
+        found = simple_arguments(self._text, call.end(), end, self._spelt)
+        return found and (Call(name, found[0]), found[1])
+
+    def _accepted(self, start: int, end: int, calls: list[Call] | None = None) -> list[Call]:
+        """The calls in a part of the text that no marker opens, if they are meant as such; they may have been read."""
         body = self._text[start:end]
-        result = read_calls(body, self._tools, self._spelt, complete=False)
-        if result is None or result[1]:
-            return []
-        calls, behind = result[0], _END_OF_LINE.match(self._text, end)
+        if calls is None:
+            result = read_calls(body, self._tools, self._spelt, complete=False)
+            if result is None or result[1]:
+                return []
+            calls = result[0]
+        behind = _END_OF_LINE.match(self._text, end)
         if all(call.name in self._tools.parameters for call in calls):
             return calls
         begins = _BEGIN_OF_LINE.search(self._text, max(start - _CONTEXT, 0), start)
@@ -267,3 +285,38 @@ class Parts:
         self._open(CALL_SIGN if again else "", min(end + 1, len(self._text)))
         self._behind_call = not again
         return True
+
+
+def is_lone_call(text: str, tools: Tools) -> bool:
+    """Whether a text is a call and nothing else, although neither a marker nor `call:` begins it."""
+    head = _FUNCTION.match(text)
+    if head is None or (tools.known and tools.resolve(head[1]) is None):
+        return False
+    return closing(text, head.end() - 1, {}) == len(text.rstrip()) - 1
+
+
+def closing(text: str, start: int, found: dict[int, int]) -> int | None:
+    """Where the bracket at a place is closed, or None; strings between quotes are passed over.
+
+    Args:
+        text: with signs.
+        start: place of a { or (.
+        found: what earlier searches of the same text have seen, {opening: closing}, and -1 for those that stay open.
+    """
+    if start in found:
+        return None if found[start] < 0 else found[start]
+    stack: list[int] = []
+    for one in _BRACKETS.finditer(text, start):
+        char = one[0]
+        if char in "{(":
+            stack.append(one.start())
+        elif char in "})" and stack:
+            while stack and _PAIRS[text[stack[-1]]] != char:
+                found[stack.pop()] = -1  # such as a smiley's
+            if stack:
+                found[stack.pop()] = one.start()
+            if start in found:
+                return None if found[start] < 0 else found[start]
+    found.update(dict.fromkeys(stack, -1))
+    found.setdefault(start, -1)
+    return None

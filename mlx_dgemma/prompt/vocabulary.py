@@ -7,6 +7,7 @@ pair, which no text can hold. So a marker is never confused with a text that spe
 from __future__ import annotations
 
 import codecs
+import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -24,6 +25,8 @@ _FIRST_SIGN, _LAST_SIGN = 0xDC00, 0xDFFF
 SIGNS = f"{chr(_FIRST_SIGN)}-{chr(_LAST_SIGN)}"  # for a class of a regular expression
 QUOTE_SIGN, THOUGHT_SIGN, THOUGHT_END_SIGN, CALL_SIGN, CALL_END_SIGN = map(chr, range(_FIRST_SIGN, _FIRST_SIGN + 5))
 _NAMED = (QUOTE, THOUGHT, THOUGHT_END, CALL, CALL_END)
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches of one need no threads, nor warnings at forks
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _UNUSED = re.compile(r"<unused\d+>")
@@ -75,8 +78,8 @@ class Vocabulary:
         return plain
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text in which nothing is a marker."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        """Tokens of a text in which nothing is a marker. Other threads run meanwhile, as they do in batches alone."""
+        return self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_marked(self, text: str, blind: str) -> list[int]:
         """Tokens of a text with markers.

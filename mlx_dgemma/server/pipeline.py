@@ -1,4 +1,4 @@
-"""The way of every request: read, parsed, its pictures decoded, prepared, generated, sent."""
+"""The way of every request: read, parsed, prepared, generated, sent."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Exchange(ABC):
         BODY: what the endpoint takes.
         KIND: how ids begin, and the `object` of a body and of a chunk.
         arguments: of `Engine.prepare`, with the seed of the first answer.
-        messages: whose pictures are to be decoded.
+        messages: whose pictures are decoded once for all answers.
         log_probs: whether log-probabilities are sent.
         ignored: `x_ignored` of the answer with the paths of the given fields that change nothing, if there are any.
         answers: those that are whole.
@@ -120,7 +120,6 @@ def endpoint(kind: type[Exchange]) -> Callable[[HttpRequest], Awaitable[Response
             return kind(parse_body(kind.BODY, text), engine, state.settings)
 
         exchange = await _parse(http, parse, state.parse_limiter)
-        await cancel_on_disconnect(http, _decode_pictures(exchange, engine, state.decode_limiter))
         prepares = [partial(_prepare, exchange, engine, i) for i in range(exchange.body.choices)]
         translate = EventTranslator(engine, exchange.log_probs)
         events = follow(scheduler, prepares, bool(exchange.body.drafts), translate, state.histograms.observe)
@@ -143,15 +142,12 @@ async def _parse(http: HttpRequest, parse: Callable[[bytes], Exchange], limiter:
     return await cancel_on_disconnect(http, to_thread.run_sync(parse, text, limiter=limiter))
 
 
-async def _decode_pictures(exchange: Exchange, engine: Engine, limiter: CapacityLimiter) -> None:
-    """Decode the pictures in a worker thread, since even a small file may take seconds."""
+def _prepare(exchange: Exchange, engine: Engine, i: int) -> Request:
+    """Make the request of one answer. The first one that is prepared decodes the pictures for all."""
     budget = exchange.arguments.get("image_tokens", engine.options.image_tokens)
     with as_api_errors(exchange.body.path("messages")):
         for part in parts_of(exchange.messages, "image"):
-            part["image"] = await to_thread.run_sync(engine.builder.load_image, part["image"], budget, limiter=limiter)
-
-
-def _prepare(exchange: Exchange, engine: Engine, i: int) -> Request:
+            engine.builder.load_part(part, budget)
     return exchange.prepare(engine, {**exchange.arguments, "seed": exchange.arguments["seed"] + i})
 
 

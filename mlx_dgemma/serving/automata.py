@@ -23,6 +23,7 @@ SECONDS = 10  # of processor time that one automaton may take
 PATIENCE = 6  # times as many seconds may pass on the clock, for a machine that has much to do
 POLL_SECONDS = 0.1
 MAX_SECONDS = 2  # a process that worked longer on one language is replaced
+IDLE_SECONDS = 30.0  # after which processes without work end
 
 
 class Cancelled(Exception):
@@ -39,14 +40,16 @@ class Automata:
     Args:
         processes: how many at a time; others wait.
         seconds: of processor time for each language.
+        idle_seconds: after which processes without work end.
     """
 
-    def __init__(self, processes: int = PROCESSES, seconds: int = SECONDS):
-        self._seconds = seconds
+    def __init__(self, processes: int = PROCESSES, seconds: int = SECONDS, idle_seconds: float = IDLE_SECONDS):
+        self._seconds, self._idle_seconds = seconds, idle_seconds
         self._free, self._lock = threading.Semaphore(processes), threading.Lock()
-        self._idle: list[_Process] = []  # the lock guards this and the next two
+        self._idle: list[_Process] = []  # the lock guards this and the next three
         self._busy: list[_Process] = []
         self._closed = False
+        self._timer: threading.Timer | None = None  # since a process last became idle
 
     def make(
         self, kind: str, source: Any, token_bytes: TokenBytes, what: str, stop: Callable[[], bool] = lambda: False
@@ -84,11 +87,9 @@ class Automata:
         """End the processes."""
         with self._lock:
             self._closed = True
-            idle, self._idle = self._idle, []
             for process in self._busy:
                 process.interrupt()  # who waits for it gives it back
-        for process in idle:
-            process.kill()
+        self._end_idle()
 
     def _take(self) -> _Process:
         with self._lock:
@@ -106,8 +107,21 @@ class Automata:
             self._busy.remove(process)
             if process.usable and not self._closed:
                 self._idle.append(process)
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = threading.Timer(self._idle_seconds, self._end_idle)
+                self._timer.daemon = True
+                self._timer.start()
                 return
         process.kill()
+
+    def _end_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+            if self._timer is not None:
+                self._timer.cancel()
+        for process in idle:
+            process.kill()
 
 
 class _Process:

@@ -23,7 +23,7 @@ except ImportError:  # Windows
 # Run with the pipe's file descriptor and sys.path as arguments.
 COMMAND = "import sys; sys.path[:] = sys.argv[2:]; from mlx_dgemma.serving.automaton_worker import main; main()"
 MEMORY_BYTES = 2**32  # of addresses; an automaton of the largest allowed size takes a small part of it
-NICENESS = 5
+NICENESS = 5  # more would starve them on a busy machine, and threads while they hold the interpreter
 
 
 class Pickler(pickle.Pickler):

@@ -2,8 +2,9 @@
 
 A subfolder is named after the fingerprint of its model, and owner.json in it says which model that is. Files are named
 after the tokens that they hold, so two servers of one model can write the same folder: what both write is the same.
-Only files of the own subfolder are ever removed: those that a longer one holds, too, and the least recently used ones
-where all of them exceed the budget. That is the largest budget that any server of the subfolder was given.
+Of the own subfolder files are removed that a longer one holds, too, and the least recently used ones where all of them
+exceed the budget. That is the largest budget that any server of the subfolder was given. A subfolder of another model
+is removed where nobody has used it for `KEPT_DAYS` and no running server holds its lock.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import hashlib
 import json
 import os
 import struct
+import time
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import version
@@ -26,11 +29,17 @@ from ..decoding.session import Session
 from ..errors import OptionError
 from ..files import atomic_file, check_name, sweep_folder, told_errors
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from ..engine import Engine
 
 
-OWNER = "owner.json"
+OWNER, LOCK = "owner.json", "lock"
+KEPT_DAYS = 30  # that a subfolder stays which nobody uses: a checkpoint, adapter or MLX that was replaced
 FILE_STEM = "[0-9a-f]" * 32  # glob pattern of the cache's files; other files in the folder are left alone
 SAMPLE_BYTES = 2**16  # read at the beginning and at the end of each shard for the fingerprint
 
@@ -58,7 +67,13 @@ class PrefixStore:
             os.listdir(folder)
         except OSError as error:
             raise OptionError(f"The cache folder {folder} cannot be used ({error.strerror}); name another.") from None
+        self._released: weakref.finalize | None = None
+        if self._folder.is_dir():
+            self._hold()
         sweep_folder(self._folder)
+        for other in folder.glob(FILE_STEM):
+            if other != self._folder:
+                remove_unused(other)
 
     def load(self) -> dict[str, Session]:
         """The prefixes of earlier processes by name, the least recently used first, as far as the budget allows.
@@ -99,6 +114,7 @@ class PrefixStore:
         }
         with told_errors(self._file(name)):
             self._folder.mkdir(0o700, parents=True, exist_ok=True)
+        self._hold()
         with atomic_file(self._file(name), mode=0o600, flush=False) as draft:  # a file that gets lost is encoded again
             mx.save_safetensors(str(draft), arrays, metadata)
         self.remove(superseded)
@@ -109,6 +125,17 @@ class PrefixStore:
         for name in names:
             with suppress(OSError):
                 self._file(name).unlink()
+
+    def _hold(self) -> None:
+        """Let no other server remove the subfolder while this one runs."""
+        if fcntl is None or (self._released is not None and (self._folder / LOCK).exists()):
+            return
+        with suppress(OSError):  # a folder that can only be read is not removed either
+            lock = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            if self._released is not None:
+                self._released()
+            self._released = weakref.finalize(self, os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
@@ -175,6 +202,23 @@ class PrefixStore:
                 self.remove([path.stem])
                 warnings.warn(f"{path.name} in the prefix cache is broken ({error}); it is ignored.", stacklevel=2)
             return None
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove a model's subfolder that nobody has used for `KEPT_DAYS` and no running server holds.
+
+    What is no file of the cache stays, and the subfolder with it.
+    """
+    files = [*folder.glob(f"{FILE_STEM}.safetensors"), folder / OWNER]
+    with suppress(OSError):  # another server may remove it meanwhile
+        last = max(file.stat().st_mtime for file in files)
+        if fcntl is None or time.time() - last < KEPT_DAYS * 86400:
+            return
+        with (folder / LOCK).open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for file in (*files, folder / LOCK):
+                file.unlink()
+            folder.rmdir()
 
 
 def tensor_bytes(path: Path) -> int:

@@ -2,24 +2,30 @@
 
 A few requests compute at a time, since Python runs one thread at a time and the scheduler's must not wait for many. The
 slow parts have lanes of their own, in which a request holds up only those that need the same: pictures are decoded one
-after another, for each may take a gigabyte, and automata are made by other processes.
+after another, for each may take a gigabyte, and automata are made by other processes. Both leave the processor to the
+steps where there is not enough for all.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from ..constraints.language import Language
 from ..constraints.tokens import TokenBytes
 from ..errors import as_exception
 from ..prompt.lanes import LANES, Lanes
-from .automata import Automata
+from .automata import Automata, Cancelled
+from .automaton_worker import NICENESS
 from .tickets import Ticket
 
+T = TypeVar("T")
 SLOTS = 2  # requests that compute at a time
 
 
@@ -115,7 +121,28 @@ class _RequestLanes(Lanes):
             stop = self._ticket.cancelled.is_set
             return self._preparation.automata.make(kind, source, token_bytes, what, stop)
 
-    @contextmanager
-    def picture(self) -> Iterator[None]:
+    def picture(self, decode: Callable[[], T]) -> T:
         with self._preparation.elsewhere(), self._preparation.picture_lock:
-            yield
+            if self._ticket.cancelled.is_set():
+                raise Cancelled
+            return _run_behind(decode)
+
+
+def _run_behind(work: Callable[[], T]) -> T:
+    """What a function returns or raises that runs behind the steps: in a thread of low priority, where there are such.
+
+    Linux alone has them. They cannot rise again, and the threads that they start are of low priority, too.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        with suppress(OSError):
+            if sys.platform == "linux":
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="picture", daemon=True).start()
+    return result.result()

@@ -6,7 +6,8 @@ hole, whose text must then begin or end with what is left of the word.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from ..errors import OptionError, PromptError, shown
 from ..prompt.answer import Answer
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
-from ..prompt.vocabulary import text_of_tokens, vocabulary_of
+from ..prompt.vocabulary import Vocabulary, text_of_tokens, vocabulary_of
 from .constrained import constrain, task_options
 from .hole import IN_VIEW, Hole, divide
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 LONGEST = 64  # tokens of a hole whose length is not given
 GAP = "[...]"
 FILL_GAP = f"Write this text with something that fits in the place of {GAP}:\n\n"
-BROKEN = "\ufffd"  # what a tokenizer makes of a character that is cut
 ANY = character_class(subtract([ALL_CODE_POINTS], SURROGATES)) + "*"
 
 
@@ -50,24 +50,27 @@ class HoleContext:
     def of(cls, tokenizer: Any, prefix: str, suffix: str) -> HoleContext:
         """Cut where whole tokens end: before the prefix's last word and the blanks behind or before it."""
 
-        def encode(text: str) -> list[int]:
-            return vocabulary_of(tokenizer).encode(text) if text else []
-
-        before, behind = encode(prefix), encode(suffix)
-        keep = min(_last_word(prefix), _last_word(prefix[:-1]) if prefix.endswith("\n") else len(prefix))
-        while before and (len(text := tokenizer.decode(before)) > keep or text.endswith(BROKEN)):
-            before.pop()
-        need = next((i for i, one in enumerate(suffix) if not _in_word(one)), len(suffix))
-        taken, head = 0, ""
-        while taken < len(behind) and (len(head) < need or head.endswith(BROKEN)):
-            taken += 1
-            head = tokenizer.decode(behind[:taken])
-        tail = prefix[len(tokenizer.decode(before)) if before else 0 :]
-        return cls(before, tail, suffix[: len(head)], behind[taken:])
+        vocabulary = vocabulary_of(tokenizer)
+        before, behind = vocabulary.encode(prefix), vocabulary.encode(suffix)
+        most = min(_last_word(prefix), _last_word(prefix[:-1]) if prefix.endswith("\n") else len(prefix))
+        least = next((i for i, one in enumerate(suffix) if not _in_word(one)), len(suffix))
+        kept, start = max(one for one in _cuts(vocabulary, before) if one[1] <= most)
+        taken, end = next(one for one in _cuts(vocabulary, behind) if one[1] >= least)
+        return cls(before[:kept], prefix[start:], suffix[:end], behind[taken:])
 
     def pattern(self) -> str:
         """Of the texts that the hole may have."""
         return literal(self.tail) + ANY + literal(self.head)
+
+
+def _cuts(vocabulary: Vocabulary, tokens: list[int]) -> Iterator[tuple[int, int]]:
+    """Numbers of tokens that end with a whole character, and of the characters in them."""
+    decoder, characters = codecs.getincrementaldecoder("utf-8")(), 0
+    yield 0, 0
+    for count, token in enumerate(tokens, 1):
+        characters += len(decoder.decode(vocabulary.piece(token)))
+        if not decoder.getstate()[0]:
+            yield count, characters
 
 
 def _in_word(character: str) -> bool:

@@ -97,6 +97,18 @@ def test_a_format_computes_what_its_dequantized_form_computes(weights, metadata,
     assert gap(logits(tmp_path / "out"), logits(written(tmp_path / "plain", meaning))) < 1e-3
 
 
+def test_mxfp4_comes_back_as_it_was(weights, metadata, tmp_path):
+    encode, config, how = FORMATS["MXFP4 packed"]
+    meaning = files.write_foreign(tmp_path / "source", metadata, weights, encode, config, **how)
+    convert(tmp_path / "source", tmp_path / "out", "mxfp4")
+    found = dict(mx.load(str(tmp_path / "out" / "model.safetensors")))
+    paths = [one.removesuffix(".scales") for one, scales in found.items() if scales.dtype == mx.uint8]
+    assert paths and all(".experts." in path for path in paths)
+    for path in paths:
+        again = mx.dequantize(found[f"{path}.weight"], found[f"{path}.scales"], group_size=32, bits=4, mode="mxfp4")
+        np.testing.assert_array_equal(np.array(again.astype(mx.float32)), meaning[f"{path}.weight"])
+
+
 def test_a_decoded_source_is_quantized_like_its_dequantized_form(weights, metadata, tmp_path):
     """The floats of the result are bfloat16, and so are those that are quantized."""
     (metadata / "hf_quant_config.json").write_text("{}")

@@ -8,6 +8,7 @@ import gguf_files as files
 import mlx.core as mx
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from mlx.utils import tree_flatten
 from support import gap, random_tokens, refusal, small_config, small_model, square, write_checkpoint
 
@@ -17,6 +18,7 @@ from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.sources import parts
+from mlx_dgemma.convert.sources.opened import find_source
 from mlx_dgemma.errors import CheckpointError, PromptError
 
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 64, "head_dim": 64}
@@ -115,3 +117,37 @@ def test_what_cannot_be_read_is_named(weights, tmp_path):
         assert words in refusal(CheckpointError, convert, file, out)
     assert not out.exists()
     assert json.loads((DEMO / "config.json").read_text())["vision_config"]  # which a GGUF file has none of
+
+
+@pytest.mark.parametrize(("asked", "found"), [
+    ("some/model-GGUF/a-Q4_K_M.gguf", "a-Q4_K_M.gguf"),
+    ("some/model-GGUF:a-Q4_K_M.gguf", "a-Q4_K_M.gguf"),
+    ("some/model-GGUF:q4_k_m", "a-Q4_K_M.gguf"),
+    ("some/model:Q8_0", "big/a-Q8_0-00001-of-00002.gguf"),
+    ("some/model/big/a-Q8_0-00002-of-00002.gguf", "big/a-Q8_0-00001-of-00002.gguf"),
+    ("some/model:Q4_K", "some/model:Q4_K stands for one GGUF file, and there is none; give the file's whole name."),
+    ("some/model:BF16", "some/model:BF16 stands for one GGUF file, and there is a-BF16.gguf, b-BF16.gguf; "
+     "give the file's whole name."),
+    ("some/model-GGUF", "some/model-GGUF holds GGUF files; name the one to convert, such as some/model-GGUF:Q4_K_M."),
+])  # fmt: skip
+def test_a_file_of_the_hub(tmp_path, monkeypatch, asked, found):
+    names = ["a-Q4_K_M.gguf", "a-Q4_K_S.gguf", "a-BF16.gguf", "b-BF16.gguf", "mmproj-BF16.gguf", "tokenizer.json"]
+    names += [f"big/a-Q8_0-0000{i}-of-00002.gguf" for i in (1, 2)]
+    calls = []
+
+    def snapshot(repository, allow_patterns, local_files_only=False):
+        calls.append((repository, local_files_only))
+        for name in [] if local_files_only else filter_repo_objects(names, allow_patterns=allow_patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    if found.endswith(".gguf"):
+        assert find_source(asked) == tmp_path / found
+        repository = "some/model-GGUF" if "GGUF" in asked else "some/model"
+        assert calls == [(repository, True), (repository, False)]
+        assert len([*tmp_path.rglob("*.gguf")]) == 1 + found.startswith("big")  # no more is fetched
+        assert find_source(asked) == tmp_path / found and len(calls) == 3
+    else:
+        assert refusal(CheckpointError, find_source, asked) == found

@@ -53,7 +53,14 @@ def test_pictures_are_decoded_once_and_not_on_the_schedulers_thread(url, schedul
     body = {"messages" if path == CHAT else "input": message, **options}
     assert httpx.post(url + path, json=body, timeout=LIMIT).status_code == 200
     assert len(threads) == 2
-    assert all(one.name.startswith("AnyIO worker") for one in threads)
+    assert all(one.name == "picture" for one in threads)
+
+
+@pytest.mark.parametrize("path, name", [(CHAT, "messages"), (RESPONSES, "input")])
+def test_what_is_no_picture_is_told_with_its_field(url, path, name):
+    shown = [{"role": "user", "content": [image_of(path, "data:image/png;base64,AAAA")]}]
+    answer = httpx.post(url + path, json={name: shown, "stream": True}, timeout=LIMIT)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
 
 
 CALL = {"name": "f", "arguments": json.dumps({"x": LONG})}

@@ -17,7 +17,7 @@ from support import RED, refusal, strip
 from mlx_dgemma.checkpoint.float16 import compute_in_float16
 from mlx_dgemma.errors import OptionError
 from mlx_dgemma.serving.prefix_cache import PrefixCache
-from mlx_dgemma.serving.prefix_store import OWNER, fingerprint
+from mlx_dgemma.serving.prefix_store import LOCK, OWNER, PrefixStore, fingerprint
 
 
 def files_in(folder):
@@ -216,6 +216,31 @@ def test_a_file_of_another_model_is_neither_taken_nor_removed(tiny, filled, tmp_
     assert file.exists()
 
 
+def test_what_nobody_uses_any_more_goes(tiny, filled, tmp_path):
+    """The subfolder of another model, unless a server holds it or it was used of late."""
+    filled(tmp_path)
+    (own,) = tmp_path.iterdir()
+    (own / OWNER).write_text("{}")
+    os.utime(own / OWNER, (0, 0))
+    server = PrefixStore(tmp_path, tiny, PLENTY)
+    held, old, late, strange = (tmp_path / (letter * 32) for letter in "abcd")
+    for other in (held, old, late, strange):
+        shutil.copytree(own, other)
+    (late / OWNER).touch()
+    (strange / "notes.txt").touch()
+    (tmp_path / "notes").mkdir()
+    server._folder = held  # as if of another model
+    (own / LOCK).unlink()
+    (held / LOCK).unlink()
+    server._hold()
+    assert len(PrefixCache(tiny, PLENTY, tmp_path)) == 1
+    assert {one.name for one in tmp_path.iterdir()} == {one.name for one in (own, held, late, strange)} | {"notes"}
+    assert [one.name for one in strange.iterdir()] == ["notes.txt"]
+    del server
+    PrefixCache(tiny, PLENTY, tmp_path)
+    assert not held.exists()
+
+
 def test_a_file_that_another_server_removes_meanwhile_is_no_matter(tiny, filled, tmp_path, monkeypatch):
     file, _ = filled(tmp_path, 2)
     load = mx.load
@@ -347,7 +372,7 @@ def test_a_kill_while_files_are_written_loses_none_that_was_there(tiny, tmp_path
         assert ask(tiny, again, some(0, 80))[0] == 80
         while again.save_one():
             pass
-        assert {path.suffix for path in folder.glob("*/*")} == {".safetensors", ".json"}
+        assert {path.suffix for path in folder.glob("*/*") if path.name != LOCK} == {".safetensors", ".json"}
         assert not list(folder.glob("*/.*"))
     assert len(left) > 3
 

@@ -1,5 +1,7 @@
 """Requests are prepared beside each other: the slow ones hold up nobody, and every language is bounded."""
 
+import os
+import sys
 import threading
 import time
 
@@ -12,6 +14,7 @@ from mlx_dgemma.errors import OptionError
 from mlx_dgemma.prompt.lanes import HERE, LANES, make_language
 from mlx_dgemma.prompt.languages import Languages
 from mlx_dgemma.serving.automata import Automata, Cancelled
+from mlx_dgemma.serving.automaton_worker import NICENESS
 from mlx_dgemma.serving.preparation import Preparation
 from mlx_dgemma.serving.tickets import Ticket
 
@@ -59,12 +62,14 @@ def test_automata_and_pictures_hold_up_only_their_own_kind(prepared):
     preparation, automata, done = prepared
     decoding, go_on = [], threading.Event()
 
+    def decode():
+        decoding.append(1)
+        assert go_on.wait(LIMIT)
+        assert len(decoding) == 1  # one at a time
+        decoding.pop()
+
     def picture():
-        with LANES.get().picture():
-            decoding.append(1)
-            assert go_on.wait(LIMIT)
-            assert len(decoding) == 1  # one at a time
-            decoding.pop()
+        LANES.get().picture(decode)
         return tiny_request([1])
 
     pictures, patterns = [ticket(picture) for _ in range(3)], [constrained(f"{i}") for i in range(20)]
@@ -121,6 +126,31 @@ def test_who_leaves_while_waiting_is_never_prepared(prepared):
     assert isinstance(leaving.error, Cancelled)
 
 
+def test_who_leaves_while_others_look_decodes_no_picture(prepared):
+    preparation, _, done = prepared
+    go_on, asked, inside = threading.Event(), [], []
+
+    def decode():
+        inside.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        assert go_on.wait(LIMIT)
+
+    def picture():
+        asked.append(1)
+        LANES.get().picture(decode)
+        return tiny_request([1])
+
+    first, second = ticket(picture), ticket(picture)
+    preparation.submit(first)
+    preparation.submit(second)
+    until(lambda: inside and len(asked) == 2)
+    second.cancel()
+    go_on.set()
+    until(lambda: len(done) == 2)
+    assert isinstance(second.error, Cancelled)
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert inside == [NICENESS if sys.platform == "linux" else own]
+
+
 # Languages.
 
 
@@ -150,6 +180,13 @@ def test_a_process_makes_the_same_languages_and_errors(token_bytes):
     process._popen.kill()  # as a system without memory does
     process._popen.wait()
     assert len(automata.make("plain", "ab", token_bytes, "It").table) == 4
+    (process,) = automata._idle
+    automata._idle_seconds = 0.0
+    automata.make("plain", "a", token_bytes, "It")
+    until(lambda: not automata._idle)
+    until(lambda: process.ended)
+    automata._idle_seconds = LIMIT
+    automata.make("plain", "a", token_bytes, "It")
     (process,) = automata._idle
     automata.close()
     assert process.ended

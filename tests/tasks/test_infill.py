@@ -1,14 +1,20 @@
 """Infill through the engine, on the demo."""
 
+import copy
 import re
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from prompts import ADDING, ANSWER, CODE, LEO, ONCE, PERSON, STORY, around, count_of
 from support import refusal
 
 from mlx_dgemma import OptionError, PromptError
 from mlx_dgemma.decoding.control import fitting_size
+from mlx_dgemma.prompt.vocabulary import Vocabulary
 from mlx_dgemma.tasks import infill
 from mlx_dgemma.tasks.hole import divide
 from mlx_dgemma.tasks.infill import HoleContext
@@ -110,6 +116,15 @@ def test_context_are_cut_where_words_are_whole(engine):
     assert cut("def add(", ") + 1") == ("def add(", "", "", ") + 1")
 
 
+def test_of_a_long_word_every_token_is_looked_at_once(engine, monkeypatch):
+    pieces, looked = Vocabulary.piece, []
+    monkeypatch.setattr(Vocabulary, "piece", lambda self, token: looked.append(token) or pieces(self, token))
+    monkeypatch.setattr(type(engine.tokenizer._tokenizer), "decode", lambda *_, **__: pytest.fail("decoded"))
+    context = HoleContext.of(engine.tokenizer, "One " + "ab" * 500, "é" * 500 + " end")
+    assert (context.tail, context.head) == (" " + "ab" * 500, "é" * 500)
+    assert len(looked) <= sum(len(engine.builder.tokenizer.encode(one)) for one in ("One " + "ab" * 500, "é" * 500)) + 9
+
+
 def test_without_a_prompt_the_gap_is_shown(engine):
     result = engine.infill("Once there was a cat", " in a meadow.", length=2, seed=0)
     shown = "Write this text with something that fits in the place of [...]:\n\nOnce there was a cat[...] in a meadow."
@@ -207,6 +222,41 @@ def test_a_cut_run_without_blanks_finds_a_length(engine, monkeypatch, few):
     result = engine.infill("One day a " + run[:2], run[3:] + " came.", seed=0, max_denoising_steps=1)
     assert result.finish_reason == "stop"
     assert engine.builder.token_bytes.to_bytes(result.tokens).decode() == " " + run[:2] + result.text + run[3:]
+
+
+@pytest.mark.parametrize("run", ["猫は草原で眠っていたそして雨が降った", "ネコ𝔸𝔹", "thecatwasinthemeadowandhappy"])
+@pytest.mark.parametrize("pieces", [(1, 1), (40, 0), (0, 40), (100, 60)])
+@pytest.mark.parametrize(("before", "longest"), [(0, 64), (100, 1)])
+@pytest.mark.filterwarnings("ignore:The hole of")
+def test_a_cut_run_finds_a_length_on_the_releases_canvas_whatever_is_likely(
+    engine, monkeypatch, run, pieces, before, longest
+):
+    """No model runs: on a canvas of 256 none of the likely tokens fits, only those that are always scored."""
+    monkeypatch.setattr("mlx_dgemma.tasks.infill.LONGEST", longest)
+    random, builder = np.random.default_rng(0), copy.copy(engine.builder)
+    builder.config = replace(builder.config, canvas_length=256)
+    tail, head = ((run * 10)[:count] for count in pieces)
+    hole = infill.infill(builder, "One day " * before + tail, head + " came.", prompt="Hi", seed=0).control
+
+    def chosen(layout, guide, row):
+        size = layout.tokens.shape[1]
+        pad, zeros = np.zeros((size, 1), np.int32), np.zeros((size, 1))
+        asked = random.normal(size=(size, len(guide.tokens))) - 9
+        seen = {"likely": pad, "likely_log_p": zeros, "argmax": pad[:, 0], "argmax_log_p": zeros[:, 0], "asked": asked}
+        return guide.choose(row, seen)
+
+    def denoise(model, prefix, options, keys, noise, layout, guide):
+        for row in range(len(layout.tokens)):
+            yield chosen(layout, guide, row)
+
+    monkeypatch.setattr("mlx_dgemma.tasks.hole.denoise_block", denoise)
+    prefix = SimpleNamespace(batch_size=1, select_rows=lambda rows: None)
+    hole.prepare(None, prefix, engine.options, mx.array([0, 0], mx.uint32))
+    while not hole.full:
+        layout = hole.layout()
+        tokens = chosen(layout, hole.guide(0), 0)
+        hole.take(tokens.tolist(), [0.0] * len(tokens))
+    assert hole.spelt
 
 
 @pytest.mark.parametrize(("count", "behind", "encoded"), [(128, 40, 128), (170, 40, 138), (170, 4, 128), (190, 4, 146)])
