@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ..serving.scheduler import Scheduler
+from .endpoints.anthropic import MessageExchange, count_tokens
 from .endpoints.chat import ChatExchange
 from .endpoints.completions import CompletionExchange
 from .endpoints.responses import ResponseExchange
@@ -53,6 +54,8 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
         Route("/v1/chat/completions", endpoint(ChatExchange), methods=["POST"]),
         Route("/v1/completions", endpoint(CompletionExchange), methods=["POST"]),
         Route("/v1/responses", endpoint(ResponseExchange), methods=["POST"]),
+        Route("/v1/messages", endpoint(MessageExchange), methods=["POST"]),
+        Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{id:path}", model),
         Route("/health", health),
@@ -146,4 +149,4 @@ async def _failed(request: Request, error: Exception) -> Response:
         error = ApiError(message, status=error.status_code, headers=dict(error.headers or {}))
     if not isinstance(error, ApiError):
         error = ApiError("The server failed; its log says why.", status=500)
-    return error_response(error)
+    return error_response(error, request.url.path)
