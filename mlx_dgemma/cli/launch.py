@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -36,57 +36,83 @@ Variables = dict[str, str | None]  # None: the variable is removed
 
 
 @dataclass(frozen=True)
+class Served:
+    """What an agent is to use.
+
+    Attributes:
+        url: the server's address, without /v1.
+        model: the name of its model.
+        key: its API key, if it has one.
+        context: the most tokens of prompt and answer, if the server tells them.
+    """
+
+    url: str
+    model: str
+    key: str | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True)
 class Client:
     """A program that can be launched.
 
     Attributes:
         install: the command that installs it.
-        settings: (variables, arguments) for the server's address without /v1, the model's name and the API key.
+        settings: (variables, arguments) for what is served.
     """
 
     install: str
-    settings: Callable[[str, str, str | None], tuple[Variables, list[str]]]
+    settings: Callable[[Served], tuple[Variables, list[str]]]
 
 
-def _claude(url: str, model: str, key: str | None) -> tuple[Variables, list[str]]:
+def _claude(served: Served) -> tuple[Variables, list[str]]:
     names = ("ANTHROPIC_MODEL", "ANTHROPIC_SMALL_FAST_MODEL", "CLAUDE_CODE_SUBAGENT_MODEL")
     sizes = [f"ANTHROPIC_DEFAULT_{size}_MODEL" for size in ("OPUS", "SONNET", "HAIKU")]
     variables: Variables = {
-        "ANTHROPIC_BASE_URL": url,
-        "ANTHROPIC_AUTH_TOKEN": key or NO_KEY,
+        "ANTHROPIC_BASE_URL": served.url,
+        "ANTHROPIC_AUTH_TOKEN": served.key or NO_KEY,
         "ANTHROPIC_API_KEY": None,  # it would be sent in place of the token
-        **dict.fromkeys((*names, *sizes), model),
+        **dict.fromkeys((*names, *sizes), served.model),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",  # it changes the prompt's beginning, which could then not be reused
         "API_TIMEOUT_MS": "3600000",  # a long prompt takes a local model minutes
+        **({"CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(served.context)} if served.context else {}),
     }
     return variables, []
 
 
-def _codex(url: str, model: str, key: str | None) -> tuple[Variables, list[str]]:
-    provider = {"name": "mlx-dgemma", "base_url": f"{url}/v1", "wire_api": "responses"}
-    provider |= {"env_key": KEY} if key else {}
+def _codex(served: Served) -> tuple[Variables, list[str]]:
+    provider = {"name": "mlx-dgemma", "base_url": f"{served.url}/v1", "wire_api": "responses"}
+    provider |= {"env_key": KEY} if served.key else {}
     given = {
-        "model": json.dumps(model),
+        "model": json.dumps(served.model),
+        **({"model_context_window": str(served.context)} if served.context else {}),
         "model_provider": '"mlx-dgemma"',
         **{f"model_providers.mlx-dgemma.{name}": json.dumps(value) for name, value in provider.items()},
         "model_reasoning_summary": '"none"',
         "web_search": '"disabled"',
     }
-    return {KEY: key} if key else {}, [one for pair in given.items() for one in ("-c", "=".join(pair))]
+    return _with_key(served), [one for pair in given.items() for one in ("-c", "=".join(pair))]
 
 
-def _opencode(url: str, model: str, key: str | None) -> tuple[Variables, list[str]]:
-    options = {"baseURL": f"{url}/v1", "apiKey": f"{{env:{KEY}}}" if key else NO_KEY}
-    provider = {"npm": "@ai-sdk/openai-compatible", "name": "mlx-dgemma", "options": options, "models": {model: {}}}
-    name = f"mlx-dgemma/{model}"
+def _opencode(served: Served) -> tuple[Variables, list[str]]:
+    options = {"baseURL": f"{served.url}/v1", "apiKey": f"{{env:{KEY}}}" if served.key else NO_KEY}
+    sizes = served.context and {"context": served.context, "output": min(served.context // 4, 32_000)}
+    models = {served.model: {"limit": sizes} if sizes else {}}
+    provider = {"npm": "@ai-sdk/openai-compatible", "name": "mlx-dgemma", "options": options, "models": models}
+    name = f"mlx-dgemma/{served.model}"
     config = {"provider": {"mlx-dgemma": provider}, "model": name, "small_model": name, "share": "disabled"}
-    return {"OPENCODE_CONFIG_CONTENT": json.dumps(config), **({KEY: key} if key else {})}, []
+    return {"OPENCODE_CONFIG_CONTENT": json.dumps(config), **_with_key(served)}, []
 
 
-def _aider(url: str, model: str, key: str | None) -> tuple[Variables, list[str]]:
-    variables: Variables = {"OPENAI_API_BASE": f"{url}/v1", "OPENAI_API_KEY": key or NO_KEY}
-    return variables, ["--model", f"openai/{model}", "--no-show-model-warnings"]
+def _aider(served: Served) -> tuple[Variables, list[str]]:
+    variables: Variables = {"OPENAI_API_BASE": f"{served.url}/v1", "OPENAI_API_KEY": served.key or NO_KEY}
+    return variables, ["--model", f"openai/{served.model}", "--no-show-model-warnings"]
+
+
+def _with_key(served: Served) -> Variables:
+    """The variable of the key, for clients whose settings name one."""
+    return {KEY: served.key} if served.key else {}
 
 
 CLIENTS = {
@@ -128,30 +154,34 @@ def launch(
     mlx-dgemma launch aider --dry-run
     """
     terminal, url = Terminal(), f"http://{HOST}:{port}"
-    served = _served_model(url)
-    if served is not None and model is not None and model_name(model) != served:
+    running = _served_model(url)
+    if running is not None and model is not None and model_name(model) != running:
         raise OptionError(
-            f"The server at port {port} has the model {served!r}, not {model_name(model)!r}; stop it, or give another "
+            f"The server at port {port} has the model {running!r}, not {model_name(model)!r}; stop it, or give another "
             "--port."
         )
     serve = ["--port", str(port), *(["--model", model] if model else [])]
-    variables, given = CLIENTS[client].settings(url, served or model_name(model), api_key)
-    command = [client, *given, *arguments]
-    told = _script(variables, command, api_key)
+    served = Served(url, running or model_name(model), api_key)
+    if running is not None:
+        served = replace(served, context=_context(served))
     if dry_run:
-        starts = [shlex.join(["mlx-dgemma", "serve", *serve]) + " &"] if served is None else []
-        terminal.say("\n".join([*starts, *told]) + "\n")
+        starts = [shlex.join(["mlx-dgemma", "serve", *serve]) + " &"] if running is None else []
+        variables, given = CLIENTS[client].settings(served)
+        terminal.say("\n".join([*starts, *_script(variables, [client, *given, *arguments], api_key)]) + "\n")
         return
     program = shutil.which(client)
     if program is None:
         raise OptionError(f"There is no program {client} here; install it first: {CLIENTS[client].install}")
-    environment = {name: value for name, value in os.environ.items() if name not in variables}
-    environment |= {name: value for name, value in variables.items() if value is not None}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with _server(serve, url, api_key, terminal) if served is None else nullcontext():
-        for line in told:
+    with _server(serve, url, api_key, terminal) if running is None else nullcontext():
+        if running is None:
+            served = replace(served, context=_context(served))
+        variables, given = CLIENTS[client].settings(served)
+        for line in _script(variables, [client, *given, *arguments], api_key):
             terminal.warn(line)
-        ctx.exit(_run([program, *command[1:]], environment))
+        environment = {name: value for name, value in os.environ.items() if name not in variables}
+        environment |= {name: value for name, value in variables.items() if value is not None}
+        ctx.exit(_run([program, *given, *arguments], environment))
 
 
 def _script(variables: Variables, command: Sequence[str], key: str | None) -> list[str]:
@@ -191,6 +221,28 @@ def _served_model(url: str) -> str | None:
                 f"says nothing for {ANSWER_SECONDS:g} seconds; wait for its model to be loaded, or give another --port."
             )
     raise OptionError(f"What listens at {url} {why}")
+
+
+def _context(served: Served) -> int | None:
+    """The most tokens of prompt and answer, as the server tells them.
+
+    Raises:
+        OptionError: the server wants another key.
+    """
+    headers = {"Authorization": f"Bearer {served.key}"} if served.key else {}
+    try:
+        request = urllib.request.Request(f"{served.url}/v1/models", headers=headers)
+        with LOCALLY.open(request, timeout=ANSWER_SECONDS) as answer:
+            told = json.load(answer)["data"][0].get("max_model_len")
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise OptionError(
+                f"The server at {served.url} wants its API key; give it as --api-key or ${KEY}."
+            ) from None
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return told if isinstance(told, int) else None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_dgemma.cli import launch, main
+from mlx_dgemma.cli.launch import Served
 
 URL = "http://127.0.0.1:1"
 
@@ -79,26 +80,26 @@ def free_port():
 
 
 def test_what_each_client_is_told():
-    variables, given = launch.CLIENTS["claude"].settings(URL, "a/b", "k")
+    variables, given = launch.CLIENTS["claude"].settings(Served(URL, "a/b", "k", 4096))
     assert given == []
     assert {variables[name] for name in variables if "MODEL" in name} == {"a/b"}
     assert (variables["ANTHROPIC_BASE_URL"], variables["ANTHROPIC_AUTH_TOKEN"]) == (URL, "k")
-    assert variables["ANTHROPIC_API_KEY"] is None
-    variables, given = launch.CLIENTS["codex"].settings(URL, "a/b", "k")
+    assert (variables["ANTHROPIC_API_KEY"], variables["CLAUDE_CODE_AUTO_COMPACT_WINDOW"]) == (None, "4096")
+    variables, given = launch.CLIENTS["codex"].settings(Served(URL, "a/b", "k", 4096))
     assert variables == {launch.KEY: "k"}
     assert given[::2] == ["-c"] * (len(given) // 2)
     told = dict(one.split("=", 1) for one in given[1::2])
-    assert told["model"] == '"a/b"'
+    assert (told["model"], told["model_context_window"]) == ('"a/b"', "4096")
     provider = told["model_provider"].strip('"')
     assert told[f"model_providers.{provider}.base_url"] == f'"{URL}/v1"'
     assert told[f"model_providers.{provider}.wire_api"] == '"responses"'
     assert told[f"model_providers.{provider}.env_key"] == f'"{launch.KEY}"'
-    variables, given = launch.CLIENTS["opencode"].settings(URL, "a/b", None)
+    variables, given = launch.CLIENTS["opencode"].settings(Served(URL, "a/b"))
     config = json.loads(variables["OPENCODE_CONFIG_CONTENT"])
     provider, _, name = config["model"].partition("/")
     assert (name, [*config["provider"][provider]["models"]], given) == ("a/b", ["a/b"], [])
     assert config["provider"][provider]["options"] == {"baseURL": f"{URL}/v1", "apiKey": "none"}
-    variables, given = launch.CLIENTS["aider"].settings(URL, "a/b", None)
+    variables, given = launch.CLIENTS["aider"].settings(Served(URL, "a/b"))
     assert variables == {"OPENAI_API_BASE": f"{URL}/v1", "OPENAI_API_KEY": "none"}
     assert given[:2] == ["--model", "openai/a/b"]
 
@@ -188,3 +189,15 @@ def test_a_server_that_does_not_start_tells_why(program, python):
     assert done.exit_code == 1
     assert done.stderr.endswith("\nError: The server did not start: There is no such model.\n")
     assert not program.exists()
+
+
+def test_what_the_server_tells_of_itself_is_passed_on(monkeypatch):
+    with answering(200, b'{"model": "a/b", "data": [{"max_model_len": 4096}]}') as port:
+        assert "-c model_context_window=4096" in run("codex", "--port", port, "--dry-run").stdout
+    monkeypatch.setattr(launch, "_served_model", lambda url: "a/b")
+    with answering(401, b"") as port:
+        done = run("codex", "--port", port, "--dry-run")
+        message = (
+            f"The server at http://127.0.0.1:{port} wants its API key; give it as --api-key or $MLX_DGEMMA_API_KEY."
+        )
+        assert (done.exit_code, done.stderr) == (1, f"Error: {message}\n")
