@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from ...prompt.messages import Message
-from .bodies import LABEL, MAX_REGEX_LENGTH, Shared, StopString, String, TokenLimit
+from .bodies import LABEL, MAX_REGEX_LENGTH, MAX_STOPS, Shared, StopString, String, TokenLimit
 from .fields import MAX_ITEMS, Body, Harmless, Many, Rule, doc, only, reject, whole
 from .messages import EITHER, MAX_TOOLS, Function, PartsOf, Text
 
@@ -215,6 +215,9 @@ class Format(Body):
     schema_: Annotated[dict[str, Any], Field(alias="schema"), doc("A JSON Schema.")]
 
 
+Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
+
+
 class OutputConfig(Body):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: Format | None = None
@@ -236,7 +239,7 @@ class Messages(Shared):
     messages: Many[AnyMessage]
     system: Annotated[Text | PartsOf[TextBlock], EITHER] | None = None
     max_tokens: TokenLimit = None
-    stop: Annotated[Many[StopString] | None, Field(alias="stop_sequences")] = None
+    stop: Annotated[Stops | None, Field(alias="stop_sequences")] = None
     thought: Annotated[Thinking | None, Field(alias="thinking")] = None
     output_config: OutputConfig | None = None
     output_format: Annotated[Format | None, doc("An older name of output_config.format.")] = None
