@@ -246,7 +246,6 @@ def test_what_is_asked_of_the_engine():
         "messages": [user("Hi")],
         "thinking": {"type": "enabled", "budget_tokens": 9, "display": "omitted"},
         "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}, "effort": "low"},
-        "stop_sequences": ["."],
         "max_tokens": 7,
         "temperature": 1,
     }
@@ -254,7 +253,6 @@ def test_what_is_asked_of_the_engine():
     assert asked.pop("seed") >= 0
     assert asked == {
         "max_tokens": 7,
-        "stop": ["."],
         "thinking": True,
         "thinking_budget": 9,
         "schema": {"type": "object"},

@@ -293,6 +293,12 @@ class Messages(Shared):
         return self.response_format.schema_ if self.response_format else None
 
     @property
+    def constraints(self) -> dict[str, tuple[str, Any]]:
+        """By their paths the schema and the pattern of the answer."""
+        given = {"regex": ("regex", self.regex), self.path("response_format"): ("schema", self.schema_asked)}
+        return {path: one for path, one in given.items() if one[1] is not None}
+
+    @property
     def functions(self) -> list[Function]:
         """The tools that the model may call."""
         return [tool.function for tool in self.tools or () if isinstance(tool, CustomTool)]
