@@ -53,7 +53,7 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order of --help."""
-        return "generate chat infill edit choose serve tune evaluate fuse info check convert".split()
+        return "generate chat infill edit choose serve launch tune evaluate fuse info check convert".split()
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command by name."""
@@ -73,6 +73,10 @@ class Commands(click.Group):
             from .serve import serve
 
             return serve
+        if cmd_name == "launch":
+            from .launch import launch
+
+            return launch
         if cmd_name == "tune":
             from .tune import tune
 

@@ -65,6 +65,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    stop_string: str | None = None  # the one of `stop` that ended the text
 
     def __post_init__(self):
         self._vocabulary = vocabulary_of(self.tokenizer)
@@ -213,6 +214,7 @@ class Answer:
         if self.finish_reason is not None or at == len(self.text):
             return
         if final or at <= len(self.text) - held_back(self.text, self.stop):
+            self.stop_string = next(one for one in self.stop if self.text.startswith(one, at))
             self.text, self.finish_reason = self.text[:at], "stop"
 
     def _first_stop(self) -> int:

@@ -17,6 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ..serving.scheduler import Scheduler
+from .endpoints.anthropic import MessageExchange, count_tokens
 from .endpoints.chat import ChatExchange
 from .endpoints.completions import CompletionExchange
 from .endpoints.responses import ResponseExchange
@@ -45,7 +46,6 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
         started: Unix time.
         counts: number of requests by route and status.
         histograms: how long answers took.
-        decode_limiter: allows one picture to be decoded at a time, which takes up to 1 GB.
         parse_limiter: allows `PARSED_AT_ONCE` large bodies to be parsed at a time.
         stopping: a function that returns whether the server is shutting down; the caller may replace it.
     """
@@ -53,6 +53,8 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
         Route("/v1/chat/completions", endpoint(ChatExchange), methods=["POST"]),
         Route("/v1/completions", endpoint(CompletionExchange), methods=["POST"]),
         Route("/v1/responses", endpoint(ResponseExchange), methods=["POST"]),
+        Route("/v1/messages", endpoint(MessageExchange), methods=["POST"]),
+        Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{id:path}", model),
         Route("/health", health),
@@ -77,7 +79,6 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
     app.router.redirect_slashes = False
     app.state.scheduler, app.state.settings, app.state.counts = scheduler, settings, counts
     app.state.histograms = Histograms()
-    app.state.decode_limiter, app.state.parse_limiter = CapacityLimiter(1), CapacityLimiter(PARSED_AT_ONCE)
     app.state.started, app.state.stopping = int(time.time()), lambda: False
     return app
 
@@ -146,4 +147,4 @@ async def _failed(request: Request, error: Exception) -> Response:
         error = ApiError(message, status=error.status_code, headers=dict(error.headers or {}))
     if not isinstance(error, ApiError):
         error = ApiError("The server failed; its log says why.", status=500)
-    return error_response(error)
+    return error_response(error, request.url.path)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import ClientDisconnect
@@ -29,6 +29,7 @@ from .streaming import ClientDisconnected, EventStream, cancel_on_disconnect, fo
 if TYPE_CHECKING:
     from ..engine import Engine
 
+E = TypeVar("E", bound="Exchange")
 SMALL_BODY = 2**16  # bytes; a body of no more is parsed on the event loop
 
 
@@ -114,12 +115,7 @@ def endpoint(kind: type[Exchange]) -> Callable[[HttpRequest], Awaitable[Response
 
     async def answer(http: HttpRequest) -> Response:
         state, scheduler = http.app.state, http.app.state.scheduler
-        engine = scheduler.engine
-
-        def parse(text: bytes) -> Exchange:
-            return kind(parse_body(kind.BODY, text), engine, state.settings)
-
-        exchange = await _parse(http, parse, state.parse_limiter)
+        engine, exchange = scheduler.engine, await read_exchange(http, kind)
         prepares = [partial(_prepare, exchange, engine, i) for i in range(exchange.body.choices)]
         translate = EventTranslator(engine, exchange.log_probs)
         events = follow(scheduler, prepares, bool(exchange.body.drafts), translate, state.histograms.observe)
@@ -131,7 +127,18 @@ def endpoint(kind: type[Exchange]) -> Callable[[HttpRequest], Awaitable[Response
     return answer
 
 
-async def _parse(http: HttpRequest, parse: Callable[[bytes], Exchange], limiter: CapacityLimiter) -> Exchange:
+async def read_exchange(http: HttpRequest, kind: type[E]) -> E:
+    """The exchange of a request, its body parsed."""
+    state, engine = http.app.state, http.app.state.scheduler.engine
+
+    def parse(text: bytes) -> E:
+        return kind(parse_body(kind.BODY, text), engine, state.settings)
+
+    exchange = await _parse(http, parse, state.parse_limiter)
+    return exchange
+
+
+async def _parse(http: HttpRequest, parse: Callable[[bytes], E], limiter: CapacityLimiter) -> E:
     """Parse the body of a request: a large one in one of the few threads for that."""
     try:
         text = b"".join([chunk async for chunk in http.stream()])  # which the request does not keep

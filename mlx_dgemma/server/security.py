@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError
+from .errors import ApiError, error_body
 from .settings import Settings
 
 LOG = logging.getLogger("mlx_dgemma.access")
@@ -71,7 +71,7 @@ class SecurityMiddleware:
                 if (length := headers.get("content-length", "0")).isdecimal():
                     self._check_size(int(length[:20]))
             except ApiError as error:
-                app = error_response(error)
+                app = error_response(error, scope["path"])
             await app(scope, receive_within_limits, send_with_headers)
         except Exception:
             status = 500
@@ -120,12 +120,12 @@ class SecurityMiddleware:
             )
         if self._settings.api_key is not None and scope["path"] not in PUBLIC_PATHS:
             kind, _, key = headers.get("authorization", "").partition(" ")
+            sent = [*([key] if kind.lower() == "bearer" else []), *headers.getlist("x-api-key")]
             # Headers are decoded as Latin-1, where bytes of UTF-8 can look like white space: strip only ASCII blanks.
-            if kind.lower() != "bearer" or not hmac.compare_digest(
-                key.strip(" \t").encode("latin-1"), self._settings.api_key.encode()
-            ):
+            keys, wanted = [one.strip(" \t").encode("latin-1") for one in sent], self._settings.api_key.encode()
+            if not any(hmac.compare_digest(one, wanted) for one in keys):
                 raise ApiError(
-                    "The API key is missing or wrong; send it as `Authorization: Bearer KEY`.",
+                    "The API key is missing or wrong; send it as `Authorization: Bearer KEY` or as `x-api-key: KEY`.",
                     status=401,
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
@@ -140,6 +140,6 @@ class SecurityMiddleware:
         LOG.info("%s %s %s %s %d %.3f s", time.strftime("%F %T"), client, scope["method"], path, status, seconds)
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """The HTTP response for an error."""
-    return JSONResponse(error.body(), error.status, error.headers)
+def error_response(error: ApiError, path: str) -> JSONResponse:
+    """The HTTP response for an error of a request for this path."""
+    return JSONResponse(error_body(error, path), error.status, error.headers)

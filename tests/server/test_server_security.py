@@ -107,7 +107,7 @@ def test_a_wrong_key_is_refused(given):
     status, headers, body = ask(app_of(api_key="secret"), "POST", CHAT, {"authorization": given})
     assert (status, headers["www-authenticate"]) == (401, "Bearer")
     assert json.loads(body)["error"] == {
-        "message": "The API key is missing or wrong; send it as `Authorization: Bearer KEY`.",
+        "message": "The API key is missing or wrong; send it as `Authorization: Bearer KEY` or as `x-api-key: KEY`.",
         "type": "authentication_error",
         "param": None,
         "code": "invalid_api_key",

@@ -12,6 +12,7 @@ from ... import __version__
 from ...decoding.events import Stats
 from ..security import PUBLIC_PATHS
 from ..settings import Settings
+from .anthropic import Messages
 from .bodies import Chat, Completion
 from .fields import Body
 from .items import Response
@@ -23,6 +24,10 @@ POSTS: dict[str, tuple[str, str, type[Body]]] = {  # path: (name, summary, body)
     "/v1/chat/completions": ("chat", "Answer messages.", Chat),
     "/v1/completions": ("complete", "Continue a text, or fill a hole in it.", Completion),
     "/v1/responses": ("respond", "Answer input items.", Response),
+    "/v1/messages": ("message", "Answer messages, as Anthropic's API does.", Messages),
+}
+COUNTS: dict[str, tuple[str, str, type[Body], str]] = {  # path: (name, summary, body, schema of the one answer)
+    "/v1/messages/count_tokens": ("count", "The number of tokens of such messages.", Messages, "TokenCount"),
 }
 GETS: dict[
     str, tuple[str, str, str, str, tuple[int, ...]]
@@ -57,6 +62,7 @@ ITEM = {
     "type": ("message", "reasoning", "function_call"),
     "status": ("in_progress", "completed", "incomplete"),
 }
+BLOCK = {"type": ("text", "thinking", "tool_use"), "text?": str, "thinking?": str, "id?": str, "name?": str}
 MODEL = {"id": str, "object": ("model",), "created": int, "owned_by": str}
 ANSWERS: Schema = {  # in the words of `_schema`
     "ChatAnswer": {**ANSWER, "object": ("chat.completion",), "choices": [{**CHOICE, "message": MESSAGE}]},
@@ -65,6 +71,14 @@ ANSWERS: Schema = {  # in the words of `_schema`
         **{"id": str, "object": ("response",), "created_at": int, "model": str, "status": ("completed", "incomplete")},
         **{"output": [ITEM], "usage": "ResponseUsage", "stats": "Stats"},
     },
+    "MessagesAnswer": {
+        **{"id": str, "type": ("message",), "role": ("assistant",), "model": str, "content": [BLOCK]},
+        **{"stop_reason": MAYBE, "stop_sequence": MAYBE, "usage": "MessageUsage", "stats": "Stats"},
+    },
+    "TokenCount": {"input_tokens": int},
+    "MessageUsage": dict.fromkeys(
+        ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"), int
+    ),
     "Usage": {
         **{"prompt_tokens": int, "completion_tokens": int, "total_tokens": int},
         **{"prompt_tokens_details": CACHED, "completion_tokens_details": THOUGHT},
@@ -92,6 +106,10 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
     for path, (name, summary, body) in POSTS.items():
         content = _content("application/json", f"{body.__name__}Answer") | _content("text/event-stream", "Text")
         operation = _operation(name, f"{summary} With `stream`, the answer is sent as events.", content, STATUSES)
+        operation["requestBody"] = {"required": True, "content": _content("application/json", body.__name__)}
+        paths[path] = {"post": operation}
+    for path, (name, summary, body, schema) in COUNTS.items():
+        operation = _operation(name, summary, _content("application/json", schema), STATUSES)
         operation["requestBody"] = {"required": True, "content": _content("application/json", body.__name__)}
         paths[path] = {"post": operation}
     for path, (name, summary, kind, schema, errors) in GETS.items():
