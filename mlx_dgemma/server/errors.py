@@ -1,8 +1,9 @@
-"""Errors of the HTTP API, in OpenAI's JSON format."""
+"""Errors of the HTTP API, in the JSON format of the API that was asked: OpenAI's, unless a path has another."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 LOG = logging.getLogger("mlx_dgemma.server")
@@ -35,6 +36,20 @@ class ApiError(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def ollama_error(error: ApiError) -> dict[str, Any]:
+    """An error in Ollama's format."""
+    return {"error": str(error)}
+
+
+FORMATS: dict[str, Callable[[ApiError], dict[str, Any]]] = {"/api": ollama_error}  # by beginning of a path
+
+
+def error_body(error: ApiError, path: str) -> dict[str, Any]:
+    """The JSON body of the response to a request for this path."""
+    begins = (form for begin, form in FORMATS.items() if path == begin or path.startswith(f"{begin}/"))
+    return next(begins, ApiError.body)(error)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -15,18 +15,30 @@ from ..settings import Settings
 from .bodies import Chat, Completion
 from .fields import Body
 from .items import Response
+from .ollama import OllamaChat, OllamaGenerate, OllamaShow
 
 Schema = dict[str, Any]
 
-ABOUT = "DiffusionGemma behind OpenAI's API. A null field counts as absent. Unknown fields are refused by name."
+ABOUT = (
+    "DiffusionGemma behind the APIs of OpenAI and Ollama. A null field counts as absent. Unknown fields are refused by "
+    "name. Paths of /v1 work without it, too."
+)
 POSTS: dict[str, tuple[str, str, type[Body]]] = {  # path: (name, summary, body)
     "/v1/chat/completions": ("chat", "Answer messages.", Chat),
     "/v1/completions": ("complete", "Continue a text, or fill a hole in it.", Completion),
     "/v1/responses": ("respond", "Answer input items.", Response),
+    "/api/chat": ("ollama_chat", "Answer messages, as Ollama does.", OllamaChat),
+    "/api/generate": ("ollama_generate", "Answer a prompt, or fill a hole, as Ollama does.", OllamaGenerate),
+    "/api/show": ("ollama_show", "What the model is and can do, as Ollama tells it.", OllamaShow),
 }
 GETS: dict[
     str, tuple[str, str, str, str, tuple[int, ...]]
 ] = {  # path: (name, summary, media type, schema, statuses of errors)
+    "/api/tags": ("ollama_tags", "The served model.", "application/json", "OllamaModels", (401, 403)),
+    "/api/ps": ("ollama_ps", "The loaded model.", "application/json", "OllamaModels", (401, 403)),
+    "/api/version": ("ollama_version", "Versions.", "application/json", "OllamaVersion", (401, 403)),
+    "/api/v0/models": ("studio_models", "The model, as LM Studio tells it.", "application/json", "Models", (401, 403)),
+    "/api/v0/models/{id}": ("studio_model", "The same by name.", "application/json", "StudioModel", (401, 403, 404)),
     "/v1/models": ("models", "The served model.", "application/json", "Models", (401, 403)),
     "/v1/models/{id}": ("model", "The served model by name.", "application/json", "Model", (401, 403, 404)),
     "/health": ("health", "Whether the server accepts requests.", "application/json", "Health", (403,)),
@@ -34,6 +46,7 @@ GETS: dict[
     "/openapi.json": ("openapi", "This description.", "application/json", "Description", (401, 403)),
     "/": ("page", "A web page to try the model.", "text/html", "Text", (403,)),
 }
+OLLAMAS = "/api/"  # where its paths begin
 STATUSES = {
     400: "A field is wrong or not supported; `param` names it.",
     401: "The API key is missing or wrong.",
@@ -57,7 +70,10 @@ ITEM = {
     "type": ("message", "reasoning", "function_call"),
     "status": ("in_progress", "completed", "incomplete"),
 }
-MODEL = {"id": str, "object": ("model",), "created": int, "owned_by": str}
+STUDIO_MODEL = {"id": str, "object": ("model",), "type": str, "max_context_length": int}
+MODEL = {**STUDIO_MODEL, "created": int, "owned_by": str, "max_model_len": int, "capabilities": [str]}
+OLLAMA = {"model": str, "created_at": str, "done": (True,), "done_reason": str, "eval_count?": int}
+OLLAMA_MODEL = {"name": str, "model": str, "modified_at": str, "size": int, "digest": str, "details": "Description"}
 ANSWERS: Schema = {  # in the words of `_schema`
     "ChatAnswer": {**ANSWER, "object": ("chat.completion",), "choices": [{**CHOICE, "message": MESSAGE}]},
     "CompletionAnswer": {**ANSWER, "object": ("text_completion",), "choices": [{**CHOICE, "text": str}]},
@@ -74,7 +90,14 @@ ANSWERS: Schema = {  # in the words of `_schema`
         **{"input_tokens_details": CACHED, "output_tokens_details": THOUGHT},
     },
     "Model": MODEL,
-    "Models": {"object": ("list",), "data": ["Model"]},
+    "StudioModel": STUDIO_MODEL,
+    "Models": {"object": ("list",), "data": [STUDIO_MODEL]},
+    "OllamaChatAnswer": {**OLLAMA, "message": {"role": ("assistant",), "content": str, "thinking?": str}},
+    "OllamaGenerateAnswer": {**OLLAMA, "response": str, "thinking?": str},
+    "OllamaShowAnswer": {"details": "Description", "model_info": "Description", "capabilities": [str]},
+    "OllamaModels": {"models": [OLLAMA_MODEL]},
+    "OllamaVersion": {"version": str},
+    "OllamaError": {"error": str},
     "Health": {
         **{"status": ("ok", "stopping", "failed"), "model": str, "running": int, "waiting": int},
         "seconds_since_step": float,
@@ -87,17 +110,23 @@ ANSWERS: Schema = {  # in the words of `_schema`
 
 def openapi_document(settings: Settings) -> dict[str, Any]:
     """The description of a server with this configuration."""
-    model = {"type": "string", "enum": [settings.model, "default"]}
+    model = {"type": "string", "enum": [*settings.names, "default"]}
     paths: Schema = {}
     for path, (name, summary, body) in POSTS.items():
-        content = _content("application/json", f"{body.__name__}Answer") | _content("text/event-stream", "Text")
+        stream = "application/x-ndjson" if path.startswith(OLLAMAS) else "text/event-stream"
+        content = _content("application/json", f"{body.__name__}Answer") | _content(stream, "Text")
         operation = _operation(name, f"{summary} With `stream`, the answer is sent as events.", content, STATUSES)
         operation["requestBody"] = {"required": True, "content": _content("application/json", body.__name__)}
         paths[path] = {"post": operation}
     for path, (name, summary, kind, schema, errors) in GETS.items():
         operation = _operation(name, summary, _content(kind, schema), errors)
         paths[path] = {"get": operation | ({"security": []} if path in PUBLIC_PATHS else {})}
-    paths["/v1/models/{id}"]["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": model}]
+    for path, operations in paths.items():
+        if path.startswith(OLLAMAS):
+            for operation in operations.values():
+                _with_ollamas_errors(operation)
+        if path.endswith("/{id}"):
+            operations["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": model}]
     stopping = {"description": STATUSES[503], "content": _content("application/json", "Health")}
     paths["/health"]["get"]["responses"]["503"] = stopping
     error = {"content": _content("application/json", "Error")}
@@ -136,8 +165,17 @@ def _bodies(model: Schema) -> dict[str, Schema]:
     )
     schemas: dict[str, Schema] = described["$defs"]
     for body in bodies:
-        schemas[body.__name__]["properties"]["model"] = {"anyOf": [model, {"type": "null"}]}
+        named = {**model, "enum": [*model["enum"], ""]}
+        schemas[body.__name__]["properties"]["model"] = {"anyOf": [named, {"type": "null"}]}
     return schemas
+
+
+def _with_ollamas_errors(operation: Schema) -> None:
+    """Describe the errors of an operation as Ollama's clients get them."""
+    for status, text in STATUSES.items():
+        if str(status) in operation["responses"]:
+            content = _content("application/json", "OllamaError")
+            operation["responses"][str(status)] = {"description": text, "content": content}
 
 
 def _content(media_type: str, schema: str) -> Schema:
