@@ -125,9 +125,15 @@ def serve(
         raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
     if cache_dir is not None and cache_size == 0:
         raise click.UsageError("--cache-size is 0, so --cache-dir would hold nothing; leave one out.")
-    name = model_name(model.name)
     settings = Settings(
-        name, host, api_key, hosts, origins, shutdown_seconds, aliases=aliases, desktop_apps=desktop_apps
+        model_name(model.name),
+        host,
+        api_key,
+        hosts,
+        origins,
+        shutdown_seconds,
+        aliases=aliases,
+        desktop_apps=desktop_apps,
     )
     terminal = Terminal()
     if install or uninstall:
