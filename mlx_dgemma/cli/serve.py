@@ -117,12 +117,7 @@ def serve(
     mlx-dgemma serve --model FOLDER --port 9000
     mlx-dgemma serve --host 0.0.0.0 --allowed-host mac.local --api-key "$(cat key.txt)"
     """
-    try:
-        import pydantic  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
+    _require_packages()
     if cache_dir is not None and cache_size == 0:
         raise click.UsageError("--cache-size is 0, so --cache-dir would hold nothing; leave one out.")
     settings = Settings(
@@ -165,6 +160,16 @@ def serve(
         server.run(sockets=[server_socket])
         if scheduler.broken is not None:
             raise DgemmaError(str(scheduler.broken))
+
+
+def _require_packages() -> None:
+    """Refuse to start without the packages of the extra."""
+    try:
+        import pydantic  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
 
 
 def _agent(ctx: click.Context, both: bool, install: bool, api_key: str | None, terminal: Terminal) -> None:
