@@ -9,6 +9,7 @@ import socket
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -120,16 +121,8 @@ def serve(
     _require_packages()
     if cache_dir is not None and cache_size == 0:
         raise click.UsageError("--cache-size is 0, so --cache-dir would hold nothing; leave one out.")
-    settings = Settings(
-        model_name(model.name),
-        host,
-        api_key,
-        hosts,
-        origins,
-        shutdown_seconds,
-        aliases=aliases,
-        desktop_apps=desktop_apps,
-    )
+    given: dict[str, Any] = {"shutdown_seconds": shutdown_seconds, "aliases": aliases, "desktop_apps": desktop_apps}
+    settings = Settings(model_name(model.name), host, api_key, hosts, origins, **given)
     terminal = Terminal()
     if install or uninstall:
         _agent(ctx, install and uninstall, install, api_key, terminal)
