@@ -12,7 +12,7 @@ from support import BLUE, square
 
 from mlx_dgemma.decoding.events import Block, Finished, Result, Stats
 from mlx_dgemma.server.app import create_app
-from mlx_dgemma.server.schemas.ollama import OllamaChat, ollama_messages
+from mlx_dgemma.server.schemas.ollama import OllamaChat, ollama_messages, ollamas_name
 from mlx_dgemma.server.settings import Settings
 from mlx_dgemma.serving.tickets import Failed
 
@@ -139,7 +139,8 @@ def test_what_a_body_stands_for():
     schema = {"type": "object"}
     options = {"seed": -1, "num_predict": -1, "top_k": 0, "repeat_penalty": 1.1, "repeat_last_n": 0, "temperature": 0.5}
     chat = OllamaChat(model="m:latest", format=schema, think="low", tools=[WEATHER], options=options).chat()
-    assert chat.schema_asked == schema and (chat.thinking, chat.reasoning_effort) == (None, "low")
+    assert chat.response_format.json_schema.schema_ == schema
+    assert (chat.thinking, chat.reasoning_effort) == (None, "low")
     assert (chat.model, chat.stream, chat.temperature) == ("m", True, 0.5)
     assert (chat.seed, chat.max_tokens, chat.top_k, chat.repetition_penalty) == (None,) * 4
     options = {"seed": 7, "num_predict": 9, "top_k": 3, "repeat_penalty": 1.1, "mode": "causal", "stop": ["a"]}
@@ -147,6 +148,11 @@ def test_what_a_body_stands_for():
     assert (chat.response_format.type, chat.thinking, chat.stream) == ("json_object", True, False)
     assert (chat.seed, chat.max_tokens, chat.top_k, chat.repetition_penalty) == (7, 9, 3, 1.1)
     assert (chat.mode, chat.stop) == ("causal", ["a"])
+
+
+def test_names_of_a_chats_fields():
+    names = ("top_p", "repetition_penalty", "max_tokens", "logprobs")
+    assert [*map(ollamas_name, names)] == ["options.top_p", "options.repeat_penalty", "options.num_predict", "logprobs"]
 
 
 def test_results_find_their_calls():

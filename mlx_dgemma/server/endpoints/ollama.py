@@ -23,6 +23,7 @@ from ..schemas.ollama import (
     OllamaGenerate,
     OllamaShow,
     ollama_messages,
+    ollamas_name,
     prompt_messages,
 )
 from ..settings import Settings
@@ -70,7 +71,8 @@ class Lines:
 
     def read_fields(self, settings: Settings) -> None:
         """Take from the body as it came what the answer tells of it."""
-        self.ignored = {"x_ignored": fields} if (fields := ignored(self.asked)) else {}
+        fields = {ollamas_name(one) for one in self.ignored.get("x_ignored", ())} | set(ignored(self.asked))
+        self.ignored = {"x_ignored": sorted(fields)} if fields else {}
         self.model = self.asked.model or settings.model
 
     def lines(self, chunks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -223,6 +223,12 @@ class OllamaShow(Body):
     options: Annotated[dict[str, Any] | None, Harmless("nothing is generated")] = None
 
 
+def ollamas_name(path: str) -> str:
+    """Ollama's path of a field of a chat."""
+    path = {"max_tokens": "num_predict", "repetition_penalty": "repeat_penalty"}.get(path, path)
+    return f"options.{path}" if path in Options.model_fields else path
+
+
 def ollama_messages(body: OllamaChat) -> list[Message]:
     """Messages as `Engine.prepare` takes them. A tool's result is matched with its call by name, else by order.
 
