@@ -18,6 +18,7 @@ from ..pipeline import Exchange
 from ..schemas.fields import ignored, parse_body
 from ..schemas.ollama import (
     LATEST,
+    SHARED,
     OllamaBody,
     OllamaChat,
     OllamaGenerate,
@@ -71,7 +72,8 @@ class Lines:
 
     def read_fields(self, settings: Settings) -> None:
         """Take from the body as it came what the answer tells of it."""
-        fields = {ollamas_name(one) for one in self.ignored.get("x_ignored", ())} | set(ignored(self.asked))
+        fields = {ollamas_name(one) for one in self.ignored.get("x_ignored", ())}
+        fields.update(one for one in ignored(self.asked) if one.removeprefix("options.") not in SHARED)
         self.ignored = {"x_ignored": sorted(fields)} if fields else {}
         self.model = self.asked.model or settings.model
 

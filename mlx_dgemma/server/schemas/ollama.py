@@ -11,7 +11,7 @@ from pydantic_core import core_schema
 
 from ...decoding.options import GenerationOptions
 from ...prompt.messages import Message
-from .bodies import ONLY_CHOSEN, Chat, Completion, Flag, JsonSchema, PlainFormat, SchemaFormat, String
+from .bodies import Chat, Completion, Flag, JsonSchema, PlainFormat, SchemaFormat, String
 from .fields import Body, Harmless, Many, Rule, doc, only, reject
 from .messages import Tools, parse_data_url
 
@@ -109,7 +109,7 @@ class OllamaBody(Body):
     think: Thinking = None
     keep_alive: Annotated[Any, Harmless("the model stays loaded while the server runs")] = None
     logprobs: Flag = None
-    top_logprobs: Annotated[int | None, only(0, why=ONLY_CHOSEN)] = None
+    top_logprobs: Annotated[int | None, Harmless("only the chosen token's is known")] = None
     truncate: Annotated[Flag, Harmless("a prompt that does not fit is refused")] = None
     shift: Annotated[Flag, Harmless("an answer ends where the context ends")] = None
     options: Options | None = None
