@@ -118,7 +118,7 @@ def next_token_log_probs(
     log_probs, best, size = [], [], positions_per_chunk(model.config.text.vocab_size)
     for at in range(start, len(tokens), size):
         wanted = mx.array(list(tokens[at : at + size]), mx.int32)
-        before = mx.array([tokens[at - 1 : at - 1 + len(wanted)]], mx.int32)
+        before = mx.array([list(tokens[at - 1 : at - 1 + len(wanted)])], mx.int32)
         logits = model.logits(model.encode(before, prefix))[0]
         chosen = mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
         log_probs.append(np.asarray(chosen - mx.logsumexp(logits, axis=-1)))
