@@ -31,6 +31,7 @@ from mlx_dgemma.model import attention
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.tune.config import TrainerConfig
+from mlx_dgemma.tune.likelihood import next_token_log_probs
 from mlx_dgemma.tune.objective import VARIANTS, Batch, draw_noise
 from mlx_dgemma.tune.trainer import Trainer
 from mlx_dgemma.tune.workers import loss_and_gradients
@@ -102,8 +103,10 @@ def batches(dtype: str, folder: Path) -> None:
 
 
 def token_by_token(dtype: str, folder: Path) -> None:
-    """Tokens drawn in every way, alone and together, from drafts of the model and of the text, and in a language."""
+    """Tokens drawn in every way, alone and together, from drafts of the model and of the text, and in a language; and
+    the likelihood of given ones."""
     engine = loaded(dtype, folder)
+    next_token_log_probs(engine.model, range(2, 9), 1, engine.model.new_prefix())
     few = {"seed": 0, "max_tokens": 8}
     for mode in ("causal", "speculative"):
         engine.generate_batch(["Spell the word frog.", PERSON], mode=mode, temperature=0, **{**few, "max_tokens": 70})

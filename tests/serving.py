@@ -5,9 +5,12 @@ import json
 import socket
 import threading
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from urllib.parse import unquote
 
+from mlx_dgemma.checkpoint.find import find
+from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.connections import Server
@@ -32,11 +35,19 @@ def serving(scheduler, **settings):
             thread.join()
 
 
+@cache
+def demo():
+    return Checkpoint.open(find(None))
+
+
 class Script:
     """A scheduler without a model: it prepares nothing, and tells every request the same events."""
 
     def __init__(self, *events, error=None):
+        checkpoint = demo()
         self.engine = SimpleNamespace(
+            checkpoint=checkpoint,
+            config=checkpoint.config,
             options=GenerationOptions(),
             tokenizer=SimpleNamespace(think_start_tokens=None, think_end_tokens=None),
         )

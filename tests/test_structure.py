@@ -29,6 +29,7 @@ ROOMS = (
     "check",
     "server",
     "cli",
+    "plugins",
     "__init__",
     "__main__",
 )

@@ -1,4 +1,4 @@
-"""`mlx-dgemma serve`: an OpenAI-compatible HTTP server."""
+"""`mlx-dgemma serve`: an HTTP server that speaks as OpenAI's and Ollama's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -45,6 +46,9 @@ QUOTING_MODULES = r"mlx_dgemma\.(?!serving\.)"  # their warnings quote answers, 
     help="Clients must send this key (Authorization: Bearer KEY).",
 )
 @click.option(
+    "--alias", "aliases", multiple=True, metavar="NAME", help="Further name of the model, such as gpt-4o; repeatable."
+)
+@click.option(
     "--rows", type=click.IntRange(1), default=8, show_default=True, help="Maximum number of requests in a batch."
 )
 @click.option(
@@ -63,6 +67,12 @@ QUOTING_MODULES = r"mlx_dgemma\.(?!serving\.)"  # their warnings quote answers, 
 )
 @click.option(
     "--cors-origin", "origins", multiple=True, metavar="ORIGIN", help="Web origin that may send requests; repeatable."
+)
+@click.option(
+    "--desktop-apps",
+    is_flag=True,
+    help="Let desktop apps that are web pages inside send requests (app://, tauri://, file://, vscode-webview://), and "
+    "containers by the name host.docker.internal.",
 )
 @click.option(
     "--allowed-host", "hosts", multiple=True, metavar="NAME", help="Additional host name of this server; repeatable."
@@ -85,19 +95,22 @@ def serve(
     host: str,
     port: int,
     api_key: str | None,
+    aliases: tuple[str, ...],
     rows: int,
     waiting: int,
     cache_size: float | None,
     cache_dir: Path | None,
     origins: tuple[str, ...],
+    desktop_apps: bool,
     hosts: tuple[str, ...],
     shutdown_seconds: float,
     install: bool,
     uninstall: bool,
 ) -> None:
-    """Serve OpenAI's HTTP API until Ctrl-C.
+    """Serve the HTTP APIs of OpenAI and Ollama until Ctrl-C.
 
-    By default, only this machine can reach the server. Any OpenAI client works with the base URL that is printed.
+    By default, only this machine can reach the server. Any OpenAI client works with the base URL that is printed, any
+    client of Ollama with the same URL without /v1.
     The server logs one line per request to stderr, without prompts or answers.
 
     \b
@@ -105,15 +118,11 @@ def serve(
     mlx-dgemma serve --model FOLDER --port 9000
     mlx-dgemma serve --host 0.0.0.0 --allowed-host mac.local --api-key "$(cat key.txt)"
     """
-    try:
-        import pydantic  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
+    _require_packages()
     if cache_dir is not None and cache_size == 0:
         raise click.UsageError("--cache-size is 0, so --cache-dir would hold nothing; leave one out.")
-    settings = Settings(model_name(model.name), host, api_key, hosts, origins, shutdown_seconds)
+    given: dict[str, Any] = {"shutdown_seconds": shutdown_seconds, "aliases": aliases, "desktop_apps": desktop_apps}
+    settings = Settings(model_name(model.name), host, api_key, hosts, origins, **given)
     terminal = Terminal()
     if install or uninstall:
         _agent(ctx, install and uninstall, install, api_key, terminal)
@@ -144,6 +153,16 @@ def serve(
         server.run(sockets=[server_socket])
         if scheduler.broken is not None:
             raise DgemmaError(str(scheduler.broken))
+
+
+def _require_packages() -> None:
+    """Refuse to start without the packages of the extra."""
+    try:
+        import pydantic  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
 
 
 def _agent(ctx: click.Context, both: bool, install: bool, api_key: str | None, terminal: Terminal) -> None:

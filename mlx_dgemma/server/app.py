@@ -1,8 +1,7 @@
-"""The HTTP application: routes, error handlers, and the endpoints for models, health, metrics and the web page."""
+"""The HTTP application: routes, error handlers, and the endpoints for health, metrics and the web page."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,15 +14,20 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..serving.scheduler import Scheduler
+from .endpoints import models, ollama
 from .endpoints.anthropic import MessageExchange, count_tokens
 from .endpoints.chat import ChatExchange
 from .endpoints.completions import CompletionExchange
+from .endpoints.decisions import DecisionExchange
+from .endpoints.infill import LlamaCompletionExchange, LlamaInfillExchange, MistralFillExchange
+from .endpoints.models import ModelFacts
 from .endpoints.responses import ResponseExchange
+from .endpoints.tasks import EditExchange, FillExchange
 from .errors import ApiError
 from .metrics import Histograms, metrics_text
-from .options import check_model
 from .pipeline import endpoint
 from .schemas.openapi import openapi_document
 from .security import SecurityMiddleware, error_response
@@ -36,6 +40,7 @@ CONTENT_SECURITY_POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 PARSED_AT_ONCE = 2  # large bodies
+VERSIONED = ("chat", "completions", "responses", "messages", "models")  # first parts of paths behind /v1
 
 
 def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
@@ -43,7 +48,7 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
 
     Its `state` has these attributes:
         scheduler, settings: the arguments.
-        started: Unix time.
+        facts: what the server tells of its model.
         counts: number of requests by route and status.
         histograms: how long answers took.
         parse_limiter: allows `PARSED_AT_ONCE` large bodies to be parsed at a time.
@@ -55,8 +60,22 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
         Route("/v1/responses", endpoint(ResponseExchange), methods=["POST"]),
         Route("/v1/messages", endpoint(MessageExchange), methods=["POST"]),
         Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
-        Route("/v1/models", models),
-        Route("/v1/models/{id:path}", model),
+        Route("/v1/models", models.models),
+        Route("/v1/models/{id:path}", models.model),
+        Route("/api/v0/models", models.studio_models),
+        Route("/api/v0/models/{id:path}", models.studio_model),
+        Route("/api/chat", endpoint(ollama.OllamaChatExchange), methods=["POST"]),
+        Route("/api/generate", endpoint(ollama.OllamaGenerateExchange), methods=["POST"]),
+        Route("/api/show", ollama.show, methods=["POST"]),
+        Route("/api/tags", ollama.tags),
+        Route("/api/ps", ollama.running),
+        Route("/api/version", ollama.version),
+        Route("/v1/fim/completions", endpoint(MistralFillExchange), methods=["POST"]),
+        Route("/infill", endpoint(LlamaInfillExchange), methods=["POST"]),
+        Route("/completion", endpoint(LlamaCompletionExchange), methods=["POST"]),
+        Route("/v1/edits", endpoint(EditExchange), methods=["POST"]),
+        Route("/v1/fill", endpoint(FillExchange), methods=["POST"]),
+        Route("/v1/decisions", endpoint(DecisionExchange), methods=["POST"]),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/openapi.json", openapi),
@@ -72,26 +91,29 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
     counts: Counter[tuple[str, int]] = Counter()
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(SecurityMiddleware, settings=settings, counts=counts)],
+        middleware=[Middleware(WithVersion), Middleware(SecurityMiddleware, settings=settings, counts=counts)],
         exception_handlers=dict.fromkeys((ApiError, HTTPException, ClientDisconnected, Exception), _failed),
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     app.state.scheduler, app.state.settings, app.state.counts = scheduler, settings, counts
     app.state.histograms = Histograms()
-    app.state.started, app.state.stopping = int(time.time()), lambda: False
+    app.state.parse_limiter = CapacityLimiter(PARSED_AT_ONCE)
+    app.state.facts, app.state.stopping = ModelFacts.of(scheduler.engine, settings), lambda: False
     return app
 
 
-async def models(request: Request) -> Response:
-    """GET /v1/models."""
-    return JSONResponse({"object": "list", "data": [_model(request)]})
+class WithVersion:
+    """ASGI middleware for base URLs that were typed without /v1: their paths mean those with it."""
 
+    def __init__(self, app: ASGIApp):
+        self._app = app
 
-async def model(request: Request) -> Response:
-    """GET /v1/models/{id}."""
-    check_model(request.path_params["id"], request.app.state.settings)
-    return JSONResponse(_model(request))
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] == "http" and scope["path"].removeprefix("/").split("/")[0] in VERSIONED:
+            scope = {**scope, "path": f"/v1{scope['path']}"}
+        await self._app(scope, receive, send)
 
 
 async def health(request: Request) -> Response:
@@ -131,11 +153,6 @@ async def page(_: Request) -> Response:
     return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
 
-def _model(request: Request) -> dict[str, object]:
-    state = request.app.state
-    return {"id": state.settings.model, "object": "model", "created": state.started, "owned_by": "mlx-dgemma"}
-
-
 async def _failed(request: Request, error: Exception) -> Response:
     """The response where an endpoint raised something."""
     if isinstance(error, ClientDisconnected):
@@ -144,6 +161,7 @@ async def _failed(request: Request, error: Exception) -> Response:
         path = request.url.path[:100]
         messages = {404: f"There is no {path} here", 405: f"{path} knows no {request.method}"}
         message = f"{messages.get(error.status_code, error.detail)}; see /openapi.json."
+        message = ollama.absent(request.url.path) or message
         error = ApiError(message, status=error.status_code, headers=dict(error.headers or {}))
     if not isinstance(error, ApiError):
         error = ApiError("The server failed; its log says why.", status=500)

@@ -66,7 +66,15 @@ def anthropic_error(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-FORMATS: dict[str, Callable[[ApiError], dict[str, Any]]] = {"/v1/messages": anthropic_error}  # by beginning of a path
+def ollama_error(error: ApiError) -> dict[str, Any]:
+    """An error in Ollama's format."""
+    return {"error": str(error)}
+
+
+FORMATS: dict[str, Callable[[ApiError], dict[str, Any]]] = {
+    "/v1/messages": anthropic_error,
+    "/api": ollama_error,
+}  # by beginning of a path
 
 
 def error_body(error: ApiError, path: str) -> dict[str, Any]:

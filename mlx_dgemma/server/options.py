@@ -89,14 +89,17 @@ def as_api_errors(prompt: str = "messages", **renamed: str) -> Iterator[None]:
 
 
 def check_model(name: str | None, settings: Settings) -> str:
-    """Return the served model's name.
+    """Return the served model's name: an alias if the request has one.
 
     Raises:
         ApiError: the request names another model (404).
     """
-    if name not in (None, "default", settings.model):
+    if name in settings.aliases:
+        return str(name)
+    if name not in (None, "", "default", settings.model):
         raise ApiError(
-            f"The model {format_value(name)} is not served here; ask for {settings.model!r}, or leave it out.",
+            f"The model {format_value(name)} is not served here; ask for {settings.model!r}, leave it out, or start "
+            "the server with --alias for this name.",
             "model",
             404,
             "model_not_found",

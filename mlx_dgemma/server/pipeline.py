@@ -21,8 +21,7 @@ from .errors import ApiError, as_api_error
 from .events import EventTranslator, FinishedAnswer, usage, usage_and_stats
 from .follow import follow
 from .options import as_api_errors, check_model, generation_arguments
-from .schemas.bodies import Shared
-from .schemas.fields import ignored, parse_body, reject
+from .schemas.fields import Body, ignored, parse_body, reject
 from .settings import Settings
 from .streaming import ClientDisconnected, EventStream, cancel_on_disconnect, format_sse
 
@@ -44,20 +43,25 @@ class Exchange(ABC):
     Attributes:
         BODY: what the endpoint takes.
         KIND: how ids begin, and the `object` of a body and of a chunk.
+        FORMAT: an event of a stream as text; STREAM: the response of such texts.
         arguments: of `Engine.prepare`, with the seed of the first answer.
         messages: whose pictures are decoded once for all answers.
         log_probs: whether log-probabilities are sent.
         ignored: `x_ignored` of the answer with the paths of the given fields that change nothing, if there are any.
         answers: those that are whole.
+        at_once: the answer where nothing is to be generated.
 
     Raises:
         ApiError: fields that contradict each other, or another model than the served one.
     """
 
-    BODY: ClassVar[type[Shared]]
+    BODY: ClassVar[type[Body]]
     KIND: ClassVar[tuple[str, str, str]]
+    FORMAT = staticmethod(format_sse)
+    STREAM: ClassVar[type[EventStream]] = EventStream
     messages: Sequence[Message] = ()
     log_probs = False
+    at_once: dict[str, Any] | None = None
 
     def __init__(self, body: Any, engine: Engine, settings: Settings):
         self.body, self.model = body, check_model(body.model, settings)
@@ -70,6 +74,11 @@ class Exchange(ABC):
         self.answers: dict[int, FinishedAnswer] = {}
         ids, kind = f"{self.KIND[0]}-{secrets.token_hex(12)}", self.KIND[2 if body.stream else 1]
         self._envelope = {"id": ids, "object": kind, "created": int(time.time()), "model": self.model}
+
+    @classmethod
+    def read(cls, text: bytes, engine: Engine, settings: Settings) -> Exchange:
+        """The exchange of a request's body."""
+        return cls(parse_body(cls.BODY, text), engine, settings)
 
     @abstractmethod
     def prepare(self, engine: Engine, arguments: dict[str, Any]) -> Request:
@@ -101,7 +110,7 @@ class Exchange(ABC):
         """The last events of a stream that fails after the first."""
         return [error.body()]
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> Any:
         """The one body, when all answers are whole."""
         choices = [self.choice(i, answer) for i, answer in enumerate(self._in_order())]
         return {**self._envelope, "choices": choices, **usage_and_stats(self._in_order()), **self.ignored}
@@ -115,13 +124,16 @@ def endpoint(kind: type[Exchange]) -> Callable[[HttpRequest], Awaitable[Response
 
     async def answer(http: HttpRequest) -> Response:
         state, scheduler = http.app.state, http.app.state.scheduler
-        engine, exchange = scheduler.engine, await read_exchange(http, kind)
+        engine = scheduler.engine
+        exchange = await read_exchange(http, kind)
+        if exchange.at_once is not None:
+            return JSONResponse(exchange.at_once)
         prepares = [partial(_prepare, exchange, engine, i) for i in range(exchange.body.choices)]
         translate = EventTranslator(engine, exchange.log_probs)
         events = follow(scheduler, prepares, bool(exchange.body.drafts), translate, state.histograms.observe)
         if exchange.body.stream:
             first = await cancel_on_disconnect(http, anext(events))  # what fails before it has a status of its own
-            return EventStream(_stream(exchange, first, events))
+            return exchange.STREAM(_stream(exchange, first, events))
         return JSONResponse(await cancel_on_disconnect(http, _whole(exchange, events)))
 
     return answer
@@ -132,7 +144,7 @@ async def read_exchange(http: HttpRequest, kind: type[E]) -> E:
     state, engine = http.app.state, http.app.state.scheduler.engine
 
     def parse(text: bytes) -> E:
-        return kind(parse_body(kind.BODY, text), engine, state.settings)
+        return kind.read(text, engine, state.settings)
 
     exchange = await _parse(http, parse, state.parse_limiter)
     return exchange
@@ -165,18 +177,18 @@ async def _stream(
     async with aclosing(events):
         try:
             for one in exchange.events(*first):
-                yield format_sse(one)
+                yield exchange.FORMAT(one)
             async for i, event in events:
                 for one in exchange.events(i, event):
-                    yield format_sse(one)
+                    yield exchange.FORMAT(one)
             for last in exchange.end():
-                yield format_sse(last)
+                yield exchange.FORMAT(last)
         except Exception as error:
             for one in exchange.failed(as_api_error(error)):
-                yield format_sse(one)
+                yield exchange.FORMAT(one)
 
 
-async def _whole(exchange: Exchange, events: AsyncGenerator[tuple[int, Any]]) -> dict[str, Any]:
+async def _whole(exchange: Exchange, events: AsyncGenerator[tuple[int, Any]]) -> Any:
     async with aclosing(events):
         async for i, event in events:
             for _ in exchange.events(i, event):

@@ -3,6 +3,9 @@
 Every web page that the user opens can send requests to a server on the user's machine. Two checks prevent this. The
 Host header must be a name of this server, which stops DNS rebinding. The Origin header, which browsers add to requests
 of other pages, must be the server's own origin or an allowed one.
+
+Desktop apps have origins of their own, which one setting allows. No web page can have them: a browser loads no page
+from an app's scheme, and `tauri.localhost` is this machine. `null` is never allowed, as any page can have it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_body
-from .settings import Settings
+from .settings import Settings, is_app
 
 LOG = logging.getLogger("mlx_dgemma.access")
 MAX_BODIES = 16  # of the largest size, in all requests that are being answered
@@ -42,7 +45,7 @@ class SecurityMiddleware:
             await self._app(scope, receive, send)
             return
         start, status, headers, received = time.perf_counter(), 499, Headers(scope=scope), 0
-        allowed_origin = headers.get("origin") if headers.get("origin") in self._settings.cors_origins else None
+        allowed_origin = origin if (origin := headers.get("origin")) and self._settings.allows(origin) else None
 
         async def receive_within_limits() -> Message:
             nonlocal received
@@ -58,7 +61,7 @@ class SecurityMiddleware:
                 status = message["status"]
                 response_headers = MutableHeaders(scope=message)
                 response_headers["X-Content-Type-Options"] = "nosniff"
-                if self._settings.cors_origins:
+                if self._settings.cors_origins or self._settings.desktop_apps:
                     response_headers.add_vary_header("Origin")
                 if allowed_origin:
                     response_headers["Access-Control-Allow-Origin"] = allowed_origin
@@ -105,7 +108,7 @@ class SecurityMiddleware:
         origin = headers.get("origin")
         if origin is not None and not allowed_origin and origin.lower() != f"{scope['scheme']}://{host.lower()}":
             raise ApiError(
-                f"The Origin header is {origin[:100]!r}, and pages from there may not ask; --cors-origin allows it.",
+                f"The Origin header is {origin[:100]!r}, and pages from there may not ask; {_way(origin)}.",
                 status=403,
                 code="origin_not_allowed",
             )
@@ -138,6 +141,13 @@ class SecurityMiddleware:
         client = (scope.get("client") or ("-",))[0]
         path = scope.get("raw_path", b"-").decode("ascii", "replace")[:200]  # percent-encoded: no control characters
         LOG.info("%s %s %s %s %d %.3f s", time.strftime("%F %T"), client, scope["method"], path, status, seconds)
+
+
+def _way(origin: str) -> str:
+    """What a user can do for an origin."""
+    if origin == "null":
+        return "any page can have this one, so nothing allows it"
+    return f"{'--desktop-apps' if is_app(origin) else '--cors-origin'} allows it"
 
 
 def error_response(error: ApiError, path: str) -> JSONResponse:

@@ -11,6 +11,9 @@ from pathlib import Path
 from ..errors import OptionError
 
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
+APP_SCHEMES = ("app", "file", "tauri", "vscode-file", "vscode-webview", "capacitor", "capacitor-electron", "ionic")
+TAURI = ("http://tauri.localhost", "https://tauri.localhost")  # on Windows and Android
+CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal", "host.lima.internal")  # this machine's names
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,12 @@ class Settings:
     """Configuration of the server.
 
     Attributes:
-        model: name under which the model is served; "default" is an alias of it.
+        model: name under which the model is served; "default" and no name at all stand for it.
+        aliases: further names.
         host: address to listen on.
         api_key: key that clients must send; None requires none.
         allowed_hosts: names that the Host header may have, without a port, in addition to `LOCAL` and `host`.
+        desktop_apps: whether apps that are web pages inside may send requests, and containers on this machine.
         cors_origins: web origins that may send requests, such as "http://localhost:3000".
         shutdown_seconds: time that running answers get to finish when the server stops.
         body_bytes: size of the largest request body.
@@ -47,6 +52,8 @@ class Settings:
     header_seconds: float = 15.0
     body_seconds: float = 30.0
     stalled_seconds: float = 60.0
+    aliases: tuple[str, ...] = ()
+    desktop_apps: bool = False
 
     def __post_init__(self):
         if self.api_key == "":
@@ -60,6 +67,19 @@ class Settings:
             if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
                 raise OptionError(f"The origin is {origin!r}; it should be like http://localhost:3000, without a path.")
 
+        for alias in self.aliases:
+            if not alias.strip() or alias != alias.strip() or not alias.isprintable():
+                raise OptionError(f"The alias is {alias!r}; it should be a name, without blanks around it.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model's name and its aliases."""
+        return tuple(dict.fromkeys((self.model, *self.aliases)))
+
+    def allows(self, origin: str) -> bool:
+        """Whether pages of another origin may send requests."""
+        return origin in self.cors_origins or (self.desktop_apps and is_app(origin))
+
     @property
     def _is_local(self) -> bool:
         try:
@@ -71,7 +91,14 @@ class Settings:
     def hosts(self) -> frozenset[str]:
         """Names that the Host header may have, in lower case."""
         own = f"[{self.host}]" if ":" in self.host else self.host
-        return frozenset(one.lower() for one in (*LOCAL, own, *self.allowed_hosts))
+        containers = CONTAINER_HOSTS if self.desktop_apps else ()
+        return frozenset(one.lower() for one in (*LOCAL, own, *containers, *self.allowed_hosts))
+
+
+def is_app(origin: str) -> bool:
+    """Whether an origin is one that only an app on this machine can have."""
+    scheme, colon, _ = origin.lower().partition("://")
+    return origin.lower() in TAURI or (bool(colon) and scheme in APP_SCHEMES)
 
 
 def model_name(model: str | os.PathLike | None) -> str:

@@ -71,6 +71,19 @@ async def with_pings(events: AsyncGenerator[str]) -> AsyncGenerator[str]:
             await asyncio.gather(coming, return_exceptions=True)
 
 
+class LineStream(EventStream):
+    """A response of lines of JSON, as Ollama's clients read it. They take nothing else, so there are no pings."""
+
+    def __init__(self, lines: AsyncGenerator[str]):
+        headers = {"Cache-Control": "no-store"}
+        StreamingResponse.__init__(self, lines, headers=headers, media_type="application/x-ndjson")
+
+
+def format_line(event: dict[str, Any] | str) -> str:
+    """An object as a line of JSON."""
+    return json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
 def format_sse(event: dict[str, Any] | str) -> str:
     """A server-sent event. One with a `type` is named by it."""
     if isinstance(event, str):

@@ -1,4 +1,4 @@
-"""An upper bound of -log p of answers under the denoising process.
+"""The likelihood of texts: exact in causal mode, and an upper bound of -log p under the denoising process.
 
 The process is that of training: at time t a token has been replaced by a uniform random token with probability t. Each
 position is a Markov chain with jump rate 1 / (1 - t). Run backwards from uniform noise, it ends in the clean token. The
@@ -23,6 +23,7 @@ from .objective import positions_per_chunk
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..model.diffusion_gemma import DiffusionGemma
+    from ..model.kv_cache import Prefix
     from .data import Example
 
 
@@ -95,6 +96,37 @@ def bound(engine: Engine, examples: Sequence[Example], fill: int, draws: int = 8
             count += 1
     error = float(sums.std(ddof=1) / draws**0.5 / tokens) if draws > 1 else None
     return Bound(float(sums.mean() / tokens), error, tokens, count)
+
+
+def next_token_log_probs(
+    model: DiffusionGemma, tokens: Sequence[int], start: int, prefix: Prefix
+) -> tuple[np.ndarray, np.ndarray]:
+    """How probable tokens are in causal mode, before temperature and cuts.
+
+    Args:
+        model: the model.
+        tokens: token ids.
+        start: the first one that is looked at, at least 1.
+        prefix: of tokens[:start - 1]; extended in place by all but the last token.
+
+    Returns:
+        [len(tokens) - start] float32, nats, and bool: whether the token is the most probable one.
+
+    Raises:
+        RangeError: the model computed inf or NaN.
+    """
+    log_probs, best, size = [], [], positions_per_chunk(model.config.text.vocab_size)
+    for at in range(start, len(tokens), size):
+        wanted = mx.array(list(tokens[at : at + size]), mx.int32)
+        before = mx.array([list(tokens[at - 1 : at - 1 + len(wanted)])], mx.int32)
+        logits = model.logits(model.encode(before, prefix))[0]
+        chosen = mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
+        log_probs.append(np.asarray(chosen - mx.logsumexp(logits, axis=-1)))
+        best.append(np.asarray(mx.argmax(logits, axis=-1).astype(mx.int32) == wanted))
+    found = np.concatenate(log_probs)
+    if not np.isfinite(found).all():
+        raise model.range_error()
+    return found, np.concatenate(best)
 
 
 def _canvas_bound(

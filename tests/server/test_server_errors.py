@@ -180,7 +180,10 @@ def test_another_model(client):
         with pytest.raises(openai.NotFoundError) as caught:
             answer()
         assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-        message = "The model 'gpt-4o' is not served here; ask for 'demo', or leave it out."
+        message = (
+            "The model 'gpt-4o' is not served here; ask for 'demo', leave it out, or start the server with --alias for "
+            "this name."
+        )
         assert caught.value.body["message"] == message
     for name in (MODEL, "default"):
         assert chat(client, "Spell the word cat.", seed=0).model == MODEL, name

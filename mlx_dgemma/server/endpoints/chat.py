@@ -17,8 +17,8 @@ from ..errors import ApiError
 from ..events import FinishedAnswer, stats
 from ..options import as_api_errors
 from ..pipeline import Exchange
-from ..schemas.bodies import Chat, Shared
-from ..schemas.fields import reject
+from ..schemas.bodies import Chat
+from ..schemas.fields import Body, reject
 from ..schemas.messages import chat_messages, tool_declarations
 from ..settings import Settings
 
@@ -39,7 +39,7 @@ class ChatExchange(Exchange):
         forced_tools: the tools one of which must be called; empty if no call is required.
     """
 
-    BODY: ClassVar[type[Shared]] = Chat
+    BODY: ClassVar[type[Body]] = Chat
     KIND = ("chatcmpl", "chat.completion", "chat.completion.chunk")
 
     def __init__(self, body: Any, engine: Engine, settings: Settings):

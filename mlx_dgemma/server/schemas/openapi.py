@@ -13,18 +13,33 @@ from ...decoding.events import Stats
 from ..security import PUBLIC_PATHS
 from ..settings import Settings
 from .anthropic import Messages
-from .bodies import Chat, Completion
+from .bodies import Chat
+from .decisions import Decision
+from .editing import Completion, Edit, Fill, LlamaInfill, MistralFill
 from .fields import Body
 from .items import Response
+from .ollama import OllamaChat, OllamaGenerate, OllamaShow
 
 Schema = dict[str, Any]
 
-ABOUT = "DiffusionGemma behind OpenAI's API. A null field counts as absent. Unknown fields are refused by name."
+ABOUT = (
+    "DiffusionGemma behind the APIs of OpenAI and Ollama. A null field counts as absent. Unknown fields are refused by "
+    "name. Paths of /v1 work without it, too."
+)
 POSTS: dict[str, tuple[str, str, type[Body]]] = {  # path: (name, summary, body)
     "/v1/chat/completions": ("chat", "Answer messages.", Chat),
     "/v1/completions": ("complete", "Continue a text, or fill a hole in it.", Completion),
     "/v1/responses": ("respond", "Answer input items.", Response),
     "/v1/messages": ("message", "Answer messages, as Anthropic's API does.", Messages),
+    "/api/chat": ("ollama_chat", "Answer messages, as Ollama does.", OllamaChat),
+    "/api/generate": ("ollama_generate", "Answer a prompt, or fill a hole, as Ollama does.", OllamaGenerate),
+    "/api/show": ("ollama_show", "What the model is and can do, as Ollama tells it.", OllamaShow),
+    "/v1/fim/completions": ("fim", "Fill a hole, as Mistral has it.", MistralFill),
+    "/infill": ("infill", "Fill a hole, as llama.cpp has it.", LlamaInfill),
+    "/completion": ("completion", "Continue a prompt or fill its hole, as llama.cpp has it.", LlamaInfill),
+    "/v1/edits": ("edit", "Rewrite a text as an instruction says.", Edit),
+    "/v1/fill": ("fill", "Fill the holes of a template.", Fill),
+    "/v1/decisions": ("decide", "How probable each choice is as a question's answer.", Decision),
 }
 COUNTS: dict[str, tuple[str, str, type[Body], str]] = {  # path: (name, summary, body, schema of the one answer)
     "/v1/messages/count_tokens": ("count", "The number of tokens of such messages.", Messages, "TokenCount"),
@@ -32,6 +47,11 @@ COUNTS: dict[str, tuple[str, str, type[Body], str]] = {  # path: (name, summary,
 GETS: dict[
     str, tuple[str, str, str, str, tuple[int, ...]]
 ] = {  # path: (name, summary, media type, schema, statuses of errors)
+    "/api/tags": ("ollama_tags", "The served model.", "application/json", "OllamaModels", (401, 403)),
+    "/api/ps": ("ollama_ps", "The loaded model.", "application/json", "OllamaModels", (401, 403)),
+    "/api/version": ("ollama_version", "Versions.", "application/json", "OllamaVersion", (401, 403)),
+    "/api/v0/models": ("studio_models", "The model, as LM Studio tells it.", "application/json", "Models", (401, 403)),
+    "/api/v0/models/{id}": ("studio_model", "The same by name.", "application/json", "StudioModel", (401, 403, 404)),
     "/v1/models": ("models", "The served model.", "application/json", "Models", (401, 403)),
     "/v1/models/{id}": ("model", "The served model by name.", "application/json", "Model", (401, 403, 404)),
     "/health": ("health", "Whether the server accepts requests.", "application/json", "Health", (403,)),
@@ -39,6 +59,7 @@ GETS: dict[
     "/openapi.json": ("openapi", "This description.", "application/json", "Description", (401, 403)),
     "/": ("page", "A web page to try the model.", "text/html", "Text", (403,)),
 }
+OLLAMAS = "/api/"  # where its paths begin
 STATUSES = {
     400: "A field is wrong or not supported; `param` names it.",
     401: "The API key is missing or wrong.",
@@ -52,6 +73,8 @@ STATUSES = {
 }
 COUNT: Schema = {"type": "integer", "minimum": 0}
 MAYBE: Schema = {"type": ["string", "null"]}
+FLAG: Schema = {"type": "boolean"}
+TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
 CACHED, THOUGHT = {"cached_tokens": int}, {"reasoning_tokens": int}
 FUNCTION_CALL = {"id": str, "type": ("function",), "function": {"name": str, "arguments": str}}
 MESSAGE = {"role": ("assistant",), "content": MAYBE, "reasoning_content?": str, "tool_calls?": [FUNCTION_CALL]}
@@ -63,10 +86,26 @@ ITEM = {
     "status": ("in_progress", "completed", "incomplete"),
 }
 BLOCK = {"type": ("text", "thinking", "tool_use"), "text?": str, "thinking?": str, "id?": str, "name?": str}
-MODEL = {"id": str, "object": ("model",), "created": int, "owned_by": str}
+STUDIO_MODEL = {"id": str, "object": ("model",), "type": str, "max_context_length": int}
+MODEL = {**STUDIO_MODEL, "created": int, "owned_by": str, "max_model_len": int, "capabilities": [str]}
+OLLAMA = {"model": str, "created_at": str, "done": (True,), "done_reason": str, "eval_count?": int}
+OLLAMA_MODEL = {"name": str, "model": str, "modified_at": str, "size": int, "digest": str, "details": "Description"}
+PROBABILITY = {"value": {}, "probability": float, "label?": str}
+DECIDED = {
+    **{"type": ("predicate", "choice", "score", "number"), "name": MAYBE, "mass": float, "probability?": float},
+    **{"probabilities?": [PROBABILITY], "confidence?": float, "choice?": {}, "score?": float, "number?": {}},
+}
 ANSWERS: Schema = {  # in the words of `_schema`
     "ChatAnswer": {**ANSWER, "object": ("chat.completion",), "choices": [{**CHOICE, "message": MESSAGE}]},
     "CompletionAnswer": {**ANSWER, "object": ("text_completion",), "choices": [{**CHOICE, "text": str}]},
+    "MistralFillAnswer": {**ANSWER, "object": ("chat.completion",), "choices": [{**CHOICE, "message": MESSAGE}]},
+    "LlamaInfillAnswer": {"index?": int, "content?": str, "stop?": FLAG, "model?": str, "tokens_predicted?": int},
+    "EditAnswer": {**ANSWER, "object": ("edit",), "choices": [{**CHOICE, "text": str}]},
+    "FillAnswer": {**ANSWER, "object": ("fill",), "choices": [{**CHOICE, "text": str, "holes": TEXTS}]},
+    "DecisionAnswer": {
+        **{"id": str, "object": ("decision",), "created": int, "model": str, "usage": "ResponseUsage"},
+        **{"answers": [DECIDED], "stats": {"anyOf": ["Stats", ["Stats"]]}},
+    },
     "ResponseAnswer": {
         **{"id": str, "object": ("response",), "created_at": int, "model": str, "status": ("completed", "incomplete")},
         **{"output": [ITEM], "usage": "ResponseUsage", "stats": "Stats"},
@@ -88,7 +127,14 @@ ANSWERS: Schema = {  # in the words of `_schema`
         **{"input_tokens_details": CACHED, "output_tokens_details": THOUGHT},
     },
     "Model": MODEL,
-    "Models": {"object": ("list",), "data": ["Model"]},
+    "StudioModel": STUDIO_MODEL,
+    "Models": {"object": ("list",), "data": [STUDIO_MODEL]},
+    "OllamaChatAnswer": {**OLLAMA, "message": {"role": ("assistant",), "content": str, "thinking?": str}},
+    "OllamaGenerateAnswer": {**OLLAMA, "response": str, "thinking?": str},
+    "OllamaShowAnswer": {"details": "Description", "model_info": "Description", "capabilities": [str]},
+    "OllamaModels": {"models": [OLLAMA_MODEL]},
+    "OllamaVersion": {"version": str},
+    "OllamaError": {"error": str},
     "Health": {
         **{"status": ("ok", "stopping", "failed"), "model": str, "running": int, "waiting": int},
         "seconds_since_step": float,
@@ -101,10 +147,11 @@ ANSWERS: Schema = {  # in the words of `_schema`
 
 def openapi_document(settings: Settings) -> dict[str, Any]:
     """The description of a server with this configuration."""
-    model = {"type": "string", "enum": [settings.model, "default"]}
+    model = {"type": "string", "enum": [*settings.names, "default"]}
     paths: Schema = {}
     for path, (name, summary, body) in POSTS.items():
-        content = _content("application/json", f"{body.__name__}Answer") | _content("text/event-stream", "Text")
+        stream = "application/x-ndjson" if path.startswith(OLLAMAS) else "text/event-stream"
+        content = _content("application/json", f"{body.__name__}Answer") | _content(stream, "Text")
         operation = _operation(name, f"{summary} With `stream`, the answer is sent as events.", content, STATUSES)
         operation["requestBody"] = {"required": True, "content": _content("application/json", body.__name__)}
         paths[path] = {"post": operation}
@@ -115,7 +162,12 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
     for path, (name, summary, kind, schema, errors) in GETS.items():
         operation = _operation(name, summary, _content(kind, schema), errors)
         paths[path] = {"get": operation | ({"security": []} if path in PUBLIC_PATHS else {})}
-    paths["/v1/models/{id}"]["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": model}]
+    for path, operations in paths.items():
+        if path.startswith(OLLAMAS):
+            for operation in operations.values():
+                _with_ollamas_errors(operation)
+        if path.endswith("/{id}"):
+            operations["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": model}]
     stopping = {"description": STATUSES[503], "content": _content("application/json", "Health")}
     paths["/health"]["get"]["responses"]["503"] = stopping
     error = {"content": _content("application/json", "Error")}
@@ -154,8 +206,17 @@ def _bodies(model: Schema) -> dict[str, Schema]:
     )
     schemas: dict[str, Schema] = described["$defs"]
     for body in bodies:
-        schemas[body.__name__]["properties"]["model"] = {"anyOf": [model, {"type": "null"}]}
+        named = {**model, "enum": [*model["enum"], ""]}
+        schemas[body.__name__]["properties"]["model"] = {"anyOf": [named, {"type": "null"}]}
     return schemas
+
+
+def _with_ollamas_errors(operation: Schema) -> None:
+    """Describe the errors of an operation as Ollama's clients get them."""
+    for status, text in STATUSES.items():
+        if str(status) in operation["responses"]:
+            content = _content("application/json", "OllamaError")
+            operation["responses"][str(status)] = {"description": text, "content": content}
 
 
 def _content(media_type: str, schema: str) -> Schema:
@@ -181,7 +242,7 @@ def _schema(shape: Any) -> Schema:
         return {"type": "array", "items": _schema(shape[0])}
     if "anyOf" in shape:
         return {"anyOf": [_schema(one) for one in shape["anyOf"]]}
-    if shape is MAYBE:
-        return MAYBE
+    if shape in (MAYBE, FLAG, TEXTS, {}):
+        return shape
     properties = {name.rstrip("?"): _schema(one) for name, one in shape.items()}
     return {"type": "object", "properties": properties, "required": [one for one in shape if one in properties]}

@@ -1,0 +1,1 @@
+"""Models for other programs. Each module imports the program that it is for, and only that program imports it."""
