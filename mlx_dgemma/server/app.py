@@ -19,7 +19,10 @@ from starlette.routing import Route
 from ..serving.scheduler import Scheduler
 from .endpoints.chat import ChatExchange
 from .endpoints.completions import CompletionExchange
+from .endpoints.decisions import DecisionExchange
+from .endpoints.infill import LlamaCompletionExchange, LlamaInfillExchange, MistralFillExchange
 from .endpoints.responses import ResponseExchange
+from .endpoints.tasks import EditExchange, FillExchange
 from .errors import ApiError
 from .metrics import Histograms, metrics_text
 from .options import check_model
@@ -53,6 +56,12 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
         Route("/v1/chat/completions", endpoint(ChatExchange), methods=["POST"]),
         Route("/v1/completions", endpoint(CompletionExchange), methods=["POST"]),
         Route("/v1/responses", endpoint(ResponseExchange), methods=["POST"]),
+        Route("/v1/fim/completions", endpoint(MistralFillExchange), methods=["POST"]),
+        Route("/infill", endpoint(LlamaInfillExchange), methods=["POST"]),
+        Route("/completion", endpoint(LlamaCompletionExchange), methods=["POST"]),
+        Route("/v1/edits", endpoint(EditExchange), methods=["POST"]),
+        Route("/v1/fill", endpoint(FillExchange), methods=["POST"]),
+        Route("/v1/decisions", endpoint(DecisionExchange), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{id:path}", model),
         Route("/health", health),

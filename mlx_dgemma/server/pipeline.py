@@ -100,7 +100,7 @@ class Exchange(ABC):
         """The last events of a stream that fails after the first."""
         return [error.body()]
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> Any:
         """The one body, when all answers are whole."""
         choices = [self.choice(i, answer) for i, answer in enumerate(self._in_order())]
         return {**self._envelope, "choices": choices, **usage_and_stats(self._in_order()), **self.ignored}
@@ -173,7 +173,7 @@ async def _stream(
                 yield format_sse(one)
 
 
-async def _whole(exchange: Exchange, events: AsyncGenerator[tuple[int, Any]]) -> dict[str, Any]:
+async def _whole(exchange: Exchange, events: AsyncGenerator[tuple[int, Any]]) -> Any:
     async with aclosing(events):
         async for i, event in events:
             for _ in exchange.events(i, event):

@@ -12,7 +12,9 @@ from ... import __version__
 from ...decoding.events import Stats
 from ..security import PUBLIC_PATHS
 from ..settings import Settings
-from .bodies import Chat, Completion
+from .bodies import Chat
+from .decisions import Decision
+from .editing import Completion, Edit, Fill, LlamaInfill, MistralFill
 from .fields import Body
 from .items import Response
 
@@ -23,6 +25,12 @@ POSTS: dict[str, tuple[str, str, type[Body]]] = {  # path: (name, summary, body)
     "/v1/chat/completions": ("chat", "Answer messages.", Chat),
     "/v1/completions": ("complete", "Continue a text, or fill a hole in it.", Completion),
     "/v1/responses": ("respond", "Answer input items.", Response),
+    "/v1/fim/completions": ("fim", "Fill a hole, as Mistral has it.", MistralFill),
+    "/infill": ("infill", "Fill a hole, as llama.cpp has it.", LlamaInfill),
+    "/completion": ("completion", "Continue a prompt or fill its hole, as llama.cpp has it.", LlamaInfill),
+    "/v1/edits": ("edit", "Rewrite a text as an instruction says.", Edit),
+    "/v1/fill": ("fill", "Fill the holes of a template.", Fill),
+    "/v1/decisions": ("decide", "How probable each choice is as a question's answer.", Decision),
 }
 GETS: dict[
     str, tuple[str, str, str, str, tuple[int, ...]]
@@ -47,6 +55,8 @@ STATUSES = {
 }
 COUNT: Schema = {"type": "integer", "minimum": 0}
 MAYBE: Schema = {"type": ["string", "null"]}
+FLAG: Schema = {"type": "boolean"}
+TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
 CACHED, THOUGHT = {"cached_tokens": int}, {"reasoning_tokens": int}
 FUNCTION_CALL = {"id": str, "type": ("function",), "function": {"name": str, "arguments": str}}
 MESSAGE = {"role": ("assistant",), "content": MAYBE, "reasoning_content?": str, "tool_calls?": [FUNCTION_CALL]}
@@ -57,10 +67,23 @@ ITEM = {
     "type": ("message", "reasoning", "function_call"),
     "status": ("in_progress", "completed", "incomplete"),
 }
+PROBABILITY = {"value": {}, "probability": float, "label?": str}
+DECIDED = {
+    **{"type": ("predicate", "choice", "score", "number"), "name": MAYBE, "mass": float, "probability?": float},
+    **{"probabilities?": [PROBABILITY], "confidence?": float, "choice?": {}, "score?": float, "number?": {}},
+}
 MODEL = {"id": str, "object": ("model",), "created": int, "owned_by": str}
 ANSWERS: Schema = {  # in the words of `_schema`
     "ChatAnswer": {**ANSWER, "object": ("chat.completion",), "choices": [{**CHOICE, "message": MESSAGE}]},
     "CompletionAnswer": {**ANSWER, "object": ("text_completion",), "choices": [{**CHOICE, "text": str}]},
+    "MistralFillAnswer": {**ANSWER, "object": ("chat.completion",), "choices": [{**CHOICE, "message": MESSAGE}]},
+    "LlamaInfillAnswer": {"index?": int, "content?": str, "stop?": FLAG, "model?": str, "tokens_predicted?": int},
+    "EditAnswer": {**ANSWER, "object": ("edit",), "choices": [{**CHOICE, "text": str}]},
+    "FillAnswer": {**ANSWER, "object": ("fill",), "choices": [{**CHOICE, "text": str, "holes": TEXTS}]},
+    "DecisionAnswer": {
+        **{"id": str, "object": ("decision",), "created": int, "model": str, "usage": "ResponseUsage"},
+        **{"answers": [DECIDED], "stats": {"anyOf": ["Stats", ["Stats"]]}},
+    },
     "ResponseAnswer": {
         **{"id": str, "object": ("response",), "created_at": int, "model": str, "status": ("completed", "incomplete")},
         **{"output": [ITEM], "usage": "ResponseUsage", "stats": "Stats"},
@@ -163,7 +186,7 @@ def _schema(shape: Any) -> Schema:
         return {"type": "array", "items": _schema(shape[0])}
     if "anyOf" in shape:
         return {"anyOf": [_schema(one) for one in shape["anyOf"]]}
-    if shape is MAYBE:
-        return MAYBE
+    if shape in (MAYBE, FLAG, TEXTS, {}):
+        return shape
     properties = {name.rstrip("?"): _schema(one) for name, one in shape.items()}
     return {"type": "object", "properties": properties, "required": [one for one in shape if one in properties]}
