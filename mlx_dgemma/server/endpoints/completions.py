@@ -67,19 +67,22 @@ def settled(body: C) -> tuple[C, list[str]]:
     """A body as the engine takes it, and the fields that change nothing here since a canvas takes its best text.
 
     Raises:
-        ApiError: token by token, a penalty or a `top_p` of 0.
+        ApiError: a limit of no tokens; token by token, a penalty or a `top_p` of 0.
     """
     canvas = body.mode in (None, "diffusion")
     changes: dict[str, Any] = {} if body.model else {"model": None}
-    for name in SAMPLING if canvas else ():
-        if getattr(body, name, None) is not None:
+    passed = [name for name in SAMPLING if canvas and getattr(body, name, None) is not None]
+    changes |= dict.fromkeys(passed)
+    for name in ("max_tokens", "max_completion_tokens"):
+        if (limit := getattr(body, name, None)) == 0:
+            reject(name, limit, "it should be a whole number, at least 1, or -1 for none")
+        if limit == -1:
             changes[name] = None
     for name in () if canvas else ("frequency_penalty", "presence_penalty", "top_p"):
         if (value := getattr(body, name)) is not None and (value == 0) == (name == "top_p"):
             reject(name, value, "token by token does without it: leave it out, or take the mode diffusion")
     if canvas and body.temperature is not None and body.temperature < COLD:
         changes["temperature"] = 0.0
-    passed = [name for name in changes if name not in ("model", "temperature")]
     return body.model_copy(update=changes), passed
 
 
@@ -101,7 +104,6 @@ class HoleExchange(Exchange):
         self.parts, editors = self.read_parts()
         if editors and body.seed is None:
             self.arguments["seed"] = 0
-        self.limit_tokens()
         stop = self.arguments.pop("stop", [])  # `infill` has none, so the server cuts the text
         self.cutters = [StopCutter(stop, getattr(body, "n_indent", None) or 0) for _ in range(body.choices)]
         self.arguments.pop("exact", None)
@@ -109,14 +111,6 @@ class HoleExchange(Exchange):
     @abstractmethod
     def read_parts(self) -> tuple[Parts, bool]:
         """What stands around the hole, and whether an editor asks, who wants the same text for the same key stroke."""
-
-    def limit_tokens(self) -> None:
-        """Take -1 for no limit."""
-        limit = self.arguments.get("max_tokens")
-        if limit == 0:
-            reject(self.body.path("max_tokens"), limit, "it should be a whole number, at least 1, or -1")
-        if limit == -1:
-            del self.arguments["max_tokens"]
 
     def prepare(self, engine: Engine, arguments: dict[str, Any]) -> Request:
         """Make the request of one answer."""

@@ -26,7 +26,8 @@ class LlamaInfillExchange(HoleExchange):
     PARAM = "input_prefix"
 
     def __init__(self, body: LlamaInfill, engine: Engine, settings: Settings):
-        changes: dict[str, Any] = {}
+        limit = body.limit
+        changes: dict[str, Any] = {"n_predict": limit, "max_tokens": limit or None}
         if body.choices == 0:  # fills a cache there
             changes["stream"] = None
         if body.seed == -1:
@@ -43,11 +44,6 @@ class LlamaInfillExchange(HoleExchange):
             prefix, suffix, more = parts_of_prompt(body.prompt) or Parts(body.prompt, "")
             return Parts(prefix, suffix, (*files, *more)), True
         return Parts((body.input_prefix or "") + (body.prompt or ""), body.input_suffix or "", tuple(files)), True
-
-    def limit_tokens(self) -> None:
-        """`n_predict` is the limit; none where it is -1."""
-        if self.body.n_predict is not None and self.body.n_predict > 0:
-            self.arguments["max_tokens"] = self.body.n_predict
 
     def chunk(self, choice: dict[str, Any], **more: Any) -> dict[str, Any]:
         """An event: a piece of the text; the last one has everything that the one body has."""

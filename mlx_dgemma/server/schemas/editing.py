@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -113,8 +113,6 @@ class File(Body):
 class LlamaInfill(Continued):
     """A body of /infill and /completion, as llama.cpp has them."""
 
-    NAMES: ClassVar[dict[str, str]] = {"max_tokens": "n_predict"}
-
     input_prefix: String = None
     input_suffix: String = None
     input_extra: Annotated[
@@ -123,6 +121,7 @@ class LlamaInfill(Continued):
     prompt: Annotated[String, doc("Text that follows `input_prefix`; may hold fill-in-the-middle markers.")] = None
     seed: Annotated[int | None, whole(-1, 2**64 - 1), doc("0 unless given; -1: a random one.")] = None
     n_predict: Limit = None
+    max_tokens: Annotated[int | None, LIMIT, doc("The same as `n_predict`.")] = None
     n_indent: Annotated[int | None, whole(0), doc("The text ends before a line with less indentation.")] = None
     n_cmpl: Annotated[int | None, whole(1, MAX_CHOICES), doc("Number of answers; more than one come as a list.")] = None
     response_fields: Annotated[
@@ -157,7 +156,12 @@ class LlamaInfill(Continued):
     @property
     def choices(self) -> int:
         """Number of answers; none where no tokens are asked for."""
-        return 0 if self.n_predict == 0 else self.n_cmpl or 1
+        return 0 if self.limit == 0 else self.n_cmpl or 1
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens."""
+        return self.max_tokens if self.n_predict is None else self.n_predict
 
 
 class Rewritten(Shared):
