@@ -49,7 +49,7 @@ class DecisionExchange(Exchange):
         i = arguments["seed"] - seed
         group = self.body.groups[i % len(self.body.groups)]
         options = engine.options.override(**{name: value for name, value in arguments.items() if name != "seed"})
-        with as_api_errors("input"):
+        with as_api_errors("input", answer="answer", label="questions", labels="questions"):
             plan = self._plan(engine, group)
             messages = messages_of(self._asked(group))
             if i >= len(self.body.groups):
