@@ -75,7 +75,7 @@ class Loop:
         request.session, request.started = session, time.perf_counter()
         prompt = request.prompt.without_last() if request.options.causal else request.prompt
         encoding = session.encode(prompt, request.options.prefill_chunk, snapshot_at)
-        self._beginning.append((request, self._begin(request, encoding)))
+        self._beginning.append((request, encoding))
 
     def remove(self, request: Request) -> None:
         """Forget a request, wherever it is, and let go of its session."""
@@ -106,7 +106,13 @@ class Loop:
         if self._beginning:
             request, turns = self._beginning.popleft()
             try:
-                if next(turns, self) is not self:
+                over = next(turns, self) is self
+                if not over and not request.encoded and request.session.prefix.offset == len(request.prompt.tokens):
+                    over = next(turns, self) is self  # that was the last chunk: no turn is waited for the end
+                if over and not request.encoded:
+                    request.encoded, turns = time.perf_counter(), self._look(request)
+                    over = next(turns, self) is self
+                if not over:
                     self._beginning.append((request, turns))  # behind the others, so that a short prompt comes soon
                 elif request.options.causal:
                     self._tokens.add(request)
@@ -135,12 +141,8 @@ class Loop:
                 self._end(request)
             yield request, event
 
-    def _begin(self, request: Request, encoding: Iterator[None]) -> Iterator[None]:
-        """Encode the prompt, a chunk a turn, and let the control find out what it must know, a pass a turn."""
-        for _ in encoding:
-            if request.session.prefix.offset != len(request.prompt.tokens):
-                yield  # behind the last chunk no turn is waited for the end
-        request.encoded = time.perf_counter()
+    def _look(self, request: Request) -> Iterator[None]:
+        """The prompt is encoded: let the control find out what it must know, a pass a turn."""
         if request.control is not None:
             key, prefix = mx.random.key(request.seed), request.session.prefix
             for positions in request.control.prepare(self.model, prefix, request.options, key):
