@@ -119,6 +119,19 @@ def test_edits_and_templates_are_the_engines(ask, engine):
     assert (told["choices"][0]["text"], told["choices"][0]["holes"]) == (same.text, same.holes)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param", "sentence"),
+    [
+        ("/v1/edits", {"input": " ", "instruction": "a"}, "input", "input is ' '; it should be a text that is not"),
+        ("/v1/fill", {"template": "{a", "holes": {}}, "template", "The template '{a' is broken"),
+        ("/v1/fill", {"template": "{a}", "holes": {"a": "("}}, "holes", "The pattern '(' is not a regular expression"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused_in_a_sentence(url, path, body, param, sentence):
+    error = httpx.post(url + path, json=body).json()["error"]
+    assert error["param"] == param and error["message"].startswith(sentence)
+
+
 def test_a_task_is_streamed_as_drafts_and_a_whole_text(url):
     body = {"input": "the cat", "instruction": "Write in uppercase", "seed": 2, "max_denoising_steps": 2}
     with httpx.stream("POST", f"{url}/v1/edits", json={**body, "stream": True, "drafts": True}, timeout=60) as answer:

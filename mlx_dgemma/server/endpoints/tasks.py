@@ -49,11 +49,17 @@ class EditExchange(TaskExchange):
     BODY = Edit
     KIND = ("edit", "edit", "edit.chunk")
 
+    def __init__(self, body: Edit, engine: Engine, settings: Settings):
+        super().__init__(body, engine, settings)
+        for name, text in (("input", body.input), ("instruction", body.instruction)):
+            if not text.strip():
+                reject(name, text, "it should be a text that is not empty")
+
     def prepare(self, engine: Engine, arguments: dict[str, Any]) -> Request:
         """Make the request of one answer."""
         if self.body.strength is not None:
             arguments["strength"] = self.body.strength
-        with as_api_errors("input", text="input", instruction="instruction", strength="strength"):
+        with as_api_errors("input"):
             return edit.edit(engine.builder, self.body.input, self.body.instruction, **arguments)
 
     def choice(self, i: int, answer: FinishedAnswer) -> dict[str, Any]:
@@ -74,7 +80,7 @@ class FillExchange(TaskExchange):
 
     def prepare(self, engine: Engine, arguments: dict[str, Any]) -> Request:
         """Make the request of one answer."""
-        with as_api_errors("template", holes="holes", template="template", hole="holes"):
+        with as_api_errors("template", holes="holes", template="template", hole="holes", pattern="holes"):
             return fill.fill(engine.builder, self.body.template, self.body.holes, prompt=self.body.prompt, **arguments)
 
     def choice(self, i: int, answer: FinishedAnswer) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class LlamaInfill(Continued):
     seed: Annotated[int | None, whole(-1, 2**64 - 1), doc("0 unless given; -1: a random one.")] = None
     n_predict: Limit = None
     max_tokens: Annotated[int | None, LIMIT, doc("The same as `n_predict`.")] = None
-    n_indent: Annotated[int | None, whole(0), doc("The text ends before a line with less indentation.")] = None
+    n_indent: Annotated[int | None, whole(0, 1000), doc("The text ends before a line with less indentation.")] = None
     n_cmpl: Annotated[int | None, whole(1, MAX_CHOICES), doc("Number of answers; more than one come as a list.")] = None
     response_fields: Annotated[
         Many[str] | None, doc("Paths of the fields that are sent, such as timings/prompt_n.")
