@@ -199,13 +199,13 @@ class Engine:
         """Fill a hole between two texts, which stay byte for byte: prefix + r.text + suffix is the whole.
 
         Args:
-            prefix: the text before the hole.
-            suffix: the text behind it; without one the prefix is continued until its end.
+            prefix, suffix: the texts around the hole; without a suffix the prefix is continued until its end.
             prompt: a request before it, a text or messages, to which prefix, hole and suffix are the answer; without
                 one the model is asked to fill the gap.
+            context: texts that the request without a prompt shows before this one, such as other files.
             length: tokens of the hole, pieces of words at its ends included; without one the likely lengths up to
-                `infill.LONGEST` are tried. A hole longer than a canvas is filled canvas by canvas, with a warning.
-                Without a suffix it is the most tokens that are written.
+                `infill.LONGEST`, or `max_tokens` if that is less, are tried. A hole longer than a canvas is filled
+                canvas by canvas, with a warning. Without a suffix it is the most tokens that are written.
             seed: as in `generate`.
             keywords: any field of `GenerationOptions` but exact and stop.
 

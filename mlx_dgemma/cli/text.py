@@ -44,7 +44,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @number_option("--length", 1, "Length of the hole in tokens.", "the most likely one")
 @click.option("--whole", is_flag=True, help="Print the whole text instead of the fill.")
 @number_option("--seed", 0, "The same seed gives the same text.", "random")
-@number_option("--max-tokens", 1, "Maximum length if no text follows the hole.")
+@number_option("--max-tokens", 1, "Maximum length of the hole in tokens.")
 @json_option
 @verbose_option
 @model_options

@@ -5,7 +5,7 @@ A `Control` is told of every canvas before it is denoised and of every block tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
@@ -77,13 +77,27 @@ class Control:
     def commit(self, tokens: Sequence[int]) -> None:
         """Take note of a finished canvas."""
 
-    def prepare(self, model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, key: mx.array) -> int:
-        """Find out what must be known before the first canvas; returns how many positions were denoised for it.
+    def prepare(
+        self, model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, key: mx.array
+    ) -> Iterator[int]:
+        """Find out what must be known before the first canvas, a pass at a time, so that others get on in between.
 
         Args:
             model: the model.
-            prefix: the encoded prompt.
+            prefix: the encoded prompt; it is as it was between two passes.
             options: of the request.
             key: [2], its random key.
+
+        Yields:
+            The number of positions that a pass denoised.
         """
-        return 0
+        yield from ()
+
+
+def rows_of(prefix: Prefix, count: int) -> Prefix:
+    """A prefix of one row as a batch of `count`; with one it is the prefix itself."""
+    if count == 1:
+        return prefix
+    rows = prefix.fork()
+    rows.select_rows([0] * count)
+    return rows

@@ -48,7 +48,7 @@ class Loop:
 
     def __init__(self, model: DiffusionGemma, load_seconds: float = 0.0):
         self.model, self._load_seconds = model, load_seconds
-        self._encoding: deque[tuple[Request, Iterator[None]]] = deque()
+        self._beginning: deque[tuple[Request, Iterator[None]]] = deque()  # whose first canvas is not ready
         self._ready: list[tuple[Any, Request, CanvasBatch]] = []  # whose canvases wait to join a group
         self._groups: dict[Any, _Group] = {}
         self._tokens = TokenLoop(model, load_seconds)
@@ -75,13 +75,13 @@ class Loop:
         request.session, request.started = session, time.perf_counter()
         prompt = request.prompt.without_last() if request.options.causal else request.prompt
         encoding = session.encode(prompt, request.options.prefill_chunk, snapshot_at)
-        self._encoding.append((request, encoding))
+        self._beginning.append((request, encoding))
 
     def remove(self, request: Request) -> None:
         """Forget a request, wherever it is, and let go of its session."""
         self._end(request)
         self._tokens.remove(request)
-        self._encoding = deque(one for one in self._encoding if one[0] is not request)
+        self._beginning = deque(one for one in self._beginning if one[0] is not request)
         self._ready = [one for one in self._ready if one[1] is not request]
         for key, group in list(self._groups.items()):
             if request in group.requests:
@@ -98,25 +98,26 @@ class Loop:
             request.session.release(request)
 
     def step(self) -> Iterator[tuple[Request, Event | Exception]]:
-        """One chunk of one prompt, one denoising step of every canvas, one pass of those that go token by token.
+        """One chunk or pass before one's first canvas, one denoising step of every canvas, one pass token by token.
 
         Yields:
             A request and its event. `Finished`, or what it failed with, is a request's last.
         """
-        if self._encoding:
-            request, chunks = self._encoding.popleft()
+        if self._beginning:
+            request, turns = self._beginning.popleft()
             try:
-                over = next(chunks, self) is self
-                if not over and request.session.prefix.offset == len(request.prompt.tokens):
-                    over = next(chunks, self) is self  # that was the last chunk: no turn is waited for the end
-                if over:
-                    self._prepare(request)
-                    if request.options.causal:
-                        self._tokens.add(request)
-                    else:
-                        yield from self._begin_block(request)
+                over = next(turns, self) is self
+                if not over and not request.encoded and request.session.prefix.offset == len(request.prompt.tokens):
+                    over = next(turns, self) is self  # that was the last chunk: no turn is waited for the end
+                if over and not request.encoded:
+                    request.encoded, turns = time.perf_counter(), self._look(request)
+                    over = next(turns, self) is self
+                if not over:
+                    self._beginning.append((request, turns))  # behind the others, so that a short prompt comes soon
+                elif request.options.causal:
+                    self._tokens.add(request)
                 else:
-                    self._encoding.append((request, chunks))  # behind the others, so that a short prompt comes soon
+                    yield from self._begin_block(request)
             except INTERRUPTS:
                 raise
             except BaseException as error:
@@ -140,12 +141,13 @@ class Loop:
                 self._end(request)
             yield request, event
 
-    def _prepare(self, request: Request) -> None:
-        """The prompt is encoded: let the control find out what it must know."""
-        request.encoded = time.perf_counter()
+    def _look(self, request: Request) -> Iterator[None]:
+        """The prompt is encoded: let the control find out what it must know, a pass a turn."""
         if request.control is not None:
             key, prefix = mx.random.key(request.seed), request.session.prefix
-            request.positions += request.control.prepare(self.model, prefix, request.options, key)
+            for positions in request.control.prepare(self.model, prefix, request.options, key):
+                request.positions += positions
+                yield
 
     def _step_group(self, key: Any) -> Iterator[tuple[Request, Event | Exception]]:
         group = self._groups[key]
@@ -198,6 +200,7 @@ class Loop:
         prefix, config, control = request.session.prefix, self.model.config, request.control
         if prefix.offset + config.canvas_length > config.text.max_position_embeddings:
             request.reader.cut("length")
+        if request.reader.finish_reason is not None:  # or the passes before it have answered
             self._end(request)
             yield request, Finished(request.result(self._load_seconds))
             return

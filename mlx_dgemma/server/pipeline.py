@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import ClientDisconnect
@@ -28,7 +28,6 @@ from .streaming import ClientDisconnected, EventStream, cancel_on_disconnect, fo
 if TYPE_CHECKING:
     from ..engine import Engine
 
-E = TypeVar("E", bound="Exchange")
 SMALL_BODY = 2**16  # bytes; a body of no more is parsed on the event loop
 
 
@@ -139,18 +138,17 @@ def endpoint(kind: type[Exchange]) -> Callable[[HttpRequest], Awaitable[Response
     return answer
 
 
-async def read_exchange(http: HttpRequest, kind: type[E]) -> E:
+async def read_exchange(http: HttpRequest, kind: type[Exchange]) -> Exchange:
     """The exchange of a request, its body parsed."""
     state, engine = http.app.state, http.app.state.scheduler.engine
 
-    def parse(text: bytes) -> E:
+    def parse(text: bytes) -> Exchange:
         return kind.read(text, engine, state.settings)
 
-    exchange = await _parse(http, parse, state.parse_limiter)
-    return exchange
+    return await _parse(http, parse, state.parse_limiter)
 
 
-async def _parse(http: HttpRequest, parse: Callable[[bytes], E], limiter: CapacityLimiter) -> E:
+async def _parse(http: HttpRequest, parse: Callable[[bytes], Exchange], limiter: CapacityLimiter) -> Exchange:
     """Parse the body of a request: a large one in one of the few threads for that."""
     try:
         text = b"".join([chunk async for chunk in http.stream()])  # which the request does not keep

@@ -20,14 +20,15 @@ from __future__ import annotations
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
+from ..decoding.control import rows_of
 from ..decoding.session import PromptTokens, Session
 from ..errors import OptionError
 from ..model import device, head, rng, tiling
@@ -81,13 +82,27 @@ class CanvasProbabilities(NamedTuple):
     column: dict[int, int]  # of each token in `log_p`
 
 
+T = TypeVar("T")
+Passes = Generator[int, None, T]  # yields the number of positions that each pass denoised, and returns what they said
+Said = tuple[np.ndarray, float | None]  # of a question: its scores, and the mass of its labels in a template
+
+
+def result_of(passes: Passes[T]) -> T:
+    """What passes return, made one after the other."""
+    while True:
+        try:
+            next(passes)
+        except StopIteration as end:
+            return end.value
+
+
 def denoise_and_read(
     model: DiffusionGemma, prefix: Prefix, canvases: np.ndarray, tokens: Sequence[int], sets: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Denoise canvases [B, C] once and read them with `read_probabilities`, MAX_ROWS at a time.
+) -> Passes[tuple[np.ndarray, np.ndarray]]:
+    """Denoise canvases [B, C] once and read them with `read_probabilities`, MAX_ROWS in a pass.
 
     Args:
-        prefix: of one row.
+        prefix: of one row; it is as it was between two passes.
 
     Raises:
         RangeError: the states of a canvas hold inf or NaN.
@@ -95,15 +110,15 @@ def denoise_and_read(
     found = []
     for start in range(0, len(canvases), MAX_ROWS):
         group = canvases[start : start + MAX_ROWS]
-        if prefix.batch_size != len(group):
-            prefix.select_rows([0] * len(group))
-        hidden = model.denoise(mx.array(group.astype(np.int32)), prefix)
+        rows = rows_of(prefix, len(group))
+        hidden = model.denoise(mx.array(group.astype(np.int32)), rows)
         queue = device.Queue()
-        queue.add(*prefix.stages, hidden)
+        queue.add(*rows.stages, hidden)
         queue.finish()
         if not finite(hidden).all():
             raise model.range_error()
         found.append(read_probabilities(model, hidden, tokens, sets))
+        yield group.size
     log_p, mass = zip(*found)
     return np.concatenate(log_p), np.concatenate(mass)
 
@@ -238,7 +253,7 @@ def softmax(scores: np.ndarray) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """The canvases to denoise, and the tokens to read there."""
 
     questions: list[Question]
@@ -256,13 +271,19 @@ class _Plan:
             row[at] = [tokens[i] for i in at]
         return rows
 
-    def scores(self, model: DiffusionGemma, prefix: Prefix, noise: np.ndarray) -> list[tuple[np.ndarray, float | None]]:
-        """For each question what `template_scores` returns or, without a template, [C, N] scores and None."""
+    def scores(self, model: DiffusionGemma, prefix: Prefix, key: mx.array) -> Passes[list[Said]]:
+        """For each question what `template_scores` returns or, without a template, [C, N] scores and None.
+
+        Args:
+            prefix: of one row, the encoded prompt.
+            key: [2], of the canvases' noise.
+        """
+        noise = np.asarray(rng.noise(self.canvas_length, model.config.text.vocab_size, key[None]))[0]
         labels = [one for group in self.labels for one in group]
         label_tokens = [(*one.tokens, *(token for rest in one.longer for token in rest)) for one in labels]
         tail_tokens = {token for one in labels for _, token in one.tail}
         tokens = sorted(tail_tokens.union(*label_tokens))
-        log_p, edge_p = denoise_and_read(model, prefix, self.canvases(noise), tokens, self.edges.flags)
+        log_p, edge_p = yield from denoise_and_read(model, prefix, self.canvases(noise), tokens, self.edges.flags)
         canvases = pad_canvases(log_p, edge_p, tokens, max(map(len, label_tokens)))
         counts = [len(question.keys) for question in self.questions]
         if self.free_text:
@@ -270,7 +291,25 @@ class _Plan:
         return [template_scores(canvases, group, count) for group, count in zip(self.labels, counts)]
 
 
-def _plan(tokenizer: Any, config: ModelConfig, questions: list[Question], answer: str | None) -> _Plan:
+def read_answers(said: Said, neutral: Said | None = None) -> tuple[list[float], float]:
+    """The probabilities of a question's labels, and that of all together, at most where any answer is.
+
+    Args:
+        said: of the question asked, and of `NEUTRAL_PROMPT` if the probabilities are divided by what it gives.
+    """
+    (scores, mass), other = said, None if neutral is None else neutral[0]
+    if mass is None:
+        at, mass = answer_position(scores)
+        scores, other = scores[at], None if other is None else other[at]
+    return softmax(scores if other is None else scores - other), mass
+
+
+def plan_of(tokenizer: Any, config: ModelConfig, questions: list[Question], answer: str | None) -> Plan:
+    """What has to be denoised and read for some questions.
+
+    Raises:
+        OptionError: labels or the answer template are wrong.
+    """
     if answer is None and len(questions) > 1:
         names = " ".join("{" + question.name + "}" for question in questions)
         raise OptionError(f"There are {len(questions)} questions and no answer template; give one such as {names!r}.")
@@ -292,7 +331,7 @@ def _plan(tokenizer: Any, config: ModelConfig, questions: list[Question], answer
         labels = [free_text_labels(questions[0], encode, edges, length)]
     else:
         fixed, labels = template_canvases(answer, questions, encode, edges, length)
-    return _Plan(questions, labels, fixed, answer is None, length, edges)
+    return Plan(questions, labels, fixed, answer is None, length, edges)
 
 
 class ChooseKeywords(TypedDict, total=False):
@@ -308,6 +347,12 @@ class ChooseKeywords(TypedDict, total=False):
     fps: float | None
     max_frames: int | None
     prefill_chunk: int | None
+
+
+def neutral_of(messages: Sequence[Message]) -> list[Message]:
+    """The conversation in which nothing is asked."""
+    system = [one for one in messages if one["role"] in ("system", "developer")]
+    return [*system, {"role": "user", "content": NEUTRAL_PROMPT}]
 
 
 def encoded(model: DiffusionGemma, prompt: PromptTokens, chunk: int | None = None) -> Prefix:
@@ -334,33 +379,24 @@ def choose(
         if name not in OPTIONS:
             raise OptionError(f"{name} is not an option of choose; the options are {', '.join(OPTIONS)}.")
     effective = builder.options.override(**options)
-    plan = _plan(builder.tokenizer, builder.config, questions_of(labels), answer)
+    plan = plan_of(builder.tokenizer, builder.config, questions_of(labels), answer)
     asked = messages_of(prompt, system, images, video)
-    neutral = [
-        *(one for one in asked if one["role"] in ("system", "developer")),
-        {"role": "user", "content": NEUTRAL_PROMPT},
-    ]
-    requests = [builder.request(one, seed, effective) for one in ([asked, neutral] if calibrate else [asked])]
+    requests = [builder.request(one, seed, effective) for one in ([asked, neutral_of(asked)] if calibrate else [asked])]
     prompts, chunk = [request.prompt for request in requests], effective.prefill_chunk
-    key = mx.random.key(requests[0].seed)[None]
-    noise = np.asarray(rng.noise(plan.canvas_length, builder.config.text.vocab_size, key))[0]
+    key = mx.random.key(requests[0].seed)
     mx.reset_peak_memory()
     started = time.perf_counter()
     with device.wired_limit():
-        read_of = [plan.scores(model, encoded(model, prompt, chunk), noise) for prompt in prompts]
+        read_of = [result_of(plan.scores(model, encoded(model, prompt, chunk), key)) for prompt in prompts]
     found, named = {}, {}
     for question, *said in zip(plan.questions, *read_of):
-        scores, mass = [one for one, _ in said], said[0][1]
-        if mass is None:
-            at, mass = answer_position(scores[0])
-            scores = [one[at] for one in scores]
+        probabilities, mass = read_answers(*said)
         named[question.name] = mass
         if mass < MIN_LABEL_MASS:
             name = f" of {question.name}" if question.name else ""
             mend = "give other labels" if answer is not None else "give an answer template or other labels"
             warnings.warn(f"The model answers with none of the labels{name} ({mass:.1%}); {mend}.", stacklevel=3)
-        weights = scores[0] - scores[1] if calibrate else scores[0]
-        found[question.name] = dict(zip(question.keys, softmax(weights)))
+        found[question.name] = dict(zip(question.keys, probabilities))
     return Choice(
         found if isinstance(labels, dict) else found[""],
         named,

@@ -1,20 +1,21 @@
 """`Hole`: canvases whose text is fixed around a hole.
 
-How many tokens a hole takes is not known, so likely lengths are tried in one denoising step each, several in a batch.
-Where the length is right, what follows the hole is what the model expects there.
+How many tokens a hole takes is not known. One denoising step of a canvas that is free behind the text before the hole
+says where the model expects what follows it. If it is sure, that is the length; else the likeliest lengths are tried in
+one more step, a row each: where the length is right, what follows the hole is what the model expects there.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from ..constraints.language import Language
 from ..constraints.search import Marginals, exact_text
-from ..decoding.control import Control, Layout, fitting_size
+from ..decoding.control import Control, Layout, fitting_size, rows_of
 from ..decoding.events import ScoredToken, scored
 from ..decoding.lookahead import denoise_block
 from ..decoding.options import GenerationOptions
@@ -22,7 +23,7 @@ from ..model.diffusion_gemma import DiffusionGemma
 from ..model.kv_cache import Prefix
 from .constrained import LanguageGuide
 
-TOGETHER = 8  # lengths tried in one pass
+TOGETHER = 8  # lengths compared in one pass
 CERTAIN, APART = -1.0, 5.0  # nats: a length is taken that is this likely and so far ahead of every other
 IN_VIEW = 16  # tokens behind the hole by which lengths are compared
 
@@ -70,10 +71,12 @@ class Hole(Control):
         """Whether it begins and ends as it must."""
         return bool(self._language.accepting[self._state])
 
-    def prepare(self, model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, key: mx.array) -> int:
+    def prepare(
+        self, model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, key: mx.array
+    ) -> Iterator[int]:
         """Choose the length at which hole and surroundings are most probable after a single denoising step."""
-        unknown = len(self._lengths) > 1 or self._otherwise is not None
-        positions = self._choose_length(model, prefix, options, key) if unknown else 0
+        if len(self._lengths) > 1 or self._otherwise is not None:
+            yield from self._choose_length(model, prefix, options.override(max_denoising_steps=1), key)
         begin, canvases = 0, 1
         while begin + (size := self._size(begin)) < len(self._before) + self._lengths[0]:
             begin, canvases = begin + size, canvases + 1
@@ -83,33 +86,59 @@ class Hole(Control):
                 "sees what stands behind it.",
                 stacklevel=2,
             )
-        return positions
 
-    def _choose_length(self, model: DiffusionGemma, prefix: Prefix, options: GenerationOptions, key: mx.array) -> int:
-        """Try lengths, several in a pass, until one is certain; returns the positions that were denoised."""
-        scores: dict[int, float] = {}
-        texts: dict[int, np.ndarray] = {}
-        once, positions = options.override(max_denoising_steps=1), 0
-        for start in range(0, len(self._lengths), TOGETHER):
-            group = self._lengths[start : start + TOGETHER]
+    def _choose_length(
+        self, model: DiffusionGemma, prefix: Prefix, once: GenerationOptions, key: mx.array
+    ) -> Iterator[int]:
+        """Find the length, and the text at it if it was tried: the likeliest lengths first, several in a pass."""
+        lengths, together = self._lengths, TOGETHER
+        if len(lengths) > TOGETHER:
+            expected, size = self._expected(model, prefix, once, key)
+            yield size
+            lengths = sorted(lengths, key=lambda length: -expected[length])
+            if expected[lengths[0]] > CERTAIN and expected[lengths[0]] - expected[lengths[1]] > APART:
+                if self._language.shortest_length == 0:  # any text fits
+                    self._lengths = lengths[:1]
+                    return
+                together = 1
+        while lengths:
+            group, lengths, together = lengths[:together], lengths[together:], TOGETHER
             tried = Hole(self._language, self._before, self._behind, group, self._canvas)
-            if prefix.batch_size != len(group):
-                prefix.select_rows([0] * len(group))
             keys, layout = mx.stack([key] * len(group)), tried.layout()
-            for _ in denoise_block(model, prefix, once, keys, None, layout, tried.guide(0)):
-                positions += layout.tokens.size
-            scores.update(zip(group, tried.score))
-            texts.update((group[row], text) for row, text in tried._kept.items())
-            best, *others = sorted(scores.values(), reverse=True)
-            if best > CERTAIN and best - max(others, default=-np.inf) > APART:
-                break
-        prefix.select_rows([0])
-        best_length = max(scores, key=scores.__getitem__)
-        none = self._otherwise is not None and scores[best_length] == -np.inf
-        self._lengths = [self._otherwise if none and self._otherwise else best_length]
-        if self._lengths[0] in texts:
-            self._kept = {0: texts[self._lengths[0]]}
-        return positions
+            for _ in denoise_block(model, rows_of(prefix, len(group)), once, keys, None, layout, tried.guide(0)):
+                pass
+            yield layout.tokens.size
+            best = int(np.argmax(tried.score))
+            if tried.score[best] > -np.inf:
+                self._lengths, self._kept = [group[best]], {0: tried._kept[best]}
+                return
+        self._lengths = [self._otherwise or self._lengths[0]]
+
+    def _expected(
+        self, model: DiffusionGemma, prefix: Prefix, once: GenerationOptions, key: mx.array
+    ) -> tuple[dict[int, float], int]:
+        """By length the log-probability of what is in view behind the hole, on one canvas that leaves it free.
+
+        The second is the canvas's size.
+        """
+        view, expected = self._behind[:IN_VIEW], {}
+        size = fitting_size(len(self._before) + max(self._lengths) + len(view), self._canvas)
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, : len(self._before)] = self._before
+        fixed = np.arange(size)[None] < len(self._before)
+        columns = [self._asked.index(token) for token in view]
+
+        def read(_: int, seen: Marginals) -> np.ndarray:
+            for length in self._lengths:
+                at = len(self._before) + length
+                expected[length] = float(seen.end_log_p[np.arange(at, at + len(view)), columns].sum())
+            return seen.argmax
+
+        layout = Layout(mx.array(tokens), mx.array(fixed), mx.zeros(fixed.shape, mx.bool_))
+        guide = LanguageGuide(np.array([], np.int32), self._asked, (), read)
+        for _ in denoise_block(model, prefix, once, key[None], None, layout, guide):
+            pass
+        return expected, size
 
     def layout(self) -> Layout:
         """Everything but the hole is fixed; a row for each length."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..constraints.language import Language
 from ..constraints.patterns import ALL_CODE_POINTS, SURROGATES, character_class, literal, subtract
 from ..decoding.control import PARTS
 from ..decoding.options import MAX_INTEGER, OptionKeywords, whole_number
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 LONGEST = 64  # tokens of a hole whose length is not given
 GAP = "[...]"
 FILL_GAP = f"Write this text with something that fits in the place of {GAP}:\n\n"
+CONTEXT = "These texts belong to it:"
 ANY = character_class(subtract([ALL_CODE_POINTS], SURROGATES)) + "*"
 
 
@@ -145,6 +147,7 @@ class InfillKeywords(OptionKeywords, total=False):
     """Keyword arguments of `infill`."""
 
     prompt: str | Sequence[Message] | None
+    context: Sequence[str]
     length: int | None
     seed: int | None
 
@@ -155,12 +158,13 @@ def infill(
     suffix: str,
     *,
     prompt: str | Sequence[Message] | None = None,
+    context: Sequence[str] = (),
     length: int | None = None,
     seed: int | None = None,
     **options: Unpack[OptionKeywords],
 ) -> Request:
     """The request of `Engine.infill`, whose arguments it takes."""
-    for name, text in (("prefix", prefix), ("suffix", suffix)):
+    for name, text in (("prefix", prefix), ("suffix", suffix), *(("context", one) for one in context)):
         if not isinstance(text, str):
             raise OptionError(f"{name} is {text!r}; it should be a text.")
         reject_surrogates(name, text)
@@ -172,45 +176,54 @@ def infill(
             raise OptionError(f"length is {shown(length)}; it should be a whole number of tokens, at least 1.")
         length = number
     effective = task_options(builder, "infill", options)
-    if suffix and options.get("max_tokens") is not None:
+    if suffix and length is not None and options.get("max_tokens") is not None:
         raise OptionError(
-            f"max_tokens is {options['max_tokens']}, but a hole with text behind it is as long as length says; "
-            "give length instead."
+            f"max_tokens is {options['max_tokens']}, but length says {length} for a hole with text behind it; "
+            "give one of them."
         )
-    builder.check_characters(len(prefix) + len(suffix))
+    builder.check_characters(len(prefix) + len(suffix) + sum(map(len, context)))
     if suffix and effective.causal:
         raise OptionError(
             f"mode is {effective.mode!r}, but a hole with text behind it needs a canvas; leave the mode or suffix out."
         )
-    context = HoleContext.of(builder.tokenizer, prefix, suffix)
-    language = builder.language(context.pattern(), "The hole")
+    hole = HoleContext.of(builder.tokenizer, prefix, suffix)
+    language = builder.language(hole.pattern(), "The hole")
     least = max(language.shortest_length, 1)
     if length is not None and length < least:
         raise OptionError(
             f"length is {length}, but the pieces of words at the hole's ends take {least} tokens; give that many."
         )
-    around, room = len(context.before) + len(context.behind), builder.config.text.max_position_embeddings
+    around, room = len(hole.before) + len(hole.behind), builder.config.text.max_position_embeddings
     if around > room:
         raise PromptError(
             f"The texts before and behind the hole have {around} tokens, but the context has {room}; shorten them."
         )
-    messages = messages_of(FILL_GAP + prefix + GAP + suffix if prompt is None else prompt)
-    request = builder.request(messages, seed, effective)
+    if prompt is None:
+        prompt = "\n\n".join([*([CONTEXT, *context] if context else []), FILL_GAP + prefix + GAP + suffix])
+    request = builder.request(messages_of(prompt), seed, effective)
     if not suffix:
-        builder.extend(request, context.before, beside=0)
+        builder.extend(request, hole.before, beside=0)
         request.options = effective.override(max_tokens=length and length + 1)  # and the end token
-        most, skip = request.options.max_tokens, len(context.tail)
+        most, skip = request.options.max_tokens, len(hole.tail)
         request.reader = Answer(builder.tokenizer, effective.end_tokens, most, skip=skip, notes=request.notes)
         constrain(builder, request, language, "The hole")
         return request
-    canvas, behind = builder.config.canvas_length, [*context.behind, builder.turn_end]
-    cut = divide(context.before, len(behind), length or canvas // PARTS, canvas)
-    on_canvas = context.before[cut:]
-    builder.extend(request, context.before[:cut], beside=len(on_canvas) + (length or least) + len(behind))
+    longest = LONGEST if options.get("max_tokens") is None else min(LONGEST, effective.max_tokens)
+    _set_hole(builder, request, hole, language, length, longest)
+    return request
+
+
+def _set_hole(
+    builder: PromptBuilder, request: Request, hole: HoleContext, language: Language, length: int | None, longest: int
+) -> None:
+    """Let a request fill a hole with text behind it, of `longest` tokens at most if its length is not given."""
+    canvas, behind = builder.config.canvas_length, [*hole.behind, builder.turn_end]
+    cut = divide(hole.before, len(behind), length or canvas // PARTS, canvas)
+    on_canvas, least = hole.before[cut:], max(language.shortest_length, 1)
+    builder.extend(request, hole.before[:cut], beside=len(on_canvas) + (length or least) + len(behind))
     # From `certain` on always scored tokens have a text of any length; shorter ones need luck with the likely ones.
     certain = max(int(language.distance[0]), 1)
-    most = max(min(LONGEST, canvas - len(on_canvas) - min(len(behind), IN_VIEW)), least)
+    most = max(min(longest, canvas - len(on_canvas) - min(len(behind), IN_VIEW)), least)
     lengths = [length] if length else range(least, most + 1)
-    hole = Hole(language, on_canvas, behind, lengths, canvas, certain if certain > most and not length else None)
-    request.control, request.reader = hole, HoleReader(hole, builder, context)
-    return request
+    control = Hole(language, on_canvas, behind, lengths, canvas, certain if certain > most and not length else None)
+    request.control, request.reader = control, HoleReader(control, builder, hole)

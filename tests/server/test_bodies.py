@@ -9,7 +9,8 @@ from serving import WEATHER, Script, said
 
 from mlx_dgemma.server.endpoints.chat import ChatExchange
 from mlx_dgemma.server.errors import ApiError
-from mlx_dgemma.server.schemas.bodies import Chat, Completion
+from mlx_dgemma.server.schemas.bodies import Chat
+from mlx_dgemma.server.schemas.editing import Completion
 from mlx_dgemma.server.schemas.fields import parse_body
 from mlx_dgemma.server.schemas.items import Response
 from mlx_dgemma.server.settings import Settings

@@ -71,7 +71,7 @@ class Broken:
     """A control whose guide fails once it must choose."""
 
     def prepare(self, *_):
-        return 0
+        return ()
 
     def layout(self):
         return None

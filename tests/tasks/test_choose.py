@@ -237,7 +237,7 @@ def test_a_slot_is_what_whole_logits_give(engine, prompt, answer, labels):
 def test_a_space_before_a_slot_belongs_to_the_label(engine):
     encode = engine.tokenizer.encode
     question = labels.questions_of(["Paris", "Rome"])
-    plan = choose._plan(engine.tokenizer, engine.config, question, "The capital of France is {}.")
+    plan = choose.plan_of(engine.tokenizer, engine.config, question, "The capital of France is {}.")
     wanted = [encode(" Paris", add_special_tokens=False), encode(" Rome", add_special_tokens=False)]
     assert [list(one.tokens) for one in plan.labels[0]] == wanted
     assert [list(one) for one in plan.fixed] == [

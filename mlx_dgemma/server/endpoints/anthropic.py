@@ -136,6 +136,7 @@ async def count_tokens(http: HttpRequest) -> Response:
     """POST /v1/messages/count_tokens: how many tokens the prompt of such a request has."""
     state = http.app.state
     exchange = await read_exchange(http, MessageExchange)
+    assert isinstance(exchange, MessageExchange)
     counting = to_thread.run_sync(exchange.count_tokens, state.scheduler.engine, limiter=state.parse_limiter)
     return JSONResponse({"input_tokens": await cancel_on_disconnect(http, counting), **exchange.ignored})
 

@@ -20,9 +20,6 @@ STOPS = f"it should be a string that is not empty, or a list of up to {MAX_STOPS
 ONE_BUDGET = f"it should be one of {', '.join(map(str, BUDGETS))}"
 NO_BIASES = "biases are unknown to this model: leave it out"
 ONLY_CHOSEN = "only the chosen tokens' are known: leave it out, or give 0"
-NOT_REPEATED = "the prompt is not repeated: leave it out, or give false"
-NO_LOGPROBS = "log-probabilities are told by /v1/chat/completions alone: leave it out"
-ELSEWHERE = "a text is continued without it: leave it out, or ask /v1/chat/completions"
 NO_PENALTIES = only(0, why="penalties are unknown to this model: leave it out, or give 0")
 LABEL = Harmless("a label of the client's")
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -188,19 +185,3 @@ class Chat(Choices, Answered):
         """The schema of a json_schema."""
         form = self.response_format
         return form.json_schema.schema_ if isinstance(form, SchemaFormat) else None
-
-
-class Completion(Choices):
-    """A body of /v1/completions."""
-
-    prompt: Annotated[
-        str | Annotated[list[str], Field(min_length=1, max_length=1)],
-        Rule("it should be one string: send several in several requests, and no tokens"),
-    ]
-    suffix: String = None
-    exact: Annotated[Flag, only(False, why=ELSEWHERE)] = None
-    thinking: Annotated[Flag, only(False, why=ELSEWHERE)] = None
-    regex: Annotated[String, only(why=ELSEWHERE)] = None
-    echo: Annotated[Flag, only(False, why=NOT_REPEATED)] = None
-    best_of: Annotated[int | None, only(1, why="every answer is given: leave it out, and ask for n")] = None
-    logprobs: Annotated[int | None, only(why=NO_LOGPROBS)] = None

@@ -26,6 +26,7 @@ SENTENCES = {  # by pydantic's names of errors
     "dict_type": "it should be a JSON object",
     "model_type": "it should be a JSON object",
     "model_attributes_type": "it should be a JSON object",
+    "too_short": "it should have at least {min_length}: give more",
     "too_long": "it should have at most {max_length:,}: send fewer",
     "string_too_long": "at most {max_length:,} characters are read: give a shorter one",
     "literal_error": "it should be {expected}",

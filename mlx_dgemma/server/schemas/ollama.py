@@ -11,7 +11,8 @@ from pydantic_core import core_schema
 
 from ...decoding.options import GenerationOptions
 from ...prompt.messages import Message
-from .bodies import Chat, Completion, Flag, JsonSchema, PlainFormat, SchemaFormat, String
+from .bodies import Chat, Flag, JsonSchema, PlainFormat, SchemaFormat, String
+from .editing import Completion
 from .fields import Body, Harmless, Many, Rule, doc, only, reject
 from .messages import Tools, parse_data_url
 
