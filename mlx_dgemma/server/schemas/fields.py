@@ -8,7 +8,16 @@ import re
 import reprlib
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from ..errors import ApiError
@@ -72,25 +81,54 @@ class Harmless:
 
     Args:
         why: it changes nothing, such as "a label".
+        neutral: values that mean what is done anyway; they are not told.
+        canvases: whether it changes nothing on canvases alone; token by token it is honoured.
     """
 
-    def __init__(self, why: str):
-        self.why = why
+    def __init__(self, why: str, neutral: tuple[Any, ...] = (), canvases: bool = False):
+        self.why, self.neutral, self.canvases = why, neutral, canvases
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """What pydantic asks of an annotation: the description says that the field changes nothing."""
+        found = handler(schema)
+        where = " on canvases" if self.canvases else ""
+        return {**found, "description": f"Accepted and told in `x_ignored`{where}: {self.why}."}
 
 
-def ignored(body: Body, path: str = "") -> list[str]:
-    """The paths of the given fields that change no answer, such as "messages[0].name"."""
+class Unread(BaseModel):
+    """An object of a request of which only the type is looked at. It changes no answer, so `ignored` tells its path."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def harmless(field: FieldInfo) -> Harmless | None:
+    """What makes a field harmless, if it is."""
+    return next((one for one in field.metadata if isinstance(one, Harmless)), None)
+
+
+def ignored(body: Body, path: str = "", by_token: bool = False) -> list[str]:
+    """The paths of the given fields that change no answer, such as "messages[0].name".
+
+    Args:
+        body: whose fields are looked at.
+        path: of the body.
+        by_token: whether text comes token by token.
+    """
     found = []
     for name in sorted(body.model_fields_set & type(body).model_fields.keys()):
         field, value = type(body).model_fields[name], getattr(body, name)
-        here = f"{path}{field.alias or name}"
-        if any(isinstance(one, Harmless) for one in field.metadata):
-            found.append(here)
-        elif isinstance(value, Body):
-            found += ignored(value, f"{here}.")
-        elif isinstance(value, list):
-            for i, one in enumerate(value):
-                found += ignored(one, f"{here}[{i}].") if isinstance(one, Body) else []
+        here, mark = f"{path}{field.alias or name}", harmless(field)
+        if mark is not None:
+            if value not in mark.neutral and not (mark.canvases and by_token):
+                found.append(here)
+            continue
+        for place, one in (
+            ((f"{here}[{i}]", one) for i, one in enumerate(value)) if isinstance(value, list) else ((here, value),)
+        ):
+            if isinstance(one, Body):
+                found += ignored(one, f"{place}.", by_token)
+            elif isinstance(one, Unread):
+                found.append(place)
     return found
 
 
