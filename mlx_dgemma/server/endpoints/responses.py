@@ -120,7 +120,7 @@ class ResponseExchange(ChatExchange):
 
 
 def _not_kept(path: str, name: str | None, code: str) -> ApiError:
-    why = "it is not kept here, or no more: send the whole conversation as input"
+    why = "it is not kept here, or no longer: send the whole conversation as input"
     return ApiError(f"{path} is {name!r}; {why}.", path, 404, code)
 
 

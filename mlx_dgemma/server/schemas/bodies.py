@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from ...decoding.options import MIN_TEMPERATURE
 from ...model.patches import BUDGETS
@@ -36,12 +36,8 @@ Flag = bool | None
 String = str | None
 Whole = Annotated[int | None, whole(0)]
 Nats = Annotated[float | None, number(0, 1e9)]
-TokenLimit = Annotated[int | None, BeforeValidator(lambda value: None if _is(value, -1) else value), whole(1)]
+TokenLimit = Annotated[int | None, whole(1, unset=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-
-
-def _is(value: Any, number: int) -> bool:
-    return type(value) is int and value == number
 
 
 class StreamOptions(Body):
@@ -74,8 +70,7 @@ class Shared(Body):
     service_tier: Annotated[String, Harmless("there are no tiers", ("auto", "default"))] = None
     seed: Annotated[
         int | None,
-        BeforeValidator(lambda value: None if _is(value, -1) else value),
-        whole(0, 2**64 - 1),
+        whole(0, 2**64 - 1, unset=True),
         doc("The same seed gives the same answer; -1 draws one."),
     ] = None
     temperature: Annotated[float | None, number(0, 2), doc("Of canvases it multiplies t_min, t_max; 0: seed 0.")] = None
@@ -85,9 +80,7 @@ class Shared(Body):
         Literal["diffusion", "causal", "speculative"] | None,
         doc("How text comes."),
     ] = None
-    top_k: Annotated[
-        int | None, BeforeValidator(lambda value: 0 if _is(value, -1) else value), whole(0), NOT_CUT[1]
-    ] = None
+    top_k: Annotated[int | None, whole(0, unset=True), NOT_CUT[1]] = None
     min_p: Annotated[float | None, number(0, 1), NOT_CUT[1]] = None
     repetition_penalty: Annotated[float | None, number(0.01, 100), NO_REPEATS] = None
     exact: Annotated[Flag, doc("Use the reference implementation's stopping rule only.")] = None

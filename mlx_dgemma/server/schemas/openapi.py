@@ -18,7 +18,10 @@ from .items import Response
 
 Schema = dict[str, Any]
 
-ABOUT = "DiffusionGemma behind OpenAI's API. A null field counts as absent. Unknown fields are refused by name."
+ABOUT = (
+    "DiffusionGemma behind OpenAI's API. A null field counts as absent. Unknown fields are refused by name; those that "
+    "change nothing are told in `x_ignored`."
+)
 POSTS: dict[str, tuple[str, str, type[Body]]] = {  # path: (name, summary, body)
     "/v1/chat/completions": ("chat", "Answer messages.", Chat),
     "/v1/completions": ("complete", "Continue a text, or fill a hole in it.", Completion),
@@ -51,10 +54,17 @@ CACHED, THOUGHT = {"cached_tokens": int}, {"reasoning_tokens": int}
 FUNCTION_CALL = {"id": str, "type": ("function",), "function": {"name": str, "arguments": str}}
 MESSAGE = {"role": ("assistant",), "content": MAYBE, "reasoning_content?": str, "tool_calls?": [FUNCTION_CALL]}
 CHOICE = {"index": int, "finish_reason": ("stop", "length", "tool_calls")}
-ANSWER = {"id": str, "created": int, "model": str, "usage": "Usage", "stats": {"anyOf": ["Stats", ["Stats"]]}}
+ANSWER = {
+    "id": str,
+    "created": int,
+    "model": str,
+    "usage": "Usage",
+    "stats": {"anyOf": ["Stats", ["Stats"]]},
+    "x_ignored?": [str],
+}
 ITEM = {
     "id": str,
-    "type": ("message", "reasoning", "function_call"),
+    "type": ("message", "reasoning", "function_call", "custom_tool_call"),
     "status": ("in_progress", "completed", "incomplete"),
 }
 MODEL = {"id": str, "object": ("model",), "created": int, "owned_by": str}
@@ -63,7 +73,7 @@ ANSWERS: Schema = {  # in the words of `_schema`
     "CompletionAnswer": {**ANSWER, "object": ("text_completion",), "choices": [{**CHOICE, "text": str}]},
     "ResponseAnswer": {
         **{"id": str, "object": ("response",), "created_at": int, "model": str, "status": ("completed", "incomplete")},
-        **{"output": [ITEM], "usage": "ResponseUsage", "stats": "Stats"},
+        **{"output": [ITEM], "usage": "ResponseUsage", "stats": "Stats", "x_ignored?": [str]},
     },
     "Usage": {
         **{"prompt_tokens": int, "completion_tokens": int, "total_tokens": int},
