@@ -31,6 +31,7 @@ Text512 = Annotated[str, Field(max_length=512)]
 NO_CONVERSATIONS = "conversations are not kept here: give previous_response_id, or the whole conversation as input"
 NOT_SUMMED_UP = Harmless("the whole thinking is told")
 DEFERRED = Harmless("every tool is shown at once", (False,))
+OWN_TOOLS = ("function", "custom", "namespace")
 CUSTOM_INPUT = "input"  # the one argument of the function that a custom tool becomes
 
 
@@ -168,12 +169,12 @@ class Namespace(Body):
 class HostedTool(Unread):
     """A tool that a server runs itself. There are none here."""
 
-    type: str
+    type: Annotated[str, Field(json_schema_extra={"not": {"enum": [*OWN_TOOLS]}})]
 
 
 def _kind_of_tool(tool: Any) -> str:
     kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
-    return kind if kind in ("function", "custom", "namespace") else "hosted"
+    return kind if kind in OWN_TOOLS else "hosted"
 
 
 AnyTool = Annotated[
