@@ -36,10 +36,11 @@ class EventTranslator:
     Args:
         engine: provides the tokenizer and the end tokens.
         log_probs: whether to fill `FinishedAnswer.log_probs`.
+        top: whether each token stands among its `top_logprobs`, where it is alone: no other's is known.
     """
 
-    def __init__(self, engine: Engine, log_probs: bool = False):
-        self._tokenizer, self._log_probs = engine.tokenizer, log_probs
+    def __init__(self, engine: Engine, log_probs: bool = False, top: bool = False):
+        self._tokenizer, self._log_probs, self._top = engine.tokenizer, log_probs, top
         self._end_tokens = set(engine.options.end_tokens)
 
     def __call__(self, event: Draft | Block | Finished) -> Any:
@@ -90,7 +91,8 @@ class EventTranslator:
             if length >= len(result.text):  # the rest is behind a stop string
                 break
             length += len(piece)
-            entries.append({"token": piece, "logprob": log_p, "bytes": list(piece.encode()), "top_logprobs": []})
+            entry = {"token": piece, "logprob": log_p, "bytes": list(piece.encode())}
+            entries.append({**entry, "top_logprobs": [entry] if self._top else []})
         return entries
 
 

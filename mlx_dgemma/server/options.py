@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from ..decoding.options import MIN_TEMPERATURE, MODES, GenerationOptions
+from ..decoding.options import MIN_TEMPERATURE, MODES, TOKEN_OPTIONS, GenerationOptions
 from ..errors import DgemmaError, OptionError, PromptError
 from .errors import ApiError
 from .schemas.bodies import Shared
@@ -30,10 +30,9 @@ def generation_arguments(body: Shared, defaults: GenerationOptions) -> dict[str,
         ApiError: values that contradict each other.
     """
     given = {name: value for name in sorted(OPTIONS) if (value := getattr(body, name, None)) is not None}
-    for name in LIMITS:
-        limit = getattr(body, name, None)
-        if limit is not None and given.setdefault("max_tokens", limit) != limit:
-            reject(name, limit, f"but {LIMITS[0]} is {given['max_tokens']}: leave one out")
+    limits = [limit for name in LIMITS if (limit := getattr(body, name, None)) is not None]
+    if limits:
+        given["max_tokens"] = min(limits)
     if body.stop:
         given["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
     temperature, seed = body.temperature, body.seed
@@ -42,12 +41,8 @@ def generation_arguments(body: Shared, defaults: GenerationOptions) -> dict[str,
     by_token = body.mode in MODES[1:]
     if by_token and temperature is not None:
         given["temperature"] = temperature
-    if not by_token and given.pop("top_p", 1) != 1:
-        reject(
-            "top_p",
-            body.top_p,
-            "whole canvases know no nucleus sampling: leave it out, give 1, or take the mode causal",
-        )
+    if not by_token:
+        given = {name: value for name, value in given.items() if name not in TOKEN_OPTIONS}
     if not by_token and temperature not in (None, 0, 1):
         for name in ("t_min", "t_max"):
             if name in given:

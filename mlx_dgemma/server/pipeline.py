@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -15,10 +17,11 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from ..decoding.options import MODES
 from ..decoding.request import Request
 from ..prompt.messages import Message, parts_of
 from .errors import ApiError, as_api_error
-from .events import EventTranslator, FinishedAnswer, usage, usage_and_stats
+from .events import EventTranslator, FinishedAnswer, collect_answers, usage, usage_and_stats
 from .follow import follow
 from .options import as_api_errors, check_model, generation_arguments
 from .schemas.fields import Body, ignored, parse_body, reject
@@ -27,7 +30,10 @@ from .streaming import ClientDisconnected, EventStream, cancel_on_disconnect, fo
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..serving.scheduler import Scheduler
 
+LOG = logging.getLogger("mlx_dgemma.server")
+_LOGGED: set[tuple[str, str]] = set()  # kinds of fields that the log has told as ignored
 SMALL_BODY = 2**16  # bytes; a body of no more is parsed on the event loop
 
 
@@ -46,6 +52,7 @@ class Exchange(ABC):
         arguments: of `Engine.prepare`, with the seed of the first answer.
         messages: whose pictures are decoded once for all answers.
         log_probs: whether log-probabilities are sent.
+        mends: whether `again` is to be asked.
         ignored: `x_ignored` of the answer with the paths of the given fields that change nothing, if there are any.
         answers: those that are whole.
         at_once: the answer where nothing is to be generated.
@@ -59,17 +66,18 @@ class Exchange(ABC):
     FORMAT = staticmethod(format_sse)
     STREAM: ClassVar[type[EventStream]] = EventStream
     messages: Sequence[Message] = ()
-    log_probs = False
+    log_probs = mends = False
     at_once: dict[str, Any] | None = None
 
     def __init__(self, body: Any, engine: Engine, settings: Settings):
         self.body, self.model = body, check_model(body.model, settings)
         if body.drafts and not body.stream:
             reject("drafts", True, "drafts are streamed: give stream true, or leave them out")
-        if body.stream_options and not body.stream:
-            reject("stream_options", body.stream_options, "there is no stream: give stream true, or leave it out")
         self.arguments = generation_arguments(body, engine.options)
-        self.ignored = {"x_ignored": fields} if (fields := ignored(body)) else {}
+        self.ignored: dict[str, list[str]] = {}
+        self.ignore(*ignored(body, by_token=body.mode in MODES[1:]))
+        if body.stream_options and not body.stream:
+            self.ignore("stream_options")
         self.answers: dict[int, FinishedAnswer] = {}
         ids, kind = f"{self.KIND[0]}-{secrets.token_hex(12)}", self.KIND[2 if body.stream else 1]
         self._envelope = {"id": ids, "object": kind, "created": int(time.time()), "model": self.model}
@@ -78,6 +86,25 @@ class Exchange(ABC):
     def read(cls, text: bytes, engine: Engine, settings: Settings) -> Exchange:
         """The exchange of a request's body."""
         return cls(parse_body(cls.BODY, text), engine, settings)
+
+    def ignore(self, *paths: str) -> None:
+        """Tell fields in `x_ignored`, and each kind of them once in the log."""
+        self.ignored.setdefault("x_ignored", []).extend(paths)
+        if not self.ignored["x_ignored"]:
+            self.ignored = {}
+        for path in paths:
+            kind = self.KIND[1], re.sub(r"\[\d+\]", "[]", path)
+            if kind not in _LOGGED:
+                _LOGGED.add(kind)
+                LOG.info("%s: %s changes nothing here; it is told in x_ignored.", *kind)
+
+    def again(self, i: int, answer: FinishedAnswer, engine: Engine) -> Sequence[Callable[[], Request]]:
+        """Requests whose answers answer `i` needs before it is whole. A worker thread calls this."""
+        return ()
+
+    def mended(self, i: int, answer: FinishedAnswer, takes: Sequence[FinishedAnswer]) -> FinishedAnswer:
+        """An answer with those to the requests of `again`, of which there is at least one."""
+        return answer
 
     @abstractmethod
     def prepare(self, engine: Engine, arguments: dict[str, Any]) -> Request:
@@ -102,7 +129,7 @@ class Exchange(ABC):
     def end(self) -> Iterable[dict[str, Any] | str]:
         """The last events of a stream, when all answers are whole."""
         if self.body.usage:
-            yield {**self._envelope, "choices": [], "usage": usage(self._in_order())}
+            yield {**self._envelope, "choices": [], "usage": usage(self._in_order()), **self.ignored}
         yield "[DONE]"
 
     def failed(self, error: ApiError) -> Iterable[dict[str, Any]]:
@@ -128,8 +155,9 @@ def endpoint(kind: type[Exchange]) -> Callable[[HttpRequest], Awaitable[Response
         if exchange.at_once is not None:
             return JSONResponse(exchange.at_once)
         prepares = [partial(_prepare, exchange, engine, i) for i in range(exchange.body.choices)]
-        translate = EventTranslator(engine, exchange.log_probs)
+        translate = EventTranslator(engine, exchange.log_probs, bool(getattr(exchange.body, "top_logprobs", None)))
         events = follow(scheduler, prepares, bool(exchange.body.drafts), translate, state.histograms.observe)
+        events = _mended(exchange, scheduler, translate, events)
         if exchange.body.stream:
             first = await cancel_on_disconnect(http, anext(events))  # what fails before it has a status of its own
             return exchange.STREAM(_stream(exchange, first, events))
@@ -166,6 +194,21 @@ def _prepare(exchange: Exchange, engine: Engine, i: int) -> Request:
         for part in parts_of(exchange.messages, "image"):
             engine.builder.load_part(part, budget)
     return exchange.prepare(engine, {**exchange.arguments, "seed": exchange.arguments["seed"] + i})
+
+
+async def _mended(
+    exchange: Exchange, scheduler: Scheduler, translate: EventTranslator, events: AsyncGenerator[tuple[int, Any]]
+) -> AsyncGenerator[tuple[int, Any]]:
+    """The events; what an answer still needs is generated before it is told as finished."""
+    async with aclosing(events):
+        async for i, event in events:
+            more: Sequence[Callable[[], Request]] = ()
+            if isinstance(event, FinishedAnswer) and exchange.mends:
+                more = await to_thread.run_sync(exchange.again, i, event, scheduler.engine)
+            if more:
+                takes = await collect_answers(follow(scheduler, more, False, translate))
+                event = exchange.mended(i, event, takes)  # noqa: PLW2901
+            yield i, event
 
 
 async def _stream(

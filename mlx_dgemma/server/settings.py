@@ -5,10 +5,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import OptionError
+from .stored import StoredResponses
 
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 APP_SCHEMES = ("app", "file", "tauri", "vscode-file", "vscode-webview", "capacitor", "capacitor-electron", "ionic")
@@ -35,6 +36,7 @@ class Settings:
         header_seconds: time for the header of a request.
         body_seconds: time between two pieces of a body; a whole body has ten times as much.
         stalled_seconds: time in which a client must read something of what waits for it.
+        stored: responses that later requests may go on from.
 
     Raises:
         OptionError: a host that other machines can reach without an API key, or an invalid origin.
@@ -54,6 +56,7 @@ class Settings:
     stalled_seconds: float = 60.0
     aliases: tuple[str, ...] = ()
     desktop_apps: bool = False
+    stored: StoredResponses = field(default_factory=StoredResponses, compare=False, repr=False)
 
     def __post_init__(self):
         if self.api_key == "":

@@ -80,8 +80,10 @@ class MessageExchange(ChatExchange):
         if isinstance(event, Accepted):
             yield from self._builder.start(_usage(event.prompt_tokens))
         elif isinstance(event, Block):
-            yield from self._builder.append(event.thinking, "" if self.forced_tools else event.text)
+            yield from self._builder.append(event.thinking, "" if self.withholds_text else event.text)
         elif isinstance(event, FinishedAnswer):
+            if self.withholds_text:
+                yield from self._builder.append("", self.text_of(event))
             yield from self._builder.finish(self._calls(event), **self._end(event), stats=stats(event))
         else:
             yield {"type": "draft", "draft": event}

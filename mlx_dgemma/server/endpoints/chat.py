@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...decoding.events import Block
@@ -18,9 +18,10 @@ from ..events import FinishedAnswer, stats
 from ..options import as_api_errors
 from ..pipeline import Exchange
 from ..schemas.bodies import Chat
-from ..schemas.fields import Body, reject
+from ..schemas.fields import Body, parse_json, reject
 from ..schemas.messages import chat_messages, tool_declarations
 from ..settings import Settings
+from .retakes import is_surely_valid, is_valid_text, with_calls, with_text
 
 if TYPE_CHECKING:
     from ...engine import Engine
@@ -52,10 +53,15 @@ class ChatExchange(Exchange):
         if budget is not None and body.mode in (None, "diffusion"):
             self.arguments.setdefault("thinking_budget", budget)
         tools, self.forced_tools = self._tools()
+        self._form: dict[str, Any] = {}  # the schema or regex of an answer that calls no tool
         self._check_constraint(tools)
+        self._strict = {} if self.forced_tools else _strict_parameters(tools)
+        self._broken: dict[int, list[int]] = {}  # by answer, the numbers of its calls that are not as their tools ask
+        self.mends = bool(self._strict or self._form)
         self.log_probs = bool(getattr(body, "logprobs", None))
         if self.log_probs and self.forced_tools:
-            reject("logprobs", True, "but tool_choice asks for a call, whose text is not sent: leave one out")
+            self.log_probs = False  # the text of the call is not sent
+            self.ignore("logprobs")
         if tools:
             self.arguments["tools"] = tools
 
@@ -66,17 +72,59 @@ class ChatExchange(Exchange):
     @cached_property
     def constraint(self) -> str | None:
         """Path of the field that says what the answer may be, if there is one."""
-        name = "response_format" if self._schema else "regex" if self.body.regex is not None else None
-        return self.body.path(name or "tool_choice") if name or self.forced_tools else None
+        return next(iter(self.body.constraints), self.body.path("tool_choice") if self.forced_tools else None)
+
+    @property
+    def withholds_text(self) -> bool:
+        """Whether text is told at an answer's end alone, as `text_of` gives it."""
+        return bool(self.forced_tools or self._form)
+
+    def text_of(self, answer: FinishedAnswer) -> str:
+        """The text of a whole answer: none where it is a call that had to be."""
+        return "" if self.forced_tools else answer.result.text
 
     def prepare(self, engine: Engine, arguments: dict[str, Any]) -> Request:
         """Make the request of one answer."""
-        messages, param = self.body.path("messages"), self.constraint or self.body.path("response_format")
+        schema = _call_schema(self.forced_tools) if self.forced_tools else None
+        return self._prepare(engine, arguments, schema, None)
+
+    def again(self, i: int, answer: FinishedAnswer, engine: Engine) -> Sequence[Callable[[], Request]]:
+        """Requests for the calls that are not as their strict tools ask, or for the text that is not in its form."""
+        arguments = {**self.arguments, "seed": self.arguments["seed"] + i, "thinking": False}
+        arguments.pop("stop", None)
+        calls = [call["function"] for call in self._kept(answer)]
+        if calls:
+            self._broken[i] = [
+                k
+                for k, call in enumerate(calls)
+                if (schema := self._strict.get(call["name"])) is not None
+                and not is_surely_valid(call["arguments"], schema)
+            ]
+            named = [calls[k]["name"] for k in self._broken[i]]
+            tools = {tool["function"]["name"]: tool for tool in self.arguments["tools"]}
+            return [
+                partial(self._prepare, engine, {**arguments, "tools": [tools[name]]}, self._strict[name], None)
+                for name in named
+            ]
+        schema, regex = self._form.get("schema"), self._form.get("regex")
+        if not self._form or (schema is not None and is_valid_text(answer.result.text, schema)):
+            return ()
+        return [partial(self._prepare, engine, arguments, schema, regex)]
+
+    def mended(self, i: int, answer: FinishedAnswer, takes: Sequence[FinishedAnswer]) -> FinishedAnswer:
+        """An answer with the calls or the text that were generated again."""
+        if self._broken.get(i):
+            return with_calls(answer, dict(zip(self._broken[i], takes)))
+        return with_text(answer, takes[0])
+
+    def _prepare(
+        self, engine: Engine, arguments: dict[str, Any], schema: dict[str, Any] | None, regex: str | None
+    ) -> Request:
+        """Make a request whose answer is in a language though tools are declared."""
+        messages, param = self.body.path("messages"), self.constraint or self.body.path("tools")
         with as_api_errors(messages, **dict.fromkeys(("schema", "pattern", "constraint"), param)):
             request = engine.prepare(self.messages, **arguments)
-            if self.forced_tools:
-                schema, thinking = _call_schema(self.forced_tools), arguments["thinking"]
-                constrained.constrain_answer(engine.builder, request, schema, None, thinking, None)
+            constrained.constrain_answer(engine.builder, request, schema, regex, arguments["thinking"], None)
             return request
 
     def events(self, i: int, event: Any) -> Iterator[dict[str, Any]]:
@@ -86,19 +134,21 @@ class ChatExchange(Exchange):
         elif isinstance(event, Block):
             if event.thinking:
                 yield self._delta(i, {"reasoning_content": event.thinking})
-            if event.text and not self.forced_tools:
+            if event.text and not self.withholds_text:
                 yield self._delta(i, {"content": event.text})
         elif isinstance(event, FinishedAnswer):
             self.answers[i] = event
+            if self.withholds_text and (text := self.text_of(event)):
+                yield self._delta(i, {"content": text})
             if self.body.stream and (calls := self.tool_calls(event)):
                 yield self._delta(i, {"tool_calls": [{"index": k, **call} for k, call in enumerate(calls)]})
-            yield self._delta(i, {}, event, stats=stats(event))
+            yield self._delta(i, {}, event, stats=stats(event), **self.ignored)
         else:
             yield self.draft(i, event)
 
     def choice(self, i: int, answer: FinishedAnswer) -> dict[str, Any]:
         """A whole answer as a choice of the body."""
-        calls, text = self.tool_calls(answer), "" if self.forced_tools else answer.result.text
+        calls, text = self.tool_calls(answer), self.text_of(answer)
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
         if answer.result.thinking:
             message["reasoning_content"] = answer.result.thinking
@@ -108,7 +158,7 @@ class ChatExchange(Exchange):
 
     def tool_calls(self, answer: FinishedAnswer) -> list[dict[str, Any]]:
         """The tool calls of an answer in OpenAI's format, with their arguments as JSON text."""
-        functions = [call["function"] for call in answer.result.tool_calls]
+        functions = [call["function"] for call in self._kept(answer)]
         if self.forced_tools:
             value = json.loads(answer.result.text)
             only_tool = {"name": self.forced_tools[0]["function"]["name"], "arguments": value}
@@ -124,6 +174,10 @@ class ChatExchange(Exchange):
             }
             for function in functions
         ]
+
+    def _kept(self, answer: FinishedAnswer) -> list[dict[str, Any]]:
+        """The calls of an answer: the first alone where parallel ones are not wanted."""
+        return answer.result.tool_calls[: 1 if self.body.parallel_tool_calls is False else None]
 
     def finish_reason(self, answer: FinishedAnswer) -> str:
         """Why an answer ended, in OpenAI's terms."""
@@ -155,27 +209,28 @@ class ChatExchange(Exchange):
             reject(self.body.path(last), asked[last][0], f"but {first} says the contrary: leave one out")
         return next(iter(given.values()), False)
 
-    @cached_property
-    def _schema(self) -> dict[str, Any] | None:
-        """The JSON Schema of the answer, or None if it is text."""
-        form = self.body.response_format
-        return {"type": "object"} if form and form.type == "json_object" else self.body.schema_asked
-
     def _check_constraint(self, tools: list[Message]) -> None:
-        """Put schema or pattern into the arguments, or refuse what they cannot go with."""
-        body, path = self.body, self.body.path
-        if body.regex is not None:
-            if self._schema:
-                reject("regex", body.regex, f"but {path('response_format')} asks for JSON: leave one out")
-            self.arguments["regex"] = body.regex
-        if self._schema:
-            self.arguments["schema"] = self._schema
-        if (self._schema or body.regex is not None) and tools:
-            value = body.response_format if self._schema else body.regex
-            why = "but tools are given, and a call of one would have another form: leave one out"
-            reject(str(self.constraint), value, why)
-        if self.forced_tools and (name := next((one for one in ("stop", "exact") if self.arguments.get(one)), None)):
-            reject("tool_choice", body.tool_choice, f"and {name} is given; they cannot be together: leave one out")
+        """Put schema or pattern into the arguments, or refuse what they cannot go with.
+
+        Beside tools they hold for an answer that calls none: it is generated again where it is not in its form.
+        """
+        asked = self.body.constraints
+        if len(asked) > 1:
+            first, second, *_ = asked
+            reject(first, asked[first][1], f"and {second} asks for a form of its own: leave one out")
+        for path, (kind, value) in asked.items():
+            form = {kind: _parsed_schema(path, value) if kind == "schema" and isinstance(value, str) else value}
+            if self.forced_tools:
+                self.ignore(path)  # the answer is a call
+            elif tools:
+                self._form = form
+            else:
+                self.arguments.update(form)
+        if (asked or self.forced_tools) and not self._form and self.arguments.pop("stop", None):
+            self.ignore("stop")  # the form says where the text ends
+        if (self.forced_tools or self._form) and self.arguments.get("exact"):
+            name = "tool_choice" if self.forced_tools else str(self.constraint)
+            reject("exact", True, f"and {name} is given; they cannot be together: leave one out")
 
     def _tools(self) -> tuple[list[Message], list[Message]]:
         """The tools to put into the prompt, and those of which one must be called."""
@@ -192,13 +247,21 @@ class ChatExchange(Exchange):
             tools = []
         if choice == "required" and not tools:
             reject("tool_choice", choice, "but there are no tools: give some, or leave it out")
-        if not forced:
-            why = "holds only where tool_choice is required or names a function"
-            if tools and body.parallel_tool_calls is False:
-                reject("parallel_tool_calls", False, f"that {why}")
-            if any(tool["function"].get("strict") for tool in tools):
-                reject("tools", body.tools, f"strict {why}: leave it out")
         return tools, forced
+
+
+def _strict_parameters(tools: list[Message]) -> dict[str, dict[str, Any]]:
+    """By their names, the schemas that calls of strict tools must be valid for."""
+    functions = [tool["function"] for tool in tools]
+    return {one["name"]: one["parameters"] for one in functions if one.get("strict")}
+
+
+def _parsed_schema(path: str, text: str) -> dict[str, Any]:
+    """A schema that came as JSON text."""
+    schema = parse_json(text.encode())
+    if not isinstance(schema, dict):
+        reject(path, text, "it should be a JSON Schema, an object")
+    return schema
 
 
 def _call_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from ..schemas.items import CUSTOM_INPUT, CustomTool
 
 # Items that carry text: the type of their content part, and the part's other fields.
 CONTENT_PARTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -21,12 +24,13 @@ class ResponseBuilder:
 
     Args:
         request: the fields of the response that repeat the request.
+        tools: by the names of their functions, (namespace or None, tool) as the request has them.
 
     Attributes:
         response: the response so far.
     """
 
-    def __init__(self, request: dict[str, Any]):
+    def __init__(self, request: dict[str, Any], tools: Mapping[str, tuple[str | None, Any]] | None = None):
         self.response = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
@@ -38,6 +42,7 @@ class ResponseBuilder:
             "usage": None,
             **request,
         }
+        self._tools = tools or {}
         self._items: list[dict[str, Any]] = []
         self._open: str | None = None  # type of the last item, if text can still be added to it
         self._text = ""  # text of the open item
@@ -122,12 +127,21 @@ class ResponseBuilder:
         yield self._finish_item(status=status, content=[part])
 
     def _add_call(self, call_id: str, name: str, arguments: str) -> Iterator[ResponseEvent]:
-        item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call_id, "name": name}
-        yield from self._add_item({**item, "arguments": "", "status": "in_progress"})
+        space, tool = self._tools.get(name, (None, None))
+        own_name = name if tool is None else tool.name
+        called = {"call_id": call_id, "name": own_name, **({} if space is None else {"namespace": space})}
+        if isinstance(tool, CustomTool):
+            kind, event, field, told = "custom_tool_call", "custom_tool_call_input", "input", {}
+            text = str(json.loads(arguments).get(CUSTOM_INPUT, ""))
+        else:
+            kind, event, field, told = "function_call", "function_call_arguments", "arguments", {"name": own_name}
+            text = arguments
+        item = {"id": f"{'ctc' if told == {} else 'fc'}_{uuid.uuid4().hex}", "type": kind, **called}
+        yield from self._add_item({**item, field: "", "status": "in_progress"})
         place = {"item_id": item["id"], "output_index": len(self._items) - 1}
-        yield self._event("response.function_call_arguments.delta", **place, delta=arguments)
-        yield self._event("response.function_call_arguments.done", **place, name=name, arguments=arguments)
-        yield self._finish_item(status="completed", arguments=arguments)
+        yield self._event(f"response.{event}.delta", **place, delta=text)
+        yield self._event(f"response.{event}.done", **place, **told, **{field: text})
+        yield self._finish_item(status="completed", **{field: text})
 
     def _add_item(self, item: dict[str, Any]) -> Iterator[ResponseEvent]:
         self._items.append(item)

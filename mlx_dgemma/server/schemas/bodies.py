@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -13,27 +14,32 @@ from .messages import ChatMessage, Function, Tools
 
 MAX_CHOICES = 8  # answers to one request
 MAX_STEPS = 1000  # denoising steps of a canvas: each takes a random key, and the row stays occupied
-MAX_STOPS = 4
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 1000  # characters
+MAX_TOP_LOGPROBS = 20
+MAX_STATED = 1000  # texts to choose from
 MAX_REGEX_LENGTH = 20_000  # characters; a million take seconds to parse
 TOOL_CHOICE = "it should be auto, none, required, or name a function"
-STOPS = f"it should be a string that is not empty, or a list of up to {MAX_STOPS}"
+STOPS = f"it should be a string of 1 to {MAX_STOP_LENGTH:,} characters, or a list of up to {MAX_STOPS}"
 ONE_BUDGET = f"it should be one of {', '.join(map(str, BUDGETS))}"
 NO_BIASES = "biases are unknown to this model: leave it out"
-ONLY_CHOSEN = "only the chosen tokens' are known: leave it out, or give 0"
-NO_PENALTIES = only(0, why="penalties are unknown to this model: leave it out, or give 0")
+NO_PENALTIES = Harmless("the model knows no such penalty", (0,))
+NO_REPEATS = Harmless("a canvas knows no penalty", (1,), canvases=True)
+KEPT = "a canvas is answered with the most probable token of every place, which no cut leaves out"
+NOT_CUT = (Harmless(KEPT, (1,), canvases=True), Harmless(KEPT, (0,), canvases=True))
 LABEL = Harmless("a label of the client's")
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Flag = bool | None
 String = str | None
 Whole = Annotated[int | None, whole(0)]
 Nats = Annotated[float | None, number(0, 1e9)]
-TokenLimit = Annotated[int | None, whole(1)]
-StopString = Annotated[str, Field(min_length=1)]
+TokenLimit = Annotated[int | None, whole(1, unset=True)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class StreamOptions(Body):
     include_usage: Flag = None
-    include_obfuscation: Annotated[Flag, only(False, why="no padding is sent: leave it out")] = None
+    include_obfuscation: Annotated[Flag, Harmless("no padding is sent", (False,))] = None
 
 
 class Shared(Body):
@@ -52,24 +58,28 @@ class Shared(Body):
     user: Annotated[String, LABEL] = None
     safety_identifier: Annotated[String, LABEL] = None
     prompt_cache_key: Annotated[String, LABEL] = None
-    metadata: dict[str, Any] | None = None
-    store: Annotated[Flag, only(False, why="nothing is stored here: leave it out, or give false")] = None
-    service_tier: Annotated[String, only("auto", "default", why="there are no tiers here: leave it out")] = None
-    seed: Annotated[int | None, whole(0, 2**64 - 1), doc("The same seed gives the same answer.")] = None
+    prompt_cache_retention: Annotated[String, Harmless("prefixes are kept while there is room")] = None
+    cache_prompt: Annotated[Flag, Harmless("prefixes are kept without being asked", (True,))] = None
+    keep_alive: Annotated[Any, Harmless("the model stays loaded")] = None
+    metadata: Annotated[dict[str, Any] | None, LABEL] = None
+    client_metadata: Annotated[dict[str, Any] | None, LABEL] = None
+    store: Annotated[Flag, Harmless("nothing is stored", (False,))] = None
+    service_tier: Annotated[String, Harmless("there are no tiers", ("auto", "default"))] = None
+    seed: Annotated[
+        int | None,
+        whole(0, 2**64 - 1, unset=True),
+        doc("The same seed gives the same answer; -1 draws one."),
+    ] = None
     temperature: Annotated[float | None, number(0, 2), doc("Of canvases it multiplies t_min, t_max; 0: seed 0.")] = None
-    top_p: Annotated[float | None, number(0.001, 1), doc("Token by token; whole canvases take 1 alone.")] = None
+    top_p: Annotated[float | None, number(0.001, 1), NOT_CUT[0]] = None
     stop: Annotated[StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None, Rule(STOPS)] = None
     mode: Annotated[
         Literal["diffusion", "causal", "speculative"] | None,
         doc("How text comes."),
     ] = None
-    top_k: Annotated[Whole, doc("Token by token: draw among so many of the most probable tokens; 0: all.")] = None
-    min_p: Annotated[float | None, number(0, 1), doc("Token by token: least share of the best one's probability.")] = (
-        None
-    )
-    repetition_penalty: Annotated[float | None, number(0.01, 100), doc("Token by token: above 1, fewer repeats.")] = (
-        None
-    )
+    top_k: Annotated[int | None, whole(0, unset=True), NOT_CUT[1]] = None
+    min_p: Annotated[float | None, number(0, 1), NOT_CUT[1]] = None
+    repetition_penalty: Annotated[float | None, number(0.01, 100), NO_REPEATS] = None
     exact: Annotated[Flag, doc("Use the reference implementation's stopping rule only.")] = None
     fast: Annotated[Flag, doc("Fix confident tokens for good, which takes fewer steps.")] = None
     max_denoising_steps: Annotated[int | None, whole(1, MAX_STEPS), doc("The most denoising steps of a canvas.")] = None
@@ -106,9 +116,30 @@ class Choices(Shared):
 
     n: Annotated[int | None, whole(1, MAX_CHOICES)] = None
     max_tokens: TokenLimit = None
-    frequency_penalty: Annotated[float | None, NO_PENALTIES] = None
-    presence_penalty: Annotated[float | None, NO_PENALTIES] = None
+    frequency_penalty: Annotated[float | None, number(-2, 2), NO_PENALTIES] = None
+    presence_penalty: Annotated[float | None, number(-2, 2), NO_PENALTIES] = None
     logit_bias: Annotated[dict[str, Any] | None, Field(max_length=0), Rule(NO_BIASES)] = None
+
+
+Pattern = Annotated[String, Field(max_length=MAX_REGEX_LENGTH)]
+Choice = Annotated[list[Annotated[str, Field(min_length=1)]] | None, Field(min_length=1, max_length=MAX_STATED)]
+
+
+class StructuredOutputs(Body):
+    """What an answer must be, as vLLM takes it."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json"), doc("A JSON Schema.")] = None
+    regex: Pattern = None
+    choice: Annotated[Choice, doc("One of these texts.")] = None
+    json_object: Flag = None
+    disable_any_whitespace: Annotated[Flag, Harmless("JSON is written in one way")] = None
+    disable_additional_properties: Annotated[Flag, Harmless("the schema says it")] = None
+    disable_fallback: Annotated[Flag, Harmless("there is one way to decode")] = None
+    whitespace_pattern: Annotated[String, Harmless("JSON is written in one way")] = None
+
+
+def _either(texts: list[str] | None) -> str | None:
+    return None if texts is None else "|".join(map(re.escape, texts))
 
 
 class Answered(Shared):
@@ -117,8 +148,37 @@ class Answered(Shared):
     thinking: Flag = None
     thinking_budget: Annotated[Whole, doc("Tokens after which a thought is ended; on canvases alone.")] = None
     regex: Annotated[String, Field(max_length=MAX_REGEX_LENGTH), doc("Of Python; the whole answer matches it.")] = None
-    parallel_tool_calls: Flag = None
-    top_logprobs: Annotated[int | None, only(0, why=ONLY_CHOSEN)] = None
+    parallel_tool_calls: Annotated[Flag, doc("False: of several calls the first is answered.")] = None
+    top_logprobs: Annotated[
+        int | None, whole(0, MAX_TOP_LOGPROBS), Harmless("only the chosen token's is known", (0, 1))
+    ] = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Annotated[dict[str, Any] | str | None, doc("Another name for structured_outputs.json.")] = None
+    guided_regex: Annotated[Pattern, doc("Another name for regex.")] = None
+    guided_choice: Annotated[Choice, doc("Another name for structured_outputs.choice.")] = None
+    guided_decoding_backend: Annotated[String, Harmless("there is one way to decode")] = None
+    verbosity: Annotated[String, Harmless("a hint: ask for it in words", ("medium",))] = None
+
+    @property
+    def constraints(self) -> dict[str, tuple[str, Any]]:
+        """By their paths the schemas and patterns of an answer: ("schema", a dict or JSON text) or ("regex", text)."""
+        own, asked = self.structured_outputs or StructuredOutputs(), {}
+        given = {
+            "regex": ("regex", self.regex),
+            "guided_json": ("schema", self.guided_json),
+            "guided_regex": ("regex", self.guided_regex),
+            "guided_choice": ("regex", _either(self.guided_choice)),
+            "structured_outputs.json": ("schema", own.json_),
+            "structured_outputs.regex": ("regex", own.regex),
+            "structured_outputs.choice": ("regex", _either(own.choice)),
+            "structured_outputs.json_object": ("schema", {"type": "object"} if own.json_object else None),
+        }
+        asked = {path: one for path, one in given.items() if one[1] is not None}
+        form = getattr(self, "response_format", None)
+        if form is not None and form.type != "text":
+            schema = {"type": "object"} if form.type == "json_object" else getattr(self, "schema_asked", None)
+            asked[self.path("response_format")] = ("schema", schema)
+        return asked
 
 
 def _kind_of_choice(value: Any) -> str:
@@ -169,6 +229,8 @@ class Chat(Choices, Answered):
     tools: Tools | None = None
     tool_choice: Annotated[Word | Annotated[NamedFunction, Tag("object")], CHOICE] | None = None
     logprobs: bool | None = None
+    modalities: Annotated[list[str] | None, only(["text"], why="text alone is answered: leave it out")] = None
+    prediction: Annotated[Any, Harmless("a hint for speed")] = None
 
     @property
     def functions(self) -> list[Function]:

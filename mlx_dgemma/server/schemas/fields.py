@@ -6,9 +6,19 @@ import json
 import math
 import re
 import reprlib
-from typing import Annotated, Any, NoReturn, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from ..errors import ApiError
@@ -73,25 +83,73 @@ class Harmless:
 
     Args:
         why: it changes nothing, such as "a label".
+        neutral: values that mean what is done anyway; they are not told.
+        canvases: whether it changes nothing on canvases alone; token by token it is honoured.
     """
 
-    def __init__(self, why: str):
-        self.why = why
+    def __init__(self, why: str, neutral: tuple[Any, ...] = (), canvases: bool = False):
+        self.why, self.neutral, self.canvases = why, neutral, canvases
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """What pydantic asks of an annotation: the description says that the field changes nothing."""
+        found = handler(schema)
+        where = " on canvases" if self.canvases else ""
+        return {**found, "description": f"Accepted and told in `x_ignored`{where}: {self.why}."}
 
 
-def ignored(body: Body, path: str = "") -> list[str]:
-    """The paths of the given fields that change no answer, such as "messages[0].name"."""
+class Unread(BaseModel):
+    """An object of a request of which only the type is looked at. It changes no answer, so `ignored` tells its path."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def harmless(field: FieldInfo) -> Harmless | None:
+    """What makes a field harmless, if it is."""
+    return next((one for one in field.metadata if isinstance(one, Harmless)), None)
+
+
+def harmless_fields(kind: type[Body], path: str = "") -> Iterator[tuple[str, Harmless]]:
+    """The harmless fields of a body and of the objects in it, by their paths, such as "messages[].name"."""
+    for name, field in kind.model_fields.items():
+        here, mark = f"{path}{field.alias or name}", harmless(field)
+        if mark is not None:
+            yield here, mark
+        else:
+            for inner, is_listed in _objects_in(field.annotation):
+                yield from harmless_fields(inner, f"{here}[]." if is_listed else f"{here}.")
+
+
+def _objects_in(annotation: Any, is_listed: bool = False) -> Iterator[tuple[type[Body], bool]]:
+    """The kinds of objects that a field may have, with whether they stand in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Body):
+        yield annotation, is_listed
+    for one in get_args(annotation):
+        yield from _objects_in(one, is_listed or get_origin(annotation) is list)
+
+
+def ignored(body: Body, path: str = "", by_token: bool = False) -> list[str]:
+    """The paths of the given fields that change no answer, such as "messages[0].name".
+
+    Args:
+        body: whose fields are looked at.
+        path: of the body.
+        by_token: whether text comes token by token.
+    """
     found = []
     for name in sorted(body.model_fields_set & type(body).model_fields.keys()):
         field, value = type(body).model_fields[name], getattr(body, name)
-        here = f"{path}{field.alias or name}"
-        if any(isinstance(one, Harmless) for one in field.metadata):
-            found.append(here)
-        elif isinstance(value, Body):
-            found += ignored(value, f"{here}.")
-        elif isinstance(value, list):
-            for i, one in enumerate(value):
-                found += ignored(one, f"{here}[{i}].") if isinstance(one, Body) else []
+        here, mark = f"{path}{field.alias or name}", harmless(field)
+        if mark is not None:
+            if value is not None and value not in mark.neutral and not (mark.canvases and by_token):
+                found.append(here)
+            continue
+        for place, one in (
+            ((f"{here}[{i}]", one) for i, one in enumerate(value)) if isinstance(value, list) else ((here, value),)
+        ):
+            if isinstance(one, Body):
+                found += ignored(one, f"{place}.", by_token)
+            elif isinstance(one, Unread):
+                found.append(place)
     return found
 
 
@@ -100,10 +158,17 @@ def doc(text: str | None = None, **keywords: str) -> Any:
     return Field(description=text, json_schema_extra=dict(keywords))
 
 
-def whole(low: int, high: int = MAX_INTEGER) -> Rule:
-    """An integer from `low` to `high`."""
+def whole(low: int, high: int = MAX_INTEGER, unset: bool = False) -> Rule:
+    """An integer from `low` to `high`. With `unset`, -1 counts as absent."""
     bounds = f"at least {low}" if high == MAX_INTEGER else f"from {low} to {high}"
-    return Rule(f"it should be a whole number, {bounds}", core_schema.int_schema(strict=True, ge=low, le=high))
+    schema: CoreSchema = core_schema.int_schema(strict=True, ge=low, le=high)
+    if unset:
+        schema = core_schema.no_info_before_validator_function(
+            lambda value: None if type(value) is int and value == -1 else value,
+            core_schema.nullable_schema(schema),
+            json_schema_input_schema=core_schema.union_schema([schema, core_schema.literal_schema([-1])]),
+        )
+    return Rule(f"it should be a whole number, {bounds}", schema)
 
 
 def number(low: float, high: float) -> Rule:

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from ...prompt.messages import Message
 from .bodies import CHOICE, Answered, Effort, JsonSchema, Name, PlainFormat, TokenLimit, Word
-from .fields import Body, Many, only, reject
-from .messages import EITHER, MAX_TOOLS, Arguments, DataUrl, Function, FunctionOnly, PartsOf, Text, content_of
+from .fields import Body, Harmless, Many, Unread, only, reject
+from .messages import (
+    CACHE,
+    DETAIL,
+    ECHO,
+    EITHER,
+    MAX_TOOLS,
+    Arguments,
+    DataUrl,
+    Function,
+    PartsOf,
+    Text,
+    content_of,
+    pictures_behind,
+)
 
 MAX_LABELS = 16  # pairs of `metadata`
 Name64 = Annotated[str, Field(max_length=64)]
 Text512 = Annotated[str, Field(max_length=512)]
-NOT_STORED = "nothing is stored here: send the whole conversation as input"
-NOT_SUMMED_UP = only(why="nothing is summed up: the whole thinking is told, leave it out")
+NO_CONVERSATIONS = "conversations are not kept here: give previous_response_id, or the whole conversation as input"
+NOT_SUMMED_UP = Harmless("the whole thinking is told")
+DEFERRED = Harmless("every tool is shown at once", (False,))
+OWN_TOOLS = ("function", "custom", "namespace")
+CUSTOM_INPUT = "input"  # the one argument of the function that a custom tool becomes
 
 
 class Item(Body):
@@ -26,6 +43,7 @@ class Item(Body):
 class InputText(Body):
     type: Literal["input_text"]
     text: str
+    cache_control: CACHE = None
 
 
 class OutputText(Body):
@@ -38,7 +56,7 @@ class OutputText(Body):
 class InputImage(Body):
     type: Literal["input_image"]
     file_id: Annotated[str | None, only(why="no files are kept here: give image_url, a data URL")] = None
-    detail: Annotated[str | None, only("auto", why="image_tokens bounds what pictures take: leave detail out")] = None
+    detail: DETAIL = None
     image_url: DataUrl
 
 
@@ -54,12 +72,13 @@ class MessageItem(Item):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     phase: Literal["commentary", "final_answer"] | None = None
+    name: Annotated[str | None, Harmless("a label of the client's")] = None
     content: Annotated[Text | PartsOf[ItemPart], EITHER]
 
 
 class ReasoningItem(Item):
     type: Literal["reasoning"]
-    encrypted_content: Annotated[str | None, only(why="only whoever encrypted it can read it: send content")] = None
+    encrypted_content: Annotated[str | None, ECHO] = None
     content: Many[Thought] | None = None
     summary: Many[Thought] | None = None
 
@@ -68,13 +87,35 @@ class CallItem(Item):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: Arguments
 
 
-class OutputItem(Item):
-    type: Literal["function_call_output"]
+class CustomCallItem(Item):
+    type: Literal["custom_tool_call"]
     call_id: str
-    output: Annotated[Text | PartsOf[InputText], EITHER]
+    name: str
+    namespace: str | None = None
+    input: str
+
+
+class OutputItem(Item):
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    call_id: str
+    output: Annotated[Text | PartsOf[ItemPart], EITHER]
+    name: Annotated[str | None, ECHO] = None
+
+
+class ReferenceItem(Body):
+    type: Literal["item_reference"]
+    id: str
+
+
+class ForeignItem(Unread):
+    type: Literal[
+        "web_search_call", "file_search_call", "image_generation_call", "code_interpreter_call", "local_shell_call",
+        "local_shell_call_output", "mcp_list_tools", "tool_search_call", "tool_search_output", "additional_tools",
+    ]  # fmt: skip
 
 
 def _with_type(item: Any) -> Any:
@@ -82,17 +123,72 @@ def _with_type(item: Any) -> Any:
 
 
 AnyItem = Annotated[
-    Annotated[MessageItem | ReasoningItem | CallItem | OutputItem, Field(discriminator="type")],
+    Annotated[
+        MessageItem | ReasoningItem | CallItem | CustomCallItem | OutputItem | ReferenceItem | ForeignItem,
+        Field(discriminator="type"),
+    ],
     BeforeValidator(_with_type),
 ]
 
 
 class FlatTool(Function):
-    type: FunctionOnly
+    type: Literal["function"]
+    defer_loading: Annotated[bool | None, DEFERRED] = None
+    output_schema: Annotated[Any, Harmless("results are read as they come")] = None
+
+
+class CustomTool(Body):
+    """A tool that takes a text. It becomes a function with one argument."""
+
+    type: Literal["custom"]
+    name: str
+    description: str = ""
+    format: dict[str, Any] | None = None
+    defer_loading: Annotated[bool | None, DEFERRED] = None
+
+    def function(self, name: str) -> Function:
+        """The function, whose description has the grammar of the text."""
+        grammar = (self.format or {}).get("definition")
+        about = self.description + (f"\nThe input follows this grammar:\n{grammar}" if grammar else "")
+        parameters = {"type": "object", "properties": {CUSTOM_INPUT: {"type": "string"}}, "required": [CUSTOM_INPUT]}
+        return Function(name=name, description=about, parameters=parameters)
+
+
+OwnTool = Annotated[FlatTool | CustomTool, Field(discriminator="type")]
+
+
+class Namespace(Body):
+    """Tools under a name. Each becomes a function NAMESPACE.NAME."""
+
+    type: Literal["namespace"]
+    name: str
+    description: Annotated[str | None, Harmless("every tool has a description of its own")] = None
+    tools: Annotated[list[OwnTool], Field(max_length=MAX_TOOLS)]
+
+
+class HostedTool(Unread):
+    """A tool that a server runs itself. There are none here."""
+
+    type: Annotated[str, Field(json_schema_extra={"not": {"enum": [*OWN_TOOLS]}})]
+
+
+def _kind_of_tool(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return kind if kind in OWN_TOOLS else "hosted"
+
+
+AnyTool = Annotated[
+    Annotated[FlatTool, Tag("function")]
+    | Annotated[CustomTool, Tag("custom")]
+    | Annotated[Namespace, Tag("namespace")]
+    | Annotated[HostedTool, Tag("hosted")],
+    Discriminator(_kind_of_tool),
+]
 
 
 class FlatNamedFunction(Name):
-    type: Annotated[str, only("function", why="a function alone can be named")]
+    type: Annotated[str, only("function", "custom", why="a function or a custom tool alone can be named")]
+    namespace: str | None = None
 
 
 class FlatSchemaFormat(JsonSchema):
@@ -101,11 +197,12 @@ class FlatSchemaFormat(JsonSchema):
 
 class TextSettings(Body):
     format: Annotated[PlainFormat | FlatSchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: Annotated[str | None, only("medium", why="it cannot be chosen: leave it out, or ask in words")] = None
+    verbosity: Annotated[str | None, Harmless("a hint: ask for it in words", ("medium",))] = None
 
 
 class Reasoning(Body):
     effort: Effort | None = None
+    context: Annotated[str | None, Harmless("templates choose the thoughts that are shown")] = None
     summary: Annotated[str | None, NOT_SUMMED_UP] = None
     generate_summary: Annotated[str | None, NOT_SUMMED_UP] = None
 
@@ -128,25 +225,48 @@ class Response(Answered):
     max_output_tokens: TokenLimit = None
     reasoning: Reasoning | None = None
     text: TextSettings | None = None
-    tools: Annotated[list[FlatTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Annotated[Word | Annotated[FlatNamedFunction, Tag("object")], CHOICE] | None = None
-    previous_response_id: Annotated[str | None, only(why=NOT_STORED)] = None
-    conversation: Annotated[str | None, only(why=NOT_STORED)] = None
-    background: Annotated[
-        bool | None, only(False, why="nothing is stored here that could be asked for later: leave it out")
+    previous_response_id: str | None = None
+    store: bool | None = None
+    max_tool_calls: Annotated[int | None, Harmless("of tools that a server runs, and there are none")] = None
+    conversation: Annotated[Any, only(why=NO_CONVERSATIONS)] = None
+    background: Annotated[bool | None, only(False, why="an answer cannot be asked for later: leave it out")] = None
+    include: Annotated[list[Any] | None, Harmless("there is nothing more to include", ([],))] = None
+    truncation: Annotated[
+        Literal["auto", "disabled"] | None, Harmless("an input that does not fit is refused", ("disabled",))
     ] = None
-    include: Annotated[list[Any] | None, only([], why="there is nothing more to include: leave it out")] = None
-    truncation: Annotated[str | None, only("disabled", why="nothing is left out of a long input: shorten it")] = None
 
     max_completion_tokens = property(lambda self: self.max_output_tokens)
     reasoning_effort = property(lambda self: self.reasoning and self.reasoning.effort)
     response_format = property(lambda self: self.text and self.text.format)
-    functions = property(lambda self: self.tools or [])
+
+    @property
+    def own_tools(self) -> list[tuple[str | None, Any]]:
+        """(namespace or None, tool) of the tools that are no hosted ones."""
+        found: list[tuple[str | None, Any]] = []
+        for tool in self.tools or ():
+            if isinstance(tool, Namespace):
+                found += [(tool.name, one) for one in tool.tools]
+            elif not isinstance(tool, HostedTool):
+                found.append((None, tool))
+        return found
+
+    @property
+    def functions(self) -> list[Function]:
+        """The tools as functions."""
+        return [
+            tool.function(full_name(space, tool.name))
+            if isinstance(tool, CustomTool)
+            else tool.model_copy(update={"name": full_name(space, tool.name)})
+            for space, tool in self.own_tools
+        ]
 
     @property
     def named_function(self) -> str | None:
         """The function that must be called."""
-        return self.tool_choice.name if isinstance(self.tool_choice, FlatNamedFunction) else None
+        choice = self.tool_choice
+        return full_name(choice.namespace, choice.name) if isinstance(choice, FlatNamedFunction) else None
 
     @property
     def schema_asked(self) -> dict[str, Any] | None:
@@ -154,38 +274,56 @@ class Response(Answered):
         return getattr(self.response_format, "schema_", None)
 
 
+def full_name(namespace: str | None, name: str) -> str:
+    """The name of a namespace's tool as a function."""
+    return name if namespace is None else f"{namespace}.{name}"
+
+
 def _message(item: Any) -> Message:
     """An item as a chat message."""
     if isinstance(item, MessageItem):
         return {"role": item.role, "content": content_of(item.content)}
     if isinstance(item, OutputItem):
-        text = item.output if isinstance(item.output, str) else "\n".join(part.text for part in item.output)
-        return {"role": "tool", "tool_call_id": item.call_id, "content": text}
+        content = content_of(item.output)
+        if isinstance(content, list) and all(part["type"] == "text" for part in content):
+            content = "\n".join(part["text"] for part in content)
+        return {"role": "tool", "tool_call_id": item.call_id, "content": content}
     said: Message = {"role": "assistant", "content": ""}
     if isinstance(item, ReasoningItem):
         return {**said, "reasoning_content": "\n".join(part.text for part in item.content or item.summary or ())}
-    function = {"name": item.name, "arguments": item.arguments}
+    arguments = {CUSTOM_INPUT: item.input} if isinstance(item, CustomCallItem) else item.arguments
+    function = {"name": full_name(item.namespace, item.name), "arguments": arguments}
     return {**said, "tool_calls": [{"id": item.call_id, "type": "function", "function": function}]}
 
 
-def input_messages(body: Response) -> list[Message]:
-    """`instructions` and `input` as chat messages for `Engine.prepare`.
+def input_items(body: Response) -> list[Any]:
+    """The items of `input`. A text is a user's message."""
+    if isinstance(body.input, str):
+        return [MessageItem(role="user", content=body.input)]
+    return list(body.input)
+
+
+def input_messages(body: Response, earlier: Sequence[Any] = (), items: Sequence[Any] | None = None) -> list[Message]:
+    """`instructions`, earlier items and `input` as chat messages for `Engine.prepare`.
 
     The items of one turn of the model (thinking, text, calls) become one message.
 
+    Args:
+        body: the request.
+        earlier: items of the responses that it goes on from.
+        items: those of `input`, if they were looked up already.
+
     Raises:
-        ApiError: a system message that is not the first, or a call's output without the call.
+        ApiError: a call's output without the call.
     """
     messages: list[Message] = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    if isinstance(body.input, str):
-        return [*messages, {"role": "user", "content": body.input}]
     call_ids: set[str] = set()
     turn: Message | None = None  # the model's current turn, while its items are consecutive
-    for i, item in enumerate(body.input):
+    all_items = [*earlier, *(input_items(body) if items is None else items)]
+    for i, item in enumerate(all_items, -len(earlier)):
+        if isinstance(item, ForeignItem):
+            continue
         message = _message(item)
-        if message["role"] in ("system", "developer") and messages:
-            why = "a chat has one such message, its first: put all of it into instructions or there"
-            reject(f"input[{i}].role", message["role"], why)
         call_ids.update(call["id"] for call in message.get("tool_calls", ()))
         if isinstance(item, OutputItem) and item.call_id not in call_ids:
             why = "no function_call before it has this call_id: send the whole conversation"
@@ -200,7 +338,7 @@ def input_messages(body: Response) -> list[Message]:
             if calls := message.pop("tool_calls", None):
                 turn.setdefault("tool_calls", []).extend(calls)
             turn.update({name: value for name, value in message.items() if value})
-    return messages
+    return pictures_behind(messages)
 
 
 def _continues(turn: Message, message: Message) -> bool:

@@ -12,11 +12,15 @@ from pydantic_core import PydanticCustomError
 from ...errors import PromptError
 from ...prompt.images import open_file
 from ...prompt.messages import Message
-from .fields import MAX_ITEMS, Body, Many, Rule, doc, only, reject, reject_missing
+from .fields import MAX_ITEMS, Body, Harmless, Many, Rule, doc, only, reject
 
 MAX_TOOLS = 512
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
-NO_DETAIL = "pictures take image_tokens instead: leave it out, or give auto"
+MAX_NAME = 128
+PICTURE = "(a picture, shown below)"
+ECHO = Harmless("an echo of another server's answer")
+CACHE = Annotated[Any, Harmless("prefixes are kept without being asked")]
+DETAIL = Annotated[str | None, Harmless("image_tokens bounds what pictures take", ("auto",))]
 T = TypeVar("T")
 
 
@@ -37,9 +41,9 @@ def parse_data_url(url: str) -> bytes:
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
-    """The arguments of a function call, which are JSON in a string."""
+    """The arguments of a function call, which are JSON in a string; an empty one has none."""
     try:
-        arguments = json.loads(text)
+        arguments = json.loads(text or "{}")
         json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()  # raises for a lone surrogate
     except (ValueError, RecursionError):
         arguments = None
@@ -65,16 +69,19 @@ FunctionOnly = Annotated[str, only("function", why="functions are the only tools
 class TextPart(Body):
     type: Literal["text"]
     text: str
+    cache_control: CACHE = None
+    annotations: Annotated[list[Any] | None, ECHO] = None
 
 
 class ImageUrl(Body):
     url: DataUrl
-    detail: Annotated[str | None, only("auto", why=NO_DETAIL)] = None
+    detail: DETAIL = None
 
 
 class ImagePart(Body):
     type: Literal["image_url"]
     image_url: ImageUrl
+    cache_control: CACHE = None
 
 
 Texts = Annotated[Text | PartsOf[TextPart], EITHER]
@@ -83,6 +90,10 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class Named(Body):
     name: str | None = None
+    cache_control: CACHE = None
+    id: Annotated[Any, ECHO] = None
+    provider_specific_fields: Annotated[Any, ECHO] = None
+    extra_content: Annotated[Any, ECHO] = None
 
 
 class SystemMessage(Named):
@@ -98,6 +109,8 @@ class UserMessage(Named):
 class CalledFunction(Body):
     name: str
     arguments: Arguments = "{}"
+    thought_signature: Annotated[Any, ECHO] = None
+    provider_specific_fields: Annotated[Any, ECHO] = None
 
 
 class ToolCall(Body):
@@ -105,6 +118,10 @@ class ToolCall(Body):
     function: CalledFunction
     type: FunctionOnly = "function"
     index: Any = Field(None, exclude=True)
+    thought_signature: Annotated[Any, ECHO] = None
+    provider_specific_fields: Annotated[Any, ECHO] = None
+    extra_content: Annotated[Any, ECHO] = None
+    cache_control: CACHE = None
 
 
 class AssistantMessage(Named):
@@ -112,11 +129,19 @@ class AssistantMessage(Named):
     content: Texts | None = None
     reasoning_content: str | None = None
     tool_calls: Many[ToolCall] | None = None
+    refusal: Annotated[str | None, ECHO] = None
+    annotations: Annotated[list[Any] | None, ECHO] = None
+    reasoning: Annotated[Any, ECHO] = None
+    reasoning_details: Annotated[Any, ECHO] = None
+    thinking_blocks: Annotated[Any, ECHO] = None
+    thought_signature: Annotated[Any, ECHO] = None
+    audio: Annotated[Any, only(why="there is no sound here: give the text as content")] = None
+    function_call: Annotated[Any, only(why="calls are given as tool_calls: write it there")] = None
 
 
 class ToolMessage(Named):
     role: Literal["tool"]
-    content: Texts
+    content: Annotated[Text | PartsOf[Part], EITHER]
     tool_call_id: str
 
 
@@ -125,16 +150,20 @@ ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMes
 
 class Function(Body):
     name: Annotated[
-        str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$"), Rule("it should be 1 to 64 letters, digits, _, - or .")
+        str,
+        Field(pattern=f"^[a-zA-Z0-9_.:/-]{{1,{MAX_NAME}}}$"),
+        Rule(f"it should be 1 to {MAX_NAME} letters, digits, _, -, ., : or /"),
     ]
     description: str = ""
     parameters: Annotated[dict[str, Any], doc("A JSON Schema.")] = Field(NO_PARAMETERS)
     strict: bool = False
+    cache_control: CACHE = None
 
 
 class Tool(Body):
     function: Function
     type: FunctionOnly = "function"
+    cache_control: CACHE = None
 
 
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
@@ -155,24 +184,60 @@ def chat_messages(messages: Sequence[Any]) -> list[Message]:
     """Messages as `Engine.prepare` takes them.
 
     Raises:
-        ApiError: an assistant's message without content or calls, or a tool's result without the call.
+        ApiError: a tool's result without the call.
     """
     found: list[Message] = []
     call_ids: set[str] = set()
     for i, message in enumerate(messages):
-        given = message.model_dump(exclude_none=True, exclude={"content"}, warnings=False)
+        given = _read_of(message)
         content = content_of(message.content)
         call_ids.update(call["id"] for call in given.get("tool_calls", ()))
         if content is None and not given.get("tool_calls"):
-            reject_missing(f"messages[{i}].content")
+            content = ""
         if message.role == "tool":
             if message.tool_call_id not in call_ids:
                 why = "it should be the id of a call in an earlier assistant message"
                 reject(f"messages[{i}].tool_call_id", message.tool_call_id, why)
-            if isinstance(content, list):  # chat templates take a tool result as one string
-                content = "".join(part["text"] for part in content)
+            if isinstance(content, list) and all(part["type"] == "text" for part in content):
+                content = "".join(part["text"] for part in content)  # which chat templates take as one string
         found.append({**given, "content": content})
-    return found
+    return pictures_behind(found)
+
+
+def pictures_behind(messages: Sequence[Message]) -> list[Message]:
+    """Messages with the pictures of tools' results in a user's message behind the results.
+
+    Chat templates take a result as one string, which has `PICTURE` where a picture was.
+    """
+    found: list[Message] = []
+    pictures: list[Message] = []
+    for message in messages:
+        if message["role"] != "tool" and pictures:
+            found.append({"role": "user", "content": pictures})
+            pictures = []
+        if message["role"] == "tool" and isinstance(message["content"], list):
+            pictures += [part for part in message["content"] if part["type"] == "image"]
+            texts = [part.get("text", PICTURE) for part in message["content"]]
+            message = {**message, "content": "\n".join(texts)}  # noqa: PLW2901
+        found.append(message)
+    return [*found, {"role": "user", "content": pictures}] if pictures else found
+
+
+def _read_of(message: Any) -> Message:
+    """What is read of a message, its content aside."""
+    given: Message = message.model_dump(
+        include={"role", "name", "reasoning_content", "tool_call_id"}, exclude_none=True, warnings=False
+    )
+    if calls := getattr(message, "tool_calls", None):
+        given["tool_calls"] = [
+            {
+                "id": one.id,
+                "type": one.type,
+                "function": {"name": one.function.name, "arguments": one.function.arguments},
+            }
+            for one in calls
+        ]
+    return given
 
 
 def tool_declarations(functions: Sequence[Function], path: str) -> list[Message]:

@@ -23,8 +23,8 @@ from .ollama import OllamaChat, OllamaGenerate, OllamaShow
 Schema = dict[str, Any]
 
 ABOUT = (
-    "DiffusionGemma behind the APIs of OpenAI and Ollama. A null field counts as absent. Unknown fields are refused by "
-    "name. Paths of /v1 work without it, too."
+    "DiffusionGemma behind the APIs of OpenAI, Anthropic and Ollama. A null field counts as absent. Unknown fields are "
+    "refused by name; those that change nothing are told in `x_ignored`. Paths of /v1 work without it, too."
 )
 POSTS: dict[str, tuple[str, str, type[Body]]] = {  # path: (name, summary, body)
     "/v1/chat/completions": ("chat", "Answer messages.", Chat),
@@ -79,10 +79,17 @@ CACHED, THOUGHT = {"cached_tokens": int}, {"reasoning_tokens": int}
 FUNCTION_CALL = {"id": str, "type": ("function",), "function": {"name": str, "arguments": str}}
 MESSAGE = {"role": ("assistant",), "content": MAYBE, "reasoning_content?": str, "tool_calls?": [FUNCTION_CALL]}
 CHOICE = {"index": int, "finish_reason": ("stop", "length", "tool_calls")}
-ANSWER = {"id": str, "created": int, "model": str, "usage": "Usage", "stats": {"anyOf": ["Stats", ["Stats"]]}}
+ANSWER = {
+    "id": str,
+    "created": int,
+    "model": str,
+    "usage": "Usage",
+    "stats": {"anyOf": ["Stats", ["Stats"]]},
+    "x_ignored?": [str],
+}
 ITEM = {
     "id": str,
-    "type": ("message", "reasoning", "function_call"),
+    "type": ("message", "reasoning", "function_call", "custom_tool_call"),
     "status": ("in_progress", "completed", "incomplete"),
 }
 BLOCK = {"type": ("text", "thinking", "tool_use"), "text?": str, "thinking?": str, "id?": str, "name?": str}
@@ -108,7 +115,7 @@ ANSWERS: Schema = {  # in the words of `_schema`
     },
     "ResponseAnswer": {
         **{"id": str, "object": ("response",), "created_at": int, "model": str, "status": ("completed", "incomplete")},
-        **{"output": [ITEM], "usage": "ResponseUsage", "stats": "Stats"},
+        **{"output": [ITEM], "usage": "ResponseUsage", "stats": "Stats", "x_ignored?": [str]},
     },
     "MessagesAnswer": {
         **{"id": str, "type": ("message",), "role": ("assistant",), "model": str, "content": [BLOCK]},
