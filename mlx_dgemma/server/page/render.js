@@ -1,6 +1,6 @@
 // Markdown's objects as nodes: only these elements, and text.
 import { DIRECTIONS, copyButton, make, oneLine } from "./dom.js";
-import { inline, parse } from "./markdown.js";
+import { inline, parse, webAddress } from "./markdown.js";
 
 // Code with its controls of writing direction made visible, since they can hide what it does.
 function exactly(text) {
@@ -22,7 +22,8 @@ function plain(nodes) {
 function link({ inside, url }) {
   const anchor = make("a", "", make("bdi", "", ...spans(inside)));
   Object.assign(anchor, { href: url.href, rel: "noopener noreferrer", target: "_blank", title: url.href });
-  const told = plain(inside) === url.href ? [] : [make("bdi", "host", ` (${url.host})`)];  // where it really leads
+  const honest = webAddress(plain(inside))?.href === url.href;
+  const told = honest ? [] : [make("bdi", "host", ` (${url.host})`)];  // where it really leads
   return make("span", "", anchor, ...told);
 }
 
