@@ -257,10 +257,8 @@ $("keep").onchange = () => {
   kept.write("keep", $("keep").checked ? "yes" : "no");
   if ($("keep").checked) for (const one of live.values()) history.save(one);
   else {
-    for (const one of history.all()) {
-      if (!live.has(one.id)) live.set(one.id, one);
-      history.remove(one.id);
-    }
+    for (const one of history.all()) if (!live.has(one.id)) live.set(one.id, one);
+    history.removeAll();
     tell("Conversations end with this visit now. ", button("Undo", () => {
       tell("");
       $("keep").click();

@@ -51,6 +51,11 @@ export const all = () => entries().map(({ conversation }) => conversation);
 export const load = (id) => read(id, kept.read(PREFIX + id));
 export const remove = (id) => kept.remove(PREFIX + id);
 
+// Removes all that is kept, what cannot be read too.
+export function removeAll() {
+  for (const name of kept.names()) if (name.startsWith(PREFIX)) kept.remove(name);
+}
+
 export function keeping() {
   return kept.read("keep") !== "no";
 }
