@@ -42,7 +42,7 @@ MARKDOWN = {
     "snake_case_name and __b__": "<p>snake_case_name and <strong>b</strong></p>",
     "2 * 3 * 4 \\*not\\*": "<p>2 * 3 * 4 *not*</p>",
     "`a*b*` and ``c`d``": "<p><code>a*b*</code> and <code>c`d</code></p>",
-    "# A\n## B #\ntext\nmore": '<h3 class="level1">A</h3><h4 class="level2">B</h4><p>text\nmore</p>',
+    "# A\n## B #\ntext\nmore": '<h2 class="level1">A</h2><h3 class="level2">B</h3><p>text\nmore</p>',
     "- a\n  - b\n    1. c\n- d": (
         '<ul class="tight"><li><p>a</p><ul class="tight"><li><p>b</p><ol class="tight" start="1"><li><p>c</p></li>'
         "</ol></li></ul></li><li><p>d</p></li></ul>"
@@ -86,7 +86,7 @@ words**.
 ```
 """
 ALLOWED = set(
-    "div p h3 h4 h5 h6 ul ol li blockquote hr pre code table thead tbody tr th td em strong del a span bdi button "
+    "div p h2 h3 h4 h5 h6 ul ol li blockquote hr pre code table thead tbody tr th td em strong del a span bdi button "
     "article details summary".split()
 )
 OVERRIDE, ISOLATE, SEPARATOR = "\u202e", "\u2066", "\u2028"
@@ -269,10 +269,12 @@ def history(visit: Visit) -> None:
     messages = json.loads(saved["json"])["messages"]
     check("it is saved as JSON", [one["role"] for one in messages] == [*roles, "assistant"])
     check("and as Markdown", "## You\n\nMore" in saved["markdown"] and "The **first** answer." in saved["markdown"])
+    titles.filter(has_text="First question").hover()
     page.get_by_label("Rename First question").click()
     page.keyboard.type("A new name")
     page.keyboard.press("Enter")
     check("renamed", "A new name" in titles.all_inner_texts(), titles.all_inner_texts())
+    titles.filter(has_text="A new name").hover()
     page.get_by_label("Delete A new name").click()
     page.locator("#error button", has_text="Undo").wait_for()
     check("deleted", titles.all_inner_texts() == ["Second question"] and page.locator(".answer").count() == 0)

@@ -5,7 +5,7 @@ import json
 from page_visit import STATS, Visit, check, stream
 
 BEFORE, BEHIND = "def add(a, b):\n    return a ", " b"
-EDIT = ("I saw a cat. The cat saw me.", "Replace cat with dog")
+EDIT = ("The cat saw a cat in the meadow.", "Replace cat with dog")
 LARGER = "Which is larger, 51 or 23?"
 
 

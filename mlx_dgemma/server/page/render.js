@@ -74,7 +74,7 @@ function list({ ordered, start, loose, items }) {
 function block(one) {
   switch (one.type) {
     case "code": return code(one);
-    case "heading": return make(`h${Math.min(6, one.level + 2)}`, `level${one.level}`, ...spans(inline(one.text)));
+    case "heading": return make(`h${Math.min(6, one.level + 1)}`, `level${one.level}`, ...spans(inline(one.text)));
     case "rule": return make("hr");
     case "quote": return make("blockquote", "", ...one.blocks.map(block));
     case "list": return list(one);
