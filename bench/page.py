@@ -270,6 +270,15 @@ def keyboard(visit: Visit) -> None:
     check("Escape stops and keeps what is finished", "Stopped" in visit.foot() and said.startswith("1, 2, 3"), said)
     visit.ask(HOME)
     check("the conversation goes on", page.locator(".answer").count() == 2)
+    page.click("#fresh")
+    page.evaluate("window.pace = 60")
+    page.keyboard.type(ENDLESS)
+    page.keyboard.press("Enter")
+    page.locator(".answer .markdown > p", has_text="1, 2, 3").wait_for()
+    page.reload()
+    page.locator(".answer .foot", has_text="Stopped").wait_for()
+    kept = page.locator(".answer .markdown").text_content()
+    check("a reload keeps what is finished of an answer", kept.startswith("1, 2, 3"), kept)
 
 
 def phone(visit: Visit) -> None:

@@ -20,6 +20,17 @@ GROW = """async (source) => {
   whole.show(source);
   return grown.node.innerHTML === whole.node.innerHTML;
 }"""
+# Where the canvas of an answer stands that has this text so far.
+STANDS = """async (texts) => {
+  const { Answer } = await import("/page/answer.js");
+  return texts.map((text) => {
+    const one = new Answer({ text: "", thought: "", calls: [] });
+    one.begin();
+    one.take({ content: text });
+    one.show();
+    return one.canvas.node.parentElement.localName;
+  });
+}"""
 TIMES = """async (bombs) => {
   const { inline, parse } = await import("/page/markdown.js");
   const read = (block) => {
@@ -185,6 +196,16 @@ def markdown(visit: Visit) -> None:
     table = got["a | b\n--|:-:\n1 | 2 | 3"]
     check("a table has its header's columns", table.count("<th") == 3 and table.count("<td") == 2, table)
     check("text that grows ends as the whole", page.evaluate(GROW, SAMPLE))
+    texts = {
+        "Half a": "p",
+        "- a\n  - b": "p",
+        "```\nx": "code",
+        "a\n\n": "div",
+        "|a|\n|-|\n": "div",
+        "```\nx\n```": "div",
+    }
+    stands = page.evaluate(STANDS, list(texts))
+    check("a canvas goes on where the text ends", stands == list(texts.values()), stands)
     visit.stand_in(SAMPLE, "First, a thought.")
     visit.ask("Show me everything.")
     check(
@@ -259,6 +280,7 @@ def history(visit: Visit) -> None:
     check("and its thought", page.locator(".thought p").text_content() == "A thought.")
     with page.expect_request("**/v1/chat/completions") as sent:
         visit.ask("More")
+    check("only the last answer is asked for again", page.locator(".again").count() == 1)
     roles = [one["role"] for one in json.loads(sent.value.post_data)["messages"]]
     check("it goes on where it ended", roles == ["system", "user", "assistant", "user"], roles)
     saved = {}

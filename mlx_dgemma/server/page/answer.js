@@ -135,7 +135,11 @@ export class Answer {
     else if (!text && !calls.length) parts.push("No text came");
     this.foot.replaceChildren(...[...parts, ...statistics(stats)].map((part) => make("span", "", part)));
     this.foot.append(...seedButton(seed), text ? copyButton(() => text) : "");
-    if (retry) this.foot.append(button("Again", retry, "Another answer to the same prompt"));
+    if (retry) {
+      const again = button("Again", retry, "Another answer to the same prompt");
+      again.className = "again";
+      this.foot.append(again);
+    }
     follow();
   }
 }

@@ -90,6 +90,7 @@ async function answer(node, asked, signal) {
   const coming = { role: "assistant", text: "", thought: "", calls: [], finish: "stopped", seed: null, pictures: [] };
   const shown = new Answer(coming);
   shown.begin();
+  for (const one of document.querySelectorAll(".again")) one.remove();  // only the last answer is asked for again
   node.after(shown.node);
   showHead();
   follow(true);

@@ -26,6 +26,8 @@ function read(id, entry) {
     calls: [],
     pictures: list(one.pictures).map((picture) => ({ name: text(picture?.name), url: "" })),
   }));
+  const last = messages.at(-1);
+  if (last?.role === "assistant" && !last.text && !last.thought) messages.pop();  // the visit ended before it began
   if (!messages.length) return null;
   const title = oneLine(text(found.title), TITLE) || titleOf(messages);
   return { id, title, changed: Number(found.changed) || 0, system: text(found.system), messages };
