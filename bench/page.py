@@ -288,7 +288,7 @@ def phone(visit: Visit) -> None:
     visit.ask(PROMPT)
     visit.fits("conversation")
     page.set_viewport_size({"width": 360, "height": 740})
-    check("no list at first", page.locator("#history").is_hidden())
+    page.locator("#history").wait_for(state="hidden")
     page.click("#side")
     page.locator("#conversations .title").first.wait_for()
     visit.shoot("phone-history")

@@ -82,6 +82,13 @@ function keep() {
   showList();
 }
 
+// An answer is whole, or as whole as it will be: it alone can be asked for again now.
+function end(shown, stats) {
+  for (const one of document.querySelectorAll(".again")) one.remove();
+  shown.end(stats, again);
+  keep();
+}
+
 // Asks for the answer to the last message.
 async function answer(node, asked, signal) {
   conversation.system = $("system").value.trim();
@@ -90,7 +97,6 @@ async function answer(node, asked, signal) {
   const coming = { role: "assistant", text: "", thought: "", calls: [], finish: "stopped", seed: null, pictures: [] };
   const shown = new Answer(coming);
   shown.begin();
-  for (const one of document.querySelectorAll(".again")) one.remove();  // only the last answer is asked for again
   node.after(shown.node);
   showHead();
   follow(true);
@@ -108,12 +114,10 @@ async function answer(node, asked, signal) {
       }
     }
     coming.seed = stats?.seed ?? null;
-    shown.end(stats, again);
-    keep();
+    end(shown, stats);
   } catch (error) {
     if (shown.started) {  // what is there stays, and the conversation goes on from it
-      shown.end(null, again);
-      keep();
+      end(shown, null);
     } else {  // nothing came: the prompt goes back to where it was
       conversation.messages.splice(-2);
       node.remove();
