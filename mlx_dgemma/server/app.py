@@ -1,18 +1,17 @@
-"""The HTTP application: routes, error handlers, and the endpoints for health, metrics and the web page."""
+"""The HTTP application: routes, error handlers, and the endpoints for health and metrics."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -28,17 +27,13 @@ from .endpoints.responses import ResponseExchange
 from .endpoints.tasks import EditExchange, FillExchange
 from .errors import ApiError
 from .metrics import Histograms, metrics_text
+from .page import page_routes
 from .pipeline import endpoint
 from .schemas.openapi import openapi_document
 from .security import SecurityMiddleware, error_response
 from .settings import Settings
 from .streaming import ClientDisconnected
 
-PAGE = Path(__file__).with_name("page.html")
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 PARSED_AT_ONCE = 2  # large bodies
 VERSIONED = ("chat", "completions", "responses", "messages", "models")  # first parts of paths behind /v1
 
@@ -79,9 +74,8 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/openapi.json", openapi),
+        *page_routes(),
     ]
-    if PAGE.exists():
-        routes.append(Route("/", page))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -141,16 +135,6 @@ async def metrics(request: Request) -> Response:
 async def openapi(request: Request) -> Response:
     """GET /openapi.json."""
     return JSONResponse(openapi_document(request.app.state.settings))
-
-
-async def page(_: Request) -> Response:
-    """GET /: the web page."""
-    headers = {
-        "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
-    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -21,11 +21,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_body
+from .page import FILES
 from .settings import Settings, is_app
 
 LOG = logging.getLogger("mlx_dgemma.access")
 MAX_BODIES = 16  # of the largest size, in all requests that are being answered
-PUBLIC_PATHS = ("/", "/health")  # need no API key: the page asks for it, and monitors have none
+PUBLIC_PATHS = ("/health", *FILES)  # need no API key: the page asks for it, and monitors have none
 
 
 class SecurityMiddleware:
