@@ -1,0 +1,28 @@
+"""dspy: the language model itself, and a signature with its adapters, which ask for JSON by a schema."""
+
+import dspy
+from checks import KEY, MODEL, SORT, SORTED, URL, run, same
+
+lm = dspy.LM(f"openai/{MODEL}", api_base=f"{URL}/v1", api_key=KEY, cache=False, num_retries=0, max_tokens=64)
+
+
+def language_model():
+    same(lm(SORT)[0], SORTED)
+
+
+def decided():
+    """The demo does not know dspy's prompts: the form of the answer is what can be asked of it."""
+    return type(dspy.Predict("sentence -> adult: bool")(sentence="Anna is 31 years old.").adult)
+
+
+def json_adapter():
+    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
+        same(decided(), bool)
+
+
+def default_adapter():
+    with dspy.context(lm=lm):
+        same(decided(), bool)
+
+
+run(language_model, json_adapter, default_adapter)

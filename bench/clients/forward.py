@@ -1,0 +1,178 @@
+"""A proxy between a client and the server: it notes what is refused and, where asked to, shortens what is sent.
+
+Agents send ten thousand tokens and more before the first question; the demo's context has 4,096. Shortened are texts and
+nothing else: system texts, descriptions of tools, reminders around the question, and the number of tools. Fields, items
+and events pass as they are.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+SYSTEM, TOOL, USER, TOOLS = 60, 60, 300, 3  # characters of a text, and how many tools are kept
+HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "accept-encoding"}
+SECONDS = 300
+
+
+class Refusal(NamedTuple):
+    """A request that the server did not answer with 200."""
+
+    path: str
+    status: int
+    param: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.status} at {self.path}: {self.sentence}"
+
+
+def shorten(body: dict) -> dict:
+    """A body with the same fields and shorter texts. OpenAI's two APIs, Anthropic's and Ollama's."""
+    told = dict(body)
+    for name in ("system", "instructions"):
+        if name in told:
+            told[name] = _texts(told[name], SYSTEM)
+    for name in ("messages", "input"):
+        if isinstance(told.get(name), list):
+            told[name] = [_message(one) for one in told[name]]
+    if isinstance(told.get("tools"), list):
+        told["tools"] = [_tool(one) for one in told["tools"][:TOOLS]]
+    return told
+
+
+def _message(message: Any) -> Any:
+    if not isinstance(message, dict) or "content" not in message:
+        return message
+    limit = SYSTEM if message.get("role") in ("system", "developer") else USER
+    return {**message, "content": _texts(message["content"], limit)}
+
+
+def _texts(content: Any, limit: int) -> Any:
+    """A text or a list of parts; a user's text keeps its end, where the question stands, another its beginning."""
+    if isinstance(content, str):
+        return content if len(content) <= limit else content[-limit:] if limit == USER else content[:limit]
+    if isinstance(content, list):
+        return [{**one, "text": _texts(one["text"], limit)} if _has_text(one) else one for one in content]
+    return content
+
+
+def _has_text(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("text"), str)
+
+
+def _tool(tool: dict) -> dict:
+    """A tool without the descriptions of its parameters; a namespace keeps its first functions."""
+    told = {**tool}
+    if isinstance(tool.get("function"), dict):
+        told["function"] = _tool(tool["function"])
+    if isinstance(tool.get("tools"), list):
+        told["tools"] = [_tool(one) for one in tool["tools"][:TOOLS]]
+    if isinstance(tool.get("description"), str):
+        told["description"] = tool["description"][:TOOL]
+    for name in ("parameters", "input_schema"):
+        if name in tool:
+            told[name] = _undescribed(tool[name])
+    return told
+
+
+def _undescribed(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        return {k: _undescribed(v) for k, v in schema.items() if k != "description" or not isinstance(v, str)}
+    return [_undescribed(one) for one in schema] if isinstance(schema, list) else schema
+
+
+class Forward:
+    """A proxy in front of `target` on a free port of this machine, until `close`."""
+
+    def __init__(self, target: str, shortens: bool, log: str | None = None):
+        self.target, self.shortens, self.log = urlsplit(target), shortens, log
+        self.refused: list[Refusal] = []
+        self.answered = 0
+        forward = self
+
+        class Handler(_Handler):
+            owner = forward
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """Where clients ask, without a path."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def note(self, path: str, status: int, sent: bytes, answer: bytes) -> None:
+        """Count an answer, or keep what was refused."""
+        if self.log:
+            with open(self.log, "a", encoding="utf-8") as file:
+                said = {"path": path, "status": status, "sent": sent.decode(errors="replace")}
+                file.write(json.dumps({**said, "answer": answer.decode(errors="replace")}) + "\n")
+        if status < 400:
+            self.answered += 1
+            return
+        try:
+            error = json.loads(answer)["error"]
+        except (ValueError, KeyError, TypeError):
+            error = answer.decode(errors="replace")[:200]
+        error = error if isinstance(error, dict) else {"message": error}
+        self.refused.append(Refusal(path, status, error.get("param") or "", str(error.get("message"))))
+
+    def close(self) -> None:
+        """Take no more requests."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    owner: Forward
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def _forward(self) -> None:
+        self.close_connection = True
+        sent = self._body()
+        if self.owner.shortens and sent.startswith(b"{"):
+            sent = json.dumps(shorten(json.loads(sent))).encode()
+        target = self.owner.target
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP}
+        connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=SECONDS)
+        try:
+            connection.request(self.command, target.path + self.path, sent or None, headers)
+            response = connection.getresponse()
+            self.send_response(response.status)
+            for name, value in response.getheaders():
+                if name.lower() not in HOP:
+                    self.send_header(name, value)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            answer = b""
+            while piece := response.read1(65536):
+                answer += piece
+                self.wfile.write(piece)
+                self.wfile.flush()
+            self.owner.note(self.path, response.status, sent, answer)
+        except OSError as error:
+            self.owner.note(self.path, 599, sent, f"{type(error).__name__}: {error}".encode())
+        finally:
+            connection.close()
+
+    def _body(self) -> bytes:
+        """A body with its length, or in chunks, as node's fetch sends streams."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", "").lower():
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    do_GET = do_POST = do_HEAD = do_DELETE = do_OPTIONS = _forward
