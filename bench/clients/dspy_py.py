@@ -3,7 +3,8 @@
 import dspy
 from checks import KEY, MODEL, SORT, SORTED, URL, run, same
 
-lm = dspy.LM(f"openai/{MODEL}", api_base=f"{URL}/v1", api_key=KEY, cache=False, num_retries=0, max_tokens=64)
+# Of lm_studio's models dspy believes without a list that they keep to a schema.
+lm = dspy.LM(f"lm_studio/{MODEL}", api_base=f"{URL}/v1", api_key=KEY, cache=False, num_retries=0, max_tokens=64)
 
 
 def language_model():

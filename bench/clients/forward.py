@@ -1,8 +1,9 @@
 """A proxy between a client and the server: it notes what is refused and, where asked to, shortens what is sent.
 
-Agents send ten thousand tokens and more before the first question; the demo's context has 4,096. Shortened are texts and
-nothing else: system texts, descriptions of tools, reminders around the question, and the number of tools. Fields, items
-and events pass as they are.
+Agents send ten thousand tokens and more before the first question; the demo's context has 4,096, and it has never seen
+their reminders. Shortened are system texts, descriptions of tools, their number (the first of every type stays), what
+stands around the question in its message and what users and assistants said before it. The answer's length is bounded.
+Fields, the kinds of items and events pass as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-SYSTEM, TOOL, USER, TOOLS = 60, 60, 300, 3  # characters of a text, and how many tools are kept
+from programs import QUESTION
+
+SYSTEM, TOOL, OTHER, TOKENS = 60, 60, 300, 256  # characters of a text, tokens of an answer
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "accept-encoding"}
 SECONDS = 300
 
@@ -39,23 +43,37 @@ def shorten(body: dict) -> dict:
             told[name] = _texts(told[name], SYSTEM)
     for name in ("messages", "input"):
         if isinstance(told.get(name), list):
-            told[name] = [_message(one) for one in told[name]]
+            told[name] = _conversation(told[name])
     if isinstance(told.get("tools"), list):
-        told["tools"] = [_tool(one) for one in told["tools"][:TOOLS]]
-    return told
+        told["tools"] = _tools(told["tools"])
+    return {k: min(v, TOKENS) if k in LENGTHS and isinstance(v, int) else v for k, v in told.items()}
+
+
+def _conversation(messages: list) -> list:
+    """System texts cut, and the turns from the question on."""
+    asked = next((i for i, one in enumerate(messages) if _role(one) == "user" and QUESTION in json.dumps(one)), 0)
+    kept = [one for i, one in enumerate(messages) if i >= asked or _role(one) in ("system", "developer")]
+    return [_message(one) for one in kept]
+
+
+def _role(message: Any) -> str:
+    return str(message.get("role")) if isinstance(message, dict) else ""
 
 
 def _message(message: Any) -> Any:
     if not isinstance(message, dict) or "content" not in message:
         return message
-    limit = SYSTEM if message.get("role") in ("system", "developer") else USER
-    return {**message, "content": _texts(message["content"], limit)}
+    content = message["content"]
+    if _role(message) == "user" and isinstance(content, list):
+        around = [one for one in content if _has_text(one) and QUESTION in one["text"]]
+        content = around or content
+    return {**message, "content": _texts(content, SYSTEM if _role(message) in ("system", "developer") else OTHER)}
 
 
 def _texts(content: Any, limit: int) -> Any:
-    """A text or a list of parts; a user's text keeps its end, where the question stands, another its beginning."""
+    """A text or a list of parts, cut; of a text with the question that alone is kept."""
     if isinstance(content, str):
-        return content if len(content) <= limit else content[-limit:] if limit == USER else content[:limit]
+        return QUESTION if QUESTION in content else content[:limit]
     if isinstance(content, list):
         return [{**one, "text": _texts(one["text"], limit)} if _has_text(one) else one for one in content]
     return content
@@ -65,13 +83,20 @@ def _has_text(part: Any) -> bool:
     return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
+def _tools(tools: list[dict]) -> list[dict]:
+    firsts: dict[str, dict] = {}
+    for one in tools:
+        firsts.setdefault(str(one.get("type")), one)
+    return [_tool(one) for one in firsts.values()]
+
+
 def _tool(tool: dict) -> dict:
-    """A tool without the descriptions of its parameters; a namespace keeps its first functions."""
+    """A tool without the descriptions of its parameters; of a namespace as of the whole list."""
     told = {**tool}
     if isinstance(tool.get("function"), dict):
         told["function"] = _tool(tool["function"])
     if isinstance(tool.get("tools"), list):
-        told["tools"] = [_tool(one) for one in tool["tools"][:TOOLS]]
+        told["tools"] = _tools(tool["tools"])
     if isinstance(tool.get("description"), str):
         told["description"] = tool["description"][:TOOL]
     for name in ("parameters", "input_schema"):

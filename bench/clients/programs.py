@@ -43,7 +43,7 @@ def opencode(program: str, url: str, home: Path) -> Start:
     config = {"provider": {"dgemma": provider}, "autoupdate": False, "share": "disabled"}
     (home / "opencode.json").write_text(json.dumps(config))
     off = {f"OPENCODE_DISABLE_{name}": "1" for name in ("AUTOUPDATE", "MODELS_FETCH", "LSP_DOWNLOAD", "SHARE")}
-    command = [program, "run", "--model", f"dgemma/{MODEL}", QUESTION]
+    command = [program, "run", "--model", f"dgemma/{MODEL}", *QUESTION.split()]  # it quotes what holds spaces
     return Start(command, {**off, "OPENCODE_CONFIG": str(home / "opencode.json")})
 
 
