@@ -5,8 +5,9 @@
 
 The scripts and programs are in bench/clients/. A client works if every check of its script passes, or, an agent, if the
 program ends with 0 and has printed the right answer. Between client and server stands a proxy that notes what was
-refused; it changes nothing, except where the table says "shortened": there texts are cut to the demo's context. The last
-line is JSON. Exit code 1 where fewer than --least clients work.
+refused. It changes nothing, except where the table says "shortened": there texts are cut to the demo's context, or
+"schemas": there two words are left out of tools (bench/clients/forward.py). The last line is JSON. Exit code 1 where
+fewer than --least clients work.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ class Client(NamedTuple):
     place: str  # clients of one place share a virtual environment, or "node" and "programs" a folder
     runs: str
     extras: str = ""
-    shortened: bool = False
+    change: str = ""  # what the proxy changes of its requests
 
 
 CLIENTS = (
-    Client("openai (Python)", "openai", "shared", "openai_py.py"),
+    Client("openai (Python)", "openai", "shared", "openai_py.py", change="schemas"),
     Client("openai (node)", "openai", "node", "openai_node.mjs"),
     Client("anthropic (Python)", "anthropic", "shared", "anthropic_py.py"),
     Client("anthropic (node)", "@anthropic-ai/sdk", "node", "anthropic_node.mjs"),
@@ -57,18 +58,18 @@ CLIENTS = (
     Client("llm", "llm", "shared", "llm_py.py"),
     Client("litellm", "litellm", "litellm", "litellm_py.py"),
     Client("instructor", "instructor", "litellm", "instructor_py.py"),
-    Client("pydantic-ai", "pydantic-ai-slim", "shared", "pydantic_ai_py.py", "openai"),
-    Client("openai-agents", "openai-agents", "shared", "openai_agents_py.py"),
+    Client("pydantic-ai", "pydantic-ai-slim", "shared", "pydantic_ai_py.py", "openai", "schemas"),
+    Client("openai-agents", "openai-agents", "shared", "openai_agents_py.py", change="schemas"),
     Client("langchain", "langchain", "shared", "langchain_py.py"),
-    Client("smolagents", "smolagents", "shared", "smolagents_py.py", "openai", shortened=True),
+    Client("smolagents", "smolagents", "shared", "smolagents_py.py", "openai", change="shortened"),
     Client("guidance", "guidance", "shared", "guidance_py.py"),
     Client("dspy", "dspy", "litellm", "dspy_py.py"),
     Client("outlines", "outlines", "shared", "outlines_py.py", "openai"),
-    Client("aider", "aider-chat", "aider", "aider", shortened=True),
-    Client("Continue CLI", "@continuedev/cli", "programs", "cn", shortened=True),
-    Client("opencode", "opencode-ai", "programs", "opencode", shortened=True),
-    Client("Codex", "@openai/codex", "programs", "codex", shortened=True),
-    Client("Claude Code", "@anthropic-ai/claude-code", "programs", "claude", shortened=True),
+    Client("aider", "aider-chat", "aider", "aider", change="shortened"),
+    Client("Continue CLI", "@continuedev/cli", "programs", "cn", change="shortened"),
+    Client("opencode", "opencode-ai", "programs", "opencode", change="shortened"),
+    Client("Codex", "@openai/codex", "programs", "codex", change="shortened"),
+    Client("Claude Code", "@anthropic-ai/claude-code", "programs", "claude", change="shortened"),
 )
 BESIDE = {  # what the scripts of a place import too, and bounds without which pip tries a hundred versions
     "shared": ["langchain-openai", "pillow"],
@@ -140,9 +141,7 @@ def install(place: str, clients: list[Client], packages: Path, base_python: str)
         wanted = [f"{one.package}[{one.extras}]" if one.extras else one.package for one in clients]
         command = [python_of(folder), "-m", "pip", "install", "--quiet", *wanted, *BESIDE.get(place, [])]
     try:
-        told = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False
-        )
+        told = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{type(error).__name__}: {error}"
     return "" if told.returncode == 0 else (told.stderr or told.stdout).strip().splitlines()[-1][:300]
@@ -240,7 +239,7 @@ def judge(client: Client, packages: Path, url: str, log: Path | None) -> Verdict
     version, began = version_of(client, packages), time.perf_counter()
     if version is None:
         return Verdict(client, "-", {}, "not installed", [], 0.0)
-    forward = Forward(url, client.shortened, log and log / f"{client.runs}.jsonl")
+    forward = Forward(url, client.change, log and log / f"{client.runs}.jsonl")
     with tempfile.TemporaryDirectory(prefix="client-") as home:
         ask = ask_program if client.runs in STARTS else ask_script
         checks, said = ask(client, packages, forward.url, Path(home))
@@ -251,7 +250,9 @@ def judge(client: Client, packages: Path, url: str, log: Path | None) -> Verdict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, required=True, help="folder for virtual environments and node packages")
+    parser.add_argument(
+        "--packages", type=Path, required=True, help="folder for virtual environments and node packages"
+    )
     parser.add_argument("--url", help="a server that runs already, without /v1")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="clients whose name or package holds one of these")
     parser.add_argument("--least", type=int, default=18, help="clients that must work")
@@ -273,8 +274,10 @@ def main() -> None:
             if verdict.said == "not installed":
                 verdict = verdict._replace(said=f"cannot be installed: {failures.get(client.place, 'no reason told')}")
             verdicts.append(verdict)
-            how = "shortened" if client.shortened else ""
-            print(f"{client.name:20}{verdict.version:10}{how:11}{verdict.seconds:5.0f} s  {verdict.sentence()}", flush=True)
+            print(
+                f"{client.name:20}{verdict.version:10}{client.change:11}{verdict.seconds:5.0f} s  {verdict.sentence()}",
+                flush=True,
+            )
             for refusal in verdict.refused:
                 print(f"{'':48}got {refusal}", flush=True)
     finally:
@@ -283,7 +286,7 @@ def main() -> None:
     working = sum(one.works for one in verdicts)
     print(f"{working} of {len(verdicts)} clients work, {time.perf_counter() - began:.0f} s")
     rows = [
-        {"client": one.client.name, "version": one.version, "works": one.works, "shortened": one.client.shortened,
+        {"client": one.client.name, "version": one.version, "works": one.works, "change": one.client.change,
          "checks": one.checks, "said": one.said, "refused": one.refused, "seconds": round(one.seconds, 1)}
         for one in verdicts
     ]  # fmt: skip

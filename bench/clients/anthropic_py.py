@@ -45,7 +45,9 @@ def tools():
 def streamed_tools():
     with client.messages.stream(model=MODEL, max_tokens=256, messages=said(ASKED), tools=[TOOL]) as events:
         final = events.get_final_message()
-    same([(one.name, one.input) for one in final.content if one.type == "tool_use"], [("get_weather", {"city": "Oslo"})])
+    same(
+        [(one.name, one.input) for one in final.content if one.type == "tool_use"], [("get_weather", {"city": "Oslo"})]
+    )
 
 
 def picture():

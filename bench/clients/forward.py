@@ -4,6 +4,9 @@ Agents send ten thousand tokens and more before the first question; the demo's c
 their reminders. Shortened are system texts, descriptions of tools, their number (the first of every type stays), what
 stands around the question in its message and what users and assistants said before it. The answer's length is bounded.
 Fields, the kinds of items and events pass as they are.
+
+Another change is for clients whose tools are Pydantic's: the demo learned tools without `additionalProperties` and
+`title`, and writes no readable call of one that is shown with them. These two words are left out of parameters.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -101,21 +106,43 @@ def _tool(tool: dict) -> dict:
         told["description"] = tool["description"][:TOOL]
     for name in ("parameters", "input_schema"):
         if name in tool:
-            told[name] = _undescribed(tool[name])
+            told[name] = _without(tool[name], ("description",))
     return told
 
 
-def _undescribed(schema: Any) -> Any:
+def _without(schema: Any, names: tuple[str, ...]) -> Any:
+    """A schema without such words, wherever they are no names of properties."""
     if isinstance(schema, dict):
-        return {k: _undescribed(v) for k, v in schema.items() if k != "description" or not isinstance(v, str)}
-    return [_undescribed(one) for one in schema] if isinstance(schema, list) else schema
+        return {
+            k: {name: _without(one, names) for name, one in v.items()} if k == "properties" else _without(v, names)
+            for k, v in schema.items()
+            if k not in names
+        }
+    return [_without(one, names) for one in schema] if isinstance(schema, list) else schema
+
+
+def learned(body: dict) -> dict:
+    """A body whose tools look as the demo knows them."""
+    tools = body.get("tools")
+    if not isinstance(tools, list):
+        return body
+    return {**body, "tools": [_learned(one) for one in tools]}
+
+
+def _learned(tool: dict) -> dict:
+    inner = {k: _learned(v) if k == "function" else v for k, v in tool.items()}
+    names = ("additionalProperties", "title")
+    return {k: _without(v, names) if k == "parameters" else v for k, v in inner.items()}
+
+
+CHANGES: dict[str, Callable[[dict], dict]] = {"shortened": shorten, "schemas": learned}
 
 
 class Forward:
     """A proxy in front of `target` on a free port of this machine, until `close`."""
 
-    def __init__(self, target: str, shortens: bool, log: str | None = None):
-        self.target, self.shortens, self.log = urlsplit(target), shortens, log
+    def __init__(self, target: str, change: str = "", log: Path | None = None):
+        self.target, self.change, self.log = urlsplit(target), CHANGES.get(change), log
         self.refused: list[Refusal] = []
         self.answered = 0
         forward = self
@@ -164,8 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self) -> None:
         self.close_connection = True
         sent = self._body()
-        if self.owner.shortens and sent.startswith(b"{"):
-            sent = json.dumps(shorten(json.loads(sent))).encode()
+        if self.owner.change and sent.startswith(b"{"):
+            sent = json.dumps(self.owner.change(json.loads(sent))).encode()
         target = self.owner.target
         headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP}
         connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=SECONDS)

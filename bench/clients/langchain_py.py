@@ -19,7 +19,11 @@ class Person(BaseModel):
 
 
 def get_weather(city: str) -> str:
-    """Get the weather of a city."""
+    """Get the weather of a city.
+
+    Args:
+        city: The city.
+    """
     return "sunny"
 
 

@@ -1,4 +1,4 @@
-"""llm with a model of extra-openai-models.yaml, as its documentation says: prompt, stream, schema, tool, conversation."""
+"""llm with a model of extra-openai-models.yaml: prompt, stream, schema, tool, conversation."""
 
 import json
 import os
@@ -10,7 +10,8 @@ from checks import ANNA, ASKED, PERSON, PERSON_SCHEMA, SORT, SORTED, SPELL, SPEL
 folder = Path(tempfile.mkdtemp())
 os.environ["LLM_USER_PATH"] = str(folder)
 (folder / "extra-openai-models.yaml").write_text(
-    f"- {{model_id: dgemma-served, model_name: default, api_base: '{URL}/v1', supports_schema: true, supports_tools: true}}\n"
+    f"- {{model_id: dgemma-served, model_name: default, api_base: '{URL}/v1',\n"
+    "   supports_schema: true, supports_tools: true}\n"
 )
 import llm  # noqa: E402
 
@@ -19,7 +20,11 @@ served.key = "none"
 
 
 def get_weather(city: str) -> str:
-    """Get the weather of a city."""
+    """Get the weather of a city.
+
+    Args:
+        city: The city.
+    """
     return "sunny"
 
 

@@ -3,7 +3,22 @@
 import json
 
 import ollama
-from checks import ANNA, ASKED, COLOR, PERSON, PERSON_SCHEMA, SORT, SORTED, SUNNY, URL, WEATHER, has, red_square, run, same
+from checks import (
+    ANNA,
+    ASKED,
+    COLOR,
+    PERSON,
+    PERSON_SCHEMA,
+    SORT,
+    SORTED,
+    SUNNY,
+    URL,
+    WEATHER,
+    has,
+    red_square,
+    run,
+    same,
+)
 
 client = ollama.Client(host=URL)
 TOOL = {"type": "function", "function": WEATHER}

@@ -28,7 +28,11 @@ class Person(BaseModel):
 
 @function_tool
 def get_weather(city: str) -> str:
-    """Get the weather of a city."""
+    """Get the weather of a city.
+
+    Args:
+        city: The city.
+    """
     return "sunny"
 
 
@@ -51,7 +55,10 @@ async def stream():
 
 async def output_type():
     for model in models():
-        same((await Runner.run(Agent(name="writer", model=model, output_type=Person), PERSON)).final_output, Person(**ANNA))
+        same(
+            (await Runner.run(Agent(name="writer", model=model, output_type=Person), PERSON)).final_output,
+            Person(**ANNA),
+        )
 
 
 async def tools():
@@ -71,7 +78,9 @@ async def handoff():
     for model in models():
         second = Agent(name="sorter", model=model)
         passed_on = handoffs.handoff(second, input_filter=handoff_filters.remove_all_tools)
-        first = Agent(name="desk", model=model, handoffs=[passed_on], model_settings=ModelSettings(tool_choice="required"))
+        first = Agent(
+            name="desk", model=model, handoffs=[passed_on], model_settings=ModelSettings(tool_choice="required")
+        )
         result = await Runner.run(first, SORT)
         same((result.last_agent.name, result.final_output), ("sorter", SORTED))
 

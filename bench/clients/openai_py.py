@@ -4,7 +4,7 @@ import json
 
 import openai
 from checks import ANNA, ASKED, COLOR, KEY, MODEL, PERSON, SORT, SORTED, SUNNY, URL, WEATHER, data_url, has, run, same
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, create_model
 
 client = openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY, max_retries=0)
 TOOL = {"type": "function", "function": WEATHER}
@@ -18,10 +18,8 @@ class Person(BaseModel):
     city: str
 
 
-class GetWeather(BaseModel):
-    """Get the weather of a city."""
-
-    city: str
+GetWeather = create_model("GetWeather", city=(str, Field(description="The city.")))
+STRICT = openai.pydantic_function_tool(GetWeather, name="get_weather", description="Get the weather of a city.")
 
 
 def said(text):
@@ -29,7 +27,7 @@ def said(text):
 
 
 def chat():
-    same([one.id for one in client.models.list()][0] != "", True)
+    same(next(iter(client.models.list())).object, "model")
     answer = client.chat.completions.create(model=MODEL, messages=said(SORT))
     same(answer.choices[0].message.content, SORTED)
     same(answer.usage.total_tokens > 0, True)
@@ -57,15 +55,13 @@ def tools():
 
 
 def strict_tools():
-    tool = openai.pydantic_function_tool(GetWeather, name="get_weather")
-    made = client.chat.completions.parse(model=MODEL, messages=said(ASKED), tools=[tool]).choices[0].message
+    made = client.chat.completions.parse(model=MODEL, messages=said(ASKED), tools=[STRICT]).choices[0].message
     same(made.tool_calls[0].function.parsed_arguments, GetWeather(city="Oslo"))
 
 
 def tools_and_format():
-    tool = openai.pydantic_function_tool(GetWeather, name="get_weather")
     made = client.chat.completions.parse(
-        model=MODEL, messages=said(PERSON), tools=[tool], response_format=Person, parallel_tool_calls=False
+        model=MODEL, messages=said(PERSON), tools=[STRICT], response_format=Person, parallel_tool_calls=False
     )
     same(made.choices[0].message.parsed, Person(**ANNA))
 
@@ -96,12 +92,8 @@ def responses_tools():
 
 
 def completions():
-    answer = client.completions.create(
-        model=MODEL, prompt="def add(a, b):\n    return a ", suffix=" b", max_tokens=16
-    )
+    answer = client.completions.create(model=MODEL, prompt="def add(a, b):\n    return a ", suffix=" b", max_tokens=16)
     same(answer.choices[0].text.strip(), "+")
 
 
-run(
-    chat, stream, structured, tools, strict_tools, tools_and_format, picture, responses, responses_tools, completions
-)
+run(chat, stream, structured, tools, strict_tools, tools_and_format, picture, responses, responses_tools, completions)
