@@ -19,11 +19,7 @@ class Person(BaseModel):
 
 
 def get_weather(city: str) -> str:
-    """Get the weather of a city.
-
-    Args:
-        city: The city.
-    """
+    """Get the weather of a city."""
     return "sunny"
 
 

@@ -20,11 +20,7 @@ served.key = "none"
 
 
 def get_weather(city: str) -> str:
-    """Get the weather of a city.
-
-    Args:
-        city: The city.
-    """
+    """Get the weather of a city."""
     return "sunny"
 
 
