@@ -29,7 +29,7 @@ from mlx_dgemma.checkpoint.build import choose_kernels, suit_device
 from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
-MODES = ("diffusion", "causal", "speculative")
+MODES = ("diffusion", "causal", "speculative", "auto")
 FIGURES = ("right", "tokens", "steps", "passes", "verified", "drafted", "accepted", "seconds")
 
 

@@ -162,9 +162,9 @@ sampler_options = combine(
     click.option("--fast", is_flag=True, default=None, help="Fix confident tokens for good: fewer steps."),
     click.option(
         "--mode",
-        type=click.Choice(["diffusion", "causal", "speculative"]),
+        type=click.Choice(["diffusion", "causal", "speculative", "auto"]),
         show_default="diffusion",
-        help="Canvas by canvas, token by token, or the latter from drafts.",
+        help="Canvas by canvas, token by token, the latter from drafts, or what is fastest here.",
     ),
     number_option("--temperature", 0.0, "Token by token: 0 takes the most probable token.", "1"),
     number_option("--top-p", 0.0, "Token by token: draw among the tokens with this share of the probability.", "1"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 
+from .checks import Scanner
 from .language import Language
 from .search import FRESH, THINKING
 from .tokens import MAX_TOKEN_BYTES
@@ -24,10 +26,14 @@ class NextTokens:
         ends: tokens one of which ends the text.
         marks: the tokens that open and close a thought; empty if there is none.
         state: at the beginning.
+
+    Attributes:
+        scanner: what checks the text beside its automaton, at the beginning; None: there is nothing to check.
     """
 
     def __init__(self, language: Language, ends: Sequence[int], marks: Sequence[int] = (), state: int = 0):
         self._language, self._ends, self._marks, self.state = language, list(ends), list(marks), state
+        self.scanner = language.scanner()
         self._kept: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         thought = language.token_bytes.length > 0
         thought[[*self._ends, *self._marks]] = False
@@ -64,6 +70,14 @@ class NextTokens:
             if state == THINKING or token == self._marks[0]:
                 return THINKING
         return self._language.state_after([token], max(state, 0))
+
+    def scan(self, scanner: Scanner, state: int, token: int) -> Scanner | None:
+        """The scanner behind a token that was allowed in `state`; None: with it the text goes too far."""
+        spelt = self._language.token_bytes.to_bytes([token])
+        if token in self._ends or token in self._marks or state == THINKING or not spelt:
+            return scanner
+        behind = copy.deepcopy(scanner)
+        return None if behind.feed(spelt) is not None or behind.repeats() else behind
 
     def _moves(self, state: int) -> tuple[np.ndarray, np.ndarray]:
         """All tokens that lead on from a state, and the distances from behind them to the end."""

@@ -21,6 +21,7 @@ from ..prompt.messages import Message, messages_of, reject_surrogates
 from ..prompt.vocabulary import text_of_tokens, vocabulary_of
 from .constrained import constrain, task_options
 from .hole import IN_VIEW, Hole, divide
+from .mode import LENGTH, Kind, settle_mode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -175,6 +176,8 @@ def infill(
             "give length instead."
         )
     builder.check_characters(len(prefix) + len(suffix))
+    if suffix and effective.mode == "auto":
+        effective = effective.override(mode="diffusion")
     if suffix and effective.causal:
         raise OptionError(
             f"mode is {effective.mode!r}, but a hole with text behind it needs a canvas; leave the mode or suffix out."
@@ -199,6 +202,7 @@ def infill(
         most, skip = request.options.max_tokens, len(context.tail)
         request.reader = Answer(builder.tokenizer, effective.end_tokens, most, skip=skip, notes=request.notes)
         constrain(builder, request, language, "The hole")
+        settle_mode(builder, request, Kind(length or LENGTH))
         return request
     canvas, behind = builder.config.canvas_length, [*context.behind, builder.turn_end]
     cut = divide(context.before, len(behind), length or canvas // PARTS, canvas)
