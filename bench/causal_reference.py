@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -68,6 +70,7 @@ def make(path: str) -> None:
 
 
 def check(path: str, checkpoint: str) -> None:
+    sys.path.remove(str(Path(__file__).parent))  # its kernels.py is not the package that Transformers looks for
     import torch
     import transformers
     from transformers import DiffusionGemmaForBlockDiffusion

@@ -108,7 +108,7 @@ class Scanner:
             return False
         level, dead = self._levels[-1], len(self._table) - 1
         begun = bytes(self._text[level.begin + 1 :]).lstrip()
-        if not any(one.startswith(begun.decode(errors="replace")) for one in level.seen):
+        if not any(one.startswith(begun.decode(errors="replace").rstrip()) for one in level.seen):
             return False
         ways = deque([(self._state, begun)])
         for _ in range(MOST_WAYS):

@@ -13,6 +13,7 @@ from .language import Language
 from .search import FRESH, THINKING
 from .tokens import MAX_TOKEN_BYTES
 
+RESERVE = 8  # tokens of a text's room for what a scanner asks for at its end
 KEPT_STATES = 32  # whose moves are kept; those of free text take 2 MB each at 262,144 tokens
 
 
@@ -29,11 +30,13 @@ class NextTokens:
 
     Attributes:
         scanner: what checks the text beside its automaton, at the beginning; None: there is nothing to check.
+        reserve: tokens of the room that are left free while that can be, for what the scanner asks for at the end.
     """
 
     def __init__(self, language: Language, ends: Sequence[int], marks: Sequence[int] = (), state: int = 0):
         self._language, self._ends, self._marks, self.state = language, list(ends), list(marks), state
         self.scanner = language.scanner()
+        self.reserve = 0 if self.scanner is None else RESERVE
         self._kept: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         thought = language.token_bytes.length > 0
         thought[[*self._ends, *self._marks]] = False
@@ -58,8 +61,10 @@ class NextTokens:
             found[self._marks[0]] = True
         state = max(state, 0)
         tokens, distance = self._moves(state)
-        found[tokens[distance + 1 < left]] = True
+        found[tokens[distance + 1 < left - self.reserve]] = True
         found[self._ends] = language.accepting[state]
+        if not found.any():
+            found[tokens[distance + 1 < left]] = True
         return found
 
     def after(self, state: int, token: int) -> int:

@@ -217,11 +217,15 @@ class TokenLoop:
         assert row.language is not None
         for one in draft:
             scanner, state = row.language.scan(scanner, state, one), row.language.after(state, one)
-        allowed, before = None, mx.array(list(draft), mx.int32)
+        before, refused = mx.array(list(draft), mx.int32), []
         while row.language.scan(scanner, state, token) is None:
-            allowed = row.language.allowed(state, left) if allowed is None else allowed
-            allowed[token] = False
-            if not allowed.any():
+            refused.append(token)
+            for room in (left, left + row.language.reserve):
+                allowed = row.language.allowed(state, room)
+                allowed[refused] = False
+                if allowed.any():
+                    break
+            else:
                 raise LanguageError(
                     "The text has an array or an object that repeats itself, and token by token nothing can be taken "
                     "back; ask again with another seed, or in diffusion mode."

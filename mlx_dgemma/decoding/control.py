@@ -52,6 +52,7 @@ class TokenLanguage(Protocol):
 
     state: int  # at the beginning
     scanner: Any  # what checks more than states tell, at the beginning; None: there is nothing
+    reserve: int  # tokens that `allowed` leaves free where there is a scanner
 
     def allowed(self, state: int, left: int) -> np.ndarray:
         """[V] bool, tokens that may follow `state` where the text has room for `left`, its end token included."""

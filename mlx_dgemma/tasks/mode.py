@@ -53,12 +53,12 @@ def choose_mode(costs: Costs, kind: Kind, canvas_length: int) -> Choice:
     """
     right, length = RIGHT[kind.text], kind.canvas or canvas_length
     taken = {"causal": kind.tokens * costs.token}
-    a_token = []
+    of_drafts = []
     for drafted in DRAFTS:
-        accepted = sum(right**i for i in range(1, drafted + 1))
+        passes = max(kind.tokens / sum(right**i for i in range(drafted + 1)), 1)
         draft = 0.0 if kind.text == "copy" else costs.draft_cost(drafted + 1)
-        a_token.append((draft + costs.verify_cost(drafted + 1)) / (1 + accepted))
-    taken["speculative"] = kind.tokens * min(a_token)
+        of_drafts.append(passes * (draft + costs.verify_cost(drafted + 1)))
+    taken["speculative"] = min(of_drafts)
     if not kind.tokens_only:
         canvases = -(-kind.tokens // length)
         steps = canvases + kind.tokens / SETTLED[kind.text]
