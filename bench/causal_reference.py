@@ -107,7 +107,8 @@ def check(path: str, checkpoint: str) -> None:
             wrong += [(i, at) for at in np.flatnonzero(of_answer.argmax(-1) != tokens).tolist()]
             best = np.sort(of_answer, axis=-1)[:, -2:]
             compared, gap = compared + len(tokens), min(gap, float((best[:, 1] - best[:, 0]).min()))
-    print(f"transformers {transformers.__version__}: {compared - len(wrong)} of {compared} tokens of {len(numbers)} answers")
+    right = f"{compared - len(wrong)} of {compared} tokens of {len(numbers)} answers"
+    print(f"transformers {transformers.__version__}: {right}")
     print(f"the two best tokens are at least {gap:.1e} apart; different: {wrong or 'none'}")
 
 

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from ..checkpoint.find import find
 from ..errors import OptionError, count
 from ..files import atomic_file
@@ -21,10 +23,11 @@ if TYPE_CHECKING:
 
 def compare(
     path: Path,
-    against: str,
+    against: str | None,
     html: Path | None,
     output: Path | None,
     as_json: bool,
+    alone: bool,
     metric: str,
     model: ModelChoice,
     terminal: Terminal,
@@ -38,11 +41,20 @@ def compare(
         html: where the page goes.
         output: where all answers go, one example a line.
         as_json: print one JSON object instead of the table.
+        alone: whether something was asked for that only an evaluation without another model knows.
         metric: as `evaluate` takes it.
         model: of this project.
         terminal: for output.
         options: that the user gave.
+
+    Raises:
+        click.UsageError: options that cannot be together.
+        OptionError: the page is there already.
     """
+    if against is None:
+        raise click.UsageError("--html is of a comparison; give --against, or leave it out.")
+    if alone:
+        raise click.UsageError("--bound and --by are not of a comparison; leave them out, or leave out --against.")
     if html is not None and html.exists():
         raise OptionError(f"{html} exists already; give another name, or remove it.")
     find(against)  # a wrong name is told before the first answer

@@ -87,10 +87,8 @@ def evaluate(
     matches the expected text as a whole. Tool calls must have the same names and arguments. A function gets the
     record and the answer's text, and returns a boolean or a number from 0 to 1. The accuracy has a 95 % Wilson
     interval. --bound prints an upper bound of the negative log-likelihood of the expected answers, in nats per token.
-
-    --against answers each question alone: in every mode, or in the one of --mode, and by an autoregressive model through
-    mlx-lm, or through mlx-vlm if only that can load it. It prints right answers, seconds, tokens a second and memory.
-    Token by token the temperature is 0 unless --temperature is given.
+    --against answers each question alone, in every mode or that of --mode, and by an autoregressive model of mlx-lm or
+    mlx-vlm. It prints right answers, times and memory. Token by token the temperature is 0 unless it is given.
 
     \b
     mlx-dgemma evaluate data --model FOLDER
@@ -98,19 +96,11 @@ def evaluate(
     mlx-dgemma evaluate questions.jsonl --metric marks.py:close --by topic --json
     mlx-dgemma evaluate data --model FOLDER --against mlx-community/gemma-4-26b-a4b-it-4bit --html compared.html
     """
-    if split and Path(data).is_file():
-        raise click.UsageError(f"--split {split} names a file of a folder, but {data} is a file; leave it out.")
-    splits = (split,) if split else ("test", "valid")
-    files = find(data, splits)
-    path = next(files[one] for one in splits if one in files)
-    terminal = Terminal()
-    if against is None and html is not None:
-        raise click.UsageError("--html is of a comparison; give --against, or leave it out.")
-    if against is not None:
-        if bound or by:
-            raise click.UsageError("--bound and --by are not of a comparison; leave them out, or leave out --against.")
-        metric = decode_argument(metric, "--metric") or ""
-        compare(path, against, html, output, as_json, metric, model, terminal, explicit_options(options))
+    path, terminal = _file(data, split), Terminal()
+    metric = decode_argument(metric, "--metric") or ""
+    if against or html:
+        alone = bool(bound or by)
+        compare(path, against, html, output, as_json, alone, metric, model, terminal, explicit_options(options))
         return
     with warnings.catch_warnings(record=True) as caught, created(output) as file:
         warnings.simplefilter("always", UserWarning)
@@ -134,7 +124,7 @@ def evaluate(
             outcome = evaluate_(
                 engine,
                 examples,
-                decode_argument(metric, "--metric") or "",
+                metric,
                 by=by,
                 watch=watch,
                 **explicit_options(options),
@@ -147,6 +137,15 @@ def evaluate(
     if outcome.cut:
         terminal.warn(f"Warning: {count(outcome.cut, 'answer')} reached the limit; --max-tokens N makes room for more.")
     terminal.say(_as_json(outcome, likelihood) if as_json else _table(outcome, likelihood))
+
+
+def _file(data: str, split: str | None) -> Path:
+    """The file of a data set that is used."""
+    if split and Path(data).is_file():
+        raise click.UsageError(f"--split {split} names a file of a folder, but {data} is a file; leave it out.")
+    splits = (split,) if split else ("test", "valid")
+    files = find(data, splits)
+    return next(files[one] for one in splits if one in files)
 
 
 def _bound(engine: Engine, examples: list[Example], draws: int, seed: int, terminal: Terminal) -> Bound:

@@ -207,7 +207,9 @@ class TokenLoop:
         return Drawn(tokens, log_probs, valid[None])
 
     @staticmethod
-    def _within(row: Row, token: int, log_prob: float, logits: mx.array, draft: Sequence[int] = ()) -> tuple[int, float]:
+    def _within(
+        row: Row, token: int, log_prob: float, logits: mx.array, draft: Sequence[int] = ()
+    ) -> tuple[int, float]:
         """The token that was drawn behind a draft; where the text goes too far with it, one that is drawn anew.
 
         Raises:

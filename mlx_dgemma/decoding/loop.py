@@ -49,9 +49,7 @@ class Loop:
         costs: of its passes, for drafts; None: they are reckoned.
     """
 
-    def __init__(
-        self, model: DiffusionGemma, load_seconds: float = 0.0, costs: Callable[[], Costs] | None = None
-    ):
+    def __init__(self, model: DiffusionGemma, load_seconds: float = 0.0, costs: Callable[[], Costs] | None = None):
         self.model, self._load_seconds = model, load_seconds
         self._encoding: deque[tuple[Request, Iterator[None]]] = deque()
         self._ready: list[tuple[Any, Request, CanvasBatch]] = []  # whose canvases wait to join a group

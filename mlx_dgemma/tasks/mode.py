@@ -65,9 +65,7 @@ def choose_mode(costs: Costs, kind: Kind, canvas_length: int) -> Choice:
         taken["diffusion"] = (steps + canvases - 1) * costs.step_cost(length) / GAIN
     best = min(taken, key=lambda mode: taken[mode])
     unit = "ms" if costs.measured else "tokens' time, reckoned and not measured"
-    figures = ", ".join(
-        f"{mode} {taken[mode] * (GAIN if mode == 'diffusion' else 1):.0f}" for mode in sorted(taken)
-    )
+    figures = ", ".join(f"{mode} {taken[mode] * (GAIN if mode == 'diffusion' else 1):.0f}" for mode in sorted(taken))
     return Choice(best, f"for about {kind.tokens} tokens of {kind.text} text: {figures} {unit}")
 
 

@@ -204,6 +204,7 @@ def _group_names(examples: Sequence[Example], by: str | None) -> list[str]:
 
 
 def calls_of(example: Example) -> list[dict]:
+    """The tool calls of the expected answer."""
     return example.chat[-1].get("tool_calls") or []
 
 

@@ -120,7 +120,8 @@ def _example(i: int, asked: tuple[str, str, str], contestants: Sequence[Contesta
     boxes = [f'<div class="answer"><b>expected</b><pre>{expected}</pre></div>']
     for one in contestants:
         reply = one.replies[i]
-        kind, mark = ("right", "right") if reply.score == 1 else ("wrong", f"{reply.score:g}" if reply.score else "wrong")
+        kind = "right" if reply.score == 1 else "wrong"
+        mark = kind if reply.score in (0, 1) else f"{reply.score:g}"
         told = f"{reply.tokens} tokens, {reply.seconds:.2f} s" + (", cut" if reply.finish_reason == "length" else "")
         boxes.append(
             f'<div class="answer"><b>{_cut(one.name)}</b> <span class="{kind}">{mark}</span> '
