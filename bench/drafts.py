@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,6 +27,9 @@ from report import finish, machine, table
 import mlx_dgemma
 from mlx_dgemma.check.shapes import random_model, raw_config
 from mlx_dgemma.decoding import speculative
+from mlx_dgemma.decoding.causal import TokenLoop
+from mlx_dgemma.decoding.costs import reckoned
+from mlx_dgemma.decoding.events import Finished
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.request import Request
@@ -44,10 +48,12 @@ class Counting(Reader):
 
     @property
     def finish_reason(self):
+        """Why it has ended, if it has."""
         return "length" if len(self.tokens) >= self.blocks else None
 
     @property
     def left(self):
+        """Tokens to come."""
         return self.blocks - len(self.tokens)
 
 
@@ -84,10 +90,8 @@ def equal(args: argparse.Namespace) -> list[list]:
                 texts = [generate(model, [one], "speculative", options)[0] for one in asked]
                 texts += generate(model, asked, "speculative", options)
                 same = [a == b for a, b in zip(texts, [*alone, *alone])]
-                parts = [
-                    next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), -1) for pair in zip(texts, alone * 2)
-                ]
-                first = min((one for one in parts if one >= 0), default="")
+                pairs = [zip(a, b) for a, b in zip(texts, [*alone, *alone])]
+                first = min((i for pair in pairs for i, (a, b) in enumerate(pair) if a != b), default="")
                 rows.append([recipe, name, length, f"{sum(same[:4])} of 4", f"{sum(same[4:])} of 4", first])
     table(["", "", "draft", "alone", "batch of 4", "first difference"], rows)
     return rows
@@ -96,16 +100,26 @@ def equal(args: argparse.Namespace) -> list[list]:
 def frequencies(args: argparse.Namespace) -> list[list]:
     """Counts of first tokens and of the two first tokens, causal beside speculative, by seeds of their own."""
     model, prompt = model_of("float32", 2, 64), list(range(2, 14))
+    held = Session(model)
+    held.encode_all(PromptTokens(prompt[:-1], prompt[:-1]))
     counts: dict[str, list[Counter]] = {}
     for number, mode in enumerate(("causal", "speculative")):
         speculative.Pace.length = property(lambda _: 4)  # type: ignore[misc,method-assign]
         firsts, pairs = counts[mode] = [Counter(), Counter()]
+        options = GenerationOptions(mode=mode, end_tokens=(), temperature=1.0)
         for start in range(0, args.draws, 64):
-            seeds = range(start, min(start + 64, args.draws))
-            asked = [(prompt, 2, 10**6 * number + seed) for seed in seeds]
-            for first, second in generate(model, asked, mode, {"temperature": 1.0}):
-                firsts[first] += 1
-                pairs[first, second] += 1
+            loop, requests = TokenLoop(model, 0.0, partial(reckoned, model.config.text)), []
+            for seed in range(start, min(start + 64, args.draws)):
+                given = PromptTokens(prompt, list(prompt))
+                requests.append(Request(given, 10**6 * number + seed, options, Counting(2)))
+                requests[-1].session = held.fork()
+                loop.add(requests[-1])
+            going = len(requests)
+            while going:
+                going -= sum(isinstance(event, Finished) for _, event in loop.step())
+            for one in requests:
+                firsts[one.reader.tokens[0]] += 1
+                pairs[tuple(one.reader.tokens)] += 1
     rows = []
     for i, what in enumerate(("first token", "two tokens")):
         statistic, freedom = chi_square(*(counts[mode][i] for mode in counts))
