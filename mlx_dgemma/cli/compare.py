@@ -7,7 +7,7 @@ import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -38,13 +38,11 @@ def compare(
     Args:
         path: of the data.
         against: folder or Hub id of the other model.
-        html: where the page goes.
-        output: where all answers go, one example a line.
+        html, output: where the page goes, and all answers, one example a line.
         as_json: print one JSON object instead of the table.
         alone: whether something was asked for that only an evaluation without another model knows.
         metric: as `evaluate` takes it.
-        model: of this project.
-        terminal: for output.
+        model, terminal: of this project; for output.
         options: that the user gave.
 
     Raises:
@@ -86,19 +84,23 @@ def compare(
             terminal.erase()
         asked = questions(examples)
         if file:
-            for i, (where, question, expected) in enumerate(asked):
-                answers = {one.name: asdict(one.replies[i]) for one in found}
-                line = {"where": where, "question": question, "expected": expected, "answers": answers}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        terminal.warn(f"Warning: {message}")
+            _write_answers(file, found, asked)
+    for message in dict.fromkeys(f"Warning: {warning.message}" for warning in caught):
+        terminal.warn(message)
     if html is not None:
         from ..tune.page import page
 
-        title = f"{model.name or 'The demo'} and {against} on {path.name}, {count(len(examples), 'example')}"
+        title = f"{model.name or 'The demo'} and {against} on {path.name}, {count(len(asked), 'example')}"
         with atomic_file(html) as draft:
             draft.write_text(page(title, found, asked), encoding="utf-8")
     terminal.say(_as_json(found) if as_json else _table(found))
+
+
+def _write_answers(file: TextIO, found: list[Contestant], asked: list[tuple[str, str, str]]) -> None:
+    for i, (where, question, expected) in enumerate(asked):
+        answers = {one.name: asdict(one.replies[i]) for one in found}
+        line = {"where": where, "question": question, "expected": expected, "answers": answers}
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _as_json(found: list[Contestant]) -> str:

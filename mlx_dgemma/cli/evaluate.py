@@ -96,11 +96,10 @@ def evaluate(
     mlx-dgemma evaluate questions.jsonl --metric marks.py:close --by topic --json
     mlx-dgemma evaluate data --model FOLDER --against mlx-community/gemma-4-26b-a4b-it-4bit --html compared.html
     """
-    path, terminal = _file(data, split), Terminal()
-    metric = decode_argument(metric, "--metric") or ""
+    path, terminal, metric = _file(data, split), Terminal(), decode_argument(metric, "--metric") or ""
     if against or html:
-        alone = bool(bound or by)
-        compare(path, against, html, output, as_json, alone, metric, model, terminal, explicit_options(options))
+        alone, given = bool(bound or by), explicit_options(options)
+        compare(path, against, html, output, as_json, alone, metric, model, terminal, given)
         return
     with warnings.catch_warnings(record=True) as caught, created(output) as file:
         warnings.simplefilter("always", UserWarning)
