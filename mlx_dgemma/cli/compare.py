@@ -88,12 +88,16 @@ def compare(
     for message in dict.fromkeys(f"Warning: {warning.message}" for warning in caught):
         terminal.warn(message)
     if html is not None:
-        from ..tune.page import page
-
         title = f"{model.name or 'The demo'} and {against} on {path.name}, {count(len(asked), 'example')}"
-        with atomic_file(html) as draft:
-            draft.write_text(page(title, found, asked), encoding="utf-8")
+        _write_page(html, title, found, asked)
     terminal.say(_as_json(found) if as_json else _table(found))
+
+
+def _write_page(html: Path, title: str, found: list[Contestant], asked: list[tuple[str, str, str]]) -> None:
+    from ..tune.page import page
+
+    with atomic_file(html) as draft:
+        draft.write_text(page(title, found, asked), encoding="utf-8")
 
 
 def _write_answers(file: TextIO, found: list[Contestant], asked: list[tuple[str, str, str]]) -> None:
