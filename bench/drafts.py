@@ -26,6 +26,7 @@ from report import finish, machine, table
 
 import mlx_dgemma
 from mlx_dgemma.check.shapes import random_model, raw_config
+from mlx_dgemma.checkpoint.build import suit_device
 from mlx_dgemma.decoding import speculative
 from mlx_dgemma.decoding.causal import TokenLoop
 from mlx_dgemma.decoding.costs import reckoned
@@ -34,6 +35,7 @@ from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.request import Request
 from mlx_dgemma.decoding.session import PromptTokens, Session
+from mlx_dgemma.model import device
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -73,8 +75,10 @@ def generate(model: DiffusionGemma, asked: list[tuple[list[int], int, int]], mod
 
 def model_of(recipe: str, layers: int, vocab: int) -> DiffusionGemma:
     raw = raw_config("small", layers=layers, hidden=128, vocab=vocab)
-    dtype = mx.float32 if recipe == "float32" else mx.bfloat16
-    return random_model(raw, dtype, None if recipe in ("float32", "bfloat16") else recipe)
+    dtype = mx.bfloat16 if recipe == "bfloat16" or not device.on_cpu() and recipe != "float32" else mx.float32
+    model = random_model(raw, dtype, None if recipe in ("float32", "bfloat16") else recipe)
+    suit_device(model)
+    return model
 
 
 def equal(args: argparse.Namespace) -> list[list]:
