@@ -75,7 +75,7 @@ def generate(model: DiffusionGemma, asked: list[tuple[list[int], int, int]], mod
 
 def model_of(recipe: str, layers: int, vocab: int) -> DiffusionGemma:
     raw = raw_config("small", layers=layers, hidden=128, vocab=vocab)
-    dtype = mx.bfloat16 if recipe == "bfloat16" or not device.on_cpu() and recipe != "float32" else mx.float32
+    dtype = mx.bfloat16 if recipe == "bfloat16" or (not device.on_cpu() and recipe != "float32") else mx.float32
     model = random_model(raw, dtype, None if recipe in ("float32", "bfloat16") else recipe)
     suit_device(model)
     return model
