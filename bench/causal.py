@@ -1,6 +1,6 @@
 """Token by token beside canvas by canvas: right answers and passes, and the time of a pass at any shape.
 
-    python bench/causal.py quality                                    # the demo's 112 prompts in three modes
+    python bench/causal.py quality                                    # the demo's 112 prompts in every mode
     python bench/causal.py quality --temperature 1 --seeds 0 1 2
     python bench/causal.py speed                                      # a small shape, for a CPU
     python bench/causal.py speed --shape 26b --recipe 4bit --prefix 1024 --rows 1 8       # a GPU
@@ -30,7 +30,7 @@ from mlx_dgemma.checkpoint.build import DTYPES, choose_kernels, suit_device
 from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
-MODES = ("diffusion", "causal", "speculative")
+MODES = ("diffusion", "causal", "speculative", "auto")
 FIGURES = ("right", "tokens", "steps", "passes", "verified", "drafted", "accepted", "seconds")
 
 
@@ -39,7 +39,9 @@ def answers(args: argparse.Namespace) -> dict[str, dict]:
     engine, found = mlx_dgemma.load(args.model), {}
     for mode in args.modes:
         by_family = found[mode] = defaultdict(lambda: dict.fromkeys(FIGURES, 0))
-        options = {} if mode == "diffusion" else {"mode": mode, "temperature": args.temperature}
+        options = {"mode": mode}
+        if mode in ("causal", "speculative"):
+            options["temperature"] = args.temperature
         for seed in args.seeds:
             for case in quality.cases(quality.TEXT, args.per_family, seed):
                 thinking, tools = case["enable_thinking"], case["tools"]

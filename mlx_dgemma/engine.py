@@ -17,6 +17,7 @@ from .adapters.loading import load_model
 from .checkpoint.find import find
 from .checkpoint.folder import Checkpoint
 from .checkpoint.tokenizer import load_tokenizer
+from .decoding.costs import KnownCosts
 from .decoding.events import Event, Finished, Result
 from .decoding.loop import Loop
 from .decoding.options import GenerationOptions
@@ -54,6 +55,7 @@ class Engine:
         notes: what was chosen while loading, one sentence each.
         load_seconds: what loading took.
         adapter: folder of the adapter that is in the model, or None.
+        costs: called for what passes of the model take on this machine.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +65,9 @@ class Engine:
     notes: tuple[str, ...] = ()
     load_seconds: float = 0.0
     adapter: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.costs = KnownCosts(self.model)
 
     def __repr__(self) -> str:
         adapter = f", adapter={str(self.adapter)!r}" if self.adapter else ""
@@ -76,7 +81,8 @@ class Engine:
     @cached_property
     def builder(self) -> PromptBuilder:
         """What makes requests of prompts for this checkpoint."""
-        return PromptBuilder(self.tokenizer, self.config, self.options, self.checkpoint.processor.video_tokens)
+        video_tokens = self.checkpoint.processor.video_tokens
+        return PromptBuilder(self.tokenizer, self.config, self.options, video_tokens, self.costs)
 
     def session(self) -> Session:
         """A conversation for turn after turn."""
@@ -98,9 +104,6 @@ class Engine:
             schema: a JSON Schema that the answer's text is valid for, always; `schema.SUPPORTED` lists the keywords.
             regex: a regular expression in `re`'s syntax that the answer's text matches as a whole, always.
             keywords: any field of `GenerationOptions`, such as `max_tokens`, at which the text is cut.
-
-        Returns:
-            The whole answer.
 
         Raises:
             PromptError: an empty, malformed or too long prompt.
@@ -140,7 +143,7 @@ class Engine:
     def run(self, request: Request, session: Session | None = None, drafts: bool = True) -> Iterator[Event]:
         """Generate what was prepared, event by event, as `stream` does."""
         request.drafts = drafts
-        loop = Loop(self.model, self.load_seconds)
+        loop = Loop(self.model, self.load_seconds, self.costs)
         mx.reset_peak_memory()
         with device.wired_limit(), closing(loop):
             loop.add(request, session)
@@ -159,7 +162,7 @@ class Engine:
             PromptError, OptionError: as `generate`; also when seeds and prompts differ in number.
         """
         requests = answer.answers(self.builder, prompts, seeds, **keywords)
-        loop, results = Loop(self.model, self.load_seconds), {}
+        loop, results = Loop(self.model, self.load_seconds, self.costs), {}
         features: dict[str, mx.array] = {}
         mx.reset_peak_memory()
         with device.wired_limit(), closing(loop):
@@ -258,10 +261,7 @@ class Engine:
 
     @staticmethod
     def _result(events: Iterator[Event]) -> Result:
-        for event in events:
-            if isinstance(event, Finished):
-                return event.result
-        raise AssertionError("a generation ends with Finished")
+        return next(event.result for event in events if isinstance(event, Finished))
 
 
 def load(
@@ -289,8 +289,7 @@ def load(
     Raises:
         CheckpointError: nothing there, something broken, or another model; an adapter of another model; weights that
             do not fit `compute_dtype`.
-        MemoryLimitError: the machine has too little memory.
-        OptionError: an unknown dtype.
+        MemoryLimitError: the machine has too little memory. OptionError: an unknown dtype.
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(find(path))

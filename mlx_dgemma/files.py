@@ -153,6 +153,13 @@ def sweep_folder(folder: Path) -> None:
     _sweep(folder.absolute(), None)
 
 
+def cache_folder() -> Path:
+    """Where this user's caches lie: $XDG_CACHE_HOME, ~/Library/Caches on macOS, else ~/.cache; it may not exist."""
+    given, mac = os.environ.get("XDG_CACHE_HOME"), sys.platform == "darwin"
+    home = Path(given) if given else Path.home() / ("Library/Caches" if mac else ".cache")
+    return home / "mlx-dgemma"
+
+
 def check_name(path: Path) -> None:
     """Refuse a path with bytes that are not UTF-8, which MLX and the tokenizers cannot open.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint.build import DTYPES, suit_device
 from ..convert.recipes import RECIPES
-from ..decoding import sampler
+from ..decoding import costs, sampler
+from ..decoding.costs import random_prefix
 from ..decoding.lookahead import denoise_block
 from ..decoding.options import GenerationOptions
 from ..errors import human
@@ -82,20 +84,6 @@ def pipelined(build: Callable[[], Stages], runs: int | None = None) -> float:
         queue.finish()
         ends.append(time.perf_counter())
     return 1e3 * statistics.median(np.diff(ends)[WARM_UP - 1 :].tolist())
-
-
-def random_prefix(model: DiffusionGemma) -> Prefix:
-    """`PREFIX` positions of random keys and values, which are as good as encoded ones here."""
-    prefix, keys = model.new_prefix(), iter(mx.random.split(mx.random.key(5), 1024))
-    arrays = {}
-    for i, (layer, kind) in enumerate(zip(prefix.layers, model.config.text.layer_types)):
-        heads, dim = model.config.text.kv_shape(kind)
-        shape = 1, heads, layer.used(PREFIX), dim
-        for name in ("keys", "values"):
-            arrays[f"{i}.{name}"] = mx.random.normal(shape, key=next(keys)).astype(model.dtype)
-    prefix.load_arrays(arrays, PREFIX, 0)
-    mx.eval(prefix.state)
-    return prefix
 
 
 def measure(model: DiffusionGemma, prefix: Prefix) -> Parts:
@@ -171,9 +159,11 @@ def _step(raw: dict[str, Any], shape: str, one: str) -> Iterator[Line]:
     def parts() -> Line:
         with device.wired_limit():
             model = shared_model(raw, DTYPES[_dtype(one)], recipe)
-            prefix = random_prefix(model)
+            prefix = random_prefix(model, PREFIX)
             found["parts"] = made = measure(model, prefix)
             found["loop"] = whole_step(model, prefix)
+            found["costs"] = made_costs = costs.measure(model)
+            costs.write(costs.file_of(model), made_costs)
         says = (
             f"layer {layer_ms(made):.3f} ms, {made.depth} layers {made.layers:.2f}, head {made.head:.2f}, "
             f"with dense conditioning {made.dense_head:.2f}, sampler {made.sampler:.2f}, wait {made.wait:.3f}"
@@ -182,10 +172,25 @@ def _step(raw: dict[str, Any], shape: str, one: str) -> Iterator[Line]:
 
     yield attempt(f"parts of a {name}", parts)
     title, paper = f"predicted {name}", f"paper model of a {name}"
+    if "costs" in found:
+        yield _passes_line(f"passes of a model of {shape}'s shape in {one}", found["costs"])
     if "loop" in found:
         yield attempt(title, lambda: _predicted(title, config, found["parts"], found["loop"]))
         if shape == "26b":
             yield attempt(paper, lambda: _paper(paper, config, recipe))
+
+
+def _passes_line(name: str, known: costs.Costs) -> Line:
+    """What `mode="auto"` chooses by, which is kept for models of this shape and format."""
+
+    def table(values: dict[int, float]) -> str:
+        return ", ".join(f"{at}: {value:.1f}" for at, value in values.items())
+
+    says = (
+        f"{known.token:.1f} ms a token in causal mode; ms by tokens verified: {table(known.verify)}; "
+        f"by positions drafted: {table(known.draft)}; by positions of a step: {table(known.step)}"
+    )
+    return Line(name, PASSED, says, asdict(known))
 
 
 def _predicted(name: str, config: ModelConfig, parts: Parts, loop: float) -> Line:

@@ -6,15 +6,16 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import reduce, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ..errors import PromptError, count
+from ..errors import OptionError, PromptError, count
 from ..prompt.paths import local_path
 from .terminal import Terminal, details, segments, summary
 
@@ -162,9 +163,9 @@ sampler_options = combine(
     click.option("--fast", is_flag=True, default=None, help="Fix confident tokens for good: fewer steps."),
     click.option(
         "--mode",
-        type=click.Choice(["diffusion", "causal", "speculative"]),
+        type=click.Choice(["diffusion", "causal", "speculative", "auto"]),
         show_default="diffusion",
-        help="Canvas by canvas, token by token, or the latter from drafts.",
+        help="Canvas by canvas, token by token, the latter from drafts, or what is fastest here.",
     ),
     number_option("--temperature", 0.0, "Token by token: 0 takes the most probable token.", "1"),
     number_option("--top-p", 0.0, "Token by token: draw among the tokens with this share of the probability.", "1"),
@@ -299,6 +300,28 @@ def print_details(engine: Engine, result: Result, options: dict[str, Any], termi
     lines = details(result.stats, engine.options.override(**known))
     for line in [*engine.notes, *lines][: None if not terminal.hints else -1]:  # terminals already show the summary
         terminal.warn(line)
+
+
+@contextmanager
+def created(path: Path | None) -> Iterator[TextIO | None]:
+    """Create a file if `path` is given, and remove it if nothing was written.
+
+    Raises:
+        OptionError: the file exists already.
+    """
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError:
+        raise OptionError(f"{path} exists already; give another name, or remove it.") from None
+    with file:
+        try:
+            yield file
+        finally:
+            if not file.tell():
+                path.unlink()
 
 
 def explicit_options(options: dict[str, Any]) -> dict[str, Any]:

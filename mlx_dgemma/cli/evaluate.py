@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import OptionError, count
+from ..errors import count
 from ..tune.data import SPLITS, find, read
 from .common import (
     ModelChoice,
     adapter_option,
+    created,
     decode_argument,
     explicit_options,
     model_options,
     number_option,
     sampler_options,
 )
+from .compare import compare
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -52,6 +52,13 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @number_option("--bound", 1, "Also bound the expected answers' likelihood, with N noise draws for each canvas.", "off")
+@click.option("--against", metavar="PATH_OR_ID", help="Compare modes with this autoregressive model.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.html",
+    help="With --against: write the comparison and all answers as a page.",
+)
 @model_options
 @adapter_option
 @number_option("--seed", 0, "Seed of the first answer; the others take the following seeds.", "0")
@@ -67,6 +74,8 @@ def evaluate(
     output: Path | None,
     as_json: bool,
     bound: int | None,
+    against: str | None,
+    html: Path | None,
     model: ModelChoice,
     **options: Any,
 ) -> None:
@@ -78,19 +87,21 @@ def evaluate(
     matches the expected text as a whole. Tool calls must have the same names and arguments. A function gets the
     record and the answer's text, and returns a boolean or a number from 0 to 1. The accuracy has a 95 % Wilson
     interval. --bound prints an upper bound of the negative log-likelihood of the expected answers, in nats per token.
+    --against answers each question alone, in every mode or that of --mode, and by an autoregressive model of mlx-lm or
+    mlx-vlm. It prints right answers, times and memory. Token by token the temperature is 0 unless it is given.
 
     \b
     mlx-dgemma evaluate data --model FOLDER
     mlx-dgemma evaluate data/valid.jsonl --metric contains --output answers.jsonl
     mlx-dgemma evaluate questions.jsonl --metric marks.py:close --by topic --json
+    mlx-dgemma evaluate data --model FOLDER --against mlx-community/gemma-4-26b-a4b-it-4bit --html compared.html
     """
-    if split and Path(data).is_file():
-        raise click.UsageError(f"--split {split} names a file of a folder, but {data} is a file; leave it out.")
-    splits = (split,) if split else ("test", "valid")
-    files = find(data, splits)
-    path = next(files[one] for one in splits if one in files)
-    terminal = Terminal()
-    with warnings.catch_warnings(record=True) as caught, _created(output) as file:
+    path, terminal, metric = _file(data, split), Terminal(), decode_argument(metric, "--metric") or ""
+    if against or html:
+        alone, given = bool(bound or by), explicit_options(options)
+        compare(path, against, html, output, as_json, alone, metric, model, terminal, given)
+        return
+    with warnings.catch_warnings(record=True) as caught, created(output) as file:
         warnings.simplefilter("always", UserWarning)
         engine = model.load(terminal)
         terminal.draw([], f"reading {path.name}")
@@ -112,7 +123,7 @@ def evaluate(
             outcome = evaluate_(
                 engine,
                 examples,
-                decode_argument(metric, "--metric") or "",
+                metric,
                 by=by,
                 watch=watch,
                 **explicit_options(options),
@@ -127,26 +138,13 @@ def evaluate(
     terminal.say(_as_json(outcome, likelihood) if as_json else _table(outcome, likelihood))
 
 
-@contextmanager
-def _created(path: Path | None) -> Iterator[TextIO | None]:
-    """Create a file if `path` is given, and remove it if nothing was written.
-
-    Raises:
-        OptionError: the file exists already.
-    """
-    if path is None:
-        yield None
-        return
-    try:
-        file = path.open("x", encoding="utf-8")
-    except FileExistsError:
-        raise OptionError(f"{path} exists already; give another name, or remove it.") from None
-    with file:
-        try:
-            yield file
-        finally:
-            if not file.tell():
-                path.unlink()
+def _file(data: str, split: str | None) -> Path:
+    """The file of a data set that is used."""
+    if split and Path(data).is_file():
+        raise click.UsageError(f"--split {split} names a file of a folder, but {data} is a file; leave it out.")
+    splits = (split,) if split else ("test", "valid")
+    files = find(data, splits)
+    return next(files[one] for one in splits if one in files)
 
 
 def _bound(engine: Engine, examples: list[Example], draws: int, seed: int, terminal: Terminal) -> Bound:

@@ -133,6 +133,8 @@ def details(stats: Stats, options: GenerationOptions) -> list[str]:
     if stats.images:
         prompt += f"; {count(stats.images, 'picture')}, {stats.images_encoded} encoded"
     lines = [f"options: {', '.join(settings)}", prompt]
+    if stats.mode_reason:
+        lines.append(f"auto takes {stats.mode} mode {stats.mode_reason}")
     if stats.frame_seconds:
         lines.append(f"frames at {', '.join(f'{one:.2f}' for one in stats.frame_seconds)} s")
     return [*lines, summary(stats)]

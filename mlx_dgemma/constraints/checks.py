@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 UNIQUE, ITEMS = 1, 2  # items must differ; the limit is of items
 REQUIRED = 4  # the text cannot end without this byte
 _SHIFT = 3
+MOST_WAYS = 256  # in which an item may go on, of which one that differs is looked for; beyond, there will be one
 
 
 class Excess(NamedTuple):
@@ -97,6 +99,30 @@ class Scanner:
                 return found._replace(at=max(found.at - begin, 0))
         return None
 
+    def repeats(self) -> bool:
+        """Whether an item, or the name of a member, is certain to be one that was there before.
+
+        Text that comes token by token is never taken back, so it must not come to where it can only repeat itself.
+        """
+        if not self._levels or not self._levels[-1].flags & UNIQUE:
+            return False
+        level, dead = self._levels[-1], len(self._table) - 1
+        begun = bytes(self._text[level.begin + 1 :]).lstrip()
+        if not any(one.startswith(begun.decode(errors="replace").rstrip()) for one in level.seen):
+            return False
+        ways = deque([(self._state, begun)])
+        for _ in range(MOST_WAYS):
+            if not ways:
+                return True
+            state, item = ways.popleft()
+            for byte in np.flatnonzero(self._table[state] != dead).tolist():
+                if byte in b" \n\r\t,:]}" and (value := _value(item)) is not None:
+                    if _canonical(value, level.is_object)[0] not in level.seen:
+                        return False
+                else:
+                    ways.append((int(self._table[state, byte]), item + bytes([byte])))
+        return False
+
     def _read(self, byte: int, mark: int) -> Excess | None:
         at = len(self._text) - 1
         if self._in_string:
@@ -134,6 +160,15 @@ class Scanner:
             return None
         level.comma, level.comma_flags, level.flags = at, mark, level.flags | mark
         return Excess(at) if mark & ITEMS and level.count >= mark >> _SHIFT else None
+
+
+def _value(item: bytes) -> str | None:
+    """An item as text; None: it is no whole JSON value."""
+    try:
+        json.loads(item)
+    except ValueError:
+        return None
+    return item.decode()
 
 
 def _canonical(item: str, of_object: bool) -> tuple[str, int]:

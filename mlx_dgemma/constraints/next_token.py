@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 
+from .checks import Scanner
 from .language import Language
 from .search import FRESH, THINKING
 from .tokens import MAX_TOKEN_BYTES
 
+RESERVE = 8  # tokens of a text's room for what a scanner asks for at its end
 KEPT_STATES = 32  # whose moves are kept; those of free text take 2 MB each at 262,144 tokens
 
 
@@ -24,10 +27,16 @@ class NextTokens:
         ends: tokens one of which ends the text.
         marks: the tokens that open and close a thought; empty if there is none.
         state: at the beginning.
+
+    Attributes:
+        scanner: what checks the text beside its automaton, at the beginning; None: there is nothing to check.
+        reserve: tokens of the room that are left free while that can be, for what the scanner asks for at the end.
     """
 
     def __init__(self, language: Language, ends: Sequence[int], marks: Sequence[int] = (), state: int = 0):
         self._language, self._ends, self._marks, self.state = language, list(ends), list(marks), state
+        self.scanner = language.scanner()
+        self.reserve = 0 if self.scanner is None else RESERVE
         self._kept: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         thought = language.token_bytes.length > 0
         thought[[*self._ends, *self._marks]] = False
@@ -52,8 +61,10 @@ class NextTokens:
             found[self._marks[0]] = True
         state = max(state, 0)
         tokens, distance = self._moves(state)
-        found[tokens[distance + 1 < left]] = True
+        found[tokens[distance + 1 < left - self.reserve]] = True
         found[self._ends] = language.accepting[state]
+        if not found.any():
+            found[tokens[distance + 1 < left]] = True
         return found
 
     def after(self, state: int, token: int) -> int:
@@ -64,6 +75,14 @@ class NextTokens:
             if state == THINKING or token == self._marks[0]:
                 return THINKING
         return self._language.state_after([token], max(state, 0))
+
+    def scan(self, scanner: Scanner, state: int, token: int) -> Scanner | None:
+        """The scanner behind a token that was allowed in `state`; None: with it the text goes too far."""
+        spelt = self._language.token_bytes.to_bytes([token])
+        if token in self._ends or token in self._marks or state == THINKING or not spelt:
+            return scanner
+        behind = copy.deepcopy(scanner)
+        return None if behind.feed(spelt) is not None or behind.repeats() else behind
 
     def _moves(self, state: int) -> tuple[np.ndarray, np.ndarray]:
         """All tokens that lead on from a state, and the distances from behind them to the end."""

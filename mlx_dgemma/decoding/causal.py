@@ -14,17 +14,18 @@ B is the batch, L the tokens of a pass, V the vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import INTERRUPTS, as_exception
+from ..errors import INTERRUPTS, LanguageError, as_exception
 from ..model.config import TextConfig
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.functions import finite
 from ..model.kv_cache import BUFFER_STEP
+from .costs import AT_ONCE, Costs
 from .events import Block, Event, Finished
 from .request import Request
 from .sampler import draw
@@ -32,7 +33,6 @@ from .speculative import Drafter, draft_canvas
 
 Told = tuple[Request, Event | Exception]
 KEYS = 64  # random keys made at once
-POSITIONS = 16  # of a draft whose logits over the whole vocabulary are in memory at once
 
 
 class Drawn(NamedTuple):
@@ -49,6 +49,7 @@ class Taken(NamedTuple):
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
     ended: bool
+    drawn: int  # of these, tokens that were drawn; the others end a thought whose budget is spent
 
 
 class Row:
@@ -56,18 +57,24 @@ class Row:
 
     Attributes:
         next: the token that is encoded next: on the host, or drawn and not read yet.
+        pending: tokens behind it that are not drawn, since they end a thought.
         state: of the language before it, where the text is in one.
+        scanner: what checks the language beside its states, before it; None: there is nothing to check.
         drafter: makes drafts; None in causal mode.
         steps: denoising steps that events have told of.
     """
 
-    def __init__(self, request: Request, config: TextConfig):
+    def __init__(self, request: Request, config: TextConfig, costs: Callable[[], Costs]):
         self.request, self.session, self.sampling = request, request.session, request.options.sampling
         self.next: int | Drawn = request.prompt.tokens[-1]
         self.language = request.control.next_tokens() if request.control else None
         self.state = self.language.state if self.language else 0
+        self.scanner = self.language.scanner if self.language else None
+        self.pending: list[int] = []
+        # Whether a token must be known before the next one can be drawn.
+        self.waits = self.language is not None or request.options.thinking_budget is not None
         speculative = request.options.mode == "speculative"
-        self.drafter = Drafter(request.prompt.cache_key, config) if speculative else None
+        self.drafter = Drafter(request.prompt.cache_key, costs()) if speculative else None
         self.steps = request.steps
         self._place = 0  # of the next token that is drawn
         self._root, self._keys = mx.random.key(request.seed), mx.zeros((0, 2), mx.uint32)
@@ -122,15 +129,16 @@ class TokenLoop:
     Args:
         model: the model.
         load_seconds: what loading it took, for statistics.
+        costs: called for what its passes cost, once a request is in speculative mode.
     """
 
-    def __init__(self, model: DiffusionGemma, load_seconds: float):
-        self.model, self._load_seconds = model, load_seconds
+    def __init__(self, model: DiffusionGemma, load_seconds: float, costs: Callable[[], Costs]):
+        self.model, self._load_seconds, self._costs = model, load_seconds, costs
         self._rows: list[Row] = []
 
     def add(self, request: Request) -> None:
         """Take in a request whose session holds all of its prompt but the last token."""
-        self._rows.append(Row(request, self.model.config.text))
+        self._rows.append(Row(request, self.model.config.text, self._costs))
 
     def remove(self, request: Request) -> None:
         """Forget a request, if it is here. Its session holds no more than was read of its text."""
@@ -142,7 +150,7 @@ class TokenLoop:
         Yields:
             A request and its event. `Finished`, or what it failed with, is a request's last.
         """
-        drafting = [row for row in self._rows if row.drafter is not None and row.drafter.ready]
+        drafting = [row for row in self._rows if row.drafter is not None and row.drafter.ready and not row.pending]
         plain = [row for row in self._rows if row not in drafting]
         for rows, generate in ((plain, self._single), (drafting, self._with_drafts)):
             try:
@@ -162,47 +170,85 @@ class TokenLoop:
         hidden = self._encode(rows, mx.concatenate(next_tokens)[:, None])
         logits, valid = self.model.logits(hidden)[:, 0], finite(hidden)
 
-        def draw_next(i: int) -> Drawn:
-            row, allowed = rows[i], None
-            if row.language is not None:
-                allowed = mx.array(row.language.allowed(row.state, row.request.reader.left)[None])
-            drawn = Drawn(*row.draw(logits[i : i + 1], allowed=allowed), valid[i : i + 1])
-            row.note(drawn.tokens)
-            return drawn
-
-        ahead = {i: draw_next(i) for i, row in enumerate(rows) if row.language is None}
+        ahead = {i: self._draw_next(row, logits[i], valid[i]) for i, row in enumerate(rows) if not row.waits}
         mx.async_eval(list(ahead.values()), logits, valid, [row.session.prefix.state for row in rows])
         if any(row.session.prefix.offset % BUFFER_STEP == 0 for row in rows):
             mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
         for i, row in enumerate(rows):
             try:
                 if isinstance(row.next, Drawn):
-                    taken = self._take(row, row.next)
-                    row.session.accept(list(taken.tokens))
+                    taken = self._take_next(row, row.next)
+                    row.session.accept(list(taken.tokens[: taken.drawn]))
                     yield from self._tell(row, taken)
                 else:
                     row.session.accept([row.next])
                 if row in self._rows:
-                    row.next = ahead[i] if i in ahead else draw_next(i)
-                    mx.async_eval(row.next)
+                    if row.pending:
+                        row.next = row.pending.pop(0)
+                    else:
+                        row.next = ahead[i] if i in ahead else self._draw_next(row, logits[i], valid[i])
+                        mx.async_eval(row.next)
             except INTERRUPTS:
                 raise
             except BaseException as error:
                 yield self._fail(row, as_exception(error))
+
+    def _draw_next(self, row: Row, logits: mx.array, valid: mx.array) -> Drawn:
+        """Draw the token of the next place by its logits [V]."""
+        allowed = None
+        if row.language is not None:
+            allowed = mx.array(row.language.allowed(row.state, row.request.reader.left)[None])
+        tokens, log_probs = row.draw(logits[None], allowed=allowed)
+        if row.scanner is not None and np.asarray(valid):
+            token, log_prob = self._within(row, *_numbers(tokens, log_probs), logits)
+            tokens, log_probs = mx.array([token], mx.int32), mx.array([log_prob])
+        if not row.waits:
+            row.note(tokens)
+        return Drawn(tokens, log_probs, valid[None])
+
+    @staticmethod
+    def _within(
+        row: Row, token: int, log_prob: float, logits: mx.array, draft: Sequence[int] = ()
+    ) -> tuple[int, float]:
+        """The token that was drawn behind a draft; where the text goes too far with it, one that is drawn anew.
+
+        Raises:
+            LanguageError: there is none.
+        """
+        state, scanner, left = row.state, row.scanner, row.request.reader.left - len(draft)
+        assert row.language is not None
+        for one in draft:
+            scanner, state = row.language.scan(scanner, state, one), row.language.after(state, one)
+        before, refused = mx.array(list(draft), mx.int32), []
+        while row.language.scan(scanner, state, token) is None:
+            refused.append(token)
+            for room in (left, left + row.language.reserve):
+                allowed = row.language.allowed(state, room)
+                allowed[refused] = False
+                if allowed.any():
+                    break
+            else:
+                raise LanguageError(
+                    "The text has an array or an object that repeats itself, and token by token nothing can be taken "
+                    "back; ask again with another seed, or in diffusion mode."
+                )
+            tokens, log_probs = row.draw(logits[None], len(draft), before, mx.array(allowed[None]))
+            token, log_prob = _numbers(tokens, log_probs)
+        return token, log_prob
 
     def _with_drafts(self, rows: list[Row]) -> Iterator[Told]:
         """Draft some tokens of each row, verify them in one pass, and take those that causal mode would draw."""
         for row in rows:
             try:
                 if isinstance(row.next, Drawn):
-                    taken = self._take(row, row.next)
-                    row.next = taken.tokens[-1]
+                    taken = self._take_next(row, row.next)
+                    row.next = row.pending.pop(0) if row.pending else taken.tokens[-1]
                     yield from self._tell(row, taken)
             except INTERRUPTS:
                 raise
             except BaseException as error:
                 yield self._fail(row, as_exception(error))
-        rows = [row for row in rows if row in self._rows]
+        rows = [row for row in rows if row in self._rows and not row.pending]
         if not rows:
             return
         drafts = self._drafts(rows)
@@ -215,7 +261,7 @@ class TokenLoop:
         for i, row in enumerate(rows):
             try:
                 drawn = Drawn(*self._draw_verified(row, hidden[i], drafts[i]), valid[i : i + 1])
-                yield from self._take_verified(row, np.asarray(drafts[i]).tolist(), drawn)
+                yield from self._take_verified(row, np.asarray(drafts[i]).tolist(), drawn, hidden[i])
             except INTERRUPTS:
                 raise
             except BaseException as error:
@@ -251,37 +297,44 @@ class TokenLoop:
         """
         count, allowed = len(draft) + 1, None
         if row.language is not None:
-            state, left = row.state, row.request.reader.left
+            state, left, scanner = row.state, row.request.reader.left, row.scanner
             masks = [row.language.allowed(state, left)]
             for i, token in enumerate(np.asarray(draft).tolist()):
                 if not masks[-1][token] or token in row.request.options.end_tokens:
+                    break
+                if scanner is not None and (scanner := row.language.scan(scanner, state, token)) is None:
                     break
                 state = row.language.after(state, token)
                 masks.append(row.language.allowed(state, left - i - 1))
             count, allowed = len(masks), mx.array(np.stack(masks))
         parts = []
-        for start in range(0, count, POSITIONS):
-            part = slice(start, min(start + POSITIONS, count))
+        for start in range(0, count, AT_ONCE):
+            part = slice(start, min(start + AT_ONCE, count))
             logits = self.model.logits(hidden[None, part])[0]
             parts.append(row.draw(logits, start, draft, None if allowed is None else allowed[part]))
             mx.async_eval(parts[-1])
         return mx.concatenate([tokens for tokens, _ in parts]), mx.concatenate([log_probs for _, log_probs in parts])
 
-    def _take_verified(self, row: Row, draft: list[int], drawn: Drawn) -> Iterator[Told]:
-        """Take the tokens that were drawn up to the first that the draft has not."""
+    def _take_verified(self, row: Row, draft: list[int], drawn: Drawn, hidden: mx.array) -> Iterator[Told]:
+        """Take the tokens that were drawn up to the first that the draft has not; hidden [L, H] is the pass's."""
         request, drafter, first = row.request, row.drafter, row.next
         tokens = np.asarray(drawn.tokens).tolist()
         right = next((i for i, (one, other) in enumerate(zip(draft, tokens)) if one != other), len(draft))
         right = min(right, len(tokens) - 1)
         assert drafter is not None and not isinstance(first, Drawn)
         drafter.learn(len(draft), right)
+        if row.scanner is not None and np.asarray(drawn.valid)[0]:
+            log_probs, logits = np.asarray(drawn.log_probs).tolist(), self.model.logits(hidden[None, right : right + 1])
+            last = self._within(row, tokens[right], log_probs[right], logits[0, 0], draft[:right])
+            tokens, log_probs = [*tokens[:right], last[0]], [*log_probs[:right], last[1]]
+            drawn = Drawn(mx.array(tokens, mx.int32), mx.array(log_probs), drawn.valid)
         taken = self._take(row, drawn, right + 1)
         row.note(taken.tokens)
-        row.session.accept([first, *taken.tokens[:right]])
-        row.next = taken.tokens[-1]
+        row.session.accept([first, *taken.tokens[: min(right, taken.drawn)]])
+        row.next = row.pending.pop(0) if row.pending else taken.tokens[-1]
         if draft:
             request.verified, request.drafted = request.verified + 1, request.drafted + len(draft)
-            request.accepted += min(right, len(taken.tokens))
+            request.accepted += min(right, taken.drawn)
         yield from self._tell(row, taken)
 
     def _encode(self, rows: list[Row], tokens: mx.array) -> mx.array:
@@ -290,20 +343,36 @@ class TokenLoop:
             row.request.passes += 1
         return self.model.encode_ahead(tokens, [row.session.prefix for row in rows])
 
+    def _take_next(self, row: Row, drawn: Drawn) -> Taken:
+        """Read the next token."""
+        taken = self._take(row, drawn)
+        if row.waits:
+            row.note(taken.tokens)
+        return taken
+
     def _take(self, row: Row, drawn: Drawn, count: int = 1) -> Taken:
-        """Read tokens that were drawn, `count` of them or up to the text's end."""
+        """Read tokens that were drawn, `count` of them or up to the text's or a thought's end."""
         if not np.asarray(drawn.valid)[0]:
             row.session.reset()
             raise self.model.range_error()
         tokens, log_probs = (np.asarray(a).tolist()[:count] for a in (drawn.tokens, drawn.log_probs))
+        own, reader = len(tokens), row.request.reader
+        if row.request.options.thinking_budget is not None:
+            closed, log_probs = reader.close_thought(tokens, log_probs)
+            if closed != tokens:
+                own = next(i for i, (one, other) in enumerate(zip([*tokens, None], closed)) if one != other)
+                row.pending = closed[own:]
+            tokens = closed
         for i, (token, log_prob) in enumerate(zip(tokens, log_probs)):
             if row.language is not None:
+                if row.scanner is not None:
+                    row.scanner = row.language.scan(row.scanner, row.state, token) or row.scanner
                 row.state = row.language.after(row.state, token)
             if row.drafter is not None:
                 row.drafter.take(token)
-            if row.request.reader.feed([token], [log_prob]) is not None:
-                return Taken(tuple(tokens[: i + 1]), tuple(log_probs[: i + 1]), True)
-        return Taken(tuple(tokens), tuple(log_probs), False)
+            if reader.feed([token], [log_prob]) is not None:
+                return Taken(tuple(tokens[: i + 1]), tuple(log_probs[: i + 1]), True, min(own, i + 1))
+        return Taken(tuple(tokens), tuple(log_probs), False, own)
 
     def _tell(self, row: Row, taken: Taken) -> Iterator[Told]:
         """The events of tokens that were taken, once the session holds what was encoded of them."""
@@ -330,3 +399,7 @@ def _one_hot(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
     found = np.zeros((1, vocab_size), bool)
     found[0, list(tokens)] = True
     return found
+
+
+def _numbers(token: mx.array, log_prob: mx.array) -> tuple[int, float]:
+    return int(np.asarray(token)[0]), float(np.asarray(log_prob)[0])

@@ -6,7 +6,7 @@ A `Control` is told of every canvas before it is denoised and of every block tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -51,12 +51,17 @@ class TokenLanguage(Protocol):
     """Says which tokens may follow where text comes token by token. States are whole numbers."""
 
     state: int  # at the beginning
+    scanner: Any  # what checks more than states tell, at the beginning; None: there is nothing
+    reserve: int  # tokens that `allowed` leaves free where there is a scanner
 
     def allowed(self, state: int, left: int) -> np.ndarray:
         """[V] bool, tokens that may follow `state` where the text has room for `left`, its end token included."""
 
     def after(self, state: int, token: int) -> int:
         """The state behind a token."""
+
+    def scan(self, scanner: Any, state: int, token: int) -> Any:
+        """The scanner behind a token that was allowed in `state`; None: it must not follow all the same."""
 
 
 class Control:

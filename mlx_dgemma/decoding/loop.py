@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from ..errors import INTERRUPTS, as_exception
 from ..model.diffusion_gemma import DiffusionGemma
 from .canvas import CanvasBatch
 from .causal import TokenLoop
+from .costs import Costs, reckoned
 from .events import Block, Draft, Event, Finished
 from .lookahead import Step, advance
 from .request import Request
@@ -44,14 +46,15 @@ class Loop:
     Args:
         model: the model.
         load_seconds: what loading it took, for statistics.
+        costs: of its passes, for drafts; None: they are reckoned.
     """
 
-    def __init__(self, model: DiffusionGemma, load_seconds: float = 0.0):
+    def __init__(self, model: DiffusionGemma, load_seconds: float = 0.0, costs: Callable[[], Costs] | None = None):
         self.model, self._load_seconds = model, load_seconds
         self._beginning: deque[tuple[Request, Iterator[None]]] = deque()  # whose first canvas is not ready
         self._ready: list[tuple[Any, Request, CanvasBatch]] = []  # whose canvases wait to join a group
         self._groups: dict[Any, _Group] = {}
-        self._tokens = TokenLoop(model, load_seconds)
+        self._tokens = TokenLoop(model, load_seconds, costs or partial(reckoned, model.config.text))
         self.requests: list[Request] = []  # all that have not ended; their sessions are theirs until then
 
     def add(self, request: Request, session: Session | None = None, snapshot_at: int = 0) -> None:

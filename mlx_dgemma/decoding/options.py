@@ -20,7 +20,7 @@ STOP_DEFAULTS: dict[str, dict[str, Any]] = {
     "fast": {"certainty_threshold": 0.3, "patience": 2},
 }
 
-MODES = ("diffusion", "causal", "speculative")
+MODES = ("diffusion", "causal", "speculative", "auto")
 _FLAGS = ("exact", "fast")
 MAX_INTEGER = 2**31 - 1  # arrays of tokens and of counts are int32
 MAX_NUMBER = 1e9
@@ -116,7 +116,7 @@ class GenerationOptions:
     image_tokens: int = 280  # the most soft tokens of a picture: 70, 140, 280, 560 or 1120
     fps: float = 1.0  # frames taken from a second of video
     max_frames: int = 32  # frames taken from a whole video
-    mode: str = "diffusion"  # canvas by canvas; "causal": token by token; "speculative": the same text from drafts
+    mode: str = "diffusion"  # by canvases; "causal": by tokens; "speculative": the same text from drafts; or "auto"
     temperature: float | None = None  # this and what follows are causal mode's: see `Sampling`, which has the defaults
     top_p: float | None = None
     top_k: int | None = None
@@ -171,13 +171,11 @@ class GenerationOptions:
         if self.causal and (self.exact or self.fast):
             name = "exact" if self.exact else "fast"
             raise OptionError(f"mode is {self.mode!r} and {name} is True, which is a way of diffusion: leave one out.")
-        if self.causal and self.thinking_budget is not None:
-            raise OptionError(
-                f"mode is {self.mode!r} and thinking_budget is {self.thinking_budget}, which holds on canvases alone: "
-                "leave one out."
-            )
         given_here = [name for name in TOKEN_OPTIONS if getattr(self, name) is not None]
-        if not self.causal and given_here:
+        if self.mode == "auto" and given_here and (self.exact or self.fast):
+            name = "exact" if self.exact else "fast"
+            raise OptionError(f"{name} is True, and {given_here[0]} is of token by token: leave one out.")
+        if self.mode == "diffusion" and given_here:
             name = given_here[0]
             more = "t_min and t_max are its temperatures" if name == "temperature" else "leave it out"
             raise OptionError(
@@ -187,8 +185,8 @@ class GenerationOptions:
 
     @property
     def causal(self) -> bool:
-        """Whether text comes token by token."""
-        return self.mode != "diffusion"
+        """Whether text comes token by token; what "auto" comes to is not known here."""
+        return self.mode in ("causal", "speculative")
 
     @property
     def sampling(self) -> Sampling:
@@ -250,7 +248,10 @@ class GenerationOptions:
                 "fast mode accepts by confidence: leave one out."
             )
         mode = changes.get("mode", self.mode)
-        if mode != "diffusion" and (other := next((name for name in CANVAS_OPTIONS if name in changes), None)):
+        other = next((name for name in CANVAS_OPTIONS if name in changes), None)
+        if mode == "auto" and other:
+            mode = changes["mode"] = "diffusion"  # who gives what is of canvases has chosen
+        if mode != "diffusion" and other:
             raise OptionError(
                 f"mode is {mode!r} and {other} is {changes[other]!r}, which is of canvases alone: leave one out."
             )

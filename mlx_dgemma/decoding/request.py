@@ -64,6 +64,7 @@ class Request:
         postprocess: adds to the result what only the asker knows.
         notes: what is to be known of the answer, one sentence each; the reader adds to them.
         drafts: whether `Draft` events are wanted.
+        mode_reason: why its mode was taken, where "auto" was asked for.
         session: what prompt and blocks are encoded into.
     """
 
@@ -75,6 +76,7 @@ class Request:
     postprocess: Callable[[Result], Result] | None = None
     notes: list[str] = field(default_factory=list)
     drafts: bool = False
+    mode_reason: str = ""
     session: Session = field(init=False)
     # What has become of it.
     key: mx.array | None = None  # [2], of the draws of the blocks to come
@@ -113,6 +115,7 @@ class Request:
             images_encoded=session.images_encoded,
             frame_seconds=tuple(self.prompt.frame_seconds),
             mode=self.options.mode,
+            mode_reason=self.mode_reason,
             causal_passes=self.passes,
             verify_passes=self.verified,
             drafted_tokens=self.drafted,

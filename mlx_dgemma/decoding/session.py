@@ -184,7 +184,9 @@ class Session:
         mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
 
     def accept(self, tokens: list[int]) -> None:
-        """Take these tokens in, which the last pass of `encode_ahead` began with."""
+        """Take these tokens in, which the last pass of `encode_ahead` began with; there may be none."""
+        if not tokens:
+            return
         with self._undone_if_interrupted(len(tokens)):
             self.prefix.accept(len(tokens))
             self.cache_key += tokens

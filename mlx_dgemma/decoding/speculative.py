@@ -1,7 +1,7 @@
 """Drafts for text that comes token by token: of the text so far where it repeats itself, else of one denoising step.
 
-Whether and how long a draft pays is decided from how many of the last drafts' tokens were right, and from what a pass
-over so many tokens costs: it reads more experts than a pass over one token does, and computes more.
+Whether and how long a draft pays is decided from how many of the last drafts' tokens were right, and from what the
+passes cost on this machine.
 """
 
 from __future__ import annotations
@@ -10,44 +10,15 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ..model import device, rng
-from ..model.config import TextConfig
+from ..model import rng
 from ..model.kv_cache import Prefix
+from .costs import Costs
 
 LENGTHS = (4, 8, 16, 32, 64)  # tokens of a draft
 GRAM = 3  # tokens that must repeat before what followed them is taken for a draft
 MEMORY = 0.5  # weight of the drafts before the last one
 HOPE = 16.0, 0.5  # tokens that count as right and as wrong at first
 REST, LONGEST_REST = 16, 256  # tokens without drafts once they have not paid; doubled each time
-
-
-def balance() -> int:
-    """Tokens that a device computes with a weight in the time in which it reads it. A rough figure, not measured.
-
-    On Metal of an M2 Max: 13.6 TFLOP/s in 16 bit over 400 GB/s, at 4 bits a weight.
-    """
-    return 8 if device.on_cpu() else 10 if device.on_metal() else 64
-
-
-def pass_cost(config: TextConfig, count: int, balance: int) -> float:
-    """What a pass over `count` tokens costs, in passes over one token; launches and attention's scores are left out.
-
-    A token takes `top_k_experts` of `num_experts`, and others take others. Attention's matrices, the dense branch and
-    the vocabulary are read once in any case. A weight costs its reading or its arithmetic, whichever takes longer.
-    """
-    hidden, experts = config.hidden_size, config.num_experts
-    shared = float(config.vocab_size * hidden)
-    for kind in config.layer_types:
-        heads, dim = config.kv_shape(kind)
-        shared += hidden * (dim * (2 * config.num_attention_heads + 2 * heads) + 3 * config.intermediate_size)
-    expert = 3.0 * hidden * config.moe_intermediate_size * len(config.layer_types)
-    one = config.top_k_experts / experts
-
-    def cost(tokens: int) -> float:
-        of_experts = max(1 - (1 - one) ** tokens, one * tokens / balance)
-        return shared * max(1, tokens / balance) + expert * experts * of_experts
-
-    return cost(count) / cost(1)
 
 
 class Pace:
@@ -91,12 +62,13 @@ class Drafter:
 
     Args:
         tokens: of its prompt; what is no token is never drafted.
-        config: sizes of the model.
+        costs: of the model's passes.
     """
 
-    def __init__(self, tokens: Sequence[int | str], config: TextConfig):
-        costs = {n: pass_cost(config, n + 1, balance()) for n in LENGTHS}
-        self._by_look_up, self._by_model = Pace(costs), Pace({n: 2 * cost for n, cost in costs.items()})
+    def __init__(self, tokens: Sequence[int | str], costs: Costs):
+        verify = {n: costs.verify_cost(n + 1) / costs.token for n in LENGTHS}
+        self._by_look_up = Pace(verify)
+        self._by_model = Pace({n: cost + costs.draft_cost(n + 1) / costs.token for n, cost in verify.items()})
         self._last = self._by_model
         self._text: list[int | str] = []
         self._places: dict[tuple[int | str, ...], int] = {}  # behind which tokens the text goes on where

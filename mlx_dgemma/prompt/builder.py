@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from ..constraints.language import Language
 from ..constraints.tokens import TokenBytes
+from ..decoding.costs import Costs, reckoned
 from ..decoding.options import GenerationOptions, whole_number
 from ..decoding.request import Request
 from ..decoding.session import Picture, PromptTokens
@@ -34,11 +35,19 @@ class PromptBuilder:
         config: of the model.
         options: the checkpoint's own.
         video_tokens: the most soft tokens of a video frame.
+        costs: of the model's passes, by which a mode is chosen; None: they are reckoned.
     """
 
-    def __init__(self, tokenizer: Any, config: ModelConfig, options: GenerationOptions, video_tokens: int):
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: ModelConfig,
+        options: GenerationOptions,
+        video_tokens: int,
+        costs: Callable[[], Costs] | None = None,
+    ):
         self.tokenizer, self.config, self.options = tokenizer, config, options
-        self._video_tokens = video_tokens
+        self._video_tokens, self.costs = video_tokens, costs or partial(reckoned, config.text)
         self._languages = Languages(lambda: self.token_bytes)
 
     def request(

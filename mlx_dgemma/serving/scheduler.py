@@ -63,7 +63,7 @@ class Scheduler:
         self._rows, self._max_waiting = rows, waiting
         folder = None if cache_dir is None else cache_dir / engine.checkpoint.path.name  # one folder for each model
         self._cache = PrefixCache(engine, cache_bytes, folder)
-        self._loop = Loop(engine.model, engine.load_seconds)
+        self._loop = Loop(engine.model, engine.load_seconds, engine.costs)
         self._condition = threading.Condition()
         self._preparing: dict[Ticket, None] = {}  # in their order; the condition guards this and the next five
         self._prepared: deque[Ticket] = deque()  # of them, those that this thread has not looked at
@@ -272,7 +272,7 @@ class Scheduler:
             error, running = as_exception(caught), list(self._running.items())
             with suppress(BaseException):
                 self._loop.close()
-            self._loop = Loop(self.engine.model, self.engine.load_seconds)
+            self._loop = Loop(self.engine.model, self.engine.load_seconds, self.engine.costs)
             for request, ticket in running:
                 self._remove(request, "failed")
                 self._notify(ticket, Failed(error))

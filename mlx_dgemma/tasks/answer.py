@@ -11,6 +11,7 @@ from ..errors import OptionError, PromptError, shown
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of
 from .constrained import constrain_answer
+from .mode import kind_of_answer, settle_mode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,7 +48,9 @@ def answer(
     effective = builder.options.override(**options)
     messages = messages_of(prompt, system, images, video)
     request = builder.request(messages, seed, effective, thinking, tools)
-    constrain_answer(builder, request, schema, regex, thinking, tools)
+    language = constrain_answer(builder, request, schema, regex, thinking, tools)
+    least = 0 if language is None else int(language.distance[0])
+    settle_mode(builder, request, kind_of_answer(least, thinking, bool(tools)))
     return request
 
 

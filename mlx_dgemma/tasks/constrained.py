@@ -195,11 +195,6 @@ def constrain(builder: PromptBuilder, request: Request, language: Language, what
     While it is generated, a text that would leave the language is a `LanguageError`.
     """
     options, answer = request.options, request.reader
-    if options.causal and language.scanner() is not None:
-        raise OptionError(
-            f"mode is {options.mode!r}, but {what[:1].lower()}{what[1:]} has limits that are checked on a canvas alone "
-            "(long maxLength, many items, uniqueItems): leave the mode or these limits out."
-        )
     if not options.end_tokens:
         raise OptionError(f"{what} needs an end token, but end_tokens is (); give one.")
     # A thought that the prompt has opened takes a token to close it.
@@ -230,8 +225,8 @@ def constrain_answer(
     regex: str | None,
     thinking: bool,
     tools: list[dict] | None,
-) -> None:
-    """Let an answer be what `schema` or `regex` of `Engine.generate` ask for, if anything.
+) -> Language | None:
+    """Let an answer be what `schema` or `regex` of `Engine.generate` ask for, if anything; returns its language.
 
     Raises:
         OptionError: both are given, one is malformed, matches nothing or everything, or is together with an option
@@ -250,7 +245,7 @@ def constrain_answer(
             raise OptionError(f"regex is {regex!r}; it should be a text.")
         name, what, source = "regex", f"The regex {regex!r}", regex
     else:
-        return
+        return None
     for other, given in (("exact", request.options.exact), ("stop", request.options.stop), ("tools", tools)):
         if given:
             raise OptionError(f"{name} is given and {other} is {given!r}; they cannot be together: leave one out.")
@@ -260,6 +255,7 @@ def constrain_answer(
             f"The schema refers to itself; answers follow it {language.returns} levels deep at most.", stacklevel=3
         )
     constrain(builder, request, language, what, thinking)
+    return language
 
 
 def task_options(builder: PromptBuilder, task: str, options: OptionKeywords) -> GenerationOptions:

@@ -20,11 +20,17 @@ from ..prompt.messages import messages_of, reject_surrogates
 from ..prompt.vocabulary import vocabulary_of
 from .constrained import task_options
 from .lines import MARK, FileText
+from .mode import Kind, settle_mode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 GROWTH = 4  # a draft's canvas has room for a text that is longer by a quarter
+
+
+def canvas_for(count: int, canvas_length: int) -> int:
+    """Positions of the canvas for a draft of so many tokens."""
+    return fitting_size(count + count // GROWTH, canvas_length)
 
 
 class Drafted(Control):
@@ -47,7 +53,7 @@ class Drafted(Control):
         if not self._draft:
             return None
         given = [*self._draft, self._end][: self._length]
-        size = fitting_size(len(given) + len(given) // GROWTH, self._length)
+        size = canvas_for(len(given), self._length)
         tokens = np.zeros(size, np.int32)
         tokens[: len(given)] = given
         kept = self._random.random(size) >= self._strength
@@ -92,7 +98,8 @@ def edit(
         effective = effective.override(max_tokens=max(effective.max_tokens, 2 * len(draft)))
     asked = f"{instruction.rstrip().removesuffix(':')}: {file.plain}"
     request = builder.request(messages_of(asked), seed, effective)
-    if not effective.causal:  # token by token, what is copied is drafted from the prompt
+    settle_mode(builder, request, Kind(len(draft), "copy", canvas_for(len(draft), builder.config.canvas_length)))
+    if not request.options.causal:  # token by token, what is copied is drafted from the prompt
         request.control = Drafted(draft, builder.turn_end, strength, builder.config.canvas_length, request.seed)
     request.postprocess = lambda result: replace(
         result, text=file.restored(result.text, whole=result.finish_reason != "length")

@@ -15,6 +15,7 @@ from ..errors import LanguageError, OptionError, shown
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
 from .constrained import constrain, task_options
+from .mode import Kind, settle_mode
 from .templates import split_template
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def fill(
     )
     messages = messages_of(FILL_TEMPLATE + template if prompt is None else prompt)
     request = builder.request(messages, seed, task_options(builder, "fill", options))
-    constrain(builder, request, builder.language(plain, "The template"), "The template")
+    language = builder.language(plain, "The template")
+    constrain(builder, request, language, "The template")
+    settle_mode(builder, request, Kind(2 * int(language.distance[0]), "rigid"))
     request.postprocess = lambda result: _with_holes(result, parts, patterns)
     return request
 

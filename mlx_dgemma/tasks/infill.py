@@ -23,6 +23,7 @@ from ..prompt.messages import Message, messages_of, reject_surrogates
 from ..prompt.vocabulary import Vocabulary, text_of_tokens, vocabulary_of
 from .constrained import constrain, task_options
 from .hole import IN_VIEW, Hole, divide
+from .mode import LENGTH, Kind, settle_mode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -182,6 +183,8 @@ def infill(
             "give one of them."
         )
     builder.check_characters(len(prefix) + len(suffix) + sum(map(len, context)))
+    if suffix and effective.mode == "auto":
+        effective = effective.override(mode="diffusion")
     if suffix and effective.causal:
         raise OptionError(
             f"mode is {effective.mode!r}, but a hole with text behind it needs a canvas; leave the mode or suffix out."
@@ -207,6 +210,7 @@ def infill(
         most, skip = request.options.max_tokens, len(hole.tail)
         request.reader = Answer(builder.tokenizer, effective.end_tokens, most, skip=skip, notes=request.notes)
         constrain(builder, request, language, "The hole")
+        settle_mode(builder, request, Kind(length or LENGTH))
         return request
     longest = LONGEST if options.get("max_tokens") is None else min(LONGEST, effective.max_tokens)
     _set_hole(builder, request, hole, language, length, longest)

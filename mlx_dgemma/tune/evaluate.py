@@ -128,7 +128,7 @@ def evaluate(
         raise OptionError(f"batch_size is {batch_size!r}; it should be a whole number, at least 1.")
     if not examples:
         raise DataError("There are no examples; give at least one.")
-    score, names = _scorer(metric, examples), _group_names(examples, by)
+    score, names = scorer_of(metric, examples), _group_names(examples, by)
     started, scored = time.perf_counter(), {}
     for batch in _batches(examples, batch_size):
         first = examples[batch[0]]
@@ -141,8 +141,8 @@ def evaluate(
         )
         for i, result in zip(batch, results):
             one = examples[i]
-            text = _answer_text(result.text, result.tool_calls)
-            expected = _answer_text(text_of(one.chat[-1]), _calls(one))
+            text = answer_text(result.text, result.tool_calls)
+            expected = answer_text(text_of(one.chat[-1]), calls_of(one))
             scored[i] = ScoredAnswer(one.where, text, expected, score(one, result), result.finish_reason, result.stats)
             if watch:
                 watch(scored[i])
@@ -203,7 +203,8 @@ def _group_names(examples: Sequence[Example], by: str | None) -> list[str]:
     return [value if isinstance(value, str) else json.dumps(value) for value in values]
 
 
-def _calls(example: Example) -> list[dict]:
+def calls_of(example: Example) -> list[dict]:
+    """The tool calls of the expected answer."""
     return example.chat[-1].get("tool_calls") or []
 
 
@@ -211,13 +212,13 @@ def _names_and_arguments(calls: list[dict]) -> list[dict]:
     return [{key: call["function"][key] for key in ("name", "arguments")} for call in calls]
 
 
-def _answer_text(text: str, calls: list[dict]) -> str:
+def answer_text(text: str, calls: list[dict]) -> str:
     """The text, and each tool call as a line of JSON."""
     lines = [text] if text or not calls else []
     return "\n".join([*lines, *(json.dumps(call, ensure_ascii=False) for call in _names_and_arguments(calls))])
 
 
-def _scorer(metric: Any, examples: Sequence[Example]) -> Scorer:
+def scorer_of(metric: Any, examples: Sequence[Example]) -> Scorer:
     """The function that scores an answer. The metric and all examples are checked here, before any answer is generated.
 
     Raises:
@@ -240,7 +241,7 @@ def _scorer(metric: Any, examples: Sequence[Example]) -> Scorer:
         return _user_scorer(_load_function(metric), metric)
 
     def score(example: Example, result: Result) -> float:
-        calls = _names_and_arguments(_calls(example))
+        calls = _names_and_arguments(calls_of(example))
         same = _names_and_arguments(result.tool_calls) == calls or not (calls or metric == "exact")
         try:
             return float(same and compare(text_of(example.chat[-1]), result.text))
@@ -277,7 +278,7 @@ def _load_function(metric: Any) -> Callable:
 def _user_scorer(function: Callable, name: str) -> Scorer:
     def score(example: Example, result: Result) -> float:
         try:
-            value = function(example.record, _answer_text(result.text, result.tool_calls))
+            value = function(example.record, answer_text(result.text, result.tool_calls))
         except Exception as error:  # user code can raise anything
             raise OptionError(f"{name} failed at {example.where} ({type(error).__name__}: {error}).") from error
         if not hasattr(value, "__float__") or not 0 <= float(value) <= 1:

@@ -81,7 +81,7 @@ def test_layers_of_a_kind_share_their_weights(tiny):
     layers = model.model.decoder.layers
     assert [layer._layer_type for layer in layers] == ["sliding_attention"] * 3 + ["full_attention"]
     assert layers[0] is layers[1] is layers[2] is not layers[3]
-    prefix = speed.random_prefix(model)
+    prefix = speed.random_prefix(model, speed.PREFIX)
     assert prefix.offset == 32
     hidden = model.denoise(mx.zeros((1, 16), mx.int32), prefix)
     assert hidden.shape == (1, 16, 64) and mx.isfinite(hidden).all().item()

@@ -265,10 +265,6 @@ def test_options_of_another_mode_are_refused(options, words):
     [
         ({"t_min": 0.5}, "mode is 'causal' and t_min is 0.5, which is of canvases alone: leave one out."),
         ({"patience": 0}, "mode is 'causal' and patience is 0, which is of canvases alone: leave one out."),
-        (
-            {"thinking_budget": 9},
-            "mode is 'causal' and thinking_budget is 9, which holds on canvases alone: leave one out.",
-        ),
     ],
 )
 def test_what_is_of_canvases_alone_is_refused(asked, message):

@@ -8,7 +8,8 @@ from support import engine_of, small_model
 from test_causal import DRAWN, GREEDY, PROMPTS, generate
 
 from mlx_dgemma.decoding import causal, speculative
-from mlx_dgemma.decoding.speculative import Drafter, Pace, pass_cost
+from mlx_dgemma.decoding.costs import pass_cost, reckoned
+from mlx_dgemma.decoding.speculative import Drafter, Pace
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def test_any_draft_comes_to_the_same_text(model, monkeypatch, options, length):
     Drafts are found as ever, or right but for their last token.
     """
     monkeypatch.setattr(Pace, "length", length)
-    monkeypatch.setattr(causal, "POSITIONS", 4)
+    monkeypatch.setattr(causal, "AT_ONCE", 4)
     asked = [(prompt, count, 7 + i, options) for i, (prompt, count) in enumerate(zip(PROMPTS, (24, 13, 9)))]
     alone = [generate(model, [one])[0] for one in asked]
     drafted = [(*one[:3], replace(options, mode="speculative")) for one in asked]
@@ -56,7 +57,7 @@ def test_right_drafts_save_passes(demo):
 
 def test_text_that_repeats_itself_is_its_own_draft(model):
     config = model.config.text
-    drafter = Drafter([1, 2, 3, 4, "picture", 5, 6, 1, 2, 3], config)
+    drafter = Drafter([1, 2, 3, 4, "picture", 5, 6, 1, 2, 3], reckoned(config))
     assert drafter.propose(8, 4) == [4]  # what stands for a picture is no token
     drafter.take(9)
     assert isinstance(drafter.propose(8, 4), int)

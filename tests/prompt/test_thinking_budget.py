@@ -1,5 +1,7 @@
 """A thought that has spent its budget is ended, and the answer goes on."""
 
+import re
+
 import pytest
 from support import engine_of, refusal
 
@@ -62,3 +64,25 @@ def test_the_budget_is_a_whole_number(engine):
     assert refusal(OptionError, engine.generate, "Hi", thinking_budget=-1) == (
         "thinking_budget is -1; it should be a whole number, at least 0."
     )
+
+
+@pytest.mark.parametrize("form", [{}, {"regex": "[0-9]+ ok"}], ids=["free", "in a language"])
+def test_a_thought_ends_at_its_budget_token_by_token_and_drafts_change_nothing(engine, form):
+    """The penalty reads all tokens so far: those that end the thought are among them."""
+    prompt, told = "What is 28 + 15?", {}
+    options = {"thinking": True, "thinking_budget": 9, "temperature": 0.7, "repetition_penalty": 1.05, "seed": 2}
+    for mode in ("causal", "speculative"):
+        session = engine.session()
+        told[mode] = found = engine.generate(prompt, mode=mode, session=session, max_tokens=60, **options, **form)
+        assert found.notes == ("The thought was ended at its budget of 9 tokens.",)
+        opened = engine.prepare(prompt, thinking=True, seed=0).prompt.tokens
+        held = opened + found.tokens
+        assert session.cache_key[: len(held)] == held[: session.prefix.offset]
+        assert session.prefix.offset == len(session.cache_key) >= len(held) - 1
+    assert told["causal"].tokens == told["speculative"].tokens and told["speculative"].stats.accepted_tokens
+    free = engine.generate(prompt, mode="causal", max_tokens=60, **{**options, "thinking_budget": None}, **form)
+    close = told["causal"].tokens.index(engine.tokenizer.think_end_tokens[0])
+    assert told["causal"].tokens[: close - 1] == free.tokens[: close - 1] != told["causal"].tokens[: close + 1]
+    assert free.tokens[close] != told["causal"].tokens[close]
+    if form:
+        assert re.fullmatch("[0-9]+ ok", told["causal"].text)

@@ -9,7 +9,7 @@ from support import engine_of, refusal
 from mlx_dgemma.constraints.language import Language
 from mlx_dgemma.constraints.next_token import NextTokens
 from mlx_dgemma.constraints.search import FRESH, THINKING
-from mlx_dgemma.errors import OptionError
+from mlx_dgemma.errors import LanguageError, OptionError
 
 PERSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
 TAGS = {"type": "array", "items": {"type": "null"}}
@@ -97,3 +97,50 @@ def test_what_needs_a_canvas_is_refused_and_what_does_not_goes_token_by_token(en
     assert re.fullmatch("(Anna|Bob) is [0-9]{2}", filled.text)
     edited = engine.edit("The cat saw a cat.", "Replace cat with dog", mode="speculative", temperature=0)
     assert edited.text == engine.edit("The cat saw a cat.", "Replace cat with dog", mode="causal", temperature=0).text
+
+
+NUMBER = {"type": "integer", "minimum": 0, "maximum": 30}
+UNIQUE = {"type": "array", "items": NUMBER, "uniqueItems": True, "minItems": 5}
+LONG = {"type": "array", "items": {"type": "string", "maxLength": 70}, "minItems": 1, "maxItems": 40}
+
+
+@pytest.mark.parametrize("schema", [UNIQUE, {"type": "object"}, LONG], ids=["unique", "object", "long"])
+def test_what_states_do_not_tell_is_checked_token_by_token(engine, schema):
+    """Items and names that must differ, long texts and arrays; drafts change nothing."""
+    language = engine.builder.language(schema, "It", "schema")
+    assert language.scanner() is not None
+    for seed in (0, 1):
+        options = {"schema": schema, "seed": seed, "temperature": 1.2, "max_tokens": 150}
+        found, drafted = (engine.generate(PERSON, mode=mode, **options) for mode in ("causal", "speculative"))
+        value = json.loads(found.text)
+        assert found.tokens == drafted.tokens and found.finish_reason == "stop"
+        if schema is UNIQUE:
+            assert 5 <= len(value) == len(set(value)) and set(value) <= set(range(31))
+        elif schema is LONG:
+            assert max(map(len, value)) <= 70 and len(value) <= 40
+
+
+def test_a_token_behind_which_a_text_can_only_repeat_itself_is_not_drawn(engine):
+    language = engine.builder.language(UNIQUE, "It", "schema")
+    following = NextTokens(language, (1,))
+    spelt = {language.token_bytes.to_bytes([token]): token for token in range(len(language.token_bytes.length))}
+
+    def goes_on(text):
+        scanner, state = following.scanner, 0
+        for byte in text:
+            token = spelt[bytes([byte])]
+            if (scanner := following.scan(scanner, state, token)) is None:
+                return False
+            state = following.after(state, token)
+        return True
+
+    assert goes_on(b"[1,11,3,30,12,13]") and goes_on(b"[1, 1") and goes_on(b"[30,3")
+    assert not goes_on(b"[1,1,") and not goes_on(b"[2,2 ") and not goes_on(b"[11,11") and not goes_on(b"[30,3,3")
+
+
+def test_a_text_that_can_only_repeat_itself_is_an_error(engine):
+    """Which key comes second is known too late: nothing that was written is taken back."""
+    item = {"type": "object", "properties": {"a": {"enum": [1]}}, "additionalProperties": False}
+    schema = {"type": "array", "items": item, "uniqueItems": True, "minItems": 3}
+    told = refusal(LanguageError, engine.generate, PERSON, mode="causal", temperature=0, schema=schema, max_tokens=60)
+    assert "nothing can be taken back" in told or "no way was found" in told

@@ -74,7 +74,7 @@ class Shared(Body):
     top_p: Annotated[float | None, number(0.001, 1), NOT_CUT[0]] = None
     stop: Annotated[StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None, Rule(STOPS)] = None
     mode: Annotated[
-        Literal["diffusion", "causal", "speculative"] | None,
+        Literal["diffusion", "causal", "speculative", "auto"] | None,
         doc("How text comes."),
     ] = None
     top_k: Annotated[int | None, whole(0, unset=True), NOT_CUT[1]] = None
