@@ -107,7 +107,7 @@ def serve(
     install: bool,
     uninstall: bool,
 ) -> None:
-    """Serve the HTTP APIs of OpenAI and Ollama until Ctrl-C.
+    """Serve the HTTP APIs of OpenAI, Anthropic and Ollama until Ctrl-C.
 
     By default, only this machine can reach the server. Any OpenAI client works with the base URL that is printed, any
     client of Ollama with the same URL without /v1.
