@@ -269,7 +269,12 @@ def test_a_failure_behind_the_first_event_is_an_event(error):
 
 def test_every_route_is_described():
     app = create_app(Script(), Settings())
-    routes = {(route.path.replace(":path", ""), method) for route in app.routes for method in route.methods}
+    routes = {
+        (route.path.replace(":path", ""), method)
+        for route in app.routes
+        for method in route.methods
+        if not route.path.startswith("/page/")
+    }
     paths = openapi_document(Settings())["paths"]
     described = {(path, method.upper()) for path, one in paths.items() for method in one}
     assert {one for one in routes if one[1] != "HEAD"} | {("/", "GET")} == {
