@@ -35,6 +35,9 @@ def held_back(text: str, stop: Sequence[str]) -> int:
     return max((n for one, n in pairs if text.endswith(one[:n])), default=0)
 
 
+BROKEN = "is broken; it was kept as text."  # the end of the note on a call that cannot be read
+
+
 @dataclass
 class Answer:
     """Reads blocks of tokens into text, thinking and tool calls, and knows when the text has ended.
@@ -186,7 +189,7 @@ class Answer:
             elif isinstance(part, CallPart):
                 self._call(part)
             else:
-                self._note(f"The tool call {shown(part.text)} is broken; it was kept as text.")
+                self._note(f"The tool call {shown(part.text)} {BROKEN}")
 
     def _call(self, part: CallPart) -> None:
         for name, arguments in part.calls:

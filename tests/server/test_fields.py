@@ -2,12 +2,14 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from serving import CHAT, RESPONSES, Script, ask, post, said, tool
 
 from mlx_dgemma.decoding.events import Block, Finished, Result, Stats
+from mlx_dgemma.prompt.answer import BROKEN
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.endpoints.retakes import is_surely_valid
 from mlx_dgemma.server.schemas.bodies import Chat
@@ -74,6 +76,20 @@ def test_calls_of_strict_tools_are_generated_again_where_they_are_not_valid():
     assert chat(finished(calls=[call(city="Oslo")]), tools=[CITY])[1] == 1
     lax = {**CITY, "function": {**CITY["function"], "strict": False}}
     assert chat(wrong, tools=[lax])[1] == 1
+
+
+def test_a_call_of_strict_tools_that_cannot_be_read_is_generated_again():
+    note = f"The tool call 'call:city{{x' {BROKEN}"
+    broken = finished("Let me see. call:city{x")
+    broken = replace(broken, result=replace(broken.result, notes=(note,)))
+    choice, count, _ = chat(broken, finished('{"city": "Rome"}'), tools=[CITY])
+    (made,) = choice["message"]["tool_calls"]
+    assert (made["function"], count) == ({"name": CITY["function"]["name"], "arguments": '{"city": "Rome"}'}, 2)
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Let me see.", "tool_calls")
+    lax = {**CITY, "function": {**CITY["function"], "strict": False}}
+    assert chat(broken, tools=[lax])[1] == 1
+    cut = replace(broken, result=replace(broken.result, finish_reason="length"))
+    assert chat(cut, tools=[CITY])[1] == 1
 
 
 def test_of_parallel_calls_the_first_is_kept():

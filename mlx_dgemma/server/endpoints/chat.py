@@ -21,7 +21,7 @@ from ..schemas.bodies import Chat
 from ..schemas.fields import Body, parse_json, reject
 from ..schemas.messages import chat_messages, tool_declarations
 from ..settings import Settings
-from .retakes import is_surely_valid, is_valid_text, with_calls, with_text
+from .retakes import is_surely_valid, is_unreadable, is_valid_text, with_call, with_calls, with_text
 
 if TYPE_CHECKING:
     from ...engine import Engine
@@ -106,6 +106,8 @@ class ChatExchange(Exchange):
                 partial(self._prepare, engine, {**arguments, "tools": [tools[name]]}, self._strict[name], None)
                 for name in named
             ]
+        if self._strict and is_unreadable(answer):
+            return [partial(self._prepare, engine, arguments, _call_schema(self.arguments["tools"]), None)]
         schema, regex = self._form.get("schema"), self._form.get("regex")
         if not self._form or (schema is not None and is_valid_text(answer.result.text, schema)):
             return ()
@@ -115,6 +117,8 @@ class ChatExchange(Exchange):
         """An answer with the calls or the text that were generated again."""
         if self._broken.get(i):
             return with_calls(answer, dict(zip(self._broken[i], takes)))
+        if self._strict and is_unreadable(answer):
+            return with_call(answer, takes[0], self.arguments["tools"])
         return with_text(answer, takes[0])
 
     def _prepare(

@@ -11,6 +11,7 @@ from ...constraints.schema.alternatives import Alternatives
 from ...constraints.schema.flat import Part
 from ...decoding.events import Result, Stats
 from ...errors import OptionError
+from ...prompt.answer import BROKEN
 from ..events import FinishedAnswer
 
 DEPTH = 16  # references that lead back to themselves which are followed in a value
@@ -40,6 +41,13 @@ def is_valid_text(text: str, schema: dict[str, Any]) -> bool:
     return is_surely_valid(value, schema)
 
 
+def is_unreadable(answer: FinishedAnswer) -> bool:
+    """Whether an answer came to its end, and its call cannot be read."""
+    result = answer.result
+    broken = any(note.endswith(BROKEN) for note in result.notes)
+    return broken and not result.tool_calls and result.finish_reason != "length"
+
+
 def with_calls(answer: FinishedAnswer, takes: dict[int, FinishedAnswer]) -> FinishedAnswer:
     """An answer some of whose calls got new arguments, by the call's number."""
     calls = list(answer.result.tool_calls)
@@ -48,6 +56,19 @@ def with_calls(answer: FinishedAnswer, takes: dict[int, FinishedAnswer]) -> Fini
         calls[k] = {**calls[k], "function": function}
     result = _with_work(answer.result, [take.result for take in takes.values()])
     return replace(answer, result=replace(result, tool_calls=calls))
+
+
+def with_call(answer: FinishedAnswer, take: FinishedAnswer, tools: Sequence[dict[str, Any]]) -> FinishedAnswer:
+    """An answer whose call could not be read, with the one that was generated again."""
+    value = json.loads(take.result.text)
+    function = {"name": tools[0]["function"]["name"], "arguments": value} if len(tools) == 1 else value
+    result = replace(
+        _with_work(answer.result, [take.result]),
+        text=answer.result.text.partition("call:")[0].rstrip(),
+        tool_calls=[{"id": "call_0", "type": "function", "function": function}],
+        finish_reason="tool_calls",
+    )
+    return replace(answer, result=result)
 
 
 def with_text(answer: FinishedAnswer, take: FinishedAnswer) -> FinishedAnswer:
