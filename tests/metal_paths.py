@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +24,7 @@ from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli.main import main
 from mlx_dgemma.convert.conversion import convert
 from mlx_dgemma.convert.recipes import MODES
+from mlx_dgemma.decoding import costs
 from mlx_dgemma.decoding.canvas import CanvasBatch
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.step import plain_step
@@ -30,6 +32,7 @@ from mlx_dgemma.engine import Engine
 from mlx_dgemma.model import attention
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_dgemma.tasks import hole
 from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.likelihood import next_token_log_probs
 from mlx_dgemma.tune.objective import VARIANTS, Batch, draw_noise
@@ -103,8 +106,8 @@ def batches(dtype: str, folder: Path) -> None:
 
 
 def token_by_token(dtype: str, folder: Path) -> None:
-    """Tokens drawn in every way, alone and together, from drafts of the model and of the text, and in a language; and
-    the likelihood of given ones."""
+    """Tokens drawn in every way, alone and together, from drafts of the model and of the text, and in a language;
+    the likelihood of given ones; and what passes cost."""
     engine = loaded(dtype, folder)
     next_token_log_probs(engine.model, range(2, 9), 1, engine.model.new_prefix())
     few = {"seed": 0, "max_tokens": 8}
@@ -112,6 +115,7 @@ def token_by_token(dtype: str, folder: Path) -> None:
         engine.generate_batch(["Spell the word frog.", PERSON], mode=mode, temperature=0, **{**few, "max_tokens": 70})
         engine.generate(PERSON, mode=mode, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1, **few)
         engine.generate("Spell the word bear.", regex="[bear ]+", mode=mode, **few)
+    costs.measure(engine.model)
 
 
 def guided(dtype: str, folder: Path) -> None:
@@ -123,7 +127,8 @@ def guided(dtype: str, folder: Path) -> None:
     engine.choose(LARGER, ["51", "23"], calibrate=True)
     engine.choose(LARGER, ["51", "23"], answer="It is {}.")
     engine.infill("def add(a, b):\n    return a ", " b", prompt="Add two numbers.", length=2, seed=0)
-    engine.infill("Once there was a ", " in the wood.", seed=0, max_denoising_steps=2)
+    with patch.object(hole, "TOGETHER", 1):
+        engine.infill("Once there was a ", " in the wood.", seed=0, max_denoising_steps=2)
     engine.fill("{name} is {age}", {"name": 8, "age": "[0-9]+"}, **FEW)
     engine.edit("The cat saw a cat in the barn.", "Replace cat with dog", **FEW)
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ..checkpoint.find import find
 from ..errors import OptionError, count
 from ..files import atomic_file
 from .common import ModelChoice, created
@@ -55,6 +54,8 @@ def compare(
         raise click.UsageError("--bound and --by are not of a comparison; leave them out, or leave out --against.")
     if html is not None and html.exists():
         raise OptionError(f"{html} exists already; give another name, or remove it.")
+    from ..checkpoint.find import find
+
     find(against)  # a wrong name is told before the first answer
     options.pop("batch_size", None)  # times are of answers that are alone
     seed, chosen = options.pop("seed", 0), options.pop("mode", None)

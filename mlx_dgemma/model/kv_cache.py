@@ -371,4 +371,4 @@ def _handle(array: mx.array | None) -> mx.array | None:
 
     `mx.array` would copy it.
     """
-    return None if array is None else mx.stop_gradient(array)
+    return None if array is None else array.astype(array.dtype)

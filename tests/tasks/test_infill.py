@@ -250,8 +250,8 @@ def test_a_cut_run_finds_a_length_on_the_releases_canvas_whatever_is_likely(
             yield chosen(layout, guide, row)
 
     monkeypatch.setattr("mlx_dgemma.tasks.hole.denoise_block", denoise)
-    prefix = SimpleNamespace(batch_size=1, select_rows=lambda rows: None)
-    hole.prepare(None, prefix, engine.options, mx.array([0, 0], mx.uint32))
+    prefix = SimpleNamespace(batch_size=1, select_rows=lambda rows: None, fork=lambda: prefix)
+    list(hole.prepare(None, prefix, engine.options, mx.array([0, 0], mx.uint32)))
     while not hole.full:
         layout = hole.layout()
         tokens = chosen(layout, hole.guide(0), 0)
