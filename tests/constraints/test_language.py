@@ -1,5 +1,6 @@
 """Languages over tokens: transitions, distances and the cache against naive ones."""
 
+import pickle
 import re
 
 import numpy as np
@@ -163,3 +164,14 @@ def test_bounded_patterns_over_small_alphabets_keep_few_tokens(token_bytes, monk
     assert len(language.always_scored_tokens) == 27
     assert language.distance[0] == 1
     assert np.isfinite(language.distance[:-1]).all()
+
+
+def test_a_language_does_not_grow_with_use(token_bytes):
+    """Whatever tokens are likely: what it knows of them is not kept."""
+    language = Language('"[a-z ]{0,400}"', token_bytes)
+    sizes, random = [], np.random.default_rng(0)
+    for _ in range(4):
+        tokens = random.integers(0, len(token_bytes.length), (32, 64))
+        language.likely_moves(tokens, np.log(random.uniform(0.01, 1, tokens.shape)))
+        sizes.append(len(pickle.dumps(language)))
+    assert len(set(sizes)) == 1
