@@ -77,7 +77,7 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
             prefix.restore(buffers.pop(0))
         following = None if over else build(batch, current, steps, batch.dense)
     del buffers  # or the next write would copy the buffers
-    batch.queue = device.Queue(batch.in_flight)
+    batch.queue = device.Queue(batch.in_flight, batch.queue.base if early else None)  # early layers are in flight
     if following is not None:
         batch.queue.add(*batch.stages()[early:])
     batch.ahead = following

@@ -67,19 +67,20 @@ class Queue:
 
     Args:
         limit: bytes, None for `SOFT_LIMIT`.
+        base: bytes that are held when nothing is in flight; None: those that are held now.
     """
 
-    def __init__(self, limit: int | None = None):
+    def __init__(self, limit: int | None = None, base: int | None = None):
         self.limit = SOFT_LIMIT if limit is None else limit
-        self._base = mx.get_active_memory()
+        self.base = mx.get_active_memory() if base is None else base
         self._waiting: deque[Any] = deque()
 
     def add(self, *stages: Any) -> None:
         """Start stages (arrays or trees of arrays), in the order in which they are computed."""
         for stage in stages:
-            while len(self._waiting) > 1 and mx.get_active_memory() > self._base + self.limit:
+            while len(self._waiting) > 1 and mx.get_active_memory() > self.base + self.limit:
                 mx.eval(self._waiting.popleft())
-            if mx.get_active_memory() > self._base + HARD * self.limit:
+            if mx.get_active_memory() > self.base + HARD * self.limit:
                 mx.synchronize()
             mx.async_eval(stage)
             self._waiting.append(stage)
