@@ -54,9 +54,7 @@ def compare(
         raise click.UsageError("--bound and --by are not of a comparison; leave them out, or leave out --against.")
     if html is not None and html.exists():
         raise OptionError(f"{html} exists already; give another name, or remove it.")
-    from ..checkpoint.find import find
-
-    find(against)  # a wrong name is told before the first answer
+    _check_name(against)
     options.pop("batch_size", None)  # times are of answers that are alone
     seed, chosen = options.pop("seed", 0), options.pop("mode", None)
     with warnings.catch_warnings(record=True) as caught, created(output) as file:
@@ -99,6 +97,13 @@ def _write_page(html: Path, title: str, found: list[Contestant], asked: list[tup
 
     with atomic_file(html) as draft:
         draft.write_text(page(title, found, asked), encoding="utf-8")
+
+
+def _check_name(against: str) -> None:
+    """Tell a wrong name before the first answer."""
+    from ..checkpoint.find import find
+
+    find(against)
 
 
 def _write_answers(file: TextIO, found: list[Contestant], asked: list[tuple[str, str, str]]) -> None:
