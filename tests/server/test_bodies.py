@@ -3,12 +3,15 @@
 import copy
 import json
 import re
+from typing import get_args
 
 import pytest
+from pydantic_core import core_schema
 from serving import WEATHER, Script, said
 
 from mlx_dgemma.server.endpoints.chat import ChatExchange
 from mlx_dgemma.server.errors import ApiError
+from mlx_dgemma.server.schemas import fields
 from mlx_dgemma.server.schemas.bodies import Chat
 from mlx_dgemma.server.schemas.editing import Completion
 from mlx_dgemma.server.schemas.fields import parse_body
@@ -124,3 +127,22 @@ def test_null_is_absent_and_what_is_unknown_is_refused_everywhere(kind):
 def test_an_effort_is_a_budget_of_the_thought(asked, budget):
     body = parse_body(Chat, json.dumps({"messages": said("Hi"), **asked}).encode())
     assert ChatExchange(body, Script().engine, Settings()).arguments.get("thinking_budget") == budget
+
+
+def test_whatever_is_wrong_is_a_sentence():
+    """Of every kind of error that pydantic knows, those among them that no field of today has."""
+    words = {"expected": "'a' or 'b'", "discriminator": "'t'", "expected_tags": "'a'", "min_length": 1, "max_length": 2}
+    known = [one for one in get_args(core_schema.ErrorType) if one not in ("custom_error", "union_tag_not_found")]
+    assert len(known) > 90
+    for kind in known:
+        found = {"type": kind, "msg": "Input should be a thing", "loc": ("a",), "ctx": words}
+        told = str(fields._api_error(found, {"a": {"t": "b"}}))
+        assert told.startswith("a")
+        assert told.endswith(".")
+        assert "{" not in told
+
+
+@pytest.mark.parametrize("tool", [{"type": "custom", "name": ""}, {"type": "namespace", "name": "", "tools": []}])
+def test_tools_of_every_kind_have_names(tool):
+    with pytest.raises(ApiError, match=r"^tools\[0\]\.name is ''; it should be 1 to 128 letters"):
+        fields.parse_body(Response, json.dumps({"input": "Hi", "tools": [tool]}).encode())

@@ -32,6 +32,7 @@ SENTENCES = {  # by pydantic's names of errors
     "string_type": "it should be a string",
     "bool_type": "it should be true or false",
     "int_type": "it should be a whole number",
+    "float_type": "it should be a number",
     "list_type": "it should be a list",
     "dict_type": "it should be a JSON object",
     "model_type": "it should be a JSON object",
@@ -278,9 +279,17 @@ def _api_error(error: Any, data: Any) -> ApiError:
         name: value.replace("', '", "' or '").replace("'", '"') if isinstance(value, str) else value
         for name, value in context.items()
     }
-    why = error["msg"] if kind == "why" else SENTENCES[kind].format(**words)
+    why = error["msg"] if kind == "why" else _sentence(error, words)
     end = "" if why.endswith("...") else "."
     return ApiError(f"{path or 'The body'} is {format_value(data)}; {why}{end}", path or None)
+
+
+def _sentence(error: Any, words: dict[str, Any]) -> str:
+    """What is wrong by pydantic's name of it, else in pydantic's words."""
+    if known := SENTENCES.get(error["type"]):
+        return known.format(**words)
+    told = error["msg"].rstrip(".").removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"it should be {told}" if error["msg"].startswith("Input should be ") else told[:1].lower() + told[1:]
 
 
 def _count(body: bytes) -> int:

@@ -19,6 +19,7 @@ from .messages import (
     Arguments,
     DataUrl,
     Function,
+    FunctionName,
     PartsOf,
     Text,
     content_of,
@@ -141,7 +142,7 @@ class CustomTool(Body):
     """A tool that takes a text. It becomes a function with one argument."""
 
     type: Literal["custom"]
-    name: str
+    name: FunctionName
     description: str = ""
     format: dict[str, Any] | None = None
     defer_loading: Annotated[bool | None, DEFERRED] = None
@@ -151,7 +152,7 @@ class CustomTool(Body):
         grammar = (self.format or {}).get("definition")
         about = self.description + (f"\nThe input follows this grammar:\n{grammar}" if grammar else "")
         parameters = {"type": "object", "properties": {CUSTOM_INPUT: {"type": "string"}}, "required": [CUSTOM_INPUT]}
-        return Function(name=name, description=about, parameters=parameters)
+        return Function.model_construct(name=name, description=about, parameters=parameters)
 
 
 OwnTool = Annotated[FlatTool | CustomTool, Field(discriminator="type")]
@@ -161,7 +162,7 @@ class Namespace(Body):
     """Tools under a name. Each becomes a function NAMESPACE.NAME."""
 
     type: Literal["namespace"]
-    name: str
+    name: FunctionName
     description: Annotated[str | None, Harmless("every tool has a description of its own")] = None
     tools: Annotated[list[OwnTool], Field(max_length=MAX_TOOLS)]
 

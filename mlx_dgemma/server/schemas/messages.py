@@ -148,12 +148,15 @@ class ToolMessage(Named):
 ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
+FunctionName = Annotated[
+    str,
+    Field(pattern=f"^[a-zA-Z0-9_.:/-]{{1,{MAX_NAME}}}$"),
+    Rule(f"it should be 1 to {MAX_NAME} letters, digits, _, -, ., : or /"),
+]
+
+
 class Function(Body):
-    name: Annotated[
-        str,
-        Field(pattern=f"^[a-zA-Z0-9_.:/-]{{1,{MAX_NAME}}}$"),
-        Rule(f"it should be 1 to {MAX_NAME} letters, digits, _, -, ., : or /"),
-    ]
+    name: FunctionName
     description: str = ""
     parameters: Annotated[dict[str, Any], doc("A JSON Schema.")] = Field(NO_PARAMETERS)
     strict: bool = False

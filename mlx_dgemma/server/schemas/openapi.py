@@ -142,6 +142,7 @@ ANSWERS: Schema = {  # in the words of `_schema`
     "OllamaModels": {"models": [OLLAMA_MODEL]},
     "OllamaVersion": {"version": str},
     "OllamaError": {"error": str},
+    "MessageError": {"type": ("error",), "error": {"type": str, "message": str}},
     "Health": {
         **{"status": ("ok", "stopping", "failed"), "model": str, "running": int, "waiting": int},
         "seconds_since_step": float,
@@ -158,7 +159,7 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
     paths: Schema = {}
     for path, (name, summary, body) in POSTS.items():
         stream = "application/x-ndjson" if path.startswith(OLLAMAS) else "text/event-stream"
-        content = _content("application/json", f"{body.__name__}Answer") | _content(stream, "Text")
+        content = _content("application/json", f"{body.__name__}Answer") | _content(stream, "Description")
         operation = _operation(name, f"{summary} With `stream`, the answer is sent as events.", content, STATUSES)
         operation["requestBody"] = {"required": True, "content": _content("application/json", body.__name__)}
         paths[path] = {"post": operation}
@@ -170,9 +171,10 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
         operation = _operation(name, summary, _content(kind, schema), errors)
         paths[path] = {"get": operation | ({"security": []} if path in PUBLIC_PATHS else {})}
     for path, operations in paths.items():
-        if path.startswith(OLLAMAS):
-            for operation in operations.values():
-                _with_ollamas_errors(operation)
+        for beginning, name in ((OLLAMAS, "OllamaError"), ("/v1/messages", "MessageError")):
+            if path.startswith(beginning):
+                for operation in operations.values():
+                    _with_errors(operation, name)
         if path.endswith("/{id}"):
             operations["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": model}]
     stopping = {"description": STATUSES[503], "content": _content("application/json", "Health")}
@@ -218,11 +220,11 @@ def _bodies(model: Schema) -> dict[str, Schema]:
     return schemas
 
 
-def _with_ollamas_errors(operation: Schema) -> None:
-    """Describe the errors of an operation as Ollama's clients get them."""
+def _with_errors(operation: Schema, name: str) -> None:
+    """Describe the errors of an operation as the clients of its API get them."""
     for status, text in STATUSES.items():
         if str(status) in operation["responses"]:
-            content = _content("application/json", "OllamaError")
+            content = _content("application/json", name)
             operation["responses"][str(status)] = {"description": text, "content": content}
 
 
