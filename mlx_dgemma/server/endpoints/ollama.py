@@ -51,20 +51,16 @@ ABSENT = {  # parts of Ollama's API that are not there, and why
 }
 
 
-class Lines:
-    """Answers in Ollama's form: OpenAI's chunks and choices in other words.
+class Lines(Exchange):
+    """Answers in Ollama's form: OpenAI's chunks and choices in other words. Stands before the exchange that has these.
 
     Attributes:
         asked: the body as it came.
-        model: the name to answer with.
-        ignored: as an `Exchange` has it.
     """
 
     FORMAT = staticmethod(format_line)
     STREAM: ClassVar[type[EventStream]] = LineStream
     asked: OllamaBody
-    model: str
-    ignored: dict[str, Any]
 
     def reply(self, said: dict[str, Any]) -> dict[str, Any]:
         """The fields that say the text, the thought and the calls, from a delta, a message or a choice."""
@@ -77,16 +73,17 @@ class Lines:
         self.ignored = {"x_ignored": sorted(fields)} if fields else {}
         self.model = self.asked.model or settings.model
 
-    def lines(self, chunks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The lines of a stream."""
-        for chunk in chunks:
+    def events(self, i: int, event: Any) -> Iterator[dict[str, Any]]:
+        """The lines of an event."""
+        for chunk in super().events(i, event):  # type: ignore[safe-super]
             choice = chunk["choices"][0]
             said, last = choice.get("delta", choice), choice["finish_reason"] is not None
             if last or any(said.get(name) for name in ("content", "reasoning_content", "tool_calls", "text")):
                 yield self._line(said, choice if last else None, chunk.get("stats"))
 
-    def one(self, body: dict[str, Any]) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """The answer that is not streamed."""
+        body = super().whole()
         choice = body["choices"][0]
         return self._line(choice.get("message", choice), choice, body["stats"])
 
@@ -140,14 +137,6 @@ class OllamaChatExchange(Lines, ChatExchange):
         """The messages as `Engine.prepare` takes them."""
         return ollama_messages(self.asked)
 
-    def events(self, i: int, event: Any) -> Iterator[dict[str, Any]]:
-        """The lines of an event."""
-        return self.lines(super().events(i, event))
-
-    def whole(self) -> dict[str, Any]:
-        """The one body."""
-        return self.one(super().whole())
-
     def reply(self, said: dict[str, Any]) -> dict[str, Any]:
         """The message of an answer."""
         message = {"role": "assistant", "content": said.get("content") or ""}
@@ -173,14 +162,6 @@ class OllamaPromptExchange(Lines, ChatExchange):
         """The messages as `Engine.prepare` takes them."""
         return prompt_messages(self.asked)
 
-    def events(self, i: int, event: Any) -> Iterator[dict[str, Any]]:
-        """The lines of an event."""
-        return self.lines(super().events(i, event))
-
-    def whole(self) -> dict[str, Any]:
-        """The one body."""
-        return self.one(super().whole())
-
     def reply(self, said: dict[str, Any]) -> dict[str, Any]:
         """The text of an answer, and its thought."""
         thought = said.get("reasoning_content")
@@ -197,14 +178,6 @@ class OllamaTextExchange(Lines, CompletionExchange):
         super().__init__(asked.completion(), engine, settings)
         self.read_fields(settings)
         self.at_once = None if asked.prompt or asked.suffix else self.loaded()
-
-    def events(self, i: int, event: Any) -> Iterator[dict[str, Any]]:
-        """The lines of an event."""
-        return self.lines(super().events(i, event))
-
-    def whole(self) -> dict[str, Any]:
-        """The one body."""
-        return self.one(super().whole())
 
     def reply(self, said: dict[str, Any]) -> dict[str, Any]:
         """The text of an answer."""
