@@ -43,8 +43,8 @@ MALFORMED = (  # path, body, the field that is to blame
     (CHAT, {"messages": [{"role": "king", "content": "Hi"}], "stream": True}, "messages[0].role"),
     (FILL, {"prompt": 3}, "prompt"),
     (FILL, {"prompt": "a", "echo": True}, "echo"),
-    (RESPOND, {"input": "Hi", "previous_response_id": "resp_1"}, "previous_response_id"),
-    (RESPOND, {"input": "Hi", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+    (RESPOND, {"input": "Hi", "conversation": "conv_1"}, "conversation"),
+    (RESPOND, {"input": "Hi", "tools": [{"type": "custom", "name": ""}]}, "tools[0].name"),
     (RESPOND, {"input": " ", "stream": True}, "input"),
 )
 PER_HUNDRED = {"chat": 40, "picture": 10, "schema": 10, "tool": 10, "fill": 8, "response": 12}  # and MALFORMED
