@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -43,7 +43,8 @@ class Preparation:
         self._condition = threading.Condition()  # guards the next four
         self._queue: deque[Ticket] = deque()
         self._free, self._returning, self._closed = slots, 0, False
-        self.picture_lock = threading.Lock()
+        # One thread for all pictures: each thread's memory allocator keeps what it freed.
+        self.pictures = ThreadPoolExecutor(1, "pictures", initializer=_run_behind)
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a request. Those that were cancelled while they waited are dropped."""
@@ -60,6 +61,7 @@ class Preparation:
         with self._condition:
             self._closed = True
             self._queue.clear()
+        self.pictures.shutdown(wait=False, cancel_futures=True)
         self.automata.close()
 
     @contextmanager
@@ -122,27 +124,17 @@ class _RequestLanes(Lanes):
             return self._preparation.automata.make(kind, source, token_bytes, what, stop)
 
     def picture(self, decode: Callable[[], T]) -> T:
-        with self._preparation.elsewhere(), self._preparation.picture_lock:
+        def decode_if_wanted() -> T:
             if self._ticket.cancelled.is_set():
                 raise Cancelled
-            return _run_behind(decode)
+            return decode()
+
+        with self._preparation.elsewhere():
+            return self._preparation.pictures.submit(decode_if_wanted).result()
 
 
-def _run_behind(work: Callable[[], T]) -> T:
-    """What a function returns or raises that runs behind the steps: in a thread of low priority, where there are such.
-
-    Linux alone has them. They cannot rise again, and the threads that they start are of low priority, too.
-    """
-    result: Future[T] = Future()
-
-    def run() -> None:
-        with suppress(OSError):
-            if sys.platform == "linux":
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        try:
-            result.set_result(work())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, name="picture", daemon=True).start()
-    return result.result()
+def _run_behind() -> None:
+    """Let this thread run behind the steps, where threads have a priority of their own: Linux alone has that."""
+    with suppress(OSError):
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
