@@ -1,6 +1,6 @@
 """`python -m mlx_dgemma.convert` runs `mlx-dgemma convert`."""
 
-from .cli import command
+from .cli import convert
 
 if __name__ == "__main__":
-    command(prog_name="python -m mlx_dgemma.convert")
+    convert(prog_name="python -m mlx_dgemma.convert")

@@ -43,7 +43,7 @@ tenths of the weights. The rest of the text model is stored at 8 bits, and the v
     "--verify", is_flag=True, help="Compare the logits of source and result; look for NaN or infinite weights."
 )
 @click.option("--upload-repo", metavar="ID", help="Upload the result to this Hub repository.")
-def command(source: str | None, hf_path: str | None, mlx_path: str, quantize: bool, recipe: str | None, **options: Any):
+def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bool, recipe: str | None, **options: Any):
     """Convert a DiffusionGemma checkpoint to MLX, quantized or not.
 
     Memory use stays below 1 GB (--verify needs a few layers in float32). The folder only appears when it is complete.
@@ -59,10 +59,10 @@ def command(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
     try:
         chosen: Any = recipe or (recipes.DEFAULT if quantize else None)
         chosen = recipes.custom_recipe(**experts) if given else chosen and recipes.recipe_named(chosen)
-        from .conversion import convert
+        from .conversion import convert as convert_
 
         with sigterm_exits(), progress_bar("Converting") as progress:
-            report = convert(origin, mlx_path, chosen, progress=progress, **options)
+            report = convert_(origin, mlx_path, chosen, progress=progress, **options)
     except DgemmaError as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from commands import python, run
 from mlx_dgemma.check import report
 from mlx_dgemma.check.lines import FAILED, PASSED, SKIPPED, WARNING, Line, attempt, judged
 from mlx_dgemma.check.report import Section
-from mlx_dgemma.cli.check import SECTIONS
+from mlx_dgemma.cli.commands.check import SECTIONS
 
 
 def broken():

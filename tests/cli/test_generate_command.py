@@ -11,7 +11,7 @@ from support import engine_of
 
 from mlx_dgemma import engine
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.cli import main
+from mlx_dgemma.cli import common
 from mlx_dgemma.decoding.events import Stats
 
 JSON_PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."
@@ -35,7 +35,7 @@ def test_a_pipe_gets_the_text_alone():
     done = python("-m", "mlx_dgemma", "generate", JSON_PROMPT, "--seed", "0")
     assert done.returncode == 0
     assert done.stdout == '{"name": "Anna", "age": 31, "city": "Oslo"}\n'
-    assert done.stderr == main.DEMO_NOTICE + "\n"
+    assert done.stderr == common.DEMO_NOTICE + "\n"
 
 
 def test_a_named_model_needs_no_notice(monkeypatch):

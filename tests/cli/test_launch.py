@@ -12,8 +12,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from click.testing import CliRunner
 
-from mlx_dgemma.cli import launch, main
-from mlx_dgemma.cli.launch import Served
+from mlx_dgemma.cli import main
+from mlx_dgemma.cli.commands import launch
+from mlx_dgemma.cli.commands.launch import Served
 
 URL = "http://127.0.0.1:1"
 

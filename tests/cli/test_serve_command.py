@@ -18,7 +18,8 @@ from listeners import LIMIT, until
 
 from mlx_dgemma import engine
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.cli import main, serve
+from mlx_dgemma.cli import main
+from mlx_dgemma.cli.commands import serve
 
 
 def run(*arguments, **options):

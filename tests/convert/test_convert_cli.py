@@ -22,7 +22,7 @@ RECIPES = "3bit, 4bit, 6bit, 8bit, mxfp4, mxfp8, nvfp4"
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli_module.command, [str(one) for one in arguments])
+    return CliRunner().invoke(cli_module.convert, [str(one) for one in arguments])
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def release(hf_checkpoint, tmp_path) -> Path:
 
 def test_help_is_quick_and_imports_no_mlx():
     code = (
-        "import sys; from mlx_dgemma.convert.cli import command\n"
-        "try: command(['--help'])\n"
+        "import sys; from mlx_dgemma.convert.cli import convert\n"
+        "try: convert(['--help'])\n"
         "except SystemExit: print(sorted({'mlx', 'numpy', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

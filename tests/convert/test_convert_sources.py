@@ -21,7 +21,7 @@ SHARDS = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli_module.command, [str(one) for one in arguments])
+    return CliRunner().invoke(cli_module.convert, [str(one) for one in arguments])
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from training import batch_of, weights
 
 import mlx_dgemma
 from mlx_dgemma.adapters import deltas
-from mlx_dgemma.cli import tune as cli_tune
+from mlx_dgemma.cli.commands import tune as cli_tune
 from mlx_dgemma.cli.main import main
 from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError
 from mlx_dgemma.model.layers import Layer

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ..errors import OptionError, count, human
-from .common import ModelChoice, model_options, number_option
-from .terminal import Terminal
+from ...errors import OptionError, count, human
+from ..common import ModelChoice, model_options, number_option
+from ..terminal import Terminal
 
 if TYPE_CHECKING:
-    from ..tune.run import Progress
+    from ...tune.run import Progress
 
 
 VARIANTS = ("google", "nemo", "megatron", "megatron-reweighted", "megatron-loo", "megatron-reweighted-loo")
@@ -158,9 +158,9 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
     mlx-dgemma generate --model mlx_model --adapter adapter "..."
     """
     terminal = Terminal()
-    from ..tune.config import RunConfig, TrainerConfig
-    from ..tune.run import tune
-    from ..tune.trainer import saved_options
+    from ...tune.config import RunConfig, TrainerConfig
+    from ...tune.run import tune
+    from ...tune.trainer import saved_options
 
     if resume:
         source = click.get_current_context().get_parameter_source

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ..errors import OptionError, count
-from ..files import atomic_file
-from .common import ModelChoice, created
-from .terminal import Terminal
+from ...errors import OptionError, count
+from ...files import atomic_file
+from ..common import ModelChoice, created
+from ..terminal import Terminal
 
 if TYPE_CHECKING:
-    from ..tune.compare import Contestant, Reply
+    from ...tune.compare import Contestant, Reply
 
 
 def compare(
@@ -61,8 +61,8 @@ def compare(
         warnings.simplefilter("always", UserWarning)
         engine = model.load(terminal)
         try:
-            from ..tune.compare import MODES, answer_by_peer, answer_in_modes, questions
-            from ..tune.data import read
+            from ...tune.compare import MODES, answer_by_peer, answer_in_modes, questions
+            from ...tune.data import read
 
             examples = read(engine, path)
             modes = (chosen,) if chosen else MODES
@@ -93,7 +93,7 @@ def compare(
 
 
 def _write_page(html: Path, title: str, found: list[Contestant], asked: list[tuple[str, str, str]]) -> None:
-    from ..tune.page import page
+    from ...tune.page import page
 
     with atomic_file(html) as draft:
         draft.write_text(page(title, found, asked), encoding="utf-8")
@@ -101,7 +101,7 @@ def _write_page(html: Path, title: str, found: list[Contestant], asked: list[tup
 
 def _check_name(against: str) -> None:
     """Tell a wrong name before the first answer."""
-    from ..checkpoint.find import find
+    from ...checkpoint.find import find
 
     find(against)
 
@@ -118,7 +118,7 @@ def _as_json(found: list[Contestant]) -> str:
 
 
 def _table(found: list[Contestant]) -> str:
-    from ..tune.page import HEAD, rows
+    from ...tune.page import HEAD, rows
 
     body = [list(HEAD), *rows(found)]
     widths = [max(map(len, column)) for column in zip(*body)]

@@ -13,10 +13,10 @@ from typing import Any
 
 import click
 
-from ..errors import DgemmaError, OptionError
-from ..server.settings import Settings, model_name
-from .common import ModelChoice, adapter_option, model_options
-from .terminal import Terminal
+from ...errors import DgemmaError, OptionError
+from ...server.settings import Settings, model_name
+from ..common import ModelChoice, adapter_option, model_options
+from ..terminal import Terminal
 
 MAX_DEFAULT_CACHE = 4 * 2**30  # bytes
 QUOTING_MODULES = r"mlx_dgemma\.(?!serving\.)"  # their warnings quote answers, which must not be logged
@@ -130,10 +130,10 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once the server has stopped
     with _listen(host, port) as server_socket:
         engine = model.load(terminal)
-        from ..checkpoint.memory import free_bytes_beside
-        from ..server.app import create_app
-        from ..server.connections import Server
-        from ..serving.scheduler import Scheduler
+        from ...checkpoint.memory import free_bytes_beside
+        from ...server.app import create_app
+        from ...server.connections import Server
+        from ...serving.scheduler import Scheduler
 
         default_bytes = min(free_bytes_beside(engine.checkpoint, rows) // 4, MAX_DEFAULT_CACHE)
         cache_bytes = default_bytes if cache_size is None else round(cache_size * 2**30)
@@ -167,7 +167,7 @@ def _require_packages() -> None:
 
 def _agent(ctx: click.Context, both: bool, install: bool, api_key: str | None, terminal: Terminal) -> None:
     """Install the launchd agent with the options of this command line, or remove it."""
-    from . import launchd
+    from .. import launchd
 
     if both:
         raise click.UsageError("--install and --uninstall are two things to do; give one.")

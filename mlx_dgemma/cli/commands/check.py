@@ -7,8 +7,8 @@ import os
 
 import click
 
-from .common import ModelChoice
-from .terminal import Terminal
+from ..common import ModelChoice
+from ..terminal import Terminal
 
 SECTIONS = ("machine", "operations", "products", "references", "answers", "speed")
 PASTE = "\nReporting a problem? Paste all of the above and this line into the issue:"
@@ -38,13 +38,13 @@ def check(ctx: click.Context, quick: bool, section: tuple[str, ...], as_json: bo
     os.environ.setdefault("MLX_ENABLE_TF32", "0")  # MLX reads it once: float32 products are compared as such
     terminal = Terminal()
     if ranges is not None:
-        from ..check.ranges import audit
+        from ...check.ranges import audit
 
         found = audit(ModelChoice(ranges, None, ignore_memory=False).load(terminal))
         terminal.say(f"{json.dumps(found.as_dict())}\n" if as_json else "\n".join(found.lines()) + "\n")
         ctx.exit(0 if found.allowed else 1)
 
-    from ..check import report
+    from ...check import report
 
     made = report.check(quick, section, (lambda _: None) if as_json else (lambda text: terminal.say(f"{text}\n")))
     if not as_json:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from ..convert.cli import progress_bar, sigterm_exits
-from ..errors import count, human
-from .common import DEMO_NOTICE, model_option
-from .terminal import Terminal
+from ...convert.cli import progress_bar, sigterm_exits
+from ...errors import count, human
+from ..common import DEMO_NOTICE, model_option
+from ..terminal import Terminal
 
 
 @click.command("fuse")
@@ -36,7 +36,7 @@ def fuse(out: Path, adapter: str, model: str | None, dequantize: bool) -> None:
     terminal = Terminal()
     if model is None:
         terminal.warn(DEMO_NOTICE)
-    from ..adapters.fuse import fuse as fuse_
+    from ...adapters.fuse import fuse as fuse_
 
     with sigterm_exits(), progress_bar("Fusing") as progress:
         report = fuse_(adapter, out, model, dequantize, progress)

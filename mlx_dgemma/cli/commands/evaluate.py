@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import count
-from ..tune.data import SPLITS, find, read
-from .common import (
+from ...errors import count
+from ...tune.data import SPLITS, find, read
+from ..common import (
     ModelChoice,
     adapter_option,
     created,
@@ -22,14 +22,14 @@ from .common import (
     number_option,
     sampler_options,
 )
+from ..terminal import Terminal
 from .compare import compare
-from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from ..engine import Engine
-    from ..tune.data import Example
-    from ..tune.evaluate import Evaluation, ScoredAnswer, ScoreSummary
-    from ..tune.likelihood import Bound
+    from ...engine import Engine
+    from ...tune.data import Example
+    from ...tune.evaluate import Evaluation, ScoredAnswer, ScoreSummary
+    from ...tune.likelihood import Bound
 
 
 @click.command("evaluate", epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
@@ -107,7 +107,7 @@ def evaluate(
         terminal.draw([], f"reading {path.name}")
         try:
             examples = read(engine, path)
-            from ..tune.evaluate import evaluate as evaluate_
+            from ...tune.evaluate import evaluate as evaluate_
 
             right = done = 0.0
 
@@ -148,9 +148,9 @@ def _file(data: str, split: str | None) -> Path:
 
 
 def _bound(engine: Engine, examples: list[Example], draws: int, seed: int, terminal: Terminal) -> Bound:
-    from ..tune.likelihood import bound
-    from ..tune.objective import VARIANTS
-    from ..tune.run import infer_fill_token
+    from ...tune.likelihood import bound
+    from ...tune.objective import VARIANTS
+    from ...tune.run import infer_fill_token
 
     terminal.draw([], f"bounding the likelihood of {count(len(examples), 'answer')}")
     return bound(engine, examples, infer_fill_token(engine, examples, VARIANTS["google"], seed), draws, seed)

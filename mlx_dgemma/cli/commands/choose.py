@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from ..errors import count, human
-from ..prompt.messages import messages_of
-from .common import (
+from ...errors import count, human
+from ...prompt.messages import messages_of
+from ..common import (
     ModelChoice,
     adapter_option,
     decode_argument,
@@ -21,7 +21,7 @@ from .common import (
     number_option,
     read_prompt,
 )
-from .terminal import Terminal
+from ..terminal import Terminal
 
 
 @click.command("choose")
@@ -78,7 +78,7 @@ def choose(
     mlx-dgemma choose "What is in the image?" --image photo.jpg --answer "A {color} {shape}." \\
         --ask color=red,blue --ask shape=circle,square
     """
-    from ..tasks.choose import choose as choose_
+    from ...tasks.choose import choose as choose_
 
     if [*files, *images, prompt].count("-") > 1:
         raise click.UsageError("- is given twice, but stdin can be read once.")

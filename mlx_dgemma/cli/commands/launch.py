@@ -20,10 +20,10 @@ from pathlib import Path
 
 import click
 
-from ..errors import DgemmaError, OptionError
-from ..server.settings import model_name
-from .common import model_option
-from .terminal import Terminal
+from ...errors import DgemmaError, OptionError
+from ...server.settings import model_name
+from ..common import model_option
+from ..terminal import Terminal
 
 HOST = "127.0.0.1"
 KEY = "MLX_DGEMMA_API_KEY"

@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from ..errors import OptionError
-from ..files import atomic_file
-from .common import (
+from ...errors import OptionError
+from ...files import atomic_file
+from ..common import (
     ModelChoice,
     adapter_option,
     decode_argument,
@@ -26,7 +26,7 @@ from .common import (
     sampler_options,
     stream_answer,
 )
-from .terminal import Terminal
+from ..terminal import Terminal
 
 MARK = "<HOLE>"
 existing_file = click.Path(exists=True, dir_okay=False, allow_dash=True)
@@ -76,7 +76,7 @@ def infill(
     mlx-dgemma infill --prefix-file a --suffix-file b --whole > c
     """
 
-    from ..tasks import infill as infill_
+    from ...tasks import infill as infill_
 
     prefix, suffix = _split_at_hole(file, prefix_file, suffix_file, at, mark)
     options = explicit_options(options)
@@ -139,7 +139,7 @@ def edit(
     mlx-dgemma edit --model FOLDER "fix the spelling" letter.txt --in-place
     """
 
-    from ..tasks import edit as edit_
+    from ...tasks import edit as edit_
 
     if in_place and (file is None or file == "-"):
         raise click.UsageError("--in-place needs a FILE to write to.")
