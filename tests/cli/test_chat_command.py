@@ -6,7 +6,7 @@ from support import engine_of
 
 from mlx_dgemma import engine
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.cli import main
+from mlx_dgemma.cli.commands import chat
 from mlx_dgemma.decoding.events import Block, Draft
 
 COUNT = "Count from 1 to 60."
@@ -82,7 +82,7 @@ def test_ctrl_c_in_a_chat_keeps_what_is_finished(monkeypatch, interrupted):
         return real(self, messages, **options)
 
     monkeypatch.setattr(engine.Engine, "stream", stream)
-    monkeypatch.setattr(main, "_read_turn", lambda _: next(lines))
+    monkeypatch.setattr(chat, "_read_turn", lambda _: next(lines))
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
     monkeypatch.setenv("TERM", "dumb")
     done = run("chat", "--seed", 0, *TWO_BLOCKS)
