@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from itertools import count as numbers
 from pathlib import Path
 
-from .errors import DgemmaError, OptionError, human
+from .errors import CircumstanceError, DgemmaError, OptionError, human
 
 _DRAFT, _ASIDE = "partial", "replaced"
 _NAME = re.compile(
@@ -85,12 +85,12 @@ def require_absent(target: str | os.PathLike, option: str) -> Path:
         option: the option that sets the target, for the error message.
 
     Raises:
-        OptionError: the path exists, or its name is not UTF-8.
+        OptionError: the path exists (CircumstanceError), or its name is not UTF-8.
     """
     path = Path(target).expanduser()
     check_name(path)
     if os.path.lexists(path):
-        raise OptionError(f"{path} exists; delete it or choose another {option}.")
+        raise CircumstanceError(f"{path} exists; delete it or choose another {option}.")
     return path
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import reduce, wraps
@@ -15,13 +14,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ..errors import OptionError, PromptError, count
+from ..errors import CircumstanceError, PromptError, count
 from ..prompt.paths import local_path
 from .terminal import Terminal, details, segments, summary
 
 if TYPE_CHECKING:
     from ..decoding.events import Result
+    from ..decoding.request import Request
     from ..engine import Engine
+    from ..prompt.builder import PromptBuilder
+    from ..prompt.opened import Opened
 
 
 DEMO_NOTICE = (
@@ -64,7 +66,26 @@ class ModelChoice:
     adapter: str | None = None
     compute_dtype: str | None = None
 
-    def load(self, terminal: Terminal) -> Engine:
+    def open(self, terminal: Terminal) -> Opened:
+        """The checkpoint without its weights: what is wrong with a request shows before they are read.
+
+        Raises:
+            CheckpointError: there is no such checkpoint or adapter, or it is broken.
+        """
+        terminal.draw([], f"opening {self.name or 'the demo'}")
+        try:
+            from ..prompt.opened import Opened
+
+            opened = Opened.of(self.name)
+            if self.adapter is not None:
+                from ..adapters import peft
+
+                peft.find(self.adapter)
+            return opened
+        finally:
+            terminal.erase()
+
+    def load(self, terminal: Terminal, opened: Opened | None = None) -> Engine:
         """Load the checkpoint and the adapter. Without a name, load the demo and print a notice."""
         if self.name is None:
             terminal.warn(DEMO_NOTICE)
@@ -80,12 +101,40 @@ class ModelChoice:
                 adapter=self.adapter,
                 ignore_memory=self.ignore_memory,
                 compute_dtype=self.compute_dtype,
+                tokenizer=opened and opened.tokenizer,
             )
         finally:
             terminal.erase()
         for note in engine.notes:
             terminal.hint(note)
         return engine
+
+    def prepare(self, make: Callable[[PromptBuilder], Request], terminal: Terminal) -> tuple[Engine, Request]:
+        """Make a request, and only then load the model that it is for.
+
+        Args:
+            make: the request of a builder; it raises whatever is wrong with it.
+            terminal: for progress and warnings.
+        """
+        opened = self.open(terminal)
+        with told_warnings(terminal):
+            request = make(opened.builder)
+        engine = self.load(terminal, opened)
+        if request.mode_reason:  # the mode was chosen by reckoned costs; the machine's are known now
+            request = make(engine.builder)
+        return engine, request
+
+
+@contextmanager
+def told_warnings(terminal: Terminal) -> Iterator[None]:
+    """Print the warnings of a block, each once, as lines on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for message in dict.fromkeys(str(one.message) for one in caught):
+                terminal.warn(f"Warning: {message}")
 
 
 def model_options(command: Command) -> Command:
@@ -236,6 +285,14 @@ class StreamedAnswer:
     thinking: str = ""
     result: Result | None = None
 
+    @property
+    def printed(self) -> str:
+        """What stdout takes: the text with a line break at its end, and a line for each tool call."""
+        calls = self.result.tool_calls if self.result else []
+        ends = self.text.endswith("\n") or (calls and not self.text)
+        lines = [json.dumps(call["function"], ensure_ascii=False) + "\n" for call in calls]
+        return "".join([self.text, "" if ends else "\n", *lines])
+
     def as_dict(self) -> dict[str, Any]:
         """The object that --json prints."""
         result = self.result
@@ -278,16 +335,14 @@ def stream_answer(
             terminal.erase()
     result = answer.result
     if not silent:
-        calls = result.tool_calls if result else []
-        if not answer.text.endswith("\n") and (answer.text or not calls):
-            terminal.say("\n")
-        for call in calls:
-            terminal.say(json.dumps(call["function"], ensure_ascii=False) + "\n")
+        terminal.say(answer.printed.removeprefix(answer.text))
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         terminal.warn(f"Warning: {message}")
     if result is None:
         terminal.hint(f"Interrupted after {count(blocks, 'finished block')}.")
         return answer
+    if not answer.text.strip() and not result.tool_calls:
+        terminal.warn("Warning: The answer is empty; try another --seed or another prompt.")
     if result.finish_reason == "length":
         terminal.hint(f"Cut at {count(len(result.tokens), 'token')}; --max-tokens N makes room for more.")
     terminal.hint(summary(result.stats))
@@ -307,7 +362,7 @@ def created(path: Path | None) -> Iterator[TextIO | None]:
     """Create a file if `path` is given, and remove it if nothing was written.
 
     Raises:
-        OptionError: the file exists already.
+        CircumstanceError: the file exists already.
     """
     if path is None:
         yield None
@@ -315,7 +370,7 @@ def created(path: Path | None) -> Iterator[TextIO | None]:
     try:
         file = path.open("x", encoding="utf-8")
     except FileExistsError:
-        raise OptionError(f"{path} exists already; give another name, or remove it.") from None
+        raise CircumstanceError(f"{path} exists already; give another name, or remove it.") from None
     with file:
         try:
             yield file
@@ -328,24 +383,6 @@ def explicit_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that the user set; the checkpoint decides the others."""
     stop = tuple(decode_argument(one, "--stop") for one in options.get("stop") or ()) or None
     return {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
-
-
-def read_prompt(argument: str | None, files: Sequence[str], piped: bool) -> str:
-    """Join files or piped stdin and the argument, in this order, separated by blank lines.
-
-    Raises:
-        PromptError: an input is not UTF-8.
-        click.UsageError: there is no input.
-    """
-    if argument is None and not files and not piped:
-        raise click.UsageError("There is no prompt: give it as an argument, with --file, or on stdin.")
-    parts = []
-    for name in files or (["-"] if piped else []):
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        parts.append(decode_utf8(data, "stdin" if name == "-" else name).removeprefix("\ufeff").rstrip())
-    if argument is not None:
-        parts.append(decode_argument(argument, "The prompt") or "")
-    return "\n\n".join(part for part in parts if part.strip())
 
 
 def decode_utf8(data: bytes, source: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DgemmaError, OptionError
+from ..errors import CircumstanceError, DgemmaError
 from ..files import atomic_file
 
 LABEL = "org.mlx-dgemma.serve"
@@ -74,7 +74,7 @@ def uninstall(home: Path | None = None, run: Run = subprocess.run) -> Path:
     """
     _, path = _find(home)
     if not _stop(run) and not path.exists():
-        raise OptionError(f"There is no agent at {path}; --install makes one.")
+        raise CircumstanceError(f"There is no agent at {path}; --install makes one.")
     path.unlink(missing_ok=True)
     return path
 
@@ -142,7 +142,7 @@ def _absolute(path: str) -> str:
 def _find(home: Path | None) -> tuple[Path, Path]:
     """The user's home folder and the path of the agent's property list."""
     if platform.system() != "Darwin":
-        raise OptionError(
+        raise CircumstanceError(
             f"launchd is macOS's, and this is {platform.system()}; have `mlx-dgemma serve` started by its own services."
         )
     home = home or Path.home()

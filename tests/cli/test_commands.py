@@ -56,7 +56,7 @@ def test_version():
             "The prompt is not UTF-8: byte 1 is 0xe9; convert it, for example with iconv.",
         ),
         (["chat"], b"a\xff", 1, "stdin is not UTF-8: byte 1 is 0xff; convert it, for example with iconv."),
-        (["generate", "x", "--seed", 2**64], b"", 1, BIG_SEED),
+        (["generate", "x", "--seed", 2**64], b"", 2, f"--{BIG_SEED}"),
         (["generate", "x", "--max-tokens", 0], b"", 2, "Invalid value for '--max-tokens': 0 is not in the range x>=1."),
         (["generate", "-f", "none"], b"", 2, "Invalid value for '-f' / '--file': File 'none' does not exist."),
         (["info", "--context", 5000], b"", 1, "context is 5000; it should be from 1 to 4096, this model's longest."),

@@ -108,7 +108,7 @@ def test_shorter_pictures_are_padded_and_join_is_patchify_of_all():
 
 @pytest.mark.parametrize("budget", [0, 71, True, "280", 280.5])
 def test_a_budget_outside_the_five_is_refused(budget):
-    message = f"The image budget is {budget!r}; it should be one of 70, 140, 280, 560, 1120."
+    message = f"image_tokens is {budget!r}; it should be one of 70, 140, 280, 560, 1120."
     with pytest.raises(OptionError, match=f"^{re.escape(message)}$"):
         patchify([noise()], budget)
 

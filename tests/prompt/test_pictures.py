@@ -254,7 +254,7 @@ def test_a_text_only_checkpoint_refuses_pictures(engine):
 
 def test_an_unknown_budget_is_refused(engine):
     assert refusal(OptionError, engine.generate, "Hi", images=[strip(RED)], image_tokens=100) == (
-        "The image budget is 100; it should be one of 70, 140, 280, 560, 1120."
+        "image_tokens is 100; it should be one of 70, 140, 280, 560, 1120."
     )
 
 

@@ -64,7 +64,9 @@ def chat(
         raise click.UsageError("- is stdin, which holds the conversation; name the picture's file.")
     terminal, interactive = Terminal(), sys.stdin.isatty()
     system, options = decode_argument(system, "--system"), explicit_options(options)
-    engine = model.load(terminal)
+    opened = model.open(terminal)
+    opened.options.override(**{name: value for name, value in options.items() if name not in ("seed", "thinking")})
+    engine = model.load(terminal, opened)
     if interactive:
         terminal.hint("/help lists the commands, Ctrl-D leaves.")
         if model.name is None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from typing import Any
 
 import click
@@ -19,8 +17,10 @@ from ..common import (
     media_options,
     model_options,
     number_option,
-    read_prompt,
+    told_warnings,
 )
+from ..output import Output, output_options
+from ..stdin import read_prompt, read_stdin
 from ..terminal import Terminal
 
 
@@ -44,6 +44,7 @@ from ..terminal import Terminal
 @media_options
 @number_option("--prefill-chunk", 1, "Prompt tokens encoded at once.", "512; 1024 for prompts above 4096")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@output_options
 @model_options
 @adapter_option
 def choose(
@@ -61,15 +62,16 @@ def choose(
     video: str | None,
     verbose: bool,
     as_json: bool,
+    output: Output,
     model: ModelChoice,
     **options: Any,
 ) -> None:
     """Compute how probable each label is as the answer.
 
     This takes one denoising step. The first argument is the prompt, - for stdin, and the others are labels. Files or
-    piped stdin come before the prompt, as with generate. Each label is printed on a line of its own with a tab and
-    its probability, the most probable first. With --ask, a line begins with the question's name and a tab. --json
-    prints {probabilities, stats}.
+    stdin come before the prompt; stdin is read by the same rule as in generate. Each label is printed on a line of its
+    own with a tab and its probability, the most probable first. With --ask, a line begins with the question's name and
+    a tab. --json prints {probabilities, stats}.
 
     \b
     mlx-dgemma choose "Which is larger, 51 or 23?" 51 23
@@ -78,35 +80,26 @@ def choose(
     mlx-dgemma choose "What is in the image?" --image photo.jpg --answer "A {color} {shape}." \\
         --ask color=red,blue --ask shape=circle,square
     """
-    from ...tasks.choose import choose as choose_
+    from ...tasks.choose import ask, compute
 
     if [*files, *images, prompt].count("-") > 1:
         raise click.UsageError("- is given twice, but stdin can be read once.")
-    sources = [sys.stdin.buffer.read() if one == "-" else one for one in images]
-    piped = prompt == "-" or ("-" not in images and not sys.stdin.isatty())
-    text = read_prompt(None if prompt == "-" else prompt, files, piped)
-    targets = _parse_labels(labels, span, truth, questions)
-    messages = messages_of(text, decode_argument(system, "--system"), sources, video)
     terminal = Terminal()
-    engine = model.load(terminal)
+    output.check()
+    targets = _parse_labels(labels, span, truth, questions)
+    sources = [read_stdin(terminal) if one == "-" else one for one in images]
+    text = read_prompt(prompt, files, terminal, taken="-" in images)
+    messages = messages_of(text, decode_argument(system, "--system"), sources, video)
     given = {name: value for name, value in options.items() if value is not None}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        choice = choose_(
-            engine.model,
-            engine.builder,
-            messages,
-            targets,
-            answer=decode_argument(answer, "--answer"),
-            seed=seed or 0,
-            calibrate=calibrate,
-            **given,
-        )
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        terminal.warn(f"Warning: {message}")
+    template = decode_argument(answer, "--answer")
+    opened = model.open(terminal)
+    with told_warnings(terminal):
+        asked = ask(opened.builder, messages, targets, answer=template, seed=seed or 0, calibrate=calibrate, **given)
+        engine = model.load(terminal, opened)
+        choice = compute(engine.model, asked)
     summary = f"{count(choice.prompt_tokens, 'prompt token')}, {choice.seconds:.2f} s"
     (terminal.warn if verbose else terminal.hint)(f"{summary}, {human(choice.peak_memory_bytes)} peak")
-    terminal.say(_as_json(choice) if as_json else _lines(choice.probabilities))
+    output.write(_as_json(choice) if as_json else _lines(choice.probabilities), terminal)
 
 
 def _parse_labels(

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ...errors import OptionError, count
+from ...errors import CircumstanceError, count
 from ...files import atomic_file
 from ..common import ModelChoice, created
 from ..terminal import Terminal
 
 if TYPE_CHECKING:
+    from ...prompt.opened import Opened
     from ...tune.compare import Contestant, Reply
 
 
@@ -46,20 +47,21 @@ def compare(
 
     Raises:
         click.UsageError: options that cannot be together.
-        OptionError: the page is there already.
+        CircumstanceError: the page is there already.
     """
     if against is None:
         raise click.UsageError("--html is of a comparison; give --against, or leave it out.")
     if alone:
         raise click.UsageError("--bound and --by are not of a comparison; leave them out, or leave out --against.")
     if html is not None and html.exists():
-        raise OptionError(f"{html} exists already; give another name, or remove it.")
+        raise CircumstanceError(f"{html} exists already; give another name, or remove it.")
     _check_name(against)
+    opened = opened_for(options, metric, model, terminal)
     options.pop("batch_size", None)  # times are of answers that are alone
     seed, chosen = options.pop("seed", 0), options.pop("mode", None)
     with warnings.catch_warnings(record=True) as caught, created(output) as file:
         warnings.simplefilter("always", UserWarning)
-        engine = model.load(terminal)
+        engine = model.load(terminal, opened)
         try:
             from ...tune.compare import MODES, answer_by_peer, answer_in_modes, questions
             from ...tune.data import read
@@ -90,6 +92,20 @@ def compare(
         title = f"{model.name or 'The demo'} and {against} on {path.name}, {count(len(asked), 'example')}"
         _write_page(html, title, found, asked)
     terminal.say(_as_json(found) if as_json else _table(found))
+
+
+def opened_for(options: dict[str, Any], metric: str, model: ModelChoice, terminal: Terminal) -> Opened:
+    """The checkpoint without its weights, once options and metric are known to be right.
+
+    Raises:
+        OptionError: an option is out of bounds, or there is no such metric.
+    """
+    from ...tune.evaluate import scorer_of
+
+    scorer_of(metric, ())
+    opened = model.open(terminal)
+    opened.options.override(**{name: value for name, value in options.items() if name not in ("batch_size", "seed")})
+    return opened
 
 
 def _write_page(html: Path, title: str, found: list[Contestant], asked: list[tuple[str, str, str]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from ...errors import DgemmaError, OptionError
+from ...errors import DgemmaError
 from ...server.settings import Settings, model_name
 from ..common import ModelChoice, adapter_option, model_options
 from ..terminal import Terminal
@@ -162,7 +162,7 @@ def _require_packages() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
+        raise DgemmaError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
 
 
 def _agent(ctx: click.Context, both: bool, install: bool, api_key: str | None, terminal: Terminal) -> None:
@@ -185,6 +185,6 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, reuse_port=False)
     except OSError as error:
         reason = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else str(error)
-        raise OptionError(
+        raise DgemmaError(
             f"{host} port {port} cannot be listened on ({reason}); choose others with --host and --port."
         ) from None
