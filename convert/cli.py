@@ -64,8 +64,9 @@ def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
         with sigterm_exits(), progress_bar("Converting") as progress:
             report = convert_(origin, mlx_path, chosen, progress=progress, **options)
     except DgemmaError as error:
-        kind = click.UsageError if error.exit_code == 2 else click.ClickException
-        raise kind(str(error)) from None
+        if error.exit_code == 2:
+            raise click.UsageError(re.sub(r"^(recipe|q-[a-z-]+)(?= is )", r"--\1", str(error))) from None
+        raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         click.echo("Interrupted; no files were left behind.", err=True)
         raise click.exceptions.Exit(130) from None

@@ -70,6 +70,18 @@ class Commands(click.Group):
             ctx.exit(130)
 
 
+PHRASES = {  # what errors call an option where they quote its value, and the option
+    "answer template": "answer",
+    "pattern": "regex",
+    "regex": "regex",
+    "schema": "schema",
+    "alias": "aliases",
+    "origin": "origins",
+    "host": "host",
+    "API key": "api_key",
+}
+
+
 def with_flags(message: str, command: click.Command) -> str:
     """An error of an option as the command line names it: `t_min is 2` becomes `--t-min is 2`.
 
@@ -82,6 +94,8 @@ def with_flags(message: str, command: click.Command) -> str:
         said = found["said"] is not None and not re.search(r"[Tt]he $", message[: found.start()])
         return (flags[found["name"]] if said or "_" in found["name"] else found["name"]) + (found["said"] or "")
 
+    phrases = "|".join(PHRASES)
+    message = re.sub(rf"\bThe ({phrases})\b", lambda found: flags.get(PHRASES[found[1]], found[0]), message)
     told = re.sub(rf"(?<![\w-])(?P<name>{names})\b(?P<said>(?= is\b|=| are given| and \w+ are given))?", named, message)
     told = re.sub(r"(--[\w-]+) is True\b", r"\1 is given", told)
     return re.sub(r'(--[\w-]+)="([\w-]+)"', r"\1 \2", told)

@@ -59,7 +59,7 @@ def test_version():
         (["generate", "x", "--seed", 2**64], b"", 2, f"--{BIG_SEED}"),
         (["generate", "x", "--max-tokens", 0], b"", 2, "Invalid value for '--max-tokens': 0 is not in the range x>=1."),
         (["generate", "-f", "none"], b"", 2, "Invalid value for '-f' / '--file': File 'none' does not exist."),
-        (["info", "--context", 5000], b"", 1, "context is 5000; it should be from 1 to 4096, this model's longest."),
+        (["info", "--context", 5000], b"", 2, "--context is 5000; it should be from 1 to 4096, this model's longest."),
         (["generate", "x", "-m", "./none"], b"", 1, NO_FOLDER),
         (["info", "nobody/never-downloaded"], b"", 1, NO_DOWNLOAD),
     ],
