@@ -47,6 +47,10 @@ def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
     """Convert a DiffusionGemma checkpoint to MLX, quantized or not.
 
     Memory use stays below 1 GB (--verify needs a few layers in float32). The folder only appears when it is complete.
+
+    \b
+    mlx-dgemma convert -q google/diffusiongemma-26B-A4B-it --mlx-path FOLDER
+    mlx-dgemma convert --recipe 6bit FOLDER --mlx-path ANOTHER --verify
     """
     if (source and hf_path) or not (origin := source or hf_path):
         raise click.UsageError("Give one checkpoint: --hf-path or the argument SOURCE.")

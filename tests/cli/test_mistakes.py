@@ -130,6 +130,7 @@ MISTAKES = [
     (["infill", "a.txt"], 2, "a.txt has the mark <HOLE> 0 times; mark one hole, or use --at."),
     (["infill", "a.txt", "--at", "0:0"], 2, "--at is '0:0'; it should be LINE:COLUMN, both counted from 1."),
     (["infill", "a.txt", "--at", "9:1"], 2, "--at is '9:1', but a.txt has no such place; it has 1 lines."),
+    (["infill", "a.txt", "--mark", "cat", "--at", "1:4"], 2, "--at and --mark are two ways to say where the hole is"),
     (["infill", "a.txt", "--mark", ""], 2, "--mark is empty; give the text that stands where the hole is."),
     (["infill", "a.txt", "--at", "1:4", "--length", 0], 2, "'--length': 0 is not in the range x>=1."),
     (
@@ -225,6 +226,19 @@ def test_opened_weights_are_counted(folder, weights):
     assert weights == [str(DEMO / "model.safetensors")]
     mlx_dgemma.load(DEMO)
     assert weights.count(str(DEMO / "model.safetensors")) > 2
+
+
+def test_a_missing_extra_is_told_before_the_weights(folder, weights, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    (folder / "clip.mp4").write_bytes(bytes(8))
+    for arguments, said in (
+        (["generate", "x", "--video", "clip.mp4"], "Video files need a decoder"),
+        (["serve"], "serve needs the package uvicorn"),
+    ):
+        done = run(*arguments)
+        assert (done.exit_code, done.stdout, weights) == (1, "", [])
+        assert said in of_usage(1, done.stderr)
 
 
 def rows_of_codes():

@@ -49,13 +49,7 @@ def compare(
         click.UsageError: options that cannot be together.
         CircumstanceError: the page is there already.
     """
-    if against is None:
-        raise click.UsageError("--html is of a comparison; give --against, or leave it out.")
-    if alone:
-        raise click.UsageError("--bound and --by are not of a comparison; leave them out, or leave out --against.")
-    if html is not None and html.exists():
-        raise CircumstanceError(f"{html} exists already; give another name, or remove it.")
-    _check_name(against)
+    against = _checked(against, html, alone)
     opened = opened_for(options, metric, model, terminal)
     options.pop("batch_size", None)  # times are of answers that are alone
     seed, chosen = options.pop("seed", 0), options.pop("mode", None)
@@ -115,11 +109,18 @@ def _write_page(html: Path, title: str, found: list[Contestant], asked: list[tup
         draft.write_text(page(title, found, asked), encoding="utf-8")
 
 
-def _check_name(against: str) -> None:
-    """Tell a wrong name before the first answer."""
+def _checked(against: str | None, html: Path | None, alone: bool) -> str:
+    """The other model's name, once it is known to be right, and that the options can be together."""
+    if against is None:
+        raise click.UsageError("--html is of a comparison; give --against, or leave it out.")
+    if alone:
+        raise click.UsageError("--bound and --by are not of a comparison; leave them out, or leave out --against.")
+    if html is not None and html.exists():
+        raise CircumstanceError(f"{html} exists already; give another name, or remove it.")
     from ...checkpoint.find import find
 
     find(against)
+    return against
 
 
 def _write_answers(file: TextIO, found: list[Contestant], asked: list[tuple[str, str, str]]) -> None:

@@ -239,6 +239,8 @@ def _split_at_hole(
             raise click.UsageError("- is given twice, but stdin can be read once.")
         before, behind = (_read(one, terminal) if one else "" for one in (prefix_file, suffix_file))
         return before, behind
+    if at is not None and mark != MARK:
+        raise click.UsageError("--at and --mark are two ways to say where the hole is; give one.")
     text = _read(str(file), terminal)
     if at is None:
         if not mark:
