@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ...errors import OptionError
-from ...prompt.messages import messages_of
+from ..audio import audio_options, hear, user_turn
 from ..common import (
     ModelChoice,
     adapter_option,
@@ -33,6 +33,7 @@ from ..terminal import Terminal
 @click.argument("prompt", required=False)
 @files_option
 @media_options
+@audio_options
 @click.option(
     "--tools", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False), help="Tools that the model may call."
 )
@@ -49,6 +50,8 @@ def generate(
     files: tuple[str, ...],
     images: tuple[str, ...],
     video: str | None,
+    audios: tuple[str, ...],
+    audio_model: str | None,
     tools: str | None,
     schema: str | None,
     regex: str | None,
@@ -61,7 +64,8 @@ def generate(
     """Answer one prompt.
 
     The prompt is an argument, files, or stdin. Files or stdin come first, then a blank line and the argument. stdin
-    is read if it is not a terminal and no file is given; --image - reads a picture from it.
+    is read if it is not a terminal and no file is given; --image - reads a picture from it. What is said in audio
+    files comes before all; with --audio no other prompt is needed.
 
     Each tool call is printed as a line: {"name": ..., "arguments": {...}}. --tools takes a JSON list of function
     declarations in OpenAI's format. --json prints {text, thinking, tool_calls, finish_reason, stats}. Ctrl-C keeps
@@ -77,12 +81,14 @@ def generate(
     if [*files, *images].count("-") > 1:
         raise click.UsageError("- is given twice, but stdin can be read once.")
     sources = [sys.stdin.buffer.read() if one == "-" else one for one in images]
-    text = read_prompt(prompt, files, piped="-" not in images and not sys.stdin.isatty())
-    messages = messages_of(text, decode_argument(system, "--system"), sources, video)
+    piped = "-" not in images and not sys.stdin.isatty()
+    text = read_prompt(prompt, files, piped) if prompt is not None or files or piped or not audios else ""
     declarations = _read_tools(tools) if tools else None
     json_schema = _read_schema(schema) if schema else None
     constraint = explicit_options({"schema": json_schema, "regex": decode_argument(regex, "--regex")})
     terminal = Terminal()
+    said = [hear(one, audio_model, terminal) for one in audios]
+    messages = user_turn(text, said, sources, video, decode_argument(system, "--system"))
     engine = model.load(terminal)
     stream = partial(engine.stream, messages, tools=declarations, **constraint, **options)
     answer = stream_answer(engine, stream, terminal, silent=as_json)
