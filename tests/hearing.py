@@ -4,7 +4,7 @@ import wave
 
 import numpy as np
 
-STAND_IN = '''
+STAND_IN = """
 import numpy as np
 
 def transcribe(audio, *, path_or_hf_repo="mlx-community/whisper-tiny", verbose=None, **options):
@@ -22,7 +22,7 @@ def transcribe(audio, *, path_or_hf_repo="mlx-community/whisper-tiny", verbose=N
     seconds = len(audio) / 16000
     text = f" {rising / seconds:.0f} hertz, {seconds:.2f} seconds, peak {peak:.2f}, by {path_or_hf_repo}"
     return {"text": text if peak > 0.01 else " ", "segments": [], "language": "en"}
-'''
+"""
 
 
 def tone(path, hertz=440, seconds=1.0, rate=16_000, channels=1, width=2):

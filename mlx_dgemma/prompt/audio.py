@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -215,8 +216,7 @@ def _written(parts: Sequence[Any], transcript: Callable[[Any], Transcript]) -> l
     found: list[Any] = []
     for part in parts:
         if isinstance(part, dict) and part.get("type") in AUDIO:
-            source = part.get(part["type"])
-            said = LANES.get(HERE).wait(lambda source=source: transcript(_source(source))).text
+            said = LANES.get(HERE).wait(partial(transcript, _source(part.get(part["type"])))).text
             part = {"type": "text", "text": said, "transcripts": [said]}  # noqa: PLW2901
         before = found[-1] if found else None
         if before and _is_text(part) and _is_text(before) and ("transcripts" in part or "transcripts" in before):

@@ -66,7 +66,8 @@ def test_what_is_no_speech_is_refused(whisper, tmp_path, monkeypatch):
 
 def test_what_fails_in_whisper_is_a_sentence(whisper, tmp_path, monkeypatch):
     file = tone(tmp_path / "a.wav", 500, 0.3)
-    said = f"nobody/none could not write down {file} (OSError: no such model); is $MLX_DGEMMA_WHISPER a Whisper model for MLX?"
+    said = f"nobody/none could not write down {file} (OSError: no such model); is "
+    said += "$MLX_DGEMMA_WHISPER a Whisper model for MLX?"
     assert refusal(PromptError, audio.transcribe, file, "nobody/none") == said
     said = f"crash ended with status 7 before {file} was written down."
     assert refusal(PromptError, audio.transcribe, file, "crash") == said
