@@ -1,9 +1,9 @@
 """`mlx-dgemma chat` with an echo in the model's place, for tests that type on a terminal.
 
-    python tests/chat_program.py [--readline] [--slow]
+    python tests/chat_program.py [--readline]
 
-Answers are Markdown with the turn and what goes with it, so that a screen shows what arrived. --readline hides
-prompt_toolkit; with --slow an answer's second block comes after a minute, for Ctrl-C.
+Answers are Markdown with the turn and what goes with it, so that a screen shows what arrived. Turns that hold "fail"
+are refused, and of those with "wait" the second block comes after minutes. --readline hides prompt_toolkit.
 """
 
 import json
@@ -19,8 +19,6 @@ from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.errors import PromptError
 from mlx_dgemma.prompt.images import open_image
 
-SLOW = "--slow" in sys.argv
-
 
 def stream(messages, *, drafts, system, session, **options):
     content = messages[-1]["content"]
@@ -30,8 +28,8 @@ def stream(messages, *, drafts, system, session, **options):
     kinds = " ".join(part["type"] for part in parts)
     text = f"# Turn {len(messages) // 2 + 1}: {kinds}\n`{json.dumps(parts[-1]['text'], ensure_ascii=False)}`\n"
     yield Block(0, 1, (), text)
-    if SLOW:
-        time.sleep(60)
+    if "wait" in parts[-1]["text"]:
+        time.sleep(300)
     told = f"system {system}" if system else "**no** system"
     yield Block(1, 1, (), told)
     stats = Stats(1, 0, 1, 1, 1, 1, {"total": 1.0}, 1.0, 1.0, 1, 0)
@@ -39,11 +37,8 @@ def stream(messages, *, drafts, system, session, **options):
 
 
 def load(self, terminal):
-    def events(*arguments, **keywords):
-        return stream(*arguments, **keywords)
-
     builder = SimpleNamespace(load_image=lambda path, budget: open_image(path))
-    return SimpleNamespace(options=GenerationOptions(), session=lambda: None, builder=builder, stream=events)
+    return SimpleNamespace(options=GenerationOptions(), session=lambda: None, builder=builder, stream=stream)
 
 
 if __name__ == "__main__":

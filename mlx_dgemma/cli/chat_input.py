@@ -94,9 +94,11 @@ class LineInput:
                 if not goes_on and not is_more_waiting(sys.stdin.fileno()):
                     break
         except EOFError:
+            self._terminal.warn("")
             if not lines:
                 raise
         except KeyboardInterrupt:
+            self._terminal.warn("")
             typed = self._readline.get_line_buffer() if self._readline else ""
             self.discarded = bool(lines or typed.strip())
             raise
@@ -149,7 +151,7 @@ class EditedInput:
         self._session: PromptSession[str] = PromptSession(
             message=PROMPT,
             multiline=True,
-            prompt_continuation=MORE,
+            prompt_continuation=lambda width, row, wraps: "" if wraps else MORE,
             history=InMemoryHistory(history.entries),
             key_bindings=self._bindings(),
             enable_open_in_editor=True,

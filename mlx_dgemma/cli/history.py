@@ -26,9 +26,11 @@ class History:
     def __init__(self, path: Path | None = None):
         self._path = path or state_folder() / "chat-history"
         self.entries: list[str] = []
-        lines: list[str] = []
+        text = ""
         with suppress(OSError, UnicodeDecodeError):
-            lines = self._path.read_text(encoding="utf-8").splitlines()
+            text = self._path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        self._end = "\n" if lines and not text.endswith("\n") else ""  # what a last line that was cut lacks
         for line in lines:
             with suppress(ValueError):  # a line that was cut
                 if isinstance(entry := json.loads(line), str):
@@ -49,4 +51,5 @@ class History:
                 os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8"
             ) as file:
                 os.fchmod(file.fileno(), 0o600)
-                file.write(json.dumps(turn) + "\n")
+                file.write(self._end + json.dumps(turn) + "\n")
+            self._end = ""

@@ -137,27 +137,28 @@ class Talk:
         while True:
             try:
                 turn = self._input.read()
-                self._leaving = False
-                if turn.strip() == "/exit":
-                    return True
-                if not self.take(turn) and not self.interactive:
-                    return False
             except EOFError:
-                if self.interactive:
-                    self._terminal.warn("")
                 return True
             except KeyboardInterrupt:
-                if not self.interactive:
-                    raise
-                if self._leaving and not self._input.discarded:
-                    return True
+                if not self.interactive or (self._leaving and not self._input.discarded):
+                    return self.interactive
                 self._leaving = not self._input.discarded
-                self._terminal.interrupted()
                 self._terminal.hint("Ctrl-C again or Ctrl-D leaves." if self._leaving else "")
-            except (DgemmaError, click.ClickException, OSError) as error:
+                continue
+            self._leaving = False
+            if turn.strip() == "/exit":
+                return True
+            try:
+                if not self.take(turn) and not self.interactive:
+                    return False
+            except (KeyboardInterrupt, DgemmaError, click.ClickException, OSError) as error:
                 if not self.interactive:
                     raise
-                self._terminal.warn(f"Error: {getattr(error, 'message', error)}")
+                if isinstance(error, KeyboardInterrupt):
+                    self._terminal.interrupted()
+                    self._terminal.hint("Interrupted.")
+                else:
+                    self._terminal.warn(f"Error: {getattr(error, 'message', error)}")
 
     def take(self, turn: str) -> bool:
         """Do what a turn says: commands at its beginning, each on a line, then a question.
