@@ -35,18 +35,18 @@ class Styler:
         self._line += piece
         shown += self._fill(body)
         if end:
-            if self._fence and self._line.strip() == self._fence and self._style == "closing":
+            fence = _FENCE.match(self._line)  # of the whole line, which may have come in pieces
+            if fence and not self._fence:
+                self._fence = fence[1]
+            elif self._fence and self._line.strip() == self._fence:
                 self._fence = ""
             self._line, self._style, self._code, self._bold = "", "", "", False
         return shown + end
 
     def _begin(self, body: str) -> tuple[str, str]:
         """What a line begins with, styled, and the rest of it; the style of the whole line is noted."""
-        fence = _FENCE.match(body)
-        if self._fence:
-            self._style = "closing" if fence and fence[1] == self._fence else CODE
-        elif fence:
-            self._fence, self._style = fence[1], CODE
+        if self._fence or _FENCE.match(body):
+            self._style = CODE
         elif _HEADING.match(body):
             self._style = BOLD
         elif _QUOTE.match(body):
@@ -59,7 +59,7 @@ class Styler:
         if not body:
             return ""
         if self._style:
-            return f"{CODE if self._style == 'closing' else self._style}{body}{RESET}"
+            return f"{self._style}{body}{RESET}"
         shown, at = self._on(), 0
         for mark in _MARK.finditer(body):
             if mark[0][0] == "`":
@@ -74,8 +74,8 @@ class Styler:
             to = mark.end() if closes else mark.start()
             shown += body[at:to] + RESET + self._on()
             at = to
-        shown += body[at:]
-        return (shown + RESET).removeprefix(RESET) if "\x1b" in shown else shown
+        shown = (shown + body[at:]).removeprefix(RESET)
+        return shown if shown.endswith(RESET) or "\x1b" not in shown else shown + RESET
 
     def _on(self) -> str:
         return CODE if self._code else BOLD if self._bold else ""
