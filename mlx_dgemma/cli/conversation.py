@@ -12,7 +12,6 @@ from ..errors import DgemmaError, OptionError, PromptError
 from ..files import atomic_file
 from ..prompt.messages import Message, messages_of, parts_of
 from ..prompt.paths import local_path
-from ..prompt.video import sample_frames
 
 if TYPE_CHECKING:
     from ..decoding.session import Picture
@@ -60,6 +59,8 @@ class Conversation:
 
     def add_video(self, path: str) -> str:
         """Attach a video; its beginning is decoded. Returns and raises as `add_image`."""
+        from ..prompt.video import sample_frames
+
         path = absolute(path)
         if not os.path.exists(path):
             raise PromptError(f"{path} does not exist.")

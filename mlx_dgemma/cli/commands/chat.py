@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...errors import DgemmaError, OptionError, count
-from ...prompt.images import open_image
 from ...prompt.paths import local_path
 from ..audio import audio_options, hear
 from ..chat_input import chat_input
@@ -81,6 +80,8 @@ def chat(
     mlx-dgemma chat --model FOLDER --system "Answer in one sentence."
     mlx-dgemma chat --model FOLDER --seed 1 < questions.txt
     """
+    from ...prompt.images import open_image
+
     if "-" in images:
         raise click.UsageError("- is stdin, which holds the conversation; name the picture's file.")
     terminal = Terminal()
