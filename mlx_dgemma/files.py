@@ -160,6 +160,15 @@ def cache_folder() -> Path:
     return home / "mlx-dgemma"
 
 
+def state_folder() -> Path:
+    """Where what this user's programs remember lies: $XDG_STATE_HOME, ~/Library/Application Support on macOS, else
+    ~/.local/state; it may not exist.
+    """
+    given, mac = os.environ.get("XDG_STATE_HOME"), sys.platform == "darwin"
+    home = Path(given) if given else Path.home() / ("Library/Application Support" if mac else ".local/state")
+    return home / "mlx-dgemma"
+
+
 def check_name(path: Path) -> None:
     """Refuse a path with bytes that are not UTF-8, which MLX and the tokenizers cannot open.
 

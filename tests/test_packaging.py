@@ -16,6 +16,7 @@ tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tom
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = ("video", "pictures", "audio", "chat", "gguf", "serve")
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # where the module has another name
 
 
@@ -40,7 +41,7 @@ def imported_distributions():
 def test_what_the_package_imports_is_named_as_a_dependency():
     # mlx-lm imports transformers; it is named for its lower bound
     extras = PROJECT["optional-dependencies"]
-    optional = names_of(one for extra in ("video", "pictures", "serve", "gguf") for one in extras[extra])
+    optional = names_of(one for extra in EXTRAS for one in extras[extra])
     hosts = {"llm", "lm-eval"}  # which import the modules of plugins/
     assert imported_distributions() - hosts | {"transformers"} == names_of(PROJECT["dependencies"]) | optional
 
@@ -49,7 +50,7 @@ def test_dependencies_have_lower_bounds():
     extras = PROJECT["optional-dependencies"]
     for one in (
         *PROJECT["dependencies"],
-        *(one for extra in ("video", "pictures", "serve", "gguf") for one in extras[extra]),
+        *(one for extra in EXTRAS for one in extras[extra]),
     ):
         assert re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?", one), one
 

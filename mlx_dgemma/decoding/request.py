@@ -114,6 +114,7 @@ class Request:
             images=len(self.prompt.pictures),
             images_encoded=session.images_encoded,
             frame_seconds=tuple(self.prompt.frame_seconds),
+            transcripts=tuple(self.prompt.transcripts),
             mode=self.options.mode,
             mode_reason=self.mode_reason,
             causal_passes=self.passes,

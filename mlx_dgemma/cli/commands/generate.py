@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ...errors import DgemmaError, OptionError
-from ...prompt.messages import messages_of
+from ..audio import audio_options, hear, user_turn
 from ..common import (
     ModelChoice,
     adapter_option,
@@ -61,6 +61,7 @@ class SchemaType(click.ParamType):
 @click.argument("prompt", required=False)
 @files_option
 @media_options
+@audio_options
 @click.option(
     "--tools", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False), help="Tools that the model may call."
 )
@@ -78,6 +79,8 @@ def generate(
     files: tuple[str, ...],
     images: tuple[str, ...],
     video: str | None,
+    audios: tuple[str, ...],
+    audio_model: str | None,
     tools: str | None,
     schema: dict | None,
     regex: str | None,
@@ -92,7 +95,8 @@ def generate(
 
     The prompt is an argument, files, or stdin. Files or stdin come first, then a blank line and the argument. Beside
     an argument stdin is read if it was piped or redirected to this command, but not if the loop or script around it
-    has it too. "-", as PROMPT or FILE, always reads it; --image - reads a picture from it.
+    has it too. "-", as PROMPT or FILE, always reads it; --image - reads a picture from it. What is said in audio files
+    comes before all; with --audio no other prompt is needed.
 
     Each tool call is printed as a line: {"name": ..., "arguments": {...}}. --tools takes a JSON list of function
     declarations in OpenAI's format. --json prints {text, thinking, tool_calls, finish_reason, stats}. Ctrl-C keeps
@@ -109,13 +113,15 @@ def generate(
         raise click.UsageError("- is given twice, but stdin can be read once.")
     output.check()
     sources = [read_stdin(terminal) if one == "-" else one for one in images]
+    prompt = "" if audios and prompt is None and not files else prompt  # what is said may be all
     text = read_prompt(prompt, files, terminal, taken="-" in images)
-    messages = messages_of(text, decode_argument(system, "--system"), sources, video)
     asked: dict[str, Any] = {
         "tools": _read_tools(tools) if tools else None,
         "schema": schema,
         "regex": decode_argument(regex, "--regex"),
     }
+    said = [hear(one, audio_model, terminal) for one in audios]
+    messages = user_turn(text, said, sources, video, decode_argument(system, "--system"))
 
     from ...tasks.answer import answer as ask
 
