@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from ..desktop.user_config import default_model
 from ..errors import OptionError, PromptError, count
 from ..prompt.paths import local_path
 from .terminal import Terminal, details, segments, summary
@@ -41,7 +42,8 @@ model_option = click.option(
     "--model",
     metavar="PATH_OR_ID",
     envvar="MLX_DGEMMA_MODEL",
-    show_default="$MLX_DGEMMA_MODEL, else the bundled demo",
+    default=default_model,
+    show_default="$MLX_DGEMMA_MODEL, else setup's, else the bundled demo",
     help="Checkpoint folder or Hub id.",
 )
 

@@ -6,19 +6,20 @@ import json
 
 import click
 
+from ...desktop.user_config import default_model
 from ..common import DEMO_NOTICE, number_option
 from ..terminal import Terminal
 
 
 @click.command()
-@click.argument("model", required=False, envvar="MLX_DGEMMA_MODEL")
+@click.argument("model", required=False, envvar="MLX_DGEMMA_MODEL", default=default_model)
 @number_option("--context", 1, "Tokens of prompt and answer to compute the memory for.", "4096")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
 def info(model: str | None, context: int | None, as_json: bool) -> None:
     """Show a checkpoint's architecture, sizes and sampler, and whether it fits this machine.
 
-    MODEL is a folder or a downloaded Hub id [default: $MLX_DGEMMA_MODEL, else the bundled demo]. No weights are
-    loaded.
+    MODEL is a folder or a downloaded Hub id [default: $MLX_DGEMMA_MODEL, else setup's, else the bundled
+    demo]. No weights are loaded.
 
     \b
     mlx-dgemma info
