@@ -13,6 +13,7 @@ from ..errors import OptionError, shown
 INPUTS = ("text", "pictures", "files")  # the selection in any app; picture files or any files in Finder
 OUTPUTS = ("replace", "clipboard")
 VERBS = ("edit", "generate")
+_TITLE = re.compile(r"[^/:\x00-\x1f\x7f.][^/:\x00-\x1f\x7f]{0,79}")
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,8 @@ class Action:
         if not isinstance(self.key, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.key):
             raise OptionError(f"{name} should have a key of small letters, digits and -, such as make-formal.")
         # A Services menu drops what stands before a slash, and the title is a file's name, too.
-        if not isinstance(self.title, str) or not re.fullmatch(
-            r"[^/:\x00-\x1f\x7f.][^/:\x00-\x1f\x7f]{0,79}", self.title
-        ):
-            raise OptionError(f"{name} has the title {shown(self.title)}; it should be a line of text without / and :.")
+        if not isinstance(self.title, str) or not _TITLE.fullmatch(self.title):
+            raise OptionError(f"{name} has the title {shown(self.title)}; it should be a short line without / and :.")
         if self.instruction is not None and (not isinstance(self.instruction, str) or not self.instruction.strip()):
             raise OptionError(f"{name} has the instruction {shown(self.instruction)}; it should be text.")
         for field, allowed in (("input", INPUTS), ("output", OUTPUTS), ("verb", VERBS)):

@@ -3,8 +3,8 @@
 Info.plist announces a service. Its keys are those of Apple's Services Implementation Guide,
 https://developer.apple.com/library/archive/documentation/Cocoa/Conceptual/SysServices/Articles/properties.html, and of
 https://developer.apple.com/documentation/bundleresources/information-property-list/nsservices. The types are Apple's,
-https://developer.apple.com/documentation/uniformtypeidentifiers/system-declared-uniform-type-identifiers. document.wflow
-is what Automator saves; Apple does not document it. Its keys are those that stored workflows have in common.
+https://developer.apple.com/documentation/uniformtypeidentifiers/system-declared-uniform-type-identifiers.
+document.wflow is what Automator saves; Apple does not document it. Its keys are those that stored workflows share.
 """
 
 from __future__ import annotations

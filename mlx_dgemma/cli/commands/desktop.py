@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import plistlib
+import subprocess
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -16,9 +17,10 @@ import click
 
 from ...desktop import applescript
 from ...desktop import quick_actions as bundles
+from ...desktop import user_config as config
 from ...desktop.actions import ACTIONS, VERBS, Action, read_actions
 from ...desktop.requests import Asked, read_answer, read_request
-from ...errors import DgemmaError, OptionError
+from ...errors import DgemmaError, OptionError, human
 from ...installation import this_copy
 from ..common import decode_argument, decode_utf8, model_option
 from ..terminal import Terminal
@@ -134,8 +136,8 @@ def shortcut(file: str | None) -> None:
     """Answer a request in JSON with JSON, for Shortcuts and scripts.
 
     The request is FILE or stdin: {"action": "generate" or "edit", "text", "instruction", "images", "files", "system",
-    "model", "seed", "max_tokens", "strength"}. The answer is {"text", "error"}, one of which is null. The exit code is 0
-    also for an error, since Shortcuts drops the output of a command that fails.
+    "model", "seed", "max_tokens", "strength"}. The answer is {"text", "error"}, one of which is null. The exit code is
+    0 also for an error, since Shortcuts drops the output of a command that fails.
 
     \b
     echo '{"action": "edit", "text": "It are late.", "instruction": "Fix it."}' | mlx-dgemma shortcut
@@ -189,3 +191,54 @@ def _absolute_model(name: str | None) -> str | None:
     if name is None or (name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()):
         return name
     return os.path.abspath(os.path.expanduser(name))
+
+
+@click.command()
+@click.option("-m", "--model", metavar="PATH_OR_ID", show_default="the release", help="Checkpoint folder or Hub id.")
+@click.option("--recipe", metavar="NAME", show_default="the best that fits", help="Recipe to convert with.")
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    show_default="~/models/NAME-RECIPE",
+    help="Folder of the converted checkpoint.",
+)
+@click.option("--check/--no-check", default=True, show_default=True, help="Run `check --quick` first.")
+@click.option("-y", "--yes", is_flag=True, help="Ask nothing.")
+@click.pass_context
+def setup(
+    ctx: click.Context, model: str | None, recipe: str | None, folder: Path | None, check: bool, yes: bool
+) -> None:
+    """Choose, download and convert the model that fits this machine, and make it the default.
+
+    It can be interrupted and run again: files that were downloaded are kept. The default is written into
+    ~/.config/mlx-dgemma/config.toml; --model and $MLX_DGEMMA_MODEL go before it.
+
+    \b
+    mlx-dgemma setup
+    mlx-dgemma setup --yes --recipe 4bit --folder ~/models/diffusiongemma-4bit
+    """
+    terminal = Terminal()
+    if not terminal.hints:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    config.default_model()  # a broken file is told before anything is downloaded
+    from ...convert.cli import progress_bar
+    from ...desktop import setup as first_run
+
+    with first_run.interrupts_end_at_once(terminal.warn):
+        planned = first_run.plan(model or first_run.RELEASE, recipe)
+    target = (folder.expanduser().absolute() if folder else planned.target) if planned.chosen.recipe else None
+    for line in first_run.lines(planned):
+        terminal.warn(line)
+    what = f"download {planned.name} ({human(first_run.source_bytes(planned))}) if it is not here"
+    if target is not None:
+        what += f", convert it to {planned.chosen.recipe} ({human(planned.chosen.weights)}) into {target}"
+    if not yes and not click.confirm(f"Shall I {what}?", default=True, err=True):
+        ctx.exit(1)
+    if check:
+        terminal.warn("Checking what this machine computes; it takes less than a minute.")
+        done = subprocess.run([sys.executable, "-m", "mlx_dgemma", "check", "--quick"], stdout=sys.stderr, check=False)
+        if done.returncode:
+            raise DgemmaError("The check failed, so nothing was downloaded; report it, or go on with --no-check.")
+    with progress_bar("Converting") as progress:
+        name = first_run.obtain(planned, target, progress, terminal.warn)
+    terminal.warn(f"The default model is {name}, by {config.set_default_model(name)}. Try: mlx-dgemma chat")
