@@ -1,4 +1,4 @@
-"""The command that adds an extra, for every way in which a copy is installed. The files are those that the tools write."""
+"""The command that adds an extra, for every way in which a copy is installed, from files as the tools write them."""
 
 import json
 

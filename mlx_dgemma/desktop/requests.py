@@ -26,6 +26,7 @@ class Asked:
         text: what it is about; of `edit` the text to rewrite.
         instruction: what to do with it.
         files: paths; pictures among them are seen, others are read as text.
+        images: paths of pictures, whatever their names are.
         options: {option of the command line: value}.
     """
 
@@ -34,6 +35,7 @@ class Asked:
     instruction: str = ""
     files: tuple[str, ...] = ()
     options: tuple[tuple[str, str], ...] = ()
+    images: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.action == "edit":
@@ -41,7 +43,7 @@ class Asked:
                 raise PromptError("There is no text to edit; select some, or give it as text.")
             if not self.instruction.strip():
                 raise PromptError("There is no instruction; say what to do with the text.")
-            if self.files:
+            if self.files or self.images:
                 raise PromptError("edit takes no files; give the text, or take the action generate.")
         elif not (self.text.strip() or self.instruction.strip()):
             raise PromptError("There is no prompt; give an instruction or a text.")
@@ -51,6 +53,8 @@ class Asked:
         words = [self.action, "--json", *(word for pair in self.options for word in pair)]
         if self.action == "edit":
             return [*words, "--", self.instruction, str(file)]
+        for name in self.images:
+            words += ["--image", name]
         for name in self.files:
             words += ["--image" if Path(name).suffix.lower() in PICTURES else "--file", name]
         if self.text.strip():
@@ -84,8 +88,8 @@ def read_request(data: bytes) -> Asked:
         for name in ("model", "seed", "max_tokens", "strength", "system")
         if name in given
     ]
-    files = (*given.get("images", ()), *given.get("files", ()))
-    return Asked(given["action"], given.get("text", ""), given.get("instruction", ""), files, tuple(options))
+    files, images = tuple(given.get("files", ())), tuple(given.get("images", ()))
+    return Asked(given["action"], given.get("text", ""), given.get("instruction", ""), files, tuple(options), images)
 
 
 def read_answer(action: str, printed: str) -> str:

@@ -65,14 +65,13 @@ def test_words_of_the_command_line(tmp_path):
         "action": "generate",
         "text": "t",
         "instruction": "-x",
-        "images": ["a.txt"],
-        "files": ["b.PNG"],
+        "images": ["a"],
+        "files": ["b.txt", "c.PNG"],
         "seed": 7,
     }
     asked = read_request(json.dumps(request).encode())
-    assert asked.arguments(tmp_path / "f") == [
-        "generate", "--json", "--seed", "7", "--file", "a.txt", "--image", "b.PNG", "--file", f"{tmp_path}/f", "--", "-x",
-    ]  # fmt: skip
+    words = "generate --json --seed 7 --image a --file b.txt --image c.PNG --file".split()
+    assert asked.arguments(tmp_path / "f") == [*words, f"{tmp_path}/f", "--", "-x"]
     assert Asked("edit", "t", "-i").arguments(tmp_path / "f") == ["edit", "--json", "--", "-i", f"{tmp_path}/f"]
 
 
