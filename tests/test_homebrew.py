@@ -15,9 +15,7 @@ if sys.version_info < (3, 11):
     pytest.skip("the script needs tomllib", allow_module_level=True)
 
 SCRIPT = Path(__file__).parent.parent / "packaging" / "homebrew.py"
-INFO = (
-    "Metadata-Version: 2.4\nName: mlx-dgemma\nVersion: 1.0\nSummary: A model: in full\nLicense-Expression: Apache-2.0\n"
-)
+INFO = "Metadata-Version: 2.4\nName: mlx-dgemma\nVersion: 1.0\nSummary: A model: x\nLicense-Expression: Apache-2.0\n"
 PROJECT = """\
 [build-system]
 requires = ["hatchling>=1"]
@@ -43,8 +41,8 @@ def homebrew():
 def entry(name, files):
     found = [{"url": f"https://host/{file}", "hashes": {"sha256": f"hash of {file}"}} for file in files]
     wheels = [one for one in found if one["url"].endswith(".whl")]
-    sdist = {"sdist": one for one in found if one not in wheels}
-    return {"name": name, "wheels": wheels, **sdist}
+    sdists = [("sdist", one) for one in found if one not in wheels]
+    return {"name": name, "wheels": wheels, **dict(sdists)}
 
 
 @pytest.fixture
