@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 
-DEMO_NOTICE = (
-    "This is the bundled demo of 6.7 M parameters, a toy. "
-    "For the real model: mlx-dgemma convert -q google/diffusiongemma-26B-A4B-it, then --model mlx_model."
-)
+DEMO_NOTICE = "This is the bundled demo of 6.7 M parameters, a toy. For the real model: mlx-dgemma setup."
 Command = Callable[..., Any]
 
 

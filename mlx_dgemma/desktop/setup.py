@@ -176,7 +176,7 @@ def obtain(
         # One file after the other: the Hub's client keeps no part of a file, so that an interruption costs one at most.
         source = fetch(planned.name, FILES, _has_weights, HINT, max_workers=1)
     if target is None or planned.chosen.recipe is None:
-        return str(source) if Path(planned.name).expanduser().exists() else planned.name
+        return str(source.absolute()) if Path(planned.name).expanduser().exists() else planned.name
     say(f"Converting it to {planned.chosen.recipe}, into {target}.")
     convert(source, target, planned.chosen.recipe, progress=progress)
     return str(target)

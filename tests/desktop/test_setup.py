@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from hub import serving_hub
 
 from mlx_dgemma.check.shapes import raw_config
+from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.cli.commands import desktop
 from mlx_dgemma.cli.main import main
 from mlx_dgemma.desktop import setup, user_config
 from mlx_dgemma.errors import CheckpointError, MemoryLimitError, OptionError
@@ -22,7 +25,7 @@ GB = 10**9
 
 @pytest.fixture
 def release(tmp_path):
-    """A folder with the release's config.json alone."""
+    """A folder with the config.json of the release without its vision tower, and nothing else."""
     folder = tmp_path / "release"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(raw_config("26b")))
@@ -97,6 +100,36 @@ def test_a_first_run_is_interrupted_and_goes_on(hf_checkpoint, tmp_path):
     file = config / "mlx-dgemma" / "config.toml"
     assert file.read_text() == f'model = "{target}"\n'
     assert done.stderr.endswith(f"The default model is {target}, by {file}. Try: mlx-dgemma chat\n")
+
+
+def test_a_folder_that_is_here_becomes_the_default_by_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(DEMO.parent)
+    words = ["setup", "--yes", "--no-check", "--model", DEMO.name]
+    done = CliRunner().invoke(main, words)
+    assert (done.exit_code, done.stdout) == (0, ""), done.stderr
+    assert user_config.default_model() == str(DEMO)
+    user_config.config_path().unlink()
+    done = CliRunner().invoke(main, [*words, "--recipe", "4bit", "--folder", str(DEMO)])
+    assert done.exit_code == 1
+    assert done.stderr.endswith(f"Error: {DEMO} is another checkpoint; give another --folder, or remove it.\n")
+    assert not user_config.config_path().exists()
+
+
+def test_nothing_is_downloaded_where_the_check_fails_or_the_user_declines(release, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(setup.device, "available", lambda: 40 * GB)
+    monkeypatch.setattr(setup, "obtain", None)  # calling it would fail
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(desktop.subprocess, "run", lambda command, **_: asked.append(command[-2:]) or failed)
+    asked = []
+    done = CliRunner().invoke(main, ["setup", "--model", str(release)], input="n\n")
+    assert (done.exit_code, asked) == (1, [])
+    assert f"convert it to 8bit (26.8 GB) into {Path.home()}/models/release-8bit? [Y/n]" in done.stderr
+    done = CliRunner().invoke(main, ["setup", "--yes", "--model", str(release)])
+    assert (done.exit_code, asked) == (1, [["check", "--quick"]])
+    assert done.stderr.endswith("The check failed, so nothing was downloaded; report it, or go on with --no-check.\n")
+    assert not user_config.config_path().exists()
 
 
 @pytest.mark.parametrize(
