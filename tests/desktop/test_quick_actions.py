@@ -29,6 +29,13 @@ SHELLS = [one for one in ("bash", "zsh", "dash") if shutil.which(one)]
 BY_KEY = {action.key: action for action in ACTIONS}
 
 
+@pytest.fixture(autouse=True)
+def system(monkeypatch):
+    """No test tells a Mac's own list of services about its workflows."""
+    monkeypatch.setattr(quick_actions.platform, "system", lambda: "Linux")
+    return monkeypatch
+
+
 def parts(bundle):
     info = plistlib.loads((bundle / "Contents" / "Info.plist").read_bytes())
     document = plistlib.loads((bundle / "Contents" / "document.wflow").read_bytes())
@@ -36,7 +43,7 @@ def parts(bundle):
 
 
 def test_property_lists_have_apples_keys_and_types(tmp_path):
-    assert len(quick_actions.install(ACTIONS, tmp_path, run=None)) == len(ACTIONS)
+    assert len(quick_actions.install(ACTIONS, tmp_path)) == len(ACTIONS)
     for action in ACTIONS:
         bundle = tmp_path / f"{action.title}.workflow"
         assert sorted(one.name for one in bundle.rglob("*")) == ["Contents", "Info.plist", "document.wflow"]
@@ -230,8 +237,17 @@ def test_own_actions_are_checked(tmp_path, text, said):
     assert str(refused.value).count("\n") == 0
 
 
-def test_without_macos_a_folder_must_be_given(monkeypatch):
-    monkeypatch.setattr(quick_actions.platform, "system", lambda: "Linux")
+def test_macos_reads_its_services_again(tmp_path, system):
+    system.setattr(quick_actions.platform, "system", lambda: "Darwin")
+    ran = []
+    quick_actions.install([BY_KEY["rewrite"]], tmp_path, run=lambda command, **_: ran.append(command))
+    quick_actions.uninstall(tmp_path, run=lambda command, **_: ran.append(command))
+    assert ran == [["/System/Library/CoreServices/pbs", "-update"]] * 2
+    system.setenv("HOME", str(tmp_path))
+    assert quick_actions.services_folder() == tmp_path / "Library" / "Services"
+
+
+def test_without_macos_a_folder_must_be_given():
     done = CliRunner().invoke(main, ["quick-actions", "install"])
     assert (done.exit_code, done.stderr) == (
         1,
