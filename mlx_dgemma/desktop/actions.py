@@ -8,7 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError, shown
+from ..errors import DgemmaError, shown
 
 INPUTS = ("text", "pictures", "files")  # the selection in any app; picture files or any files in Finder
 OUTPUTS = ("replace", "clipboard")
@@ -30,7 +30,7 @@ class Action:
         strength: of `edit`: the share of the text that begins as noise; None is its default.
 
     Raises:
-        OptionError: a field has another value.
+        DgemmaError: a field has another value.
     """
 
     key: str
@@ -44,24 +44,24 @@ class Action:
     def __post_init__(self):
         name = f"The action {shown(self.key)}"
         if not isinstance(self.key, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.key):
-            raise OptionError(f"{name} should have a key of small letters, digits and -, such as make-formal.")
+            raise DgemmaError(f"{name} should have a key of small letters, digits and -, such as make-formal.")
         # A Services menu drops what stands before a slash, and the title is a file's name, too.
         if not isinstance(self.title, str) or not _TITLE.fullmatch(self.title):
-            raise OptionError(f"{name} has the title {shown(self.title)}; it should be a short line without / and :.")
+            raise DgemmaError(f"{name} has the title {shown(self.title)}; it should be a short line without / and :.")
         if self.instruction is not None and (not isinstance(self.instruction, str) or not self.instruction.strip()):
-            raise OptionError(f"{name} has the instruction {shown(self.instruction)}; it should be text.")
+            raise DgemmaError(f"{name} has the instruction {shown(self.instruction)}; it should be text.")
         for field, allowed in (("input", INPUTS), ("output", OUTPUTS), ("verb", VERBS)):
             if getattr(self, field) not in allowed:
-                raise OptionError(
+                raise DgemmaError(
                     f"{name} has {field} {shown(getattr(self, field))}; it should be one of {', '.join(allowed)}."
                 )
         if self.input != "text" and (self.output == "replace" or self.verb == "edit"):
-            raise OptionError(f"{name} takes {self.input}, so its output should be clipboard and its verb generate.")
+            raise DgemmaError(f"{name} takes {self.input}, so its output should be clipboard and its verb generate.")
         if self.strength is not None and (
             self.verb != "edit" or isinstance(self.strength, bool) or not isinstance(self.strength, Real)
             or not 0 <= self.strength <= 1
         ):  # fmt: skip
-            raise OptionError(
+            raise DgemmaError(
                 f"{name} has strength {shown(self.strength)}; it should be from 0 to 1, of the verb edit."
             )
 
@@ -91,31 +91,31 @@ def read_actions(path: Path) -> tuple[Action, ...]:
     `key` may be left out: it is made from the title. `instruction: null` asks.
 
     Raises:
-        OptionError: the file is no such list.
+        DgemmaError: the file is no such list.
     """
     import yaml
 
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path} is not valid YAML ({' '.join(str(error).split())}); fix it.") from None
+        raise DgemmaError(f"{path} is not valid YAML ({' '.join(str(error).split())}); fix it.") from None
     if not isinstance(content, list) or not content:
-        raise OptionError(f"{path} holds {shown(content)}; it should be a list of actions with title and instruction.")
+        raise DgemmaError(f"{path} holds {shown(content)}; it should be a list of actions with title and instruction.")
     return tuple(_read_action(one, path) for one in content)
 
 
 def _read_action(one: Any, path: Path) -> Action:
     known = [field.name for field in fields(Action)]
     if not isinstance(one, dict):
-        raise OptionError(f"{path} holds {shown(one)}; each action should have a title and an instruction.")
+        raise DgemmaError(f"{path} holds {shown(one)}; each action should have a title and an instruction.")
     for name in one:
         if name not in known:
-            raise OptionError(
+            raise DgemmaError(
                 f"{path} gives an action the field {shown(name)}; it should be one of {', '.join(known)}."
             )
     for name in ("title", "instruction"):
         if name not in one:
-            raise OptionError(f"{path} has an action without {name}; give it one.")
+            raise DgemmaError(f"{path} has an action without {name}; give it one.")
     defaults: dict[str, Any] = {"key": re.sub(r"[^a-z0-9]+", "-", str(one["title"]).lower()).strip("-")}
     if one.get("input", "text") != "text":
         defaults |= {"output": "clipboard", "verb": "generate"}

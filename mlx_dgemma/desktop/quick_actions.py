@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import OptionError
+from ..errors import DgemmaError, OptionError
 from ..files import atomic_folder
 from ..installation import this_copy
 from .actions import Action
@@ -44,7 +44,7 @@ def services_folder(folder: Path | None = None) -> Path:
     """The given folder, or ~/Library/Services.
 
     Raises:
-        OptionError: no folder is given, and this is not macOS.
+        DgemmaError: no folder is given, and this is not macOS.
     """
     if folder is not None:
         return folder
@@ -81,14 +81,13 @@ def install(actions: Sequence[Action], folder: Path, model: str | None = None, r
         The bundles.
 
     Raises:
-        OptionError: a bundle of that name is not this package's; nothing was written.
-        DgemmaError: the folder cannot be written.
+        DgemmaError: a bundle of that name is not this package's, and nothing was written; the folder cannot be written.
     """
     written = bundles(actions, model)
     own = {one.path: one for one in installed(folder)}
     for name in written:
         if os.path.lexists(folder / name) and folder / name not in own:
-            raise OptionError(f"{folder / name} is not of mlx-dgemma; rename it, or give the action another title.")
+            raise DgemmaError(f"{folder / name} is not of mlx-dgemma; rename it, or give the action another title.")
     keys = {action.key for action in actions}
     for name, files in written.items():
         with atomic_folder(folder / name, sum(map(len, files.values())), "--folder", replace=True) as draft:

@@ -22,7 +22,7 @@ from ..checkpoint.headers import INDEX, read_tensors
 from ..checkpoint.processor import read_processor
 from ..convert.conversion import convert
 from ..convert.recipes import RECIPES, recipe_named
-from ..errors import CheckpointError, MemoryLimitError, OptionError, human
+from ..errors import CheckpointError, DgemmaError, MemoryLimitError, OptionError, human
 from ..model import device
 from ..model.config import ModelConfig, read_json
 
@@ -69,7 +69,7 @@ class Plan:
         """The folder of the converted checkpoint; None if nothing is converted."""
         if self.chosen.recipe is None:
             return None
-        stem = Path(self.name).expanduser().name
+        stem = "diffusiongemma" if self.name == RELEASE else Path(self.name).expanduser().name
         return Path.home() / "models" / f"{stem}-{self.chosen.recipe}"
 
 
@@ -168,7 +168,7 @@ def obtain(
         have = Checkpoint.open(target)
         wanted = RECIPES[planned.chosen.recipe].experts
         if not have.quantization or wanted is None or have.quantization.get("bits") != wanted.bits:
-            raise OptionError(f"{target} is another checkpoint; give another --folder, or remove it.")
+            raise DgemmaError(f"{target} is another checkpoint; give another --folder, or remove it.")
         say(f"{target} is there already.")
         return str(target)
     with interrupts_end_at_once(say):

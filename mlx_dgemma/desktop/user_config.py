@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..errors import OptionError, shown
+from ..errors import DgemmaError, shown
 from ..files import atomic_file, told_errors
 
 if sys.version_info >= (3, 11):
@@ -30,7 +30,7 @@ def default_model() -> str | None:
     """The folder or Hub id that config.toml names, if it names one.
 
     Raises:
-        OptionError: the file is not TOML, or holds something unknown.
+        DgemmaError: the file is not TOML, or holds something unknown.
     """
     path = config_path()
     try:
@@ -38,15 +38,14 @@ def default_model() -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise OptionError(f"{path} cannot be read ({error.strerror}); mend that, or name a model.") from None
+        raise DgemmaError(f"{path} cannot be read ({error.strerror}); mend that, or name a model.") from None
 
 
 def set_default_model(name: str) -> Path:
     """Write the default model into config.toml; what else it holds stays. Returns the file.
 
     Raises:
-        OptionError: the file is not TOML, or holds something unknown.
-        DgemmaError: it cannot be written.
+        DgemmaError: the file is not TOML, holds something unknown, or cannot be written.
     """
     default_model()  # a broken file is told, not overwritten
     path = config_path()
@@ -64,11 +63,11 @@ def _model_of(data: bytes, path: Path) -> str | None:
     try:
         content = tomllib.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise OptionError(f"{path} is not TOML ({error}); mend it, or remove it.") from None
+        raise DgemmaError(f"{path} is not TOML ({error}); mend it, or remove it.") from None
     for key in content:
         if key not in KEYS:
-            raise OptionError(f"{path} has the key {key}; it should have {', '.join(KEYS)} alone.")
+            raise DgemmaError(f"{path} has the key {key}; it should have {', '.join(KEYS)} alone.")
     model = content.get("model")
     if model is not None and (not isinstance(model, str) or not model.strip()):
-        raise OptionError(f"{path} has model = {shown(model)}; it should be a folder or a Hub id, as text.")
+        raise DgemmaError(f"{path} has model = {shown(model)}; it should be a folder or a Hub id, as text.")
     return os.path.expanduser(model) if model else None

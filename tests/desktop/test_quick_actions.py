@@ -17,7 +17,7 @@ from mlx_dgemma.desktop import quick_actions
 from mlx_dgemma.desktop.actions import ACTIONS, Action, read_actions
 from mlx_dgemma.desktop.shell import script
 from mlx_dgemma.desktop.workflow import MARK
-from mlx_dgemma.errors import OptionError
+from mlx_dgemma.errors import DgemmaError
 
 # Apple, Services Implementation Guide, "Services Properties", and the page of NSServices in Bundle Resources.
 SERVICE_KEYS = {
@@ -196,7 +196,7 @@ def test_only_own_bundles_are_listed_replaced_and_removed(tmp_path):
     info = foreign / "Contents" / "Info.plist"
     info.write_bytes(info.read_bytes().replace(MARK.encode(), b"com.apple.Automator."))
     (tmp_path / "Broken.workflow").mkdir()
-    with pytest.raises(OptionError, match=r"is not of mlx-dgemma; rename it"):
+    with pytest.raises(DgemmaError, match=r"is not of mlx-dgemma; rename it"):
         quick_actions.install(ACTIONS, tmp_path)
     assert quick_actions.installed(tmp_path) == []
     quick_actions.install([BY_KEY["rewrite"], BY_KEY["grammar"]], tmp_path)
@@ -207,7 +207,7 @@ def test_only_own_bundles_are_listed_replaced_and_removed(tmp_path):
     ]
     listed = CliRunner().invoke(main, ["quick-actions", "list", "--folder", str(tmp_path)]).stdout
     assert f"grammar\tOther Title\t{tmp_path}/Other Title.workflow\n" in listed
-    with pytest.raises(OptionError, match=r"has no Quick Action explain of mlx-dgemma"):
+    with pytest.raises(DgemmaError, match=r"has no Quick Action explain of mlx-dgemma"):
         quick_actions.uninstall(tmp_path, ["explain"])
     before = sorted(tmp_path.iterdir())
     assert len(quick_actions.uninstall(tmp_path, dry_run=True)) == 2
@@ -231,7 +231,7 @@ def test_only_own_bundles_are_listed_replaced_and_removed(tmp_path):
 )
 def test_own_actions_are_checked(tmp_path, text, said):
     (tmp_path / "own.yaml").write_text(text)
-    with pytest.raises(OptionError) as refused:
+    with pytest.raises(DgemmaError) as refused:
         read_actions(tmp_path / "own.yaml")
     assert said in str(refused.value)
     assert str(refused.value).count("\n") == 0

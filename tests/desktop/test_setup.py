@@ -18,7 +18,7 @@ from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.cli.commands import desktop
 from mlx_dgemma.cli.main import main
 from mlx_dgemma.desktop import setup, user_config
-from mlx_dgemma.errors import CheckpointError, MemoryLimitError, OptionError
+from mlx_dgemma.errors import CheckpointError, DgemmaError, MemoryLimitError, OptionError
 
 GB = 10**9
 
@@ -152,7 +152,7 @@ def test_a_broken_config_is_one_sentence_for_every_command(tmp_path, monkeypatch
         assert (done.exit_code, done.stdout) == (1, "")
         assert done.stderr.startswith(f"Error: {file} {said}")
         assert done.stderr.count("\n") == 1
-    with pytest.raises(OptionError):
+    with pytest.raises(DgemmaError):
         user_config.set_default_model("x")
     assert CliRunner().invoke(main, ["generate", "--help"]).exit_code == 0
 

@@ -20,7 +20,7 @@ from ...desktop import quick_actions as bundles
 from ...desktop import user_config as config
 from ...desktop.actions import ACTIONS, VERBS, Action, read_actions
 from ...desktop.requests import Asked, read_answer, read_request
-from ...errors import DgemmaError, OptionError, human
+from ...errors import DgemmaError, human
 from ...installation import this_copy
 from ..common import decode_argument, decode_utf8, model_option
 from ..terminal import Terminal
@@ -102,7 +102,7 @@ def list_(folder: Path | None) -> None:
     terminal = Terminal()
     try:
         found = {one.key: one for one in bundles.installed(bundles.services_folder(folder))}
-    except OptionError:  # no macOS: there are none
+    except DgemmaError:  # no macOS: there are none
         found = {}
     titles = {action.key: action.title for action in ACTIONS} | {key: one.title for key, one in found.items()}
     for key, title in titles.items():
@@ -182,7 +182,7 @@ def _chosen(names: tuple[str, ...], file: Path | None) -> list[Action]:
     titles = [known[name].title for name in names or known]
     for title in titles:
         if titles.count(title) > 1:
-            raise OptionError(f"Two actions have the title {title!r}; give one of them another.")
+            raise DgemmaError(f"Two actions have the title {title!r}; give one of them another.")
     return [known[name] for name in dict.fromkeys(names or known)]
 
 
