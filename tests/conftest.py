@@ -23,6 +23,7 @@ from mlx_dgemma.serving.scheduler import Scheduler
 
 DATA = Path(__file__).parent / "data"
 os.environ["MLX_DGEMMA_MEASURE"] = "0"  # how many passes are made must not depend on a machine's speed
+os.environ["XDG_CONFIG_HOME"] = str(DATA / "nowhere")  # the user's config.toml names no model here
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def imported_distributions():
                     found |= {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and not node.level:
                     found.add(node.module.split(".")[0])
-    found -= {*sys.stdlib_module_names, "mlx_dgemma"}
+    found -= {*sys.stdlib_module_names, "mlx_dgemma", "tomllib"}  # which Python 3.10 lacks: tomli there
     return {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in found}
 
 
@@ -52,7 +52,14 @@ def test_dependencies_have_lower_bounds():
         *PROJECT["dependencies"],
         *(one for extra in EXTRAS for one in extras[extra]),
     ):
-        assert re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?", one), one
+        assert re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?(; python_version < '[\d.]+')?", one), one
+
+
+def test_the_extra_all_holds_every_extra_that_is_not_a_backend_or_for_tests():
+    extras = PROJECT["optional-dependencies"]
+    (one,) = extras["all"]
+    named = re.fullmatch(r"mlx-dgemma\[([\w,]+)\]", one)[1].split(",")
+    assert sorted(named) == sorted(extras.keys() - {"cpu", "cuda13", "test", "all"})
 
 
 def test_dir_shows_the_public_names():

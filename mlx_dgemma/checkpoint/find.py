@@ -50,7 +50,7 @@ def fetch(
     hint: str,
     kinds: tuple[str, str] = ("folder", "repository"),
     error: type[DgemmaError] = CheckpointError,
-    **wanted: str,
+    **wanted: Any,
 ) -> Path:
     """An existing path, or the snapshot of a Hub id, which is downloaded if it is not complete on this machine.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from ..desktop.user_config import default_model
 from ..errors import CircumstanceError, PromptError, count
 from ..prompt.paths import local_path
 from .terminal import Terminal, details, segments, summary
@@ -26,10 +27,7 @@ if TYPE_CHECKING:
     from ..prompt.opened import Opened
 
 
-DEMO_NOTICE = (
-    "This is the bundled demo of 6.7 M parameters, a toy. "
-    "For the real model: mlx-dgemma convert -q google/diffusiongemma-26B-A4B-it, then --model mlx_model."
-)
+DEMO_NOTICE = "This is the bundled demo of 6.7 M parameters, a toy. For the real model: mlx-dgemma setup."
 Command = Callable[..., Any]
 
 
@@ -43,7 +41,8 @@ model_option = click.option(
     "--model",
     metavar="PATH_OR_ID",
     envvar="MLX_DGEMMA_MODEL",
-    show_default="$MLX_DGEMMA_MODEL, else the bundled demo",
+    default=default_model,
+    show_default="$MLX_DGEMMA_MODEL, else setup's, else the bundled demo",
     help="Checkpoint folder or Hub id.",
 )
 

@@ -19,7 +19,7 @@ from .. import __version__
 from ..errors import DgemmaError
 from .terminal import Terminal
 
-# In the order of --help: each command's module, which holds it under its own name.
+# In the order of --help: each command's module, which holds it under its own name, - as _.
 COMMANDS = {
     "generate": ".commands.generate",
     "chat": ".commands.chat",
@@ -33,6 +33,9 @@ COMMANDS = {
     "fuse": ".commands.fuse",
     "info": ".commands.info",
     "check": ".commands.check",
+    "setup": ".commands.desktop",
+    "quick-actions": ".commands.desktop",
+    "shortcut": ".commands.desktop",
     "convert": "..convert.cli",
 }
 
@@ -48,7 +51,7 @@ class Commands(click.Group):
         """Return a command by name."""
         if cmd_name not in COMMANDS:
             return None
-        return getattr(import_module(COMMANDS[cmd_name], __package__), cmd_name)
+        return getattr(import_module(COMMANDS[cmd_name], __package__), cmd_name.replace("-", "_"))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""

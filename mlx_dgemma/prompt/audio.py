@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PromptError, human
+from ..installation import add_extra
 from .images import open_file
 from .lanes import HERE, LANES
 from .messages import AUDIO, Message
@@ -30,10 +31,7 @@ MAX_SECONDS = 3600
 MAX_BYTES = 10**9
 KEPT = 64  # transcripts that are kept: clients send a conversation's audio again with every turn
 LOADING_SECONDS = 900  # in which a server's Whisper must be there, which the first time is downloaded
-MISSING = (
-    "The model does not hear, and mlx-whisper, which writes down what is said, is not installed: "
-    'pip install "mlx-dgemma[audio]".'
-)
+MISSING = "The model does not hear, and mlx-whisper, which writes down what is said, is not installed; run `{}`."
 # Formats with sound in a file of their own; playlists, which name other files, are not among them.
 _FORMATS = "wav,w64,aiff,caf,mp3,aac,flac,ogg,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,amr"
 _KNOWN = "WAV, MP3, M4A, AAC, FLAC, Ogg, AIFF, CAF or WebM"
@@ -59,7 +57,7 @@ def require() -> None:
         PromptError: mlx-whisper or the decoder is not installed.
     """
     if find_spec("mlx_whisper") is None or find_spec("av") is None:
-        raise PromptError(MISSING)
+        raise PromptError(MISSING.format(add_extra("audio")))
 
 
 def read_sound(source: Any) -> tuple[str, np.ndarray]:

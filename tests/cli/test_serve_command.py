@@ -20,6 +20,7 @@ from mlx_dgemma import engine
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import main
 from mlx_dgemma.cli.commands import serve
+from mlx_dgemma.installation import add_extra
 
 
 def run(*arguments, **options):
@@ -51,7 +52,7 @@ def test_the_command_refuses_before_it_loads(never_loaded, monkeypatch):
     done = run()
     assert (done.exit_code, done.stderr) == (
         1,
-        'Error: serve needs the package uvicorn: pip install "mlx-dgemma[serve]".\n',
+        f"Error: serve needs the package uvicorn; run `{add_extra('serve')}`.\n",
     )
 
 

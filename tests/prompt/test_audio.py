@@ -11,11 +11,12 @@ from support import engine_of, prompt_of, refusal
 import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.errors import PromptError
+from mlx_dgemma.installation import add_extra
 from mlx_dgemma.prompt import audio
 
 MISSING = (
-    "The model does not hear, and mlx-whisper, which writes down what is said, is not installed: "
-    'pip install "mlx-dgemma[audio]".'
+    "The model does not hear, and mlx-whisper, which writes down what is said, is not installed; run "
+    f"`{add_extra('audio')}`."
 )
 
 

@@ -6,6 +6,7 @@ import pytest
 from hearing import tone
 from serving import CHAT, MODEL, Script, post
 
+from mlx_dgemma.installation import add_extra
 from mlx_dgemma.prompt import audio
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.settings import Settings
@@ -48,10 +49,10 @@ def test_audio_is_transcribed_in_its_place(whisper, client, tmp_path):
 
 def test_without_the_extra_a_sentence_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "find_spec", lambda name: None)
-    assert refused(asked([part(tmp_path / "a.wav")])) == ("messages", audio.MISSING)
+    assert refused(asked([part(tmp_path / "a.wav")])) == ("messages", audio.MISSING.format(add_extra("audio")))
     assert refused({"input": [{"role": "user", "content": [part(tmp_path / "a.wav")]}]}, "/v1/responses") == (
         "input",
-        audio.MISSING,
+        audio.MISSING.format(add_extra("audio")),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ...errors import DgemmaError
+from ...installation import add_extra
 from ...server.settings import Settings, model_name
 from ..common import ModelChoice, adapter_option, model_options
 from ..terminal import Terminal
@@ -162,7 +163,7 @@ def _require_packages() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise DgemmaError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
+        raise DgemmaError(f"serve needs the package {error.name}; run `{add_extra('serve')}`.") from None
 
 
 def _agent(ctx: click.Context, both: bool, install: bool, api_key: str | None, terminal: Terminal) -> None:
