@@ -14,6 +14,7 @@ from training import QUICK, batch_of, trainer, weights
 import mlx_dgemma
 from mlx_dgemma.adapters import deltas
 from mlx_dgemma.errors import DataError, MemoryLimitError, OptionError, PromptError
+from mlx_dgemma.tune import objective as objective_module
 from mlx_dgemma.tune import trainer as trainer_module
 from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.memory import training_need
@@ -83,8 +84,8 @@ def test_only_the_last_layers_are_trained():
 
 def spied_noise(monkeypatch):
     """Every noise that a trainer draws from now on."""
-    drawn, draw = [], trainer_module.draw_noise
-    monkeypatch.setattr(trainer_module, "draw_noise", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    drawn, draw = [], objective_module.draw_noise
+    monkeypatch.setattr(objective_module, "draw_noise", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     return drawn
 
 
