@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from ...decoding.events import Block, Draft, Finished
 from ...decoding.loop import Loop
@@ -14,6 +16,13 @@ from .prompts import Question
 
 if TYPE_CHECKING:
     from ...engine import Engine
+
+
+class Step(NamedTuple):
+    """A canvas after one denoising step; arrays [C]."""
+
+    argmax: np.ndarray  # int32
+    entropy: np.ndarray  # float32, nats
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ def answer_together(
     engine: Engine,
     questions: Sequence[Question],
     seeds: Sequence[int],
-    drafts: list[list[list[Draft]]] | None = None,
+    drafts: list[list[list[Step]]] | None = None,
     **options: Any,
 ) -> list[Answer]:
     """Answer some questions in one batch, each with its seed.
@@ -78,7 +87,7 @@ def answer_together(
                 if isinstance(event, Draft) and drafts is not None:
                     if event.block == len(drafts[i]):
                         drafts[i].append([])
-                    drafts[i][-1].append(event)
+                    drafts[i][-1].append(Step(np.asarray(event.tokens), np.asarray(event.entropy)))
                 elif isinstance(event, Block):
                     blocks[i].append(event.tokens)
                 elif isinstance(event, Finished):
