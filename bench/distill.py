@@ -1,7 +1,7 @@
 """Distillation of the bundled demo from prompts alone, and its step at any shape.
 
     python bench/distill.py prompts FILE                       # prompts of tasks/, none of them one of quality.py's
-    python bench/distill.py demo --output DIR                  # answer, train, then quality.py's questions before and after
+    python bench/distill.py demo --output DIR                  # answer, train, quality.py's questions
     python bench/distill.py step --shape 26b --recipe 4bit --prefix 1024    # one step: time, memory (a GPU)
 
 `demo` takes every option of `mlx-dgemma distill` behind `--`, such as `-- --steps 300 --certainty 1`.
@@ -20,7 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from meter import settle
-from quality import HARD, TEXT, cases, ours, print_results, run, tasks
+from quality import HARD, TEXT, cases, ours, print_results, run
 from report import GIB, finish, machine, spread, table
 from shapes import add_arguments, from_arguments
 from step import nbytes

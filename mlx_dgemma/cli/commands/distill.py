@@ -35,6 +35,7 @@ TEACHERS = ("exact", "default")
 )  # fmt: skip
 @number_option("--best-of", 1, "Answers to each prompt, with a seed each.", "2")
 @number_option("--agree", 1, "Equal answers that it takes for a prompt to be learned.", "2")
+@number_option("--open-weight", 0.0, "Weight of sound answers to prompts whose answers differ.", "0: they are kept")
 @click.option("--by", metavar="FIELD", help="Record field that names a prompt's family.")
 @number_option("--family-agreement", 0.0, "Share of a family that must agree for any of it to be learned.", "0.5")
 @number_option("--rounds", 1, "Rounds, each on states that the model visits as far as it is trained.", "1")
@@ -123,7 +124,8 @@ def _print_progress(progress: Progress, terminal: Terminal) -> None:
     line = f"{progress.stage}, round {progress.round}: {progress.done} of {progress.of}"
     if progress.metrics:
         parts = ", ".join(f"{name} {value:.4f}" for name, value in progress.metrics.parts.items())
-        line = f"step {progress.done} of {progress.of}, round {progress.round}, loss {progress.metrics.total:.4f} ({parts})"
+        line = f"step {progress.done} of {progress.of}, round {progress.round}, loss {progress.metrics.total:.4f} "
+        line += f"({parts})"
     if progress.measured:
         line = f"round {progress.round}: {_measured(progress.measured)}"
     elif progress.done:

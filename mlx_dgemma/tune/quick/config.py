@@ -23,6 +23,8 @@ class DistillConfig:
         best_of: answers to each prompt, each with a seed of its own.
         agree: how many of them must be equal for a prompt to be learned; other prompts only keep the model as it is.
         reteach: answer anew in every round by the model as far as it is trained, instead of once by the frozen one.
+        open_weight: weight of prompts whose answers differ and yet are sound, see `states.soundness`: each state learns
+            what its own trajectory comes to. 0 keeps the model as it is on them.
         by: field of the records that names a prompt's family, or None.
         family_agreement: share of a family's prompts that must agree for any of them to be learned.
         states: denoising steps of a canvas whose states are recorded, counted from the first.
@@ -43,6 +45,7 @@ class DistillConfig:
     best_of: int = 2
     agree: int = 2
     reteach: bool = False
+    open_weight: float = 0.0
     by: str | None = None
     family_agreement: float = 0.5
     states: int = 4
@@ -59,7 +62,7 @@ class DistillConfig:
         for name in ("rounds", "best_of", "agree", "states", "batch_size", "answer_batch", "save_every"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} is {getattr(self, name)}; it should be at least 1.")
-        for name in ("certainty", "divergence"):
+        for name in ("certainty", "divergence", "open_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise OptionError(f"{name} is {getattr(self, name)}; it should be at least 0.")
         for name in ("clean", "family_agreement"):

@@ -248,8 +248,8 @@ class _Run:
                         return None
             states = load(self.engine, folder)
             assert states is not None
-        learned = sum(canvas.learn for canvas in states.canvases)
-        self.say(f"Round {number + 1}: {learned} of {count(len(states.canvases), 'canvas')}es are learned.")
+        learned = sum(canvas.weight > 0 for canvas in states.canvases)
+        self.say(f"Round {number + 1}: {learned} of {len(states.canvases)} canvases are learned.")
         return states
 
     def _canvases(self, number: int) -> Generator[Progress, None, list[Canvas] | None]:
@@ -259,17 +259,19 @@ class _Run:
         if answers is None:
             return None
         voted = [vote(takes) for takes in answers]
-        families, votes = [one.family for one in self.questions], [votes for _, votes in voted]
-        learned = trusted(families, votes, config.agree, config.family_agreement)
-        agreed = sum(votes >= config.agree for votes in votes)
-        self.say(f"{agreed} of {count(len(votes), 'prompt')} got the same answer {config.agree} times.")
+        families, counts = [one.family for one in self.questions], [votes for _, votes in voted]
+        learned = trusted(families, counts, config.agree, config.family_agreement)
+        agreed = sum(votes >= config.agree for votes in counts)
+        self.say(f"{agreed} of {count(len(counts), 'prompt')} got the same answer {config.agree} times.")
         found = []
-        for question, (best, _), learn in zip(self.questions, voted, learned):
+        for question, (best, votes), learn in zip(self.questions, voted, learned):
             tokens = best.tokens
             for at, block in zip(range(0, len(tokens), length), best.blocks):
                 prefix = [*question.tokens, *tokens[:at]]
                 own = min(len(tokens) - at, length)
-                found.append(Canvas(question.where, best.text, prefix, list(block), own, learn))
+                weight = 1.0 if learn else 0.0 if votes >= config.agree else config.open_weight
+                open_ = not learn and weight > 0
+                found.append(Canvas(question.where, best.text, prefix, list(block), own, weight, open_))
         return found
 
     def _answers(self, number: int) -> Generator[Progress, None, list[list[Answer]] | None]:

@@ -34,7 +34,7 @@ class StateBatch:
         noised: [B] float32, share of the state's tokens that are replaced by random ones.
         target: [B, C] int32, the canvases as they are at the end.
         supervised: [B, C] bool, positions that belong to the answer.
-        learn: [B] bool, whether the answer is learned; otherwise the model is kept as it is.
+        weight: [B] float32, with which the answer is learned; 0: the model is kept as it is.
         conditioned: [B] bool.
         conditioning: [B, C, H] float16, of the rows that are conditioned; 0 elsewhere.
     """
@@ -45,9 +45,14 @@ class StateBatch:
     noised: np.ndarray
     target: np.ndarray
     supervised: np.ndarray
-    learn: np.ndarray
+    weight: np.ndarray
     conditioned: np.ndarray
     conditioning: np.ndarray
+
+    @property
+    def learn(self) -> np.ndarray:
+        """[B] bool, rows whose answer is learned."""
+        return self.weight > 0
 
     def rows(self, index: np.ndarray) -> StateBatch:
         """Some rows of the batch."""
@@ -81,9 +86,7 @@ class Distillation:
         keys = mx.random.split(key, len(batch.canvas))
         return rng.corrupt(mx.array(batch.canvas), mx.array(batch.noised), vocab_size, keys)
 
-    def split(
-        self, batch: StateBatch, noise: mx.array, image_token_id: int | None, count: int
-    ) -> list[BatchPart]:
+    def split(self, batch: StateBatch, noise: mx.array, image_token_id: int | None, count: int) -> list[BatchPart]:
         """`count` parts of similar cost, see `Trainable.split`."""
         order, parts = np.argsort(batch.learn, kind="stable"), []
         for i in range(count):
@@ -125,10 +128,9 @@ class Distillation:
         mask = batch.supervised & batch.learn[:, None]
         where = mx.array(np.flatnonzero(mask))
         early, unsure = early_losses(model, hidden.reshape(-1, width)[where], batch.target[mask])
-        early, unsure = (weights[0] * mean_loss(one, mask, False) for one in (early, unsure))
-        return DistillLosses(
-            early + self.certainty * unsure + self.divergence * divergence, early, unsure, divergence
-        )
+        of_rows = mx.array(batch.weight)
+        early, unsure = (weights[0] * mean_loss(one, mask, False, of_rows) for one in (early, unsure))
+        return DistillLosses(early + self.certainty * unsure + self.divergence * divergence, early, unsure, divergence)
 
 
 def early_losses(model: DiffusionGemma, hidden: mx.array, targets: np.ndarray) -> tuple[mx.array, mx.array]:
@@ -202,16 +204,16 @@ class StateBatches:
             random = np.random.default_rng([self._seed, 2, number])
             one = states.canvases[example_index(len(states.canvases), number, self._seed)]
             length = len(one.tokens)
-            learn, noised, canvas, conditioning = one.learn, 1.0, np.array(one.tokens, np.int32), None
-            if learn and random.random() < self._clean:
-                learn, noised = False, float(random.uniform(0, self.NOISE))
+            weight, noised, canvas, conditioning = one.weight, 1.0, np.array(one.tokens, np.int32), None
+            if weight and random.random() < self._clean:
+                weight, noised = 0.0, float(random.uniform(0, self.NOISE))
             else:
                 shares = 1 / np.arange(1, one.steps + 1)
                 step = int(random.choice(one.steps, p=shares / shares.sum()))
                 if step:
                     at = one.first + step - 1
                     noised, canvas, conditioning = 0.0, states.tokens[at], states.conditioning[at]
-            rows.append((one, learn, noised, canvas, conditioning, np.arange(length) < one.length))
+            rows.append((one, weight, noised, canvas, conditioning, np.arange(length) < one.length))
         longest = max(len(one.prefix) for one, *_ in rows)
         pads = [longest - len(one.prefix) for one, *_ in rows]
         shape = (len(rows), *states.conditioning.shape[1:])
@@ -226,7 +228,7 @@ class StateBatches:
             noised=np.array([noised for _, _, noised, *_ in rows], np.float32),
             target=np.array([one.tokens for one, *_ in rows], np.int32),
             supervised=np.array([supervised for *_, supervised in rows]),
-            learn=np.array([learn for _, learn, *_ in rows]),
+            weight=np.array([weight for _, weight, *_ in rows], np.float32),
             conditioned=np.array([conditioning is not None for *_, conditioning, _ in rows]),
             conditioning=conditions,
         )
