@@ -115,7 +115,8 @@ def calibrate(
     def answers(seed: int, **options: Any) -> Iterator[tuple[Answer, list[list[Step]]]]:
         nonlocal done
         for start in range(0, len(questions), batch_size):
-            some, drafts = questions[start : start + batch_size], []
+            drafts: list[list[list[Step]]] = []
+            some = questions[start : start + batch_size]
             seeds = range(seed + start, seed + start + len(some))
             made = answer_together(engine, some, seeds, drafts, max_tokens=max_tokens, **options)
             done += len(made)

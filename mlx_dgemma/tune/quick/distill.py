@@ -278,7 +278,8 @@ class _Run:
         """The answers of a round to every prompt; batches that are on disk are not answered again."""
         config, takes = self.config, self.config.best_of
         folder = config.output / "rounds" / str(number + 1)
-        file, size, answers = folder / "answers.jsonl", config.answer_batch, [[] for _ in self.questions]
+        file, size = folder / "answers.jsonl", config.answer_batch
+        answers: list[list[Answer]] = [[] for _ in self.questions]
         jobs = [(i, take) for take in range(takes) for i in range(len(self.questions))]
         known = _read_answers(file)
         whole = len(known) // size * size if len(known) < len(jobs) else len(jobs)  # batches as they were
@@ -342,9 +343,10 @@ class _Run:
             log.complete(agreement=after.agreement, positions=after.positions)
             yield Progress("measuring", number, after.prompts, after.prompts, 0.0, measured=after)
         if trainer.step == trainer.config.steps:
-            measured = [asdict(one) if one else None for one in (held.before, (self.measured or [None])[-1])]
+            told = {"before": held.before, "after": self.measured[-1] if self.measured else None}
+            report = {name: asdict(one) if one else None for name, one in told.items()}
             with atomic_file(config.output / REPORT) as draft:
-                draft.write_text(json.dumps(dict(zip(("before", "after"), measured)), indent=2) + "\n", "utf-8")
+                draft.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 
     def save(self) -> None:
         """Write the adapter and the state. Each file is replaced atomically."""

@@ -1,7 +1,7 @@
 """The states that the model's own sampler visits: canvases with what conditions them, on disk.
 
-A round's folder holds `canvases.i32` [M, C], `conditioning.f16` [M, C, H], both without a header, and `states.jsonl`, one
-line for each canvas of an answer. The last file is written last: where it is, the others are whole.
+A round's folder holds `canvases.i32` [M, C], `conditioning.f16` [M, C, H], both without a header, and `states.jsonl`,
+one line for each canvas of an answer. The last file is written last: where it is, the others are whole.
 """
 
 from __future__ import annotations
@@ -179,17 +179,16 @@ def record(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / INDEX).unlink(missing_ok=True)
     placed: list[Canvas] = []
-    drafts = [atomic_file(folder / name, flush=False) for name in (CANVASES, CONDITIONING)]
-    with drafts[0] as canvases_file, drafts[1] as conditioning_file:
-        with canvases_file.open("wb") as tokens, conditioning_file.open("wb") as conditioning:
-            for start, some in _alike(canvases, batch_size):
-                for canvas, one in _visited(engine, some, steps, (seed << 32) + start):
-                    placed.append(replace(canvas, first=known, steps=1 + len(one.states)))
-                    known += len(one.states)
+    with (folder / CANVASES).open("wb") as tokens, (folder / CONDITIONING).open("wb") as conditioning:
+        for start, some in _alike(canvases, batch_size):
+            for canvas, one in _visited(engine, some, steps, (seed << 32) + start):
+                placed.append(replace(canvas, first=known, steps=1 + len(one.states)))
+                known += len(one.states)
+                with told_errors(folder):
                     for state, condition in one.states:
                         tokens.write(state.astype(np.int32).tobytes())
                         conditioning.write(condition.tobytes())
-                yield len(placed)
+            yield len(placed)
     with atomic_file(folder / INDEX) as draft:
         draft.write_text("".join(json.dumps(asdict(one)) + "\n" for one in placed), "utf-8")
 
@@ -245,7 +244,7 @@ def load(engine: Engine, folder: Path) -> States | None:
         return States(canvases, tokens, _mapped(folder / CONDITIONING, np.float16, (known, length, width)))
     except (OSError, ValueError, TypeError):
         raise DataError(
-            f"The states in {folder} are broken; remove the folder, and --resume records them again."
+            f"The states in {folder} are broken; remove {INDEX} there and continue with --resume."
         ) from None
 
 
