@@ -187,7 +187,9 @@ def test_a_stopped_run_continues_exactly(tmp_path):
 
     def run(output, stop_at=(), resume=False):
         engine, seen = mlx_dgemma.load(dtype="float32"), []
-        plan = DistillConfig(str(prompts), output, 2, "default", batch_size=1, held_back=1, answer_batch=2, states=2)
+        plan = DistillConfig(
+            str(prompts), output, 2, "default", 1, 1, batch_size=1, held_back=1, answer_batch=1, states=2
+        )
         for one in distill(engine, method, plan, resume, lambda: (seen or [""])[-1] in stop_at):
             seen.append(one.stage)
         return engine, seen

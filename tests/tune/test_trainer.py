@@ -1,6 +1,6 @@
 """Training steps, their state, gradient processes and the memory estimate."""
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -80,6 +80,10 @@ def test_only_the_last_layers_are_trained():
         *(f"model.decoder.layers.2.self_attn.{name}_proj" for name in "qko"),  # a full layer takes V from K
         *deltas.SELF_CONDITIONING,
     }
+
+
+def numbers_of(metrics):
+    return [metrics.total, *metrics.parts.values(), metrics.norm, metrics.learning_rate]
 
 
 def spied_noise(monkeypatch):

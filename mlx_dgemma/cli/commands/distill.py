@@ -96,15 +96,14 @@ def distill(prompts: str, model: ModelChoice, resume: bool, **options: Any) -> N
     chosen = {name: value for name, value in options.items() if value is not None}
     method = TrainerConfig(**{one.name: chosen[one.name] for one in fields(TrainerConfig) if one.name in chosen})
     plan = DistillConfig(prompts, **{one.name: chosen[one.name] for one in fields(DistillConfig) if one.name in chosen})
-    last, trained, measured = None, 0, None
+    last, trained, told = None, 0, set[tuple[str, int, int]]()
     with stop_on_interrupt(terminal) as interrupts:
         terminal.draw([], f"reading {prompts}")
         try:
             for last in distill(
                 engine, method, plan, resume, lambda: bool(interrupts), terminal.warn, model.ignore_memory
             ):
-                _print_progress(last, terminal)
-                measured = last.measured or measured
+                _print_progress(last, terminal, told)
                 trained = last.done if last.stage == "training" else trained
         finally:
             terminal.erase()
@@ -118,8 +117,8 @@ def distill(prompts: str, model: ModelChoice, resume: bool, **options: Any) -> N
         _print_report(plan.output, terminal)
 
 
-def _print_progress(progress: Progress, terminal: Terminal) -> None:
-    """Draw a progress bar on a terminal. Print a line for each round's result and, without a terminal, now and then."""
+def _print_progress(progress: Progress, terminal: Terminal, told: set[tuple[str, int, int]]) -> None:
+    """Draw a progress bar on a terminal. Print each round's result and, without a terminal, every tenth of a stage."""
     share = progress.done / progress.of
     line = f"{progress.stage}, round {progress.round}: {progress.done} of {progress.of}"
     if progress.metrics:
@@ -130,9 +129,10 @@ def _print_progress(progress: Progress, terminal: Terminal) -> None:
         line = f"round {progress.round}: {_measured(progress.measured)}"
     elif progress.done:
         line += f", {progress.seconds / progress.done * (progress.of - progress.done) / 60:.1f} min left of this stage"
-    often = max(progress.of // 10, 1)
-    if progress.measured or (not terminal.hints and (progress.done % often == 0 or progress.done == progress.of)):
+    tenth = progress.stage, progress.round, 10 * progress.done // progress.of
+    if progress.measured or (not terminal.hints and tenth not in told):
         terminal.warn(line)
+    told.add(tenth)
     terminal.draw([], f"[{'#' * int(20 * share)}{'.' * (20 - int(20 * share))}] {line}")
 
 

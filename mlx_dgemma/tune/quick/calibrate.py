@@ -132,11 +132,7 @@ def calibrate(
         own_share = own_share or share
         fidelity = min(share / own_share, 1.0) if own_share else float(bound == own)
         known = [_trajectories(engine, one, drafts, max_tokens) for one, (_, drafts) in zip(questions, runs)]
-        for certainty, patience in product(CERTAINTIES, PATIENCES):
-            rule = Rule(certainty, patience)
-            ends = [outcome(blocks, rule) for blocks in known]
-            same, positions = (float(np.mean(column)) for column in zip(*ends))
-            tried.append(Tried(bound, rule, same * fidelity, positions))
+        tried += _tried(known, bound, fidelity)
     chosen = min((one for one in tried if one.agreement >= agreement), key=lambda one: (one.positions, -one.agreement))
     other = seed + len(questions)
     again = [one for one, _ in answers(other, exact=True)]
@@ -154,6 +150,15 @@ def calibrate(
         ),
         len(questions),
     )
+
+
+def _tried(known: Sequence[list[Trajectory]], bound: float, fidelity: float) -> list[Tried]:
+    """All stop rules on the answers that an entropy bound came to."""
+    found = []
+    for rule in (Rule(*values) for values in product(CERTAINTIES, PATIENCES)):
+        same, positions = (float(np.mean(column)) for column in zip(*(outcome(blocks, rule) for blocks in known)))
+        found.append(Tried(bound, rule, same * fidelity, positions))
+    return found
 
 
 def _agreement(answers: Sequence[Answer], others: Sequence[Answer]) -> float:
