@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -142,12 +142,7 @@ def calibrate(
         tried,
         float(np.mean([one.positions for one in exact])),
         _agreement(again, exact),
-        Tried(
-            chosen.entropy_bound,
-            chosen.rule,
-            _agreement(made, exact),
-            float(np.mean([one.positions for one in made])),
-        ),
+        replace(chosen, agreement=_agreement(made, exact), positions=float(np.mean([one.positions for one in made]))),
         len(questions),
     )
 
