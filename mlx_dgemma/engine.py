@@ -296,5 +296,5 @@ def load(
     checkpoint = Checkpoint.open(find(path))
     tokenizer = load_tokenizer(checkpoint) if tokenizer is None else tokenizer
     model, folder, notes = load_model(checkpoint, dtype, adapter, dequantize, ignore_memory, compute_dtype)
-    options, more = own_options(checkpoint.generation, checkpoint.processor, tokenizer, model.config.text.vocab_size)
+    options, more = own_options(checkpoint, tokenizer, model.config.text.vocab_size, folder)
     return Engine(checkpoint, model, tokenizer, options, (*notes, *more), time.perf_counter() - started, folder)

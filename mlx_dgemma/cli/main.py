@@ -29,6 +29,8 @@ COMMANDS = {
     "serve": ".commands.serve",
     "launch": ".commands.launch",
     "tune": ".commands.tune",
+    "distill": ".commands.distill",
+    "calibrate": ".commands.calibrate",
     "evaluate": ".commands.evaluate",
     "fuse": ".commands.fuse",
     "info": ".commands.info",

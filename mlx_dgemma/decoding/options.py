@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 from ..errors import OptionError, shown
 from ..model.config import GenerationConfig, ProcessorConfig
@@ -123,6 +123,8 @@ class GenerationOptions:
     min_p: float | None = None
     repetition_penalty: float | None = None
 
+    _fitted: ClassVar[tuple[tuple[str, Any, Any], ...]] = ()  # (option, value by default, in other modes)
+
     def __post_init__(self):
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
@@ -229,6 +231,20 @@ class GenerationOptions:
             max_frames=processor.video_frames,
         )
 
+    def calibrated(self, values: dict[str, Any]) -> GenerationOptions:
+        """These options with values for the default mode that were fitted on prompts; exact and fast stay as they are.
+
+        Raises:
+            OptionError: a value outside its bounds.
+        """
+        stop_rules = STOP_DEFAULTS["default"]
+        pairs = [(name, value, None if name in stop_rules else getattr(self, name)) for name, value in values.items()]
+        return replace(self, **values)._with_fitted(tuple(pairs))
+
+    def _with_fitted(self, fitted: tuple[tuple[str, Any, Any], ...]) -> GenerationOptions:
+        object.__setattr__(self, "_fitted", fitted)
+        return self
+
     def override(self, **changes: Any) -> GenerationOptions:
         """These options with some replaced; None leaves one as it is.
 
@@ -256,8 +272,10 @@ class GenerationOptions:
                 f"mode is {mode!r} and {other} is {changes[other]!r}, which is of canvases alone: leave one out."
             )
         if {"exact", "fast"} & set(changes):
-            changes = {**dict.fromkeys(STOP_DEFAULTS["default"]), **changes}  # the stop rules follow the mode
-        return replace(self, **changes)
+            plain = not (changes.get("exact", self.exact) or changes.get("fast", self.fast))
+            fitted = {name: value if plain else other for name, value, other in self._fitted}
+            changes = {**dict.fromkeys(STOP_DEFAULTS["default"]), **fitted, **changes}  # the stop rules follow the mode
+        return replace(self, **changes)._with_fitted(self._fitted)
 
 
 def whole_number(value: Any) -> int | None:

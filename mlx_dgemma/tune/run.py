@@ -236,7 +236,7 @@ class _Run:
             # Before the state, so that a run that is killed and resumed has a row for each step.
             log.add(
                 step=trainer.step, seconds=round(seconds, 3), learning_rate=metrics.learning_rate, loss=metrics.total,
-                canvas=metrics.canvas, encoder=metrics.encoder, norm=metrics.norm, peak_bytes=peak,
+                **metrics.parts, norm=metrics.norm, peak_bytes=peak,
             )  # fmt: skip
             if saving:
                 self.save()
@@ -267,12 +267,12 @@ class _Run:
         losses = []
         for start in range(0, limit, size):
             numbers = list(range(start, min(start + size, limit)))
-            total = trainer.validation_loss(self.valid_batches.batch(numbers, numbers), start).total
+            total = trainer.validation_loss(self.valid_batches.batch(numbers, numbers), start)[0]
             losses += [total.item()] * len(numbers)
         result: dict[str, Any] = {"valid_loss": float(np.mean(losses))}
         asked = [example for example in self.valid if example.chat][: config.generate]
         if asked:
-            with _generating(trainer):
+            with generating(trainer):
                 outcome = evaluate(self.engine, asked, batch_size=size, seed=trainer.config.seed)
             first = outcome.answers[0]
             result |= {"valid_right": outcome.share, "sample": (first.text, first.expected)}
@@ -295,7 +295,7 @@ class _Run:
 
 
 @contextmanager
-def _generating(trainer: Trainer) -> Iterator[None]:
+def generating(trainer: Trainer) -> Iterator[None]:
     """Prepare the model for generation, and for training again at the end: no dropout, no gradient checkpointing."""
     model, apply = trainer.model, trainer.model._apply
     model.eval()

@@ -175,7 +175,7 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
     plan = RunConfig(data, **{one.name: chosen[one.name] for one in fields(RunConfig) if one.name in chosen})
     check_before(plan, resume)
     engine = model.load(terminal, model.open(terminal))
-    with warnings.catch_warnings(record=True) as caught, _stop_on_interrupt(terminal) as interrupts:
+    with warnings.catch_warnings(record=True) as caught, stop_on_interrupt(terminal) as interrupts:
         warnings.simplefilter("always", UserWarning)
         terminal.draw([], f"reading {data}")
         last = None
@@ -204,7 +204,7 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
 def _print_progress(progress: Progress, terminal: Terminal) -> None:
     """Draw a progress bar on a terminal. Print a line for each validation and, without a terminal, every tenth step."""
     metrics = progress.metrics
-    line = f"step {progress.step} of {progress.steps}, loss {metrics.total:.4f} (canvas {metrics.canvas:.4f})"
+    line = f"step {progress.step} of {progress.steps}, loss {metrics.total:.4f} (canvas {metrics.parts['canvas']:.4f})"
     if progress.valid_loss is not None:
         line += f", validation {progress.valid_loss:.4f}"
         if progress.valid_right is not None:
@@ -220,7 +220,7 @@ def _print_progress(progress: Progress, terminal: Terminal) -> None:
 
 
 @contextmanager
-def _stop_on_interrupt(terminal: Terminal) -> Iterator[list[bool]]:
+def stop_on_interrupt(terminal: Terminal) -> Iterator[list[bool]]:
     """A list that the first Ctrl-C fills, so that the step can finish. The second Ctrl-C interrupts at once."""
     interrupts: list[bool] = []
 
