@@ -75,12 +75,12 @@ class ModelChoice:
         try:
             from ..prompt.opened import Opened
 
-            opened = Opened.of(self.name)
+            folder = None
             if self.adapter is not None:
                 from ..adapters import peft
 
-                peft.find(self.adapter)
-            return opened
+                folder = peft.find(self.adapter)
+            return Opened.of(self.name, folder)
         finally:
             terminal.erase()
 

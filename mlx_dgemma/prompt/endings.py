@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.calibration import FILE, read_calibration
-from ..checkpoint.folder import Checkpoint
+from ..checkpoint.folder import Checkpoint, Settings
 from ..decoding.options import GenerationOptions
 from ..errors import CheckpointError, OptionError
 from .vocabulary import HAND_OFF, TURN_END, vocabulary_of
 
 
 def own_options(
-    checkpoint: Checkpoint, tokenizer: Any, vocab_size: int, adapter: Path | None = None
+    checkpoint: Checkpoint | Settings, tokenizer: Any, vocab_size: int, adapter: Path | None = None
 ) -> tuple[GenerationOptions, tuple[str, ...]]:
     """A checkpoint's own options, and what is to be known of them. The turn's end ends, whatever files say.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint.find import find_settings
@@ -32,16 +33,19 @@ class Opened:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str | os.PathLike | None = None) -> Opened:
-        """Open a checkpoint; takes the name that `mlx_dgemma.load` takes. No file of weights is opened or downloaded.
+    def of(cls, name: str | os.PathLike | None = None, adapter: Path | None = None) -> Opened:
+        """Open a checkpoint. No file of weights is opened or downloaded.
+
+        Args:
+            name: what `mlx_dgemma.load` takes.
+            adapter: the folder of an adapter, whose stop rules go before the checkpoint's.
 
         Raises:
             CheckpointError: nothing there, something broken, or another model.
         """
         settings = Settings.read(find_settings(name))
         tokenizer = load_tokenizer(settings)
-        size = settings.config.text.vocab_size
-        return cls(settings, tokenizer, *own_options(settings.generation, settings.processor, tokenizer, size))
+        return cls(settings, tokenizer, *own_options(settings, tokenizer, settings.config.text.vocab_size, adapter))
 
     @cached_property
     def builder(self) -> PromptBuilder:
