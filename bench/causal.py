@@ -56,13 +56,15 @@ def answers(args: argparse.Namespace) -> dict[str, dict]:
     engine, found = mlx_dgemma.load(args.model), {}
     costs = costs_of(args.costs, engine.model)
     engine.costs = lambda: costs
+    families = [one for one in quality.TEXT if not args.families or one.__name__ in args.families]
     for mode in args.modes:
         by_family = found[mode] = defaultdict(lambda: dict.fromkeys(FIGURES, 0))
+        print(mode, flush=True)
         options = dict(MODES[mode])
         if mode in ("causal", "speculative"):
             options["temperature"] = args.temperature
         for seed in args.seeds:
-            for case in quality.cases(quality.TEXT, args.per_family, seed):
+            for case in quality.cases(families, args.per_family, seed):
                 thinking, tools = case["enable_thinking"], case["tools"]
                 started = time.perf_counter()
                 r = engine.generate(case["messages"], seed=seed, thinking=thinking, tools=tools, **options)
@@ -164,6 +166,7 @@ def main() -> None:
     one.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES))
     one.add_argument("--seeds", type=int, nargs="+", default=[0])
     one.add_argument("--per-family", type=int, default=8)
+    one.add_argument("--families", nargs="+", help="of prompts (default: all)")
     one.add_argument("--temperature", type=float, default=0.0)
     one.add_argument("--costs", choices=["reckoned", "h200", "h200-4bit"], default="reckoned", help="of passes")
     other = commands.add_parser("speed")

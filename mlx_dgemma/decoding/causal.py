@@ -76,7 +76,7 @@ class Row:
         self.drafter: Drafter | None = None
         if request.options.mode == "speculative":
             longest, ends = config.canvas_length - 1, request.options.end_tokens
-            self.drafter = Drafter(request.prompt.cache_key, costs(), longest, ends)
+            self.drafter = Drafter(request.prompt.cache_key, costs(), longest, ends, request.likely)
         self.steps = request.steps
         self._place = 0  # of the next token that is drawn
         self._root, self._keys = mx.random.key(request.seed), mx.zeros((0, 2), mx.uint32)

@@ -20,7 +20,7 @@ LENGTHS = (4, 8, 16, 32, 64, 128, 256)  # tokens of a draft
 GRAM = 3  # tokens that must repeat before what followed them is taken for a draft
 MEMORY = 0.5  # weight of the drafts before the last one
 HOPE = 16.0, 0.5  # tokens that count as right and as wrong at first
-FEW = 2  # tokens of what was left of a draft that must be right, or the rest of it is dropped
+CHANCE = 2.0, 0.5  # the same where all that is known is that the text stood so before
 SURE = 0.9  # probability at which a token of what is left stays as it was drafted
 SUREST = 0.999
 REST, LONGEST_REST = 16, 256  # tokens without drafts once they have not paid; doubled each time
@@ -31,11 +31,12 @@ class Pace:
 
     Args:
         costs: by length, what a draft and the pass that verifies it cost, in passes over one token.
+        hope: tokens that count as right and as wrong at first.
     """
 
-    def __init__(self, costs: dict[int, float]):
-        self._costs, self._rest, self._next_rest = costs, 0, REST
-        self._right, self._wrong = HOPE
+    def __init__(self, costs: dict[int, float], hope: tuple[float, float] = HOPE):
+        self._costs, self._hope, self._rest, self._next_rest = costs, hope, 0, REST
+        self._right, self._wrong = hope
 
     @property
     def share(self) -> float:
@@ -63,7 +64,7 @@ class Pace:
             self._next_rest = REST
         if not self.length:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, LONGEST_REST)
-            self._right, self._wrong = HOPE
+            self._right, self._wrong = self._hope
 
     def pass_by(self) -> None:
         """A token was taken."""
@@ -93,16 +94,25 @@ class Drafter:
         costs: of the model's passes.
         longest: tokens of a draft of the model.
         end_tokens: that end the text.
+        likely: tokens that the text may well begin with.
     """
 
-    def __init__(self, tokens: Sequence[int | str], costs: Costs, longest: int, end_tokens: Sequence[int] = ()):
+    def __init__(
+        self,
+        tokens: Sequence[int | str],
+        costs: Costs,
+        longest: int,
+        end_tokens: Sequence[int] = (),
+        likely: Sequence[int] = (),
+    ):
         verify = {n: costs.verify_cost(n + 1) / costs.token for n in LENGTHS}
         made = {max(min(n, longest), 1) for n in LENGTHS}
         self._made = {n: costs.draft_cost(n + 1) / costs.token for n in made}
         self._verify = [costs.verify_cost(n + 1) / costs.token for n in range(LENGTHS[-1] + 1)]
-        self._by_look_up, self._by_rest = Pace(verify), Pace(verify)
+        self._by_look_up, self._by_rest = Pace(verify, CHANCE), Pace(verify)
         self._by_model = Pace({n: self._verify[n] + cost for n, cost in self._made.items()})
-        self._last, self._guess = self._by_model, Guess(0, [], [])
+        self._last = self._by_model
+        self._guess = Guess(len(tokens), list(likely), [self._by_rest.share] * len(likely))
         self._end_tokens = end_tokens
         self._text: list[int | str] = []
         self._places: dict[tuple[int | str, ...], int] = {}  # behind which tokens the text goes on where
@@ -130,7 +140,8 @@ class Drafter:
                 free.append((gain, count, pace, guess))
         length = min(self._by_model.length, most, most_by_model)
         gain, count, pace, guess = max(free, key=lambda one: one[0], default=(0.0, 0, self._by_model, self._guess))
-        if count and gain >= self._by_model.gain(length):
+        ends = count and guess.tokens[count - 1] in self._end_tokens  # then no other draft would come to more tokens
+        if count and gain >= self._by_model.gain(min(length, count) if ends else length):
             self._last, self._guess = pace, guess
             return guess.tokens[:count]
         self._last, self._guess = self._by_model, Guess(len(self._text), [], [])
@@ -162,7 +173,7 @@ class Drafter:
         guess = self._guess
         # What a canvas was too unsure of counts as wrong, so that canvases become shorter.
         self._last.learn(len(guess.tokens) if self._last is self._by_model else len(draft), accepted)
-        if self._last is self._by_rest and accepted < min(len(draft), FEW):
+        if self._last is self._by_rest and not accepted:
             self._guess = Guess(0, [], [])
         elif accepted < len(draft):
             # What was drawn behind the wrong token saw all before it, but the wrong one, too.
