@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypedDict
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypedDict
 from ..errors import OptionError, shown
 from ..model.config import GenerationConfig, ProcessorConfig
 from ..model.patches import check_budget
+
+RULES = ("accept", "settle", "renoise")  # functions of arrays: see `rules`
 
 # The stop rules beside the checkpoint's own, by mode. bench/RESULTS.md has what they cost and save.
 STOP_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -46,7 +48,7 @@ _TOKEN_NUMBERS = {  # least and greatest value of what token by token knows; Non
 TOKEN_OPTIONS = ("top_k", *_TOKEN_NUMBERS)
 CANVAS_OPTIONS = (  # of diffusion alone
     "max_denoising_steps", "entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold",
-    "certainty_threshold", "patience",
+    "certainty_threshold", "patience", *RULES,
 )  # fmt: skip
 _OPTIONAL = ("prefill_chunk", "thinking_budget", *TOKEN_OPTIONS)
 
@@ -88,6 +90,9 @@ class OptionKeywords(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     repetition_penalty: float | None
+    accept: Callable[..., Any] | None
+    settle: Callable[..., Any] | None
+    renoise: Callable[..., Any] | None
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,9 @@ class GenerationOptions:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    accept: Callable[..., Any] | None = None  # a rule of one's own: positions that a step accepts; see `rules.Seen`
+    settle: Callable[..., Any] | None = None  # whether a canvas has settled, instead of all stop rules
+    renoise: Callable[..., Any] | None = None  # what stands where nothing is accepted, instead of the noise alone
 
     def __post_init__(self):
         for name in _FLAGS:
@@ -143,6 +151,7 @@ class GenerationOptions:
         check_budget(self.image_tokens)
         self._set_sequences()
         self._set_mode()
+        self._check_rules()
 
     def _set_number(
         self, name: str, number: float | None, noun: str, least: float, named: str, greatest: float
@@ -182,6 +191,28 @@ class GenerationOptions:
                 f"{name} is {getattr(self, name)!r}, but the mode is diffusion, which draws whole canvases: {more}, or "
                 'take mode="causal".'
             )
+
+    def _check_rules(self) -> None:
+        for name in RULES:
+            rule = getattr(self, name)
+            if rule is None:
+                continue
+            if not callable(rule):
+                raise OptionError(f"{name} is {shown(rule)}; it should be a function of what a step has found.")
+            if self.exact or self.mode != "diffusion":
+                other = "exact is True" if self.exact else f"mode is {self.mode!r}"
+                raise OptionError(f"{other} and {name} is given, which changes how canvases settle: leave one out.")
+            try:
+                hash(rule)
+            except TypeError:
+                raise OptionError(
+                    f"{name} is {shown(rule)}, which cannot be hashed; it should be a function or a frozen dataclass."
+                ) from None
+
+    @property
+    def own_rules(self) -> bool:
+        """Whether there are rules of the user's own."""
+        return any(getattr(self, name) is not None for name in RULES)
 
     @property
     def causal(self) -> bool:
