@@ -15,12 +15,14 @@ from ..model.patches import check_budget
 
 RULES = ("accept", "settle", "renoise")  # functions of arrays: see `rules`
 
-# The stop rules beside the checkpoint's own, by mode. bench/RESULTS.md has what they cost and save.
+# The rules beside the checkpoint's own, by mode. bench/RESULTS.md has what they cost and save.
 STOP_DEFAULTS: dict[str, dict[str, Any]] = {
-    "exact": {"certainty_threshold": 0, "patience": 0},
-    "default": {"certainty_threshold": 0.1, "patience": 2},
-    "fast": {"certainty_threshold": 0.3, "patience": 2},
+    "exact": {"certainty_threshold": 0, "patience": 0, "entropy_rise": 0},
+    "default": {"certainty_threshold": 0.1, "patience": 2, "entropy_rise": 2},
+    "fast": {"certainty_threshold": 0.3, "patience": 2, "entropy_rise": 0},
 }
+# What an effort stands for. docs/options-and-modes.md has the right answers and positions of each.
+EFFORTS: dict[str, dict[str, Any]] = {"low": {"fast": True}, "medium": {}, "high": {"entropy_rise": 0}}
 
 MODES = ("diffusion", "causal", "speculative", "auto")
 _FLAGS = ("exact", "fast")
@@ -37,7 +39,7 @@ _WHOLE_NUMBERS = {  # name: least and greatest value
     "max_frames": (1, MAX_INTEGER),
     "top_k": (0, MAX_INTEGER),
 }
-_NUMBERS = ("entropy_bound", "t_min", "t_max", "confidence_threshold", "certainty_threshold", "fps")  # 0 at least
+_NUMBERS = ("entropy_bound", "t_min", "t_max", "confidence_threshold", "certainty_threshold", "entropy_rise", "fps")  # 0 at least
 _ABOVE_ZERO = ("t_max", "fps")
 _TOKEN_NUMBERS = {  # least and greatest value of what token by token knows; None: not given
     "temperature": (0, MAX_NUMBER),
@@ -48,7 +50,7 @@ _TOKEN_NUMBERS = {  # least and greatest value of what token by token knows; Non
 TOKEN_OPTIONS = ("top_k", *_TOKEN_NUMBERS)
 CANVAS_OPTIONS = (  # of diffusion alone
     "max_denoising_steps", "entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold",
-    "certainty_threshold", "patience", *RULES,
+    "certainty_threshold", "patience", "entropy_rise", "effort", *RULES,
 )  # fmt: skip
 _OPTIONAL = ("prefill_chunk", "thinking_budget", *TOKEN_OPTIONS)
 
@@ -90,6 +92,8 @@ class OptionKeywords(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     repetition_penalty: float | None
+    entropy_rise: float | None
+    effort: str | None
     accept: Callable[..., Any] | None
     settle: Callable[..., Any] | None
     renoise: Callable[..., Any] | None
@@ -127,6 +131,8 @@ class GenerationOptions:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    entropy_rise: float | None = None  # share of entropy_bound that each step adds to it (2; exact and fast 0)
+    effort: str | None = None  # "low", "medium" or "high": see `EFFORTS`; options that are given by themselves win
     accept: Callable[..., Any] | None = None  # a rule of one's own: positions that a step accepts; see `rules.Seen`
     settle: Callable[..., Any] | None = None  # whether a canvas has settled, instead of all stop rules
     renoise: Callable[..., Any] | None = None  # what stands where nothing is accepted, instead of the noise alone
@@ -209,6 +215,22 @@ class GenerationOptions:
                     f"{name} is {shown(rule)}, which cannot be hashed; it should be a function or a frozen dataclass."
                 ) from None
 
+    def _with_effort(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Changes and what the effort among them stands for; what is given by itself wins."""
+        if "effort" not in changes:
+            return changes
+        effort = changes["effort"]
+        if not isinstance(effort, str) or effort not in EFFORTS:
+            raise OptionError(f"effort is {shown(effort)}; it should be one of {', '.join(EFFORTS)}.")
+        if changes.get("exact", self.exact):
+            raise OptionError(f"exact is True and effort is {effort!r}; exact mode has the reference's: leave one out.")
+        meant = EFFORTS[effort]
+        if meant.get("fast") and {"entropy_bound", "entropy_rise", "fast"} & set(changes):
+            meant = {}
+        if changes.get("fast", self.fast):
+            meant = {name: value for name, value in meant.items() if name != "entropy_rise"}
+        return {**meant, **changes}
+
     @property
     def own_rules(self) -> bool:
         """Whether there are rules of the user's own."""
@@ -272,11 +294,11 @@ class GenerationOptions:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(known)}."
                 raise OptionError(f"{name} is not an option; {hint}")
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if changes.get("fast", self.fast) and "entropy_bound" in changes:
+        changes = self._with_effort({name: value for name, value in changes.items() if value is not None})
+        bound = next((name for name in ("entropy_bound", "entropy_rise") if name in changes), None)
+        if changes.get("fast", self.fast) and bound:
             raise OptionError(
-                f"fast is True and entropy_bound is {changes['entropy_bound']!r}; "
-                "fast mode accepts by confidence: leave one out."
+                f"fast is True and {bound} is {changes[bound]!r}; fast mode accepts by confidence: leave one out."
             )
         mode = changes.get("mode", self.mode)
         other = next((name for name in CANVAS_OPTIONS if name in changes), None)

@@ -80,13 +80,17 @@ def of_rows(name: str, rule: Callable[..., mx.array], seen: Seen, *more: mx.arra
 
 @dataclass(frozen=True)
 class EntropyBound:
-    """Accept the most certain positions while the entropies before each sum to `bound` nats at most."""
+    """Accept the most certain positions while the entropies before each sum to a bound of nats at most.
+
+    It is `bound` in a canvas's first step, and each step adds `rise` times as much.
+    """
 
     bound: float = 0.1
+    rise: float = 0.0
 
     def __call__(self, seen: Seen) -> mx.array:
         """[..., C] bool."""
-        return sampler.accept(mx.where(seen.fixed, mx.inf, seen.entropy), self.bound)
+        return sampler.accept(mx.where(seen.fixed, mx.inf, seen.entropy), self.bound * (1 + self.rise * seen.step))
 
 
 @dataclass(frozen=True)

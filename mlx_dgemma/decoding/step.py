@@ -19,7 +19,7 @@ from .canvas import CanvasBatch, Forward, rounded
 
 Prediction = head.Prediction | head.FullPrediction
 GUIDED_UNCERTAINTY = 1.0  # nats, at least, of a position whose text is not the model's own: it has not settled
-CONFIDENT = 0.9  # probability at which fast mode keeps a position's best token for good
+CONFIDENT = 0.8  # probability at which fast mode keeps a position's best token for good
 
 
 class Choice(NamedTuple):
@@ -43,7 +43,7 @@ def plain_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], d
     prediction = predict(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, dense)
     argmax = _unless_done(last, prediction.argmax)
     seen = _seen(batch, last, steps, canvas, prediction, argmax)
-    return _finish(batch, last, steps, prediction, argmax, _by_entropy(batch, prediction, seen), seen)
+    return _finish(batch, last, steps, prediction, argmax, _by_entropy(batch, prediction, steps, seen), seen)
 
 
 def fast_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], dense: int) -> Forward:
@@ -75,7 +75,7 @@ def guided_step(batch: CanvasBatch) -> tuple[Forward, head.Prediction]:
     if batch.options.fast:
         choice = _by_confidence(batch, last, prediction, chosen, seen)
     else:
-        choice = _by_entropy(batch, prediction, seen)
+        choice = _by_entropy(batch, prediction, steps, seen)
     uncertain = mx.where(changed, mx.maximum(choice.uncertainty, GUIDED_UNCERTAINTY), choice.uncertainty)
     choice = Choice(choice.accepted, mx.where(changed, chosen, choice.tokens), uncertain)
     fixed = prediction.fix(chosen, changed & choice.accepted)
@@ -137,8 +137,13 @@ def _seen(
     )
 
 
-def _by_entropy(batch: CanvasBatch, prediction: Prediction, seen: rules.Seen | None) -> Choice:
-    layout, bound = batch.rows.layout, batch.options.entropy_bound
+def _by_entropy(
+    batch: CanvasBatch, prediction: Prediction, steps: Sequence[int], seen: rules.Seen | None
+) -> Choice:
+    layout, options = batch.rows.layout, batch.options
+    bound: float | mx.array = options.entropy_bound
+    if options.entropy_rise:
+        bound = mx.array([options.entropy_bound * (1 + options.entropy_rise * step) for step in steps])[:, None]
     if seen is not None and batch.options.accept is not None:
         accepted = rules.of_rows("accept", batch.options.accept, seen) | seen.fixed
     elif layout is None:

@@ -92,15 +92,15 @@ def plain_canvas(model, prompt, seed, options, layout=None, choose=None):
         best = mine if choose is None else choose(mine)
         unlike = best != mine
         if options.fast:
-            free = confidence[~kept]
-            accepted = kept | (confidence >= min(free.max(initial=0), CONFIDENT))
+            accepted = kept | (confidence >= CONFIDENT)
+            accepted |= ~accepted & (confidence == confidence[~accepted].max(initial=0))
             taken = np.where(kept & ~unlike, canvas, best)
             uncertainty = np.where(accepted, 0, entropy)
         else:
-            accepted = pinned.copy()
+            accepted, bound = pinned.copy(), options.entropy_bound * (1 + options.entropy_rise * step)
             free = np.flatnonzero(~pinned)
             if len(free):
-                accepted[free] = np.array(sampler.accept(mx.array(entropy[free][None]), options.entropy_bound)[0])
+                accepted[free] = np.array(sampler.accept(mx.array(entropy[free][None]), bound)[0])
             drawn = two_levels(logits[0], draws[2 * step + 1], tiling.TILES, tiling.STRIDE)
             taken = np.where(unlike, best, np.where(pinned, given, drawn))
             uncertainty = entropy

@@ -40,7 +40,7 @@ def stop_of(options):
 
 def own(options):
     """The same options with every built-in rule given as a rule of one's own."""
-    accept = rules.Confident(0.9) if options.fast else rules.EntropyBound(options.entropy_bound)
+    accept = rules.Confident(0.9) if options.fast else rules.EntropyBound(options.entropy_bound, options.entropy_rise)
     return replace(options, accept=accept, settle=stop_of(options), renoise=lambda seen, accepted, noise: noise)
 
 
@@ -177,7 +177,7 @@ def test_rules_that_cannot_be_are_refused():
     for message, given in refused.items():
         assert refusal(OptionError, GenerationOptions, **given) == message
     assert refusal(OptionError, GenerationOptions().override, mode="causal", accept=rules.EntropyBound()) == (
-        "mode is 'causal' and accept is EntropyBound(bound=0.1), which is of canvases alone: leave one out."
+        "mode is 'causal' and accept is EntropyBound(bound=0.1, rise=0.0), which is of canvases alone: leave one out."
     )
     assert GenerationOptions().override(mode="auto", accept=rule).mode == "diffusion"
     assert not OPTIONS.own_rules
