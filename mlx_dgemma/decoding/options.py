@@ -39,7 +39,15 @@ _WHOLE_NUMBERS = {  # name: least and greatest value
     "max_frames": (1, MAX_INTEGER),
     "top_k": (0, MAX_INTEGER),
 }
-_NUMBERS = ("entropy_bound", "t_min", "t_max", "confidence_threshold", "certainty_threshold", "entropy_rise", "fps")  # 0 at least
+_NUMBERS = (
+    "entropy_bound",
+    "t_min",
+    "t_max",
+    "confidence_threshold",
+    "certainty_threshold",
+    "entropy_rise",
+    "fps",
+)  # 0 at least
 _ABOVE_ZERO = ("t_max", "fps")
 _TOKEN_NUMBERS = {  # least and greatest value of what token by token knows; None: not given
     "temperature": (0, MAX_NUMBER),

@@ -34,7 +34,9 @@ class Seen(NamedTuple):
     argmax: mx.array  # int32, the most probable tokens; where a guide chooses the text, its choice
     sample: mx.array  # int32, tokens drawn from the distribution
     confidence: mx.array  # float32, probability of the most probable token
-    entropy: mx.array  # float32, nats; 0 where fixed. `settle` sees 0 where `fast` keeps, 1 at least where a guide chose
+    entropy: (
+        mx.array
+    )  # float32, nats; 0 where fixed. `settle` sees 0 where `fast` keeps, 1 at least where a guide chose
     likely: mx.array  # [C, K] int32, likely tokens, the most probable first
     likely_p: mx.array  # [C, K] float32, their probabilities
     earlier: mx.array  # [8, C] int32, `argmax` of the steps before, oldest first; -1 where there was no step
@@ -95,9 +97,9 @@ class EntropyBound:
 
 @dataclass(frozen=True)
 class Confident:
-    """Keep for good what has this probability, or the most probable position where none has."""
+    """Keep for good what has this probability, and the most probable of the other positions."""
 
-    threshold: float = 0.9
+    threshold: float = 0.8
 
     def __call__(self, seen: Seen) -> mx.array:
         """[..., C] bool."""

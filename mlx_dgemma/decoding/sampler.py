@@ -90,7 +90,7 @@ def accept(uncertainty: mx.array, bound: float | mx.array) -> mx.array:
 def accept_confident(confidence: mx.array, kept: mx.array, threshold: float) -> mx.array:
     """Positions to keep for good: the confident ones, the most confident of the others, and the kept.
 
-    The confidence-aware acceptance of Fast-dLLM (arXiv 2505.22618) takes one of the others only where none is confident.
+    Fast-dLLM (arXiv 2505.22618) takes one of the others only where none is confident.
     Here each step decides one open question, beside what follows from those that were decided before.
 
     Args:

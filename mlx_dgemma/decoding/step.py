@@ -137,9 +137,7 @@ def _seen(
     )
 
 
-def _by_entropy(
-    batch: CanvasBatch, prediction: Prediction, steps: Sequence[int], seen: rules.Seen | None
-) -> Choice:
+def _by_entropy(batch: CanvasBatch, prediction: Prediction, steps: Sequence[int], seen: rules.Seen | None) -> Choice:
     layout, options = batch.rows.layout, batch.options
     bound: float | mx.array = options.entropy_bound
     if options.entropy_rise:

@@ -16,6 +16,7 @@ from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.prefill import prefill
+from mlx_dgemma.decoding.step import CONFIDENT
 from mlx_dgemma.errors import OptionError
 from mlx_dgemma.serving.scheduler import Scheduler
 from mlx_dgemma.tasks.constrained import LanguageGuide
@@ -40,7 +41,9 @@ def stop_of(options):
 
 def own(options):
     """The same options with every built-in rule given as a rule of one's own."""
-    accept = rules.Confident(0.9) if options.fast else rules.EntropyBound(options.entropy_bound, options.entropy_rise)
+    accept = (
+        rules.Confident(CONFIDENT) if options.fast else rules.EntropyBound(options.entropy_bound, options.entropy_rise)
+    )
     return replace(options, accept=accept, settle=stop_of(options), renoise=lambda seen, accepted, noise: noise)
 
 
