@@ -9,7 +9,7 @@ from listeners import ask
 from loop import OPTIONS, Reader, request_of, run, tiny_engine
 from support import random_tokens, refusal, small_model
 
-from mlx_dgemma.decoding import rules
+from mlx_dgemma.decoding import rules, sampler
 from mlx_dgemma.decoding.control import Layout
 from mlx_dgemma.decoding.events import Block, Finished
 from mlx_dgemma.decoding.lookahead import denoise_block
@@ -184,3 +184,30 @@ def test_rules_that_cannot_be_are_refused():
     )
     assert GenerationOptions().override(mode="auto", accept=rule).mode == "diffusion"
     assert not OPTIONS.own_rules
+
+
+def test_an_effort_stands_for_options_and_what_is_given_by_itself_wins():
+    asked = GenerationOptions().override
+    assert asked(effort="low").fast
+    assert asked(effort="low").certainty_threshold == 0.3
+    assert (asked(effort="medium").entropy_rise, asked(effort="high").entropy_rise) == (2, 0)
+    assert asked(effort="high", entropy_rise=5).entropy_rise == 5
+    for given in ({"entropy_bound": 0.5}, {"entropy_rise": 1}, {"fast": False}):
+        assert not asked(effort="low", **given).fast
+    assert asked(effort="high", fast=True).fast
+    assert refusal(OptionError, asked, effort="max") == "effort is 'max'; it should be one of low, medium, high."
+    assert refusal(OptionError, asked, effort="low", exact=True) == (
+        "exact is True and effort is 'low'; exact mode has the reference's: leave one out."
+    )
+    assert refusal(OptionError, asked, effort="low", mode="causal") == (
+        "mode is 'causal' and effort is 'low', which is of canvases alone: leave one out."
+    )
+    assert refusal(OptionError, GenerationOptions, exact=True, entropy_rise=1) == (
+        "exact is True and entropy_rise is 1; the reference knows no such thing: leave one out."
+    )
+
+
+def test_the_bound_of_each_row_rises_with_its_own_steps():
+    entropy = mx.array([[0.1, 0.15, 0.4]] * 2)
+    bounds = mx.array([[0.1 * (1 + 2 * step)] for step in (0, 1)])
+    assert sampler.accept(entropy, bounds).tolist() == [[True, True, False], [True, True, True]]
