@@ -197,6 +197,7 @@ sampler_options = combine(
     number_option(
         "--entropy-bound", 0.0, "Nats; a higher value accepts more positions in one step: faster, less accurate."
     ),
+    number_option("--entropy-rise", 0.0, "Share of the entropy bound that each step adds to it.", "2, --exact 0"),
     number_option("--t-min", 0.0, "Temperature at the last step."),
     number_option("--t-max", 0.0, "Temperature at the first step."),
     number_option("--stability-threshold", 0, "Number of previous steps that must have the same text."),
@@ -208,6 +209,12 @@ sampler_options = combine(
         "0.1, --fast 0.3",
     ),
     number_option("--patience", 0, "Finish after N steps without a change; 0 disables.", "2"),
+    click.option(
+        "--effort",
+        type=click.Choice(["low", "medium", "high"]),
+        show_default="medium",
+        help="Steps for an answer: low is --fast, high keeps the entropy bound as it is.",
+    ),
     click.option("--fast", is_flag=True, default=None, help="Fix confident tokens for good: fewer steps."),
     click.option(
         "--mode",

@@ -18,6 +18,7 @@ from ..model.functions import finite
 from ..model.kv_cache import Prefix
 from .control import Guide, Layout
 from .options import GenerationOptions
+from .rules import EARLIER
 
 DENSE = 64  # positions that need the whole vocabulary are counted in steps of this: each count is a graph of its own
 UNLIMITED = 2**30  # room of a text that nothing bounds
@@ -131,7 +132,14 @@ class CanvasBatch:
     def remember(self, argmax: mx.array) -> None:
         """Keep as many argmaxes as the stop rules look back."""
         depth = max(self.options.stability_threshold, self.options.patience or 0, 1)
+        depth = max(depth, EARLIER) if self.options.own_rules else depth
         self.rows = self.rows._replace(earlier=(*self.rows.earlier, argmax)[-depth:])
+
+    def earlier(self, count: int) -> mx.array:
+        """[N, B, C] int32, the argmaxes of the last N steps, oldest first; -1 where there was no step."""
+        known = self.rows.earlier[-count:]
+        none = mx.full((len(self.steps), self.length), -1, mx.int32)
+        return mx.stack([none] * (count - len(known)) + list(known))
 
     def advance_to(self, forward: Forward, host_state: mx.array, steps: list[int]) -> list[int]:
         """A step is done: the host learns which rows have settled and how many positions need the whole vocabulary.

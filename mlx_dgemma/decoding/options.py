@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple, TypedDict
@@ -13,12 +13,16 @@ from ..errors import OptionError, shown
 from ..model.config import GenerationConfig, ProcessorConfig
 from ..model.patches import check_budget
 
-# The stop rules beside the checkpoint's own, by mode. bench/RESULTS.md has what they cost and save.
+RULES = ("accept", "settle", "renoise")  # functions of arrays: see `rules`
+
+# The rules beside the checkpoint's own, by mode. bench/RESULTS.md has what they cost and save.
 STOP_DEFAULTS: dict[str, dict[str, Any]] = {
-    "exact": {"certainty_threshold": 0, "patience": 0},
-    "default": {"certainty_threshold": 0.1, "patience": 2},
-    "fast": {"certainty_threshold": 0.3, "patience": 2},
+    "exact": {"certainty_threshold": 0, "patience": 0, "entropy_rise": 0},
+    "default": {"certainty_threshold": 0.1, "patience": 2, "entropy_rise": 2},
+    "fast": {"certainty_threshold": 0.3, "patience": 2, "entropy_rise": 0},
 }
+# What an effort stands for. docs/options-and-modes.md has the right answers and positions of each.
+EFFORTS: dict[str, dict[str, Any]] = {"low": {"fast": True}, "medium": {}, "high": {"entropy_rise": 0}}
 
 MODES = ("diffusion", "causal", "speculative", "auto")
 _FLAGS = ("exact", "fast")
@@ -35,7 +39,15 @@ _WHOLE_NUMBERS = {  # name: least and greatest value
     "max_frames": (1, MAX_INTEGER),
     "top_k": (0, MAX_INTEGER),
 }
-_NUMBERS = ("entropy_bound", "t_min", "t_max", "confidence_threshold", "certainty_threshold", "fps")  # 0 at least
+_NUMBERS = (
+    "entropy_bound",
+    "t_min",
+    "t_max",
+    "confidence_threshold",
+    "certainty_threshold",
+    "entropy_rise",
+    "fps",
+)  # 0 at least
 _ABOVE_ZERO = ("t_max", "fps")
 _TOKEN_NUMBERS = {  # least and greatest value of what token by token knows; None: not given
     "temperature": (0, MAX_NUMBER),
@@ -46,7 +58,7 @@ _TOKEN_NUMBERS = {  # least and greatest value of what token by token knows; Non
 TOKEN_OPTIONS = ("top_k", *_TOKEN_NUMBERS)
 CANVAS_OPTIONS = (  # of diffusion alone
     "max_denoising_steps", "entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold",
-    "certainty_threshold", "patience",
+    "certainty_threshold", "patience", "entropy_rise", "effort", *RULES,
 )  # fmt: skip
 _OPTIONAL = ("prefill_chunk", "thinking_budget", *TOKEN_OPTIONS)
 
@@ -88,6 +100,11 @@ class OptionKeywords(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     repetition_penalty: float | None
+    entropy_rise: float | None
+    effort: str | None
+    accept: Callable[..., Any] | None
+    settle: Callable[..., Any] | None
+    renoise: Callable[..., Any] | None
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,11 @@ class GenerationOptions:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    entropy_rise: float | None = None  # share of entropy_bound that each step adds to it (2; exact and fast 0)
+    effort: str | None = None  # "low", "medium" or "high": see `EFFORTS`; options that are given by themselves win
+    accept: Callable[..., Any] | None = None  # a rule of one's own: positions that a step accepts; see `rules.Seen`
+    settle: Callable[..., Any] | None = None  # whether a canvas has settled, instead of all stop rules
+    renoise: Callable[..., Any] | None = None  # what stands where nothing is accepted, instead of the noise alone
 
     _fitted: ClassVar[tuple[tuple[str, Any, Any], ...]] = ()  # (option, value by default, in other modes)
 
@@ -145,6 +167,7 @@ class GenerationOptions:
         check_budget(self.image_tokens)
         self._set_sequences()
         self._set_mode()
+        self._check_rules()
 
     def _set_number(
         self, name: str, number: float | None, noun: str, least: float, named: str, greatest: float
@@ -184,6 +207,44 @@ class GenerationOptions:
                 f"{name} is {getattr(self, name)!r}, but the mode is diffusion, which draws whole canvases: {more}, or "
                 'take mode="causal".'
             )
+
+    def _check_rules(self) -> None:
+        for name in RULES:
+            rule = getattr(self, name)
+            if rule is None:
+                continue
+            if not callable(rule):
+                raise OptionError(f"{name} is {shown(rule)}; it should be a function of what a step has found.")
+            if self.exact or self.mode != "diffusion":
+                other = "exact is True" if self.exact else f"mode is {self.mode!r}"
+                raise OptionError(f"{other} and {name} is given, which changes how canvases settle: leave one out.")
+            try:
+                hash(rule)
+            except TypeError:
+                raise OptionError(
+                    f"{name} is {shown(rule)}, which cannot be hashed; it should be a function or a frozen dataclass."
+                ) from None
+
+    def _with_effort(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Changes and what the effort among them stands for; what is given by itself wins."""
+        if "effort" not in changes:
+            return changes
+        effort = changes["effort"]
+        if not isinstance(effort, str) or effort not in EFFORTS:
+            raise OptionError(f"effort is {shown(effort)}; it should be one of {', '.join(EFFORTS)}.")
+        if changes.get("exact", self.exact):
+            raise OptionError(f"exact is True and effort is {effort!r}; exact mode has the reference's: leave one out.")
+        meant = EFFORTS[effort]
+        if meant.get("fast") and {"entropy_bound", "entropy_rise", "fast"} & set(changes):
+            meant = {}
+        if changes.get("fast", self.fast):
+            meant = {name: value for name, value in meant.items() if name != "entropy_rise"}
+        return {**meant, **changes}
+
+    @property
+    def own_rules(self) -> bool:
+        """Whether there are rules of the user's own."""
+        return any(getattr(self, name) is not None for name in RULES)
 
     @property
     def causal(self) -> bool:
@@ -257,11 +318,11 @@ class GenerationOptions:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(known)}."
                 raise OptionError(f"{name} is not an option; {hint}")
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if changes.get("fast", self.fast) and "entropy_bound" in changes:
+        changes = self._with_effort({name: value for name, value in changes.items() if value is not None})
+        bound = next((name for name in ("entropy_bound", "entropy_rise") if name in changes), None)
+        if changes.get("fast", self.fast) and bound:
             raise OptionError(
-                f"fast is True and entropy_bound is {changes['entropy_bound']!r}; "
-                "fast mode accepts by confidence: leave one out."
+                f"fast is True and {bound} is {changes[bound]!r}; fast mode accepts by confidence: leave one out."
             )
         mode = changes.get("mode", self.mode)
         other = next((name for name in CANVAS_OPTIONS if name in changes), None)

@@ -14,12 +14,12 @@ import numpy as np
 
 from ..model import device, head
 from ..model.functions import finite
-from . import sampler
+from . import rules, sampler
 from .canvas import CanvasBatch, Forward, rounded
 
 Prediction = head.Prediction | head.FullPrediction
 GUIDED_UNCERTAINTY = 1.0  # nats, at least, of a position whose text is not the model's own: it has not settled
-CONFIDENT = 0.9  # probability at which fast mode keeps a position's best token for good
+CONFIDENT = 0.8  # probability at which fast mode keeps a position's best token for good
 
 
 class Choice(NamedTuple):
@@ -41,9 +41,9 @@ def plain_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], d
     """
     canvas, conditioning = inputs(batch, last, steps, dense)
     prediction = predict(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, dense)
-    return _finish(
-        batch, last, steps, prediction, _unless_done(last, prediction.argmax), _by_entropy(batch, prediction)
-    )
+    argmax = _unless_done(last, prediction.argmax)
+    seen = _seen(batch, last, steps, canvas, prediction, argmax)
+    return _finish(batch, last, steps, prediction, argmax, _by_entropy(batch, prediction, steps, seen), seen)
 
 
 def fast_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], dense: int) -> Forward:
@@ -51,7 +51,9 @@ def fast_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], de
     canvas, conditioning = inputs(batch, last, steps, dense)
     prediction = predict(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, dense)
     argmax = _unless_done(last, prediction.argmax)
-    return _finish(batch, last, steps, prediction, argmax, _by_confidence(batch, last, prediction, argmax))
+    seen = _seen(batch, last, steps, canvas, prediction, argmax)
+    choice = _by_confidence(batch, last, prediction, argmax, seen)
+    return _finish(batch, last, steps, prediction, argmax, choice, seen)
 
 
 def guided_step(batch: CanvasBatch) -> tuple[Forward, head.Prediction]:
@@ -69,13 +71,17 @@ def guided_step(batch: CanvasBatch) -> tuple[Forward, head.Prediction]:
     assert isinstance(prediction, head.Prediction)
     chosen = _unless_done(last, _chosen(batch, prediction))
     changed = chosen != prediction.argmax
-    choice = _by_confidence(batch, last, prediction, chosen) if batch.options.fast else _by_entropy(batch, prediction)
+    seen = _seen(batch, last, steps, canvas, prediction, chosen)
+    if batch.options.fast:
+        choice = _by_confidence(batch, last, prediction, chosen, seen)
+    else:
+        choice = _by_entropy(batch, prediction, steps, seen)
     uncertain = mx.where(changed, mx.maximum(choice.uncertainty, GUIDED_UNCERTAINTY), choice.uncertainty)
     choice = Choice(choice.accepted, mx.where(changed, chosen, choice.tokens), uncertain)
     fixed = prediction.fix(chosen, changed & choice.accepted)
     own = mx.exp(prediction.log_prob_of(batch.model.head, chosen))
     told = prediction._replace(confidence=mx.where(changed, own, prediction.confidence))
-    return _finish(batch, last, steps, fixed, chosen, choice), told
+    return _finish(batch, last, steps, fixed, chosen, choice, seen), told
 
 
 def inputs(
@@ -102,19 +108,58 @@ def predict(batch: CanvasBatch, hidden: mx.array, steps: Sequence[int], dense: i
     return prediction if layout is None else prediction.fix(layout.tokens, layout.fixed)
 
 
-def _by_entropy(batch: CanvasBatch, prediction: Prediction) -> Choice:
-    layout, bound = batch.rows.layout, batch.options.entropy_bound
-    if layout is None:
+def _seen(
+    batch: CanvasBatch,
+    last: Forward | None,
+    steps: Sequence[int],
+    canvas: mx.array,
+    prediction: Prediction,
+    argmax: mx.array,
+) -> rules.Seen | None:
+    """What rules of one's own see of a step; None where there are none, as in exact mode."""
+    if not batch.options.own_rules:
+        return None
+    assert isinstance(prediction, head.Prediction)
+    return rules.Seen(
+        step=steps,
+        steps=batch.options.max_denoising_steps,
+        canvas=canvas,
+        kept=batch.fixed() if last is None else last.accepted,
+        argmax=argmax,
+        sample=prediction.sample,
+        confidence=prediction.confidence,
+        entropy=prediction.entropy,
+        likely=prediction.top_tokens,
+        likely_p=prediction.top_probs,
+        earlier=batch.earlier(rules.EARLIER),
+        text=_text(batch, argmax),
+        fixed=batch.fixed(),
+    )
+
+
+def _by_entropy(batch: CanvasBatch, prediction: Prediction, steps: Sequence[int], seen: rules.Seen | None) -> Choice:
+    layout, options = batch.rows.layout, batch.options
+    bound: float | mx.array = options.entropy_bound
+    if options.entropy_rise:
+        bound = mx.array([options.entropy_bound * (1 + options.entropy_rise * step) for step in steps])[:, None]
+    if seen is not None and batch.options.accept is not None:
+        accepted = rules.of_rows("accept", batch.options.accept, seen) | seen.fixed
+    elif layout is None:
         accepted = sampler.accept(prediction.entropy, bound)
     else:
         accepted = sampler.accept(mx.where(layout.fixed, mx.inf, prediction.entropy), bound) | layout.fixed
     return Choice(accepted, prediction.sample, prediction.entropy)
 
 
-def _by_confidence(batch: CanvasBatch, last: Forward | None, prediction: Prediction, argmax: mx.array) -> Choice:
+def _by_confidence(
+    batch: CanvasBatch, last: Forward | None, prediction: Prediction, argmax: mx.array, seen: rules.Seen | None
+) -> Choice:
     kept = batch.fixed() if last is None else last.accepted
     before = batch.first_canvas() if last is None else last.canvas
-    accepted = sampler.accept_confident(prediction.confidence, kept, CONFIDENT)
+    if seen is not None and batch.options.accept is not None:
+        accepted = rules.of_rows("accept", batch.options.accept, seen) | kept
+    else:
+        accepted = sampler.accept_confident(prediction.confidence, kept, CONFIDENT)
     return Choice(accepted, mx.where(kept, before, argmax), mx.where(accepted, 0, prediction.entropy))
 
 
@@ -130,12 +175,20 @@ def _finish(
     prediction: Prediction,
     argmax: mx.array,
     choice: Choice,
+    seen: rules.Seen | None,
 ) -> Forward:
     """See which rows have settled, and put fresh noise where nothing was accepted."""
-    done = _settled(batch, argmax, choice.uncertainty)
+    options, noise = batch.options, batch.noise([2 * step + 2 for step in steps])
+    if seen is not None and options.settle is not None:
+        told = seen._replace(entropy=choice.uncertainty)
+        done = rules.of_rows("settle", options.settle, told, choice.accepted)
+    else:
+        done = _settled(batch, argmax, choice.uncertainty)
     if last is not None:
         done = done | last.done
-    canvas = mx.where(choice.accepted, choice.tokens, batch.noise([2 * step + 2 for step in steps]))
+    if seen is not None and options.renoise is not None:
+        noise = rules.of_rows("renoise", options.renoise, seen, choice.accepted, noise)
+    canvas = mx.where(choice.accepted, choice.tokens, noise)
     return Forward(prediction, argmax, choice.accepted, canvas, done)
 
 
@@ -145,14 +198,19 @@ def _settled(batch: CanvasBatch, argmax: mx.array, uncertainty: mx.array) -> mx.
     thresholds = options.stability_threshold, options.confidence_threshold
     if options.exact:
         return sampler.settled(argmax, rows.earlier, uncertainty, *thresholds)
-    text = sampler.text(argmax, mx.array(options.end_tokens, mx.int32), rows.room)
-    if rows.layout is not None:
-        text = text & ~rows.layout.fixed
+    text = _text(batch, argmax)
     done = sampler.settled(argmax, rows.earlier, uncertainty, *thresholds, text)
     done = done | sampler.certain(uncertainty, options.certainty_threshold or 0, text)
     if options.patience:
         done = done | sampler.unchanged(argmax, rows.earlier, options.patience, text)
     return done
+
+
+def _text(batch: CanvasBatch, argmax: mx.array) -> mx.array:
+    """[B, C] bool, positions of the answer that are not fixed."""
+    rows = batch.rows
+    text = sampler.text(argmax, mx.array(batch.options.end_tokens, mx.int32), rows.room)
+    return text if rows.layout is None else text & ~rows.layout.fixed
 
 
 def _chosen(batch: CanvasBatch, prediction: head.Prediction) -> mx.array:

@@ -89,6 +89,11 @@ class Shared(Body):
         None
     )
     entropy_bound: Annotated[Nats, doc("Nats; a higher value accepts more positions in one step.")] = None
+    entropy_rise: Annotated[Nats, doc("Share of entropy_bound that each step adds to it.")] = None
+    effort: Annotated[
+        Literal["low", "medium", "high"] | None,
+        doc("Denoising steps for an answer, not thinking: low is fast, high keeps entropy_bound as it is."),
+    ] = None
     t_min: Annotated[Nats, doc("Temperature at the last step.")] = None
     t_max: Annotated[float | None, number(MIN_TEMPERATURE, 1e9), doc("Temperature at the first step.")] = None
     confidence_threshold: Annotated[Nats, doc("Nats; a lower mean entropy finishes a canvas.")] = None

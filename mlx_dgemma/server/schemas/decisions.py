@@ -90,6 +90,8 @@ class Decision(Shared):
     stability_threshold: Annotated[int | None, ONE_STEP] = None
     patience: Annotated[int | None, ONE_STEP] = None
     entropy_bound: Annotated[float | None, ONE_STEP] = None
+    entropy_rise: Annotated[float | None, ONE_STEP] = None
+    effort: Annotated[String, ONE_STEP] = None
     t_min: Annotated[float | None, ONE_STEP] = None
     t_max: Annotated[float | None, ONE_STEP] = None
     confidence_threshold: Annotated[float | None, ONE_STEP] = None
