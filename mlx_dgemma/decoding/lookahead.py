@@ -117,9 +117,11 @@ def early_layers(batch: CanvasBatch) -> int:
     """Layers of the next step that are started before this step is read, so that a GPU has work while the host reads.
 
     If no row goes on they were computed in vain: on the CPU nothing would be gained, and where attention goes by groups
-    of queries a layer takes too long.
+    of queries a layer takes too long. Where canvases can become narrower, what they write is undone, which copies their
+    keys: then they are sliding layers, whose keys are few.
     """
-    return 0 if device.on_cpu() or batch.in_groups else EARLY
+    long = batch.narrows and "full_attention" in batch.model.config.text.layer_types[:EARLY]
+    return 0 if device.on_cpu() or batch.in_groups or long else EARLY
 
 
 def _fits(prediction: head.Prediction | head.FullPrediction, guess: int, dense: int) -> bool:

@@ -187,8 +187,8 @@ def _next_width(
 ) -> mx.array:
     """[B] int32, positions that the next step computes of each row.
 
-    An end that is sure, or that stood for two steps, cuts what lies behind it. One that has moved behind what was
-    computed, or that has gone, brings all positions back.
+    An end that is sure, or that stood for two steps, cuts what lies behind it, as does the text's bound. One that has
+    moved behind what was computed, or that has gone, brings all positions back.
 
     Args:
         batch: the canvases.
@@ -198,7 +198,7 @@ def _next_width(
         confidence: [B, C] probability of the best tokens.
     """
     now, unit = mx.array(batch.widths), row_unit()
-    sure = mx.take_along_axis(confidence, ends[:, None] - 1, axis=1)[:, 0] >= SURE
+    sure = (mx.take_along_axis(confidence, ends[:, None] - 1, axis=1)[:, 0] >= SURE) | (ends == batch.rows.room)
     if last is not None:
         sure = sure | ((_lengths(batch, last.argmax) == ends) & (mx.array(list(steps)) > 0))
     wanted = mx.minimum((ends + MARGIN + unit - 1) // unit * unit, batch.length)
