@@ -138,6 +138,20 @@ class NumberRange(click.FloatRange):
     name = "number"
 
 
+class CanvasSize(click.ParamType):
+    """auto, full or a number of tokens."""
+
+    name = "canvas"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A word as it is, a number as an integer."""
+        if value in ("auto", "full"):
+            return value
+        if not str(value).isdecimal() or not 1 <= int(value) < 2**31:
+            self.fail(f"{value} is not auto, full or a whole number, at least 1.", param, ctx)
+        return int(value)
+
+
 def number_option(name: str, low: float, help: str, default: str = "the checkpoint's") -> Callable[[Command], Command]:
     """An option for a number of at least `low`, which must be an integer if `low` is one."""
     kind: Any = IntegerRange(min=low) if isinstance(low, int) else NumberRange(min=low)
@@ -160,6 +174,13 @@ sampler_options = combine(
         "0.1, --fast 0.3",
     ),
     number_option("--patience", 0, "Finish after N steps without a change; 0 disables.", "2"),
+    click.option(
+        "--canvas",
+        type=CanvasSize(),
+        metavar="auto|full|N",
+        show_default="auto",
+        help="Compute each canvas as far as the answer goes, or in full; N: begin with N tokens and double.",
+    ),
     click.option("--fast", is_flag=True, default=None, help="Fix confident tokens for good: fewer steps."),
     click.option(
         "--mode",

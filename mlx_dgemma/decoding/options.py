@@ -157,14 +157,14 @@ class GenerationOptions:
         object.__setattr__(self, name, number)
 
     def _set_canvas(self) -> None:
-        """Take a number of positions that is written as text, too, as the command line gives it."""
-        whole = int(self.canvas) if str(self.canvas).isdecimal() else whole_number(self.canvas)
-        if self.canvas not in ("auto", "full"):
-            if whole is None or not 1 <= whole <= MAX_INTEGER:
-                raise OptionError(f'canvas is {shown(self.canvas)}; it should be "auto", "full" or a whole number above 0.')
-            if self.exact:
-                raise OptionError(f"exact is True and canvas is {whole}; the reference knows no such thing: leave one out.")
-            object.__setattr__(self, "canvas", whole)
+        whole = whole_number(self.canvas)
+        if whole is None and (type(self.canvas) is str and self.canvas in ("auto", "full")):
+            return
+        if whole is None or not 1 <= whole <= MAX_INTEGER:
+            raise OptionError(f"canvas is {shown(self.canvas)}; it should be auto, full or a whole number, at least 1.")
+        if self.exact:
+            raise OptionError(f"exact is True and canvas is {whole}; the reference knows no such thing: leave one out.")
+        object.__setattr__(self, "canvas", whole)
 
     def canvas_at(self, block: int, length: int) -> int:
         """Positions of the canvas of a block, of a model whose canvases have `length`: a short first one doubles."""

@@ -228,3 +228,85 @@ def test_laid_out_canvases_and_rows_of_one_prefix_stay_whole(model):
             lookahead.advance(batch)
             least = min(least, *batch.widths)
         assert (least < C) == batch.narrows == narrows
+
+
+def guide_of(choose):
+    return LanguageGuide(np.array([5, 6]), (39,), (), lambda row, seen: choose(seen.argmax.copy()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_guide_narrows_and_widens_as_the_text_that_it_chooses(model, mode):
+    """Without wishes nothing changes; with an end of its own the canvas ends there, and where it goes all comes back."""
+
+    def steps_of(choose):
+        guide = None if choose is None else guide_of(choose)
+        batch = CanvasBatch(model, prefixes_of(model, PROMPTS[0]), MODES[mode], key_of(1), guide=guide)
+        return [(lookahead.advance(batch).argmax.tolist(), list(batch.widths)) for _ in range(7)]
+
+    def ends(best):
+        asked.append(best)
+        best[np.isin(best, BASE.end_tokens)] = 5
+        if len(asked) not in (4, 5):
+            best[6] = 39
+        return best
+
+    asked = []
+    assert steps_of(np.copy) == steps_of(None)
+    widths = [widths for _, widths in steps_of(ends)]
+    assert widths[1:5] + widths[6:] == [[8], [8], [C], [C], [8]]
+
+
+# Options, and the demo.
+
+
+def test_a_canvas_is_auto_full_or_a_size():
+    for value in ("wide", 0, -1, 1.5, True, None, 2**31):
+        said = refusal(OptionError, GenerationOptions, canvas=value)
+        assert said == f"canvas is {value!r}; it should be auto, full or a whole number, at least 1."
+    assert "exact is True and canvas is 8" in refusal(OptionError, GenerationOptions, canvas=8, exact=True)
+    assert GenerationOptions(canvas=np.int32(8)).canvas == 8
+    sizes = [[one.canvas_at(block, 64) for block in range(4)] for one in map(sized, ("auto", "full", 8, 24, 100))]
+    assert sizes == [[64] * 4, [64] * 4, [8, 16, 32, 64], [24, 48, 64, 64], [64] * 4]
+    assert sized(1).canvas_at(10**6, 64) == 64
+
+
+def sized(canvas):
+    return GenerationOptions(canvas=canvas)
+
+
+PERSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+
+
+@pytest.fixture(scope="module")
+def engine(demo):
+    return engine_of(demo)
+
+
+def test_answers_of_the_demo_with_and_without(engine):
+    """Alone and together, free and in a language; a short canvas has room for a short reply."""
+    asked = [PERSON, "Spell the word frog."]
+    slow = {"certainty_threshold": 0, "confidence_threshold": 0}  # more steps than the demo needs
+    alone = [engine.generate(one, seed=i, **slow) for i, one in enumerate(asked)]
+    together = engine.generate_batch(asked, seeds=[0, 1], **slow)
+    whole = [engine.generate(one, seed=i, canvas="full", **slow) for i, one in enumerate(asked)]
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
+    assert [one.text for one in alone] == [one.text for one in whole]
+    for narrow, batched, full in zip(alone, together, whole):
+        assert narrow.stats.canvas_positions == batched.stats.canvas_positions < full.stats.canvas_positions
+        assert full.stats.canvas_positions == 64 * full.stats.denoising_steps
+    formed = [engine.generate(PERSON, schema=SCHEMA, seed=0, canvas=one, **slow) for one in ("auto", "full")]
+    assert formed[0].text == formed[1].text
+    assert formed[0].stats.canvas_positions < formed[1].stats.canvas_positions
+    short = engine.generate("Spell the word frog.", seed=1, canvas=16, **slow)
+    assert short.text == "f r o g"
+    assert short.stats.canvas_positions <= 16 * short.stats.denoising_steps
+
+
+@pytest.mark.parametrize("ask", [
+    lambda engine, canvas: engine.infill("def add(a, b):\n    return a ", " b", length=2, seed=0, canvas=canvas),
+    lambda engine, canvas: engine.edit("The cat sat on the mat.", "Make it a dog.", seed=0, canvas=canvas),
+])  # fmt: skip
+def test_canvases_that_are_laid_out_are_what_they_were(engine, ask):
+    auto, full = (ask(engine, canvas) for canvas in ("auto", "full"))
+    assert (auto.text, auto.stats.canvas_positions) == (full.text, full.stats.canvas_positions)
