@@ -92,11 +92,10 @@ def main() -> None:
                 lines[name] = attempt(case, model, prefixes, tokens, args)
             print(f"\nprefix {length}, {rows} canvases of {canvas}: milliseconds, median (min-max)")
             done = {name: one for name, one in lines.items() if "failure" not in one}
-            told = [
-                [name, one["positions"][-1], *(show(one[f"{what}_ms"], 2) for what in ("step", "first", "second"))]
-                + [one["four_steps_ms"]]
-                for name, one in done.items()
-            ]
+            told = []
+            for name, one in done.items():
+                spreads = (show(one[f"{what}_ms"], 2) for what in ("step", "first", "second"))
+                told.append([name, one["positions"][-1], *spreads, one["four_steps_ms"]])
             table(["", "positions", "step", "first", "second", "four steps"], told)
             for name in lines.keys() - done.keys():
                 print(f"{name} failed: {lines[name]['failure']}")

@@ -7,7 +7,7 @@ under way. A guide must see the numbers of its step, so `guided_step` computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +22,7 @@ Prediction = head.Prediction | head.FullPrediction
 GUIDED_UNCERTAINTY = 1.0  # nats, at least, of a position whose text is not the model's own: it has not settled
 CONFIDENT = 0.9  # probability at which fast mode keeps a position's best token for good
 MARGIN = 0  # positions behind an end that are computed all the same
-SURE = 0.5  # probability from which on an end is believed at once; another must stand for two steps
+SURE = 0.9  # probability from which on an end is believed at once; another must stand for two steps
 
 
 class Choice(NamedTuple):
@@ -104,14 +104,13 @@ def inputs(
 def _denoised(
     batch: CanvasBatch, canvas: mx.array, conditioning: mx.array | None, queue: device.Queue | None = None
 ) -> mx.array:
-    given = {} if queue is None else {"queue": queue}
-    narrow = batch.narrow
-    return batch.model.denoise(canvas, batch.prefixes, conditioning, **given, **({"narrow": narrow} if narrow else {}))
+    """Hidden states [B, C, H], or [1, T, H] of narrow canvases."""
+    named: dict[str, Any] = {"queue": queue, "narrow": batch.narrow}
+    given = {name: value for name, value in named.items() if value is not None}
+    return batch.model.denoise(canvas, batch.prefixes, conditioning, **given)
 
 
-def predict(
-    batch: CanvasBatch, last: Forward | None, hidden: mx.array, steps: Sequence[int], dense: int
-) -> Prediction:
+def predict(batch: CanvasBatch, last: Forward | None, hidden: mx.array, steps: Sequence[int], dense: int) -> Prediction:
     """What the head makes of the hidden states [B, C, H] of a step, fixed positions certain.
 
     Of narrow canvases they are [1, T, H]; what was not computed is predicted as it was in the step before.
@@ -123,8 +122,9 @@ def predict(
         return batch.model.head.predict_full(hidden, t, keys)
     narrow, by_position = batch.narrow, mx.broadcast_to(t, (len(steps), batch.length, 1))
     if narrow is not None and last is not None:
-        made = batch.model.head.predict(hidden, narrow.take(by_position), keys, narrow=narrow)
-        return made.map(narrow.put, last.prediction)._replace(stages=made.stages)
+        made, before = batch.model.head.predict(hidden, narrow.take(by_position), keys, narrow=narrow), last.prediction
+        assert isinstance(before, head.Prediction)
+        return made.map(narrow.put, before)._replace(stages=made.stages)
     made = batch.model.head.predict(hidden, t, keys, expected_embedding=2 * dense > len(steps) * batch.length)
     made = made._replace(temperature=by_position)
     return made if layout is None else made.fix(layout.tokens, layout.fixed)

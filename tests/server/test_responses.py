@@ -349,7 +349,8 @@ def test_answers_are_as_described(client):
 
 def test_the_models_own_options_are_taken(client):
     own = {"max_denoising_steps": 1, "entropy_bound": 0.2, "t_min": 0.3, "t_max": 0.7, "stability_threshold": 2,
-           "confidence_threshold": 0.01, "certainty_threshold": 0.2, "patience": 3, "canvas": 32, "image_tokens": 70}  # fmt: skip
+           "confidence_threshold": 0.01, "certainty_threshold": 0.2, "patience": 3, "canvas": 32,
+           "image_tokens": 70}  # fmt: skip
     answer = respond(client, "Count from 3 to 30.", extra=own)
     assert answer.output_text == expected("Count from 3 to 30.", **own).text
     assert answer.stats["denoising_steps"] == answer.stats["blocks"]

@@ -89,7 +89,7 @@ class Decision(Shared):
     max_denoising_steps: Annotated[int | None, ONE_STEP] = None
     stability_threshold: Annotated[int | None, ONE_STEP] = None
     patience: Annotated[int | None, ONE_STEP] = None
-    canvas: Annotated[str | int | None, ONE_STEP] = None
+    canvas: Annotated[Literal["auto", "full"] | int | None, ONE_STEP] = None
     entropy_bound: Annotated[float | None, ONE_STEP] = None
     t_min: Annotated[float | None, ONE_STEP] = None
     t_max: Annotated[float | None, ONE_STEP] = None
