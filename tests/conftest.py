@@ -18,7 +18,7 @@ from serving import serving
 
 import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.prompt import audio
+from mlx_dgemma.prompt.audio import transcripts as audio
 from mlx_dgemma.serving.scheduler import Scheduler
 
 DATA = Path(__file__).parent / "data"

@@ -43,7 +43,7 @@ def hear(source: str, model: str | None, terminal: Terminal) -> str:
     Raises:
         PromptError: as `audio.transcribe`.
     """
-    from ..prompt.audio import transcribe
+    from ..prompt.audio.transcripts import transcribe
 
     name = os.path.basename(source.rstrip())
     terminal.draw([], f"transcribing {name}")

@@ -186,6 +186,20 @@ class NumberRange(click.FloatRange):
     name = "number"
 
 
+class CanvasSize(click.ParamType):
+    """auto, full or a number of tokens."""
+
+    name = "canvas"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A word as it is, a number as an integer."""
+        if value in ("auto", "full"):
+            return value
+        if not str(value).isdecimal() or not 1 <= int(value) < 2**31:
+            self.fail(f"{value} is not auto, full or a whole number, at least 1.", param, ctx)
+        return int(value)
+
+
 def number_option(name: str, low: float, help: str, default: str = "the checkpoint's") -> Callable[[Command], Command]:
     """An option for a number of at least `low`, which must be an integer if `low` is one."""
     kind: Any = IntegerRange(min=low) if isinstance(low, int) else NumberRange(min=low)
@@ -214,6 +228,13 @@ sampler_options = combine(
         type=click.Choice(["low", "medium", "high"]),
         show_default="medium",
         help="Steps for an answer: low is --fast, high keeps the entropy bound as it is.",
+    ),
+    click.option(
+        "--canvas",
+        type=CanvasSize(),
+        metavar="auto|full|N",
+        show_default="auto",
+        help="Compute each canvas as far as the answer goes, or in full; N: begin with N tokens and double.",
     ),
     click.option("--fast", is_flag=True, default=None, help="Fix confident tokens for good: fewer steps."),
     click.option(

@@ -58,7 +58,7 @@ _TOKEN_NUMBERS = {  # least and greatest value of what token by token knows; Non
 TOKEN_OPTIONS = ("top_k", *_TOKEN_NUMBERS)
 CANVAS_OPTIONS = (  # of diffusion alone
     "max_denoising_steps", "entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold",
-    "certainty_threshold", "patience", "entropy_rise", "effort", *RULES,
+    "certainty_threshold", "patience", "entropy_rise", "effort", "canvas", *RULES,
 )  # fmt: skip
 _OPTIONAL = ("prefill_chunk", "thinking_budget", *TOKEN_OPTIONS)
 
@@ -89,6 +89,7 @@ class OptionKeywords(TypedDict, total=False):
     fast: bool | None
     certainty_threshold: float | None
     patience: int | None
+    canvas: str | int | None
     end_tokens: int | Sequence[int] | None
     prefill_chunk: int | None
     image_tokens: int | None
@@ -128,6 +129,7 @@ class GenerationOptions:
     fast: bool = False  # keep best tokens for good once they are confident, instead of drawing by entropy_bound
     certainty_threshold: float | None = None  # nats; settled where no position is above (0.1, fast 0.3; 0: never)
     patience: int | None = None  # steps without change that settle a canvas (2; 0: never)
+    canvas: str | int = "auto"  # computed as far as the answer goes; "full"; or positions of the first, then double
     end_tokens: tuple[int, ...] = (1,)  # any of these ends the text
     prefill_chunk: int | None = None  # prompt tokens encoded at once; None: `prefill.fitting_chunk`
     image_tokens: int = 280  # the most soft tokens of a picture: 70, 140, 280, 560 or 1120
@@ -165,6 +167,7 @@ class GenerationOptions:
         if self.t_max < MIN_TEMPERATURE:
             raise OptionError(f"t_max is {self.t_max!r}; it should be a number, at least {MIN_TEMPERATURE}.")
         check_budget(self.image_tokens)
+        self._set_canvas()
         self._set_sequences()
         self._set_mode()
         self._check_rules()
@@ -177,6 +180,20 @@ class GenerationOptions:
         if number > greatest:
             raise OptionError(f"{name} is {shown(getattr(self, name))}; it should be {noun}, at most {greatest:.0f}.")
         object.__setattr__(self, name, number)
+
+    def _set_canvas(self) -> None:
+        whole = whole_number(self.canvas)
+        if whole is None and (type(self.canvas) is str and self.canvas in ("auto", "full")):
+            return
+        if whole is None or not 1 <= whole <= MAX_INTEGER:
+            raise OptionError(f"canvas is {shown(self.canvas)}; it should be auto, full or a whole number, at least 1.")
+        if self.exact:
+            raise OptionError(f"exact is True and canvas is {whole}; the reference knows no such thing: leave one out.")
+        object.__setattr__(self, "canvas", whole)
+
+    def canvas_at(self, block: int, length: int) -> int:
+        """Positions of the canvas of a block, of a model whose canvases have `length`: a short first one doubles."""
+        return min(self.canvas << min(block, 32), length) if isinstance(self.canvas, int) else length
 
     def _set_mode(self) -> None:
         """Check the mode and what only some modes know."""

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..decoding.options import MODES
 from ..decoding.request import Request
-from ..prompt.audio import with_transcripts
+from ..prompt.audio.transcripts import with_transcripts
 from ..prompt.messages import Message, parts_of
 from .errors import ApiError, as_api_error
 from .events import EventTranslator, FinishedAnswer, collect_answers, usage, usage_and_stats

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..decoding.options import OptionKeywords
 from ..decoding.request import Request
 from ..errors import OptionError, PromptError, shown
-from ..prompt.audio import with_transcripts
+from ..prompt.audio.transcripts import with_transcripts
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of
 from .constrained import constrain_answer

@@ -12,7 +12,7 @@ import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.errors import PromptError
 from mlx_dgemma.installation import add_extra
-from mlx_dgemma.prompt import audio
+from mlx_dgemma.prompt.audio import transcripts as audio
 
 MISSING = (
     "The model does not hear, and mlx-whisper, which writes down what is said, is not installed; run "

@@ -7,7 +7,7 @@ from hearing import tone
 from serving import CHAT, MODEL, Script, post
 
 from mlx_dgemma.installation import add_extra
-from mlx_dgemma.prompt import audio
+from mlx_dgemma.prompt.audio import transcripts as audio
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.settings import Settings
 

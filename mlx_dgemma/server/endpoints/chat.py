@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...decoding.events import Block
 from ...decoding.request import Request
-from ...prompt import audio
+from ...prompt.audio import transcripts as audio
 from ...prompt.messages import Message, parts_of
 from ...serving.scheduler import Accepted
 from ...tasks import constrained

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 # Run with the Whisper model and sys.path as arguments.
-COMMAND = "import sys; sys.path[:] = sys.argv[2:]; from mlx_dgemma.prompt.recogniser import main; main()"
+COMMAND = "import sys; sys.path[:] = sys.argv[2:]; from mlx_dgemma.prompt.audio.recogniser import main; main()"
 
 
 def main() -> None:

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import PromptError, human
-from ..installation import add_extra
-from .images import open_file
-from .lanes import HERE, LANES
-from .messages import AUDIO, Message
+from ...errors import PromptError, human
+from ...installation import add_extra
+from ..images import open_file
+from ..lanes import HERE, LANES
+from ..messages import AUDIO, Message
 from .recogniser import COMMAND
 
 WHISPER = "mlx-community/whisper-large-v3-turbo"
