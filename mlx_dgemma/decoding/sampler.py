@@ -87,24 +87,26 @@ def accept(uncertainty: mx.array, bound: float | mx.array) -> mx.array:
     return mx.put_along_axis(mx.zeros(uncertainty.shape, mx.bool_), order, within, axis=-1)
 
 
-def accept_confident(confidence: mx.array, kept: mx.array, threshold: float) -> mx.array:
-    """Positions to keep for good: the confident ones, the most confident of the others, and the kept.
+def accept_confident(confidence: mx.array, kept: mx.array, threshold: float, likely: float) -> mx.array:
+    """Positions to keep for good: the confident ones, the best of the others, and the kept.
 
-    Fast-dLLM (arXiv 2505.22618) takes one of the others only where none is confident.
-    Here each step decides one open question, beside what follows from those that were decided before.
+    Fast-dLLM (arXiv 2505.22618) takes one of the others only where none is confident. Here each step decides one more
+    open question where the answer is likely, beside what follows from those that were decided before.
 
     Args:
         confidence: [B, C] probability of the most probable token.
         kept: [B, C] bool, positions that were kept before.
         threshold: probability from which on a position is confident.
+        likely: probability from which on the best of the others is kept although there are confident ones.
 
     Returns:
         [B, C] bool.
     """
     confidence = mx.where(kept, -1, confidence)
-    kept = kept | (confidence >= threshold)
-    others = mx.where(kept, -1, confidence)
-    return kept | (others == others.max(axis=-1, keepdims=True))
+    confident = confidence >= threshold
+    others = mx.where(kept | confident, -1, confidence)
+    best, none = others.max(axis=-1, keepdims=True), ~confident.any(axis=-1, keepdims=True)
+    return kept | confident | ((others == best) & (none | (best >= likely)))
 
 
 def text(best: mx.array, end_tokens: mx.array, room: mx.array) -> mx.array:
