@@ -268,7 +268,7 @@ class DiffusionGemma(nn.Module):
         if narrow is not None:
             positions = narrow.take(mx.broadcast_to(positions, (len(narrow.widths), narrow.length)))
         for kind in dict.fromkeys(text.layer_types):
-            angles = positions.reshape(-1, length, 1).astype(mx.float32) * mx.array(text.rope_frequencies(kind))
+            angles = positions.reshape(-1, positions.shape[-1], 1).astype(mx.float32) * mx.array(text.rope_frequencies(kind))
             found[kind] = mx.cos(angles), mx.sin(angles)
         return found
 

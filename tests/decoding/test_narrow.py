@@ -80,6 +80,13 @@ def test_frozen_keys_are_those_of_the_last_pass_that_computed_them(model):
     assert [one.offset for one in prefixes] == [len(prompt) for prompt in PROMPTS[:2]]
 
 
+def test_the_kernels_turn_each_position_of_a_narrow_canvas_by_its_own_angle(model):
+    turned = model.turns(mx.array([7, 2]), C, Narrow((3, 8), C))
+    for kind, arrays in turned.items():
+        for array, one, other in zip(arrays, model.turns(7, C)[kind], model.turns(2, C)[kind]):
+            assert array.tolist() == mx.concatenate([one[:, :3], other[:, :8]], axis=1).tolist()
+
+
 # A canvas.
 
 
