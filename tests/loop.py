@@ -14,7 +14,7 @@ from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.request import Request
 from mlx_dgemma.decoding.session import PromptTokens, Session
-from mlx_dgemma.decoding.step import CONFIDENT
+from mlx_dgemma.decoding.step import CONFIDENT, LIKELY
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.model import tiling
 
@@ -99,6 +99,13 @@ class Told(NamedTuple):
     counted: list  # positions that had to settle
 
 
+def confident(p, kept):
+    """What fast mode keeps, [C] of numpy: as `sampler.accept_confident`."""
+    now = ~kept & (p >= CONFIDENT)
+    best = p[~kept & ~now].max(initial=-1)
+    return kept | now | (~kept & (p == best) & ((best >= LIKELY) | (not now.any())))
+
+
 def plain_loop(model, prompt, blocks, seed, options=OPTIONS, room=10**6):
     """The block loop as the specification tells it: one row, a fresh prefix for every single step."""
     tokens, out, key = list(prompt), [], mx.random.key(seed)
@@ -119,8 +126,7 @@ def plain_loop(model, prompt, blocks, seed, options=OPTIONS, room=10**6):
             bests.append(np.array(mx.argmax(logits[0], axis=-1)))
             uncertainty = entropy
             if options.fast:
-                accepted = kept | (p.max(-1) >= CONFIDENT)
-                accepted |= ~accepted & (p.max(-1) == p.max(-1)[~accepted].max(initial=0))
+                accepted = confident(p.max(-1), kept)
                 taken = np.where(kept, np.array(canvas), bests[-1])
                 kept, uncertainty = accepted, np.where(accepted, 0, entropy)
             else:

@@ -32,6 +32,7 @@ from mlx_dgemma.engine import Engine
 from mlx_dgemma.model import attention
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_dgemma.model.masks import Narrow
 from mlx_dgemma.tasks import hole
 from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.likelihood import next_token_log_probs
@@ -96,7 +97,8 @@ def answers(dtype: str, folder: Path) -> None:
     )
     list(engine.stream("Spell the word frog.", prefill_chunk=4, **FEW))
     with patch.object(step, "row_unit", lambda: 4):
-        engine.generate_batch([STORY, "Hello."], seeds=[0, 1], **{**FEW, "max_tokens": 3})
+        for mode in ({}, {"fast": True}):
+            engine.generate_batch([STORY, "Hello."], seeds=[0, 1], max_denoising_steps=3, max_tokens=3, **mode)
 
 
 def batches(dtype: str, folder: Path) -> None:
@@ -234,6 +236,7 @@ def custom_kernels(dtype: str, folder: Path) -> None:
         model.encode(random_tokens(0, 1, 40), prefix)
         model.encode(random_tokens(1, 1, 1), prefix)
         model.denoise(random_tokens(2, 1, 4), prefix)
+        model.denoise(random_tokens(2, 1, 5), [prefix, prefix.fork()], narrow=Narrow((2, 3), 4))
     finally:
         attention.SCORE_BYTES = bytes_before
     model.config = replace(model.config, image_token_id=3)

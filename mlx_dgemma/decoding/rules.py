@@ -97,13 +97,14 @@ class EntropyBound:
 
 @dataclass(frozen=True)
 class Confident:
-    """Keep for good what has this probability, and the most probable of the other positions."""
+    """Keep for good what has this probability, and the best of the others if it is likely, or alone."""
 
-    threshold: float = 0.8
+    threshold: float = 0.9
+    likely: float = 0.7
 
     def __call__(self, seen: Seen) -> mx.array:
         """[..., C] bool."""
-        return sampler.accept_confident(seen.confidence, seen.kept, self.threshold)
+        return sampler.accept_confident(seen.confidence, seen.kept, self.threshold, self.likely)
 
 
 @dataclass(frozen=True)

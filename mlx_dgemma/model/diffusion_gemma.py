@@ -267,8 +267,9 @@ class DiffusionGemma(nn.Module):
         positions = mx.arange(length) + (offset[:, None] if isinstance(offset, mx.array) else offset)
         if narrow is not None:
             positions = narrow.take(mx.broadcast_to(positions, (len(narrow.widths), narrow.length)))
+        places = positions.reshape(-1, positions.shape[-1], 1).astype(mx.float32)
         for kind in dict.fromkeys(text.layer_types):
-            angles = positions.reshape(-1, positions.shape[-1], 1).astype(mx.float32) * mx.array(text.rope_frequencies(kind))
+            angles = places * mx.array(text.rope_frequencies(kind))
             found[kind] = mx.cos(angles), mx.sin(angles)
         return found
 

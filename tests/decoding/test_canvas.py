@@ -8,7 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from loop import Reader, request_of
+from loop import Reader, confident, request_of
 from naive import two_levels
 from support import engine_of, random_tokens, small_model
 
@@ -19,7 +19,7 @@ from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.prefill import prefill
-from mlx_dgemma.decoding.step import CONFIDENT, GUIDED_UNCERTAINTY
+from mlx_dgemma.decoding.step import GUIDED_UNCERTAINTY
 from mlx_dgemma.model import rng, tiling
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.tasks.constrained import LanguageGuide as Guide
@@ -92,8 +92,7 @@ def plain_canvas(model, prompt, seed, options, layout=None, choose=None):
         best = mine if choose is None else choose(mine)
         unlike = best != mine
         if options.fast:
-            accepted = kept | (confidence >= CONFIDENT)
-            accepted |= ~accepted & (confidence == confidence[~accepted].max(initial=0))
+            accepted = confident(confidence, kept)
             taken = np.where(kept & ~unlike, canvas, best)
             uncertainty = np.where(accepted, 0, entropy)
         else:

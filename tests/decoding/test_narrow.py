@@ -6,7 +6,7 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
-from loop import OPTIONS, Reader, request_of
+from loop import OPTIONS, Reader, confident, request_of
 from naive import Naive, two_levels
 from support import engine_of, random_tokens, refusal, small_model
 
@@ -80,6 +80,13 @@ def test_frozen_keys_are_those_of_the_last_pass_that_computed_them(model):
     assert [one.offset for one in prefixes] == [len(prompt) for prompt in PROMPTS[:2]]
 
 
+def test_the_kernels_turn_each_position_of_a_narrow_canvas_by_its_own_angle(model):
+    turned = model.turns(mx.array([7, 2]), C, Narrow((3, 8), C))
+    for kind, arrays in turned.items():
+        for array, one, other in zip(arrays, model.turns(7, C)[kind], model.turns(2, C)[kind]):
+            assert array.tolist() == mx.concatenate([one[:, :3], other[:, :8]], axis=1).tolist()
+
+
 # A canvas.
 
 
@@ -100,8 +107,8 @@ def plain(model, prompt, seed, options, room=10**6):
         p = np.exp(logits - np.logaddexp.reduce(logits, -1, keepdims=True))
         entropy, best, computed = -(p * np.log(p)).sum(-1), p.argmax(-1), np.arange(C) < width
         if options.fast:
-            new_ones = p.max(-1) >= min(p.max(-1)[~accepted & computed].max(initial=-1), step.CONFIDENT)
-            takes, taken = accepted | new_ones, np.where(accepted, canvas, best)
+            takes = accepted | confident(np.where(computed, p.max(-1), -1), accepted)
+            taken = np.where(accepted, canvas, best)
         else:
             takes, total_entropy = np.zeros(C, bool), 0.0
             for j in np.argsort(entropy[:width], kind="stable"):

@@ -175,20 +175,25 @@ def test_certain_is_below_the_threshold_at_every_position_that_counts():
 
 def test_confident_positions_are_kept_and_the_threshold_is_one_of_them():
     confidence, none = mx.array([[0.5, 0.75, 0.25, 0.8]]), mx.zeros((1, 4), mx.bool_)
-    assert sampler.accept_confident(confidence, none, 0.5).tolist() == [[True, True, True, True]]
-    assert sampler.accept_confident(confidence, none, 0.75).tolist() == [[True, True, False, True]]  # one more
-    assert sampler.accept_confident(confidence, none, 0.76).tolist() == [[False, True, False, True]]
-    assert sampler.accept_confident(confidence, none, 0.9).tolist() == [[False, False, False, True]]  # the best of them
-    assert sampler.accept_confident(confidence, none, 0.0).all().item()
+    assert sampler.accept_confident(confidence, none, 0.5, 0.2).tolist() == [[True, True, True, True]]
+    assert sampler.accept_confident(confidence, none, 0.75, 0.5).tolist() == [[True, True, False, True]]  # one more
+    assert sampler.accept_confident(confidence, none, 0.76, 0.751).tolist() == [
+        [False, False, False, True]
+    ]  # not likely
+    assert sampler.accept_confident(confidence, none, 0.76, 0.7).tolist() == [[False, True, False, True]]
+    assert sampler.accept_confident(confidence, none, 0.9, 0.85).tolist() == [
+        [False, False, False, True]
+    ]  # the best of them
+    assert sampler.accept_confident(confidence, none, 0.0, 0.0).all().item()
 
 
 def test_what_was_kept_stays_and_each_step_keeps_more():
     kept = mx.array([[False, True, False, True]])
     confidence = mx.array([[0.3, 0.0, 0.2, 0.99]])  # a kept position's own does not count
-    assert sampler.accept_confident(confidence, kept, 0.9).tolist() == [[True, True, False, True]]
-    assert sampler.accept_confident(confidence, kept, 0.1).all().item()
+    assert sampler.accept_confident(confidence, kept, 0.9, 0.3).tolist() == [[True, True, False, True]]
+    assert sampler.accept_confident(confidence, kept, 0.1, 0.1).all().item()
     everything = mx.ones((1, 4), mx.bool_)
-    assert sampler.accept_confident(confidence, everything, 0.9).all().item()
+    assert sampler.accept_confident(confidence, everything, 0.9, 0.9).all().item()
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9, 1.0])

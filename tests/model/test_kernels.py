@@ -13,6 +13,7 @@ from support import FULL, SLIDING, engine_of, random_tokens, small_model
 from mlx_dgemma.checkpoint import build
 from mlx_dgemma.model import experts, head, tiling
 from mlx_dgemma.model.kernels import launch as kernels
+from mlx_dgemma.model.masks import Narrow
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 EPS = 1e-6
@@ -204,6 +205,8 @@ def test_a_model_with_kernels_gives_the_same_states(monkeypatch, way):
         for one, length in zip(others, (5, 9)):
             found.append(model.encode(tokens[:1, :length], one))
         found += [model.denoise(canvas, prefix, conditioning), model.denoise(canvas, others)]
+        narrow = Narrow((1, canvas.shape[1]), canvas.shape[1])  # the first one's other keys are those of the line above
+        found.append(model.denoise(narrow.take(canvas), others, narrow.take(conditioning), narrow=narrow))
         return found
 
     expected = states()
