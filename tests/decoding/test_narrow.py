@@ -24,7 +24,7 @@ from mlx_dgemma.tasks.constrained import LanguageGuide
 
 PROMPTS = [random_tokens(20 + n, n).tolist() for n in (7, 2, 11)]
 BASE = GenerationOptions(
-    max_denoising_steps=7, entropy_bound=2.5, confidence_threshold=0, certainty_threshold=0, patience=3,
+    max_denoising_steps=7, entropy_bound=2.5, entropy_rise=0, confidence_threshold=0, certainty_threshold=0, patience=3,
     end_tokens=(39, 7, 11, 22),
 )  # fmt: skip
 MODES = {"default": BASE, "fast": replace(BASE, fast=True)}
@@ -112,7 +112,7 @@ def plain(model, prompt, seed, options, room=10**6):
         else:
             takes, total_entropy = np.zeros(C, bool), 0.0
             for j in np.argsort(entropy[:width], kind="stable"):
-                takes[j] = total_entropy <= options.entropy_bound
+                takes[j] = total_entropy <= options.entropy_bound * (1 + options.entropy_rise * number)
                 total_entropy += entropy[j]
             taken = two_levels(logits, draws[2 * number + 1], tiling.TILES, tiling.STRIDE)
         fresh = np.array(mx.random.randint(0, vocab, (C,), key=draws[2 * number + 2]))

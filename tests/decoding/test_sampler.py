@@ -202,10 +202,12 @@ def test_confident_acceptance_equals_a_loop_and_takes_all_in_the_end(threshold):
     kept = np.zeros((5, 12), bool)
     for _ in range(12):
         confidence = random.integers(1, 64, kept.shape) / 64
-        got = np.array(sampler.accept_confident(mx.array(confidence.astype(np.float32)), mx.array(kept), threshold))
+        given = mx.array(confidence.astype(np.float32)), mx.array(kept), threshold, 0.7
+        got = np.array(sampler.accept_confident(*given))
         for row in range(5):
             left = confidence[row][~kept[row]]
-            taken = (left >= threshold) | (left == left[left < threshold].max(initial=0))
+            best = left[left < threshold].max(initial=0)
+            taken = (left >= threshold) | ((left == best) & (best >= 0.7 or not (left >= threshold).any()))
             assert got[row][~kept[row]].tolist() == taken.tolist()
             assert got[row][kept[row]].all()
             assert taken.any() or kept[row].all()
