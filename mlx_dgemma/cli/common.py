@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import reduce, wraps
+from functools import partial, reduce, wraps
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -20,8 +21,9 @@ from ..prompt.paths import local_path
 from .terminal import Terminal, details, segments, summary
 
 if TYPE_CHECKING:
-    from ..decoding.events import Result
+    from ..decoding.events import Draft, Result
     from ..engine import Engine
+    from .local import Remote
 
 
 DEMO_NOTICE = (
@@ -56,6 +58,7 @@ class ModelChoice:
         ignore_memory: whether to skip the check of memory.
         adapter: folder or Hub id of an adapter.
         compute_dtype: type of matrix products; None is that of activations.
+        server: whether a server that has loaded this may do the work.
     """
 
     name: str | None
@@ -63,11 +66,25 @@ class ModelChoice:
     ignore_memory: bool
     adapter: str | None = None
     compute_dtype: str | None = None
+    server: bool = False
+
+    def find(self, terminal: Terminal) -> Engine | Remote:
+        """The server on this machine that has loaded this, unless the user forbids it, else as `load`."""
+        if self.server:
+            from .local import find_server
+
+            terminal.draw([], "looking for a server")
+            try:
+                found = find_server(self, terminal)
+            finally:
+                terminal.erase()
+            if found is not None:
+                self._tell(found.notes, terminal)
+                return found
+        return self.load(terminal)
 
     def load(self, terminal: Terminal) -> Engine:
         """Load the checkpoint and the adapter. Without a name, load the demo and print a notice."""
-        if self.name is None:
-            terminal.warn(DEMO_NOTICE)
         if not terminal.hints:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         terminal.draw([], f"loading {self.name or 'the demo'}")
@@ -83,9 +100,15 @@ class ModelChoice:
             )
         finally:
             terminal.erase()
-        for note in engine.notes:
-            terminal.hint(note)
+        self._tell(engine.notes, terminal)
         return engine
+
+    def _tell(self, notes: Sequence[str], terminal: Terminal) -> None:
+        """Print what was chosen while loading, for people at a terminal, and that this is the demo."""
+        if self.name is None:
+            terminal.warn(DEMO_NOTICE)
+        for note in notes:
+            terminal.hint(note)
 
 
 def model_options(command: Command) -> Command:
@@ -99,9 +122,11 @@ def model_options(command: Command) -> Command:
         compute_dtype: str | None,
         ignore_memory: bool,
         adapter: str | None = None,
+        no_server: bool = True,
         **options: Any,
     ) -> Any:
-        return command(model=ModelChoice(model, dtype, ignore_memory, adapter, compute_dtype), **options)
+        choice = ModelChoice(model, dtype, ignore_memory, adapter, compute_dtype, server=not no_server)
+        return command(model=choice, **options)
 
     return combine(
         model_option,
@@ -126,6 +151,15 @@ adapter_option = click.option(
 )
 
 
+server_option = click.option(
+    "--no-server",
+    is_flag=True,
+    envvar="MLX_DGEMMA_NO_SERVER",
+    show_envvar=True,
+    help="Load the model here, even if a server on this machine (`mlx-dgemma serve`) has loaded it.",
+)
+
+
 class IntegerRange(click.IntRange):
     """`click.IntRange` that calls its values whole numbers in error messages."""
 
@@ -136,6 +170,25 @@ class NumberRange(click.FloatRange):
     """`click.FloatRange` that calls its values numbers in error messages."""
 
     name = "number"
+
+
+class Duration(click.ParamType):
+    """A time such as 90, 90s, 15m or 2h, in seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a time."""
+        text = str(value).strip()
+        units = {"s": 1, "m": 60, "h": 3600}
+        number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+        try:
+            seconds = float(number) * units[unit]
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            self.fail(f"{text!r} is no time; give one such as 90s, 15m or 2h.", param, ctx)
+        return seconds
 
 
 def number_option(name: str, low: float, help: str, default: str = "the checkpoint's") -> Callable[[Command], Command]:
@@ -248,11 +301,22 @@ class StreamedAnswer:
         }
 
 
+def task_stream(engine: Engine | Remote, name: str, *texts: str, **keywords: Any) -> Callable[..., Any]:
+    """What starts the events of a task of two texts, "infill" or "edit", as `Engine.stream` does for an answer."""
+    from .local import Remote
+
+    if isinstance(engine, Remote):
+        return partial(engine.task, name, list(texts), keywords)
+    task = getattr(import_module(f"...tasks.{name}", __name__), name)
+    return partial(engine.run, task(engine.builder, *texts, **keywords))
+
+
 def stream_answer(
-    engine: Engine, stream: Callable[..., Any], terminal: Terminal, silent: bool = False
+    engine: Engine | Remote, stream: Callable[..., Any], terminal: Terminal, silent: bool = False
 ) -> StreamedAnswer:
     """Start an answer and print it while it is generated, unless `silent`; then print warnings. Ctrl-C stops it."""
     from ..decoding.events import Block, Draft
+    from .local import SeenDraft
 
     answer, blocks = StreamedAnswer(), 0
     with warnings.catch_warnings(record=True) as caught:
@@ -261,9 +325,9 @@ def stream_answer(
         try:
             terminal.draw([], "reading the prompt")
             for event in events:
-                if isinstance(event, Draft):
-                    canvas = segments(event, engine.tokenizer, engine.options.end_tokens)
-                    terminal.draw(canvas, f"block {event.block + 1}, step {event.step}")
+                if isinstance(event, Draft | SeenDraft):
+                    pieces = event.pieces if isinstance(event, SeenDraft) else _pieces(engine, event)
+                    terminal.draw(segments(pieces), f"block {event.block + 1}, step {event.step}")
                 elif isinstance(event, Block):
                     blocks += 1
                     answer.text, answer.thinking = answer.text + event.text, answer.thinking + event.thinking
@@ -283,7 +347,8 @@ def stream_answer(
             terminal.say("\n")
         for call in calls:
             terminal.say(json.dumps(call["function"], ensure_ascii=False) + "\n")
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
+    noted = result.notes if result else ()
+    for message in dict.fromkeys([*(str(warning.message) for warning in caught), *noted]):
         terminal.warn(f"Warning: {message}")
     if result is None:
         terminal.hint(f"Interrupted after {count(blocks, 'finished block')}.")
@@ -294,10 +359,17 @@ def stream_answer(
     return answer
 
 
-def print_details(engine: Engine, result: Result, options: dict[str, Any], terminal: Terminal) -> None:
+def _pieces(engine: Any, draft: Draft) -> list[tuple[str, float]]:
+    from ..prompt.drafts import uncertain_text
+
+    return uncertain_text(draft, engine.tokenizer, engine.options.end_tokens)
+
+
+def print_details(engine: Engine | Remote, result: Result, options: dict[str, Any], terminal: Terminal) -> None:
     """Print what --verbose asks for."""
     known = {name: value for name, value in options.items() if name not in ("seed", "thinking")}
-    lines = details(result.stats, engine.options.override(**known))
+    effective = engine.options if isinstance(engine.options, dict) else asdict(engine.options.override(**known))
+    lines = details(result.stats, effective)
     for line in [*engine.notes, *lines][: None if not terminal.hints else -1]:  # terminals already show the summary
         terminal.warn(line)
 

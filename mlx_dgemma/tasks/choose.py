@@ -388,15 +388,7 @@ def choose(
     started = time.perf_counter()
     with device.wired_limit():
         read_of = [result_of(plan.scores(model, encoded(model, prompt, chunk), key)) for prompt in prompts]
-    found, named = {}, {}
-    for question, *said in zip(plan.questions, *read_of):
-        probabilities, mass = read_answers(*said)
-        named[question.name] = mass
-        if mass < MIN_LABEL_MASS:
-            name = f" of {question.name}" if question.name else ""
-            mend = "give other labels" if answer is not None else "give an answer template or other labels"
-            warnings.warn(f"The model answers with none of the labels{name} ({mass:.1%}); {mend}.", stacklevel=3)
-        found[question.name] = dict(zip(question.keys, probabilities))
+    found, named = read_questions(plan.questions, read_of, answer is not None)
     return Choice(
         found if isinstance(labels, dict) else found[""],
         named,
@@ -407,3 +399,25 @@ def choose(
         peak_memory_bytes=mx.get_peak_memory(),
         seed=requests[0].seed,
     )
+
+
+def read_questions(
+    questions: Sequence[Question], read_of: Sequence[Sequence[Said]], template: bool
+) -> tuple[dict[str, dict[Any, float]], dict[str, float]]:
+    """The probabilities of each question's labels, and that of all together; a warning where that is small.
+
+    Args:
+        questions: that were asked.
+        read_of: what was read of each, where they were asked and, if it was read, where nothing was.
+        template: whether the answer has one.
+    """
+    found, named = {}, {}
+    for question, *said in zip(questions, *read_of):
+        probabilities, mass = read_answers(*said)
+        named[question.name] = mass
+        if mass < MIN_LABEL_MASS:
+            name = f" of {question.name}" if question.name else ""
+            mend = "give other labels" if template else "give an answer template or other labels"
+            warnings.warn(f"The model answers with none of the labels{name} ({mass:.1%}); {mend}.", stacklevel=4)
+        found[question.name] = dict(zip(question.keys, probabilities))
+    return found, named

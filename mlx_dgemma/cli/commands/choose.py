@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,8 +21,13 @@ from ..common import (
     model_options,
     number_option,
     read_prompt,
+    server_option,
 )
 from ..terminal import Terminal
+
+if TYPE_CHECKING:
+    from ...engine import Engine
+    from ..local import Remote
 
 
 @click.command("choose")
@@ -46,6 +52,7 @@ from ..terminal import Terminal
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @model_options
 @adapter_option
+@server_option
 def choose(
     prompt: str | None,
     labels: tuple[str, ...],
@@ -78,8 +85,6 @@ def choose(
     mlx-dgemma choose "What is in the image?" --image photo.jpg --answer "A {color} {shape}." \\
         --ask color=red,blue --ask shape=circle,square
     """
-    from ...tasks.choose import choose as choose_
-
     if [*files, *images, prompt].count("-") > 1:
         raise click.UsageError("- is given twice, but stdin can be read once.")
     sources = [sys.stdin.buffer.read() if one == "-" else one for one in images]
@@ -88,25 +93,30 @@ def choose(
     targets = _parse_labels(labels, span, truth, questions)
     messages = messages_of(text, decode_argument(system, "--system"), sources, video)
     terminal = Terminal()
-    engine = model.load(terminal)
+    engine = model.find(terminal)
     given = {name: value for name, value in options.items() if value is not None}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        choice = choose_(
-            engine.model,
-            engine.builder,
-            messages,
-            targets,
-            answer=decode_argument(answer, "--answer"),
-            seed=seed or 0,
-            calibrate=calibrate,
-            **given,
-        )
+        given |= {"answer": decode_argument(answer, "--answer"), "seed": seed or 0, "calibrate": calibrate}
+        choice = _weigh(engine, messages, targets, given)
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         terminal.warn(f"Warning: {message}")
-    summary = f"{count(choice.prompt_tokens, 'prompt token')}, {choice.seconds:.2f} s"
-    (terminal.warn if verbose else terminal.hint)(f"{summary}, {human(choice.peak_memory_bytes)} peak")
-    terminal.say(_as_json(choice) if as_json else _lines(choice.probabilities))
+    summary = f"{count(choice['prompt_tokens'], 'prompt token')}, {choice['seconds']:.2f} s"
+    (terminal.warn if verbose else terminal.hint)(f"{summary}, {human(choice['peak_memory_bytes'])} peak")
+    probabilities = choice.pop("probabilities")
+    whole = {"probabilities": probabilities, "stats": choice}
+    terminal.say(json.dumps(whole, ensure_ascii=False) + "\n" if as_json else _lines(probabilities))
+
+
+def _weigh(engine: Engine | Remote, messages: list[dict[str, Any]], labels: Any, given: dict[str, Any]) -> dict:
+    """The fields of `tasks.choose.Choice`, read here or by a server."""
+    from ..local import Remote
+
+    if isinstance(engine, Remote):
+        return engine.choose(messages, labels, **given)
+    from ...tasks.choose import choose as choose_
+
+    return asdict(choose_(engine.model, engine.builder, messages, labels, **given))
 
 
 def _parse_labels(
@@ -150,10 +160,3 @@ def _lines(probabilities: dict[Any, Any], prefix: str = "") -> str:
 def _key(label: Any) -> str:
     """A label as a JSON key."""
     return str(label).lower() if isinstance(label, bool) else str(label)
-
-
-def _as_json(choice: Any) -> str:
-    from dataclasses import asdict
-
-    stats = asdict(choice)
-    return json.dumps({"probabilities": stats.pop("probabilities"), "stats": stats}, ensure_ascii=False) + "\n"

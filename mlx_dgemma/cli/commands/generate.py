@@ -24,6 +24,7 @@ from ..common import (
     model_options,
     print_details,
     read_prompt,
+    server_option,
     stream_answer,
 )
 from ..terminal import Terminal
@@ -41,6 +42,7 @@ from ..terminal import Terminal
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @model_options
 @adapter_option
+@server_option
 @answer_options
 @click.pass_context
 def generate(
@@ -83,7 +85,7 @@ def generate(
     json_schema = _read_schema(schema) if schema else None
     constraint = explicit_options({"schema": json_schema, "regex": decode_argument(regex, "--regex")})
     terminal = Terminal()
-    engine = model.load(terminal)
+    engine = model.find(terminal)
     stream = partial(engine.stream, messages, tools=declarations, **constraint, **options)
     answer = stream_answer(engine, stream, terminal, silent=as_json)
     if verbose and answer.result:

@@ -6,7 +6,6 @@ import difflib
 import json
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ from ..common import (
     number_option,
     print_details,
     sampler_options,
+    server_option,
     stream_answer,
+    task_stream,
 )
 from ..terminal import Terminal
 
@@ -49,6 +50,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @verbose_option
 @model_options
 @adapter_option
+@server_option
 @sampler_options
 @click.pass_context
 def infill(
@@ -76,14 +78,12 @@ def infill(
     mlx-dgemma infill --prefix-file a --suffix-file b --whole > c
     """
 
-    from ...tasks import infill as infill_
-
     prefix, suffix = _split_at_hole(file, prefix_file, suffix_file, at, mark)
     options = explicit_options(options)
     terminal = Terminal()
-    engine = model.load(terminal)
-    request = infill_.infill(engine.builder, prefix, suffix, prompt=decode_argument(prompt, "--prompt"), **options)
-    answer = stream_answer(engine, partial(engine.run, request), terminal, silent=True)
+    engine = model.find(terminal)
+    stream = task_stream(engine, "infill", prefix, suffix, prompt=decode_argument(prompt, "--prompt"), **options)
+    answer = stream_answer(engine, stream, terminal, silent=True)
     if answer.result is None:
         ctx.exit(130)
     if verbose:
@@ -116,6 +116,7 @@ def infill(
 @verbose_option
 @model_options
 @adapter_option
+@server_option
 @sampler_options
 @click.pass_context
 def edit(
@@ -139,8 +140,6 @@ def edit(
     mlx-dgemma edit --model FOLDER "fix the spelling" letter.txt --in-place
     """
 
-    from ...tasks import edit as edit_
-
     if in_place and (file is None or file == "-"):
         raise click.UsageError("--in-place needs a FILE to write to.")
     if in_place and (diff or as_json):
@@ -151,9 +150,9 @@ def edit(
         raise click.UsageError("There is no text: name a file or give it on stdin.")
     draft, options = _read(file or "-"), explicit_options(options)
     terminal = Terminal()
-    engine = model.load(terminal)
-    request = edit_.edit(engine.builder, draft, decode_argument(instruction, "The instruction") or "", **options)
-    answer = stream_answer(engine, partial(engine.run, request), terminal, silent=True)
+    engine = model.find(terminal)
+    stream = task_stream(engine, "edit", draft, decode_argument(instruction, "The instruction") or "", **options)
+    answer = stream_answer(engine, stream, terminal, silent=True)
     if answer.result is None:
         ctx.exit(130)
     if verbose:
