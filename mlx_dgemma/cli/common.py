@@ -68,6 +68,13 @@ class ModelChoice:
     compute_dtype: str | None = None
     server: bool = False
 
+    @property
+    def identity(self) -> str:
+        """By which commands find a server that has loaded this."""
+        from ..serving.rendezvous import identity
+
+        return identity(self.name, self.adapter, self.dtype, self.compute_dtype)
+
     def find(self, terminal: Terminal) -> Engine | Remote:
         """The server on this machine that has loaded this, unless the user forbids it, else as `load`."""
         if self.server:
@@ -75,7 +82,7 @@ class ModelChoice:
 
             terminal.draw([], "looking for a server")
             try:
-                found = find_server(self, terminal)
+                found = find_server(self.identity, terminal)
             finally:
                 terminal.erase()
             if found is not None:

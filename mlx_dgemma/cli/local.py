@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from .. import __version__
 from ..decoding.events import Block, Finished, Result, Stats
 from ..errors import DgemmaError, OptionError
-from ..serving.rendezvous import VERSION_HEADER, check_owner, identity, socket_path
+from ..serving.rendezvous import VERSION_HEADER, check_owner, socket_path
 
 if TYPE_CHECKING:
-    from .common import ModelChoice
     from .terminal import Terminal
 
 HEALTH_SECONDS = 2.0  # that a server gets to tell how it is; one that loads its model does not answer
@@ -110,18 +109,18 @@ class Remote:
                 if "error" in line:
                     raise _refusal(line)
                 if "accepted" in line:
-                    self.options = line["accepted"]["options"]
+                    options = line["accepted"]["options"].items()
+                    self.options = {name: tuple(one) if isinstance(one, list) else one for name, one in options}
                 for message in line.get("warnings", line.get("accepted", {}).get("warnings", ())):
                     warnings.warn(message, stacklevel=2)
                 yield line
 
 
-def find_server(model: ModelChoice, terminal: Terminal) -> Remote | None:
-    """The server on this machine that has loaded this model, or None.
+def find_server(wanted: str, terminal: Terminal) -> Remote | None:
+    """The server on this machine that has loaded what `rendezvous.identity` names, or None.
 
     Where there is one that must not be used, or cannot be, a line on stderr tells why.
     """
-    wanted = identity(model.name, model.adapter, model.dtype, model.compute_dtype)
     path = socket_path(wanted)
     try:
         if not check_owner(path):

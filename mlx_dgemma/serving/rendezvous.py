@@ -71,8 +71,8 @@ def socket_path(what: str) -> str:
 def stamp(*folders: str | os.PathLike[str] | None) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of the files that a model is loaded from; it differs once one of them was changed."""
     found = []
-    for folder in filter(None, folders):
-        for one in sorted(os.scandir(os.fspath(folder)), key=lambda one: one.name):
+    for folder in folders:
+        for one in [] if folder is None else sorted(os.scandir(os.fspath(folder)), key=lambda one: one.name):
             if one.name.endswith((".safetensors", ".json", ".jinja")):
                 status = one.stat()
                 found.append((one.name, status.st_size, status.st_mtime_ns))
@@ -96,7 +96,7 @@ def check_owner(path: str) -> bool:
         if status.st_mode & 0o077:
             mode = stat.S_IMODE(status.st_mode)
             raise OptionError(
-                f"{one} is open to other users (mode {mode:04o}), so it is not used; run chmod go= on it."
+                f"{one} is open to other users (mode {mode:04o}), so it is not used; chmod go= closes it."
             )
         if not is_kind(status.st_mode):
             kind = "folder" if is_kind is stat.S_ISDIR else "socket"

@@ -18,7 +18,7 @@ import click
 
 from ...errors import DgemmaError, OptionError
 from ...server.settings import Settings, model_name
-from ...serving.rendezvous import identity, listening, locked, running, socket_path
+from ...serving.rendezvous import listening, locked, running, socket_path
 from ..common import Duration, ModelChoice, adapter_option, model_options
 from ..local import health_of
 from ..terminal import Terminal
@@ -135,7 +135,6 @@ def serve(ctx: click.Context, model: ModelChoice, **given: Any) -> None:
     _require_packages()
     if given["cache_dir"] is not None and given["cache_size"] == 0:
         raise click.UsageError("--cache-size is 0, so --cache-dir would hold nothing; leave one out.")
-    what = identity(model.name, model.adapter, model.dtype, model.compute_dtype)
     settings = Settings(
         model_name(model.name),
         given["host"],
@@ -145,7 +144,7 @@ def serve(ctx: click.Context, model: ModelChoice, **given: Any) -> None:
         shutdown_seconds=given["shutdown_seconds"],
         aliases=given["aliases"],
         desktop_apps=given["desktop_apps"],
-        identity=what,
+        identity=model.identity,
     )
     if given["install"]:
         _install(ctx, settings, given, terminal)
