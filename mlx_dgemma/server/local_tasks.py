@@ -131,7 +131,7 @@ class Choosing(Task):
 
     def end(self) -> Sequence[dict[str, Any]]:
         """The choice, with its labels and questions in lists, since keys of JSON are texts."""
-        said = list(zip(*(self._readings[i].said for i in sorted(self._readings))))
+        said = [self._readings[i].said for i in sorted(self._readings)]
         with collected() as found:
             read, named = choose.read_questions(self._plan.questions, said, self._answer is not None)
         results = [self._results[i] for i in sorted(self._results)]
