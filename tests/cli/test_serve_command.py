@@ -19,7 +19,7 @@ from listeners import LIMIT, until
 from mlx_dgemma import engine
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import main
-from mlx_dgemma.cli.commands import serve
+from mlx_dgemma.server import local
 
 
 def run(*arguments, **options):
@@ -125,4 +125,4 @@ def test_warnings_that_quote_answers_are_not_logged():
         ("mlx_dgemma.serving.scheduler", False),
     ):
         import_module(module)  # it has this name
-        assert bool(re.match(serve.QUOTING_MODULES, module)) == quoting
+        assert bool(re.match(local.QUOTING_MODULES, module)) == quoting
