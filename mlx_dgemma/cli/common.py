@@ -8,10 +8,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial, reduce, wraps
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -21,7 +20,9 @@ from ..prompt.paths import local_path
 from .terminal import Terminal, details, segments, summary
 
 if TYPE_CHECKING:
-    from ..decoding.events import Draft, Result
+    from pathlib import Path
+
+    from ..decoding.events import Result
     from ..engine import Engine
     from .local import Remote
 
@@ -304,7 +305,7 @@ class StreamedAnswer:
             "thinking": self.thinking,
             "tool_calls": result.tool_calls if result else [],
             "finish_reason": result.finish_reason if result else "interrupted",
-            "stats": asdict(result.stats) if result else None,
+            "stats": dict(vars(result.stats)) if result else None,
         }
 
 
@@ -322,8 +323,7 @@ def stream_answer(
     engine: Engine | Remote, stream: Callable[..., Any], terminal: Terminal, silent: bool = False
 ) -> StreamedAnswer:
     """Start an answer and print it while it is generated, unless `silent`; then print warnings. Ctrl-C stops it."""
-    from ..decoding.events import Block, Draft
-    from .local import SeenDraft
+    from .local import SeenBlock, SeenDraft
 
     answer, blocks = StreamedAnswer(), 0
     with warnings.catch_warnings(record=True) as caught:
@@ -331,11 +331,10 @@ def stream_answer(
         events = stream(drafts=terminal.live)
         try:
             terminal.draw([], "reading the prompt")
-            for event in events:
-                if isinstance(event, Draft | SeenDraft):
-                    pieces = event.pieces if isinstance(event, SeenDraft) else _pieces(engine, event)
-                    terminal.draw(segments(pieces), f"block {event.block + 1}, step {event.step}")
-                elif isinstance(event, Block):
+            for event in _seen(engine, events):
+                if isinstance(event, SeenDraft):
+                    terminal.draw(segments(event.pieces), f"block {event.block + 1}, step {event.step}")
+                elif isinstance(event, SeenBlock):
                     blocks += 1
                     answer.text, answer.thinking = answer.text + event.text, answer.thinking + event.thinking
                     terminal.hint(event.thinking)
@@ -366,16 +365,28 @@ def stream_answer(
     return answer
 
 
-def _pieces(engine: Any, draft: Draft) -> list[tuple[str, float]]:
+def _seen(engine: Any, events: Iterator[Any]) -> Iterator[Any]:
+    """The events as `Remote` tells them, so that nothing heavy is imported where a server does the work."""
+    from .local import Remote, SeenBlock, SeenDraft, SeenEnd
+
+    if isinstance(engine, Remote):
+        yield from events
+        return
+    from ..decoding.events import Block, Draft
     from ..prompt.drafts import uncertain_text
 
-    return uncertain_text(draft, engine.tokenizer, engine.options.end_tokens)
+    for event in events:
+        if isinstance(event, Draft):
+            pieces = uncertain_text(event, engine.tokenizer, engine.options.end_tokens)
+            yield SeenDraft(event.block, event.step, pieces)
+        else:
+            yield SeenBlock(event.text, event.thinking) if isinstance(event, Block) else SeenEnd(event.result)
 
 
 def print_details(engine: Engine | Remote, result: Result, options: dict[str, Any], terminal: Terminal) -> None:
     """Print what --verbose asks for."""
     known = {name: value for name, value in options.items() if name not in ("seed", "thinking")}
-    effective = engine.options if isinstance(engine.options, dict) else asdict(engine.options.override(**known))
+    effective = engine.options if isinstance(engine.options, dict) else vars(engine.options.override(**known))
     lines = details(result.stats, effective)
     for line in [*engine.notes, *lines][: None if not terminal.hints else -1]:  # terminals already show the summary
         terminal.warn(line)
@@ -420,11 +431,17 @@ def read_prompt(argument: str | None, files: Sequence[str], piped: bool) -> str:
         raise click.UsageError("There is no prompt: give it as an argument, with --file, or on stdin.")
     parts = []
     for name in files or (["-"] if piped else []):
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = sys.stdin.buffer.read() if name == "-" else read_bytes(name)
         parts.append(decode_utf8(data, "stdin" if name == "-" else name).removeprefix("\ufeff").rstrip())
     if argument is not None:
         parts.append(decode_argument(argument, "The prompt") or "")
     return "\n\n".join(part for part in parts if part.strip())
+
+
+def read_bytes(name: str) -> bytes:
+    """What a file holds; `pathlib` would take longer to import than to read it."""
+    with open(name, "rb") as file:
+        return file.read()
 
 
 def decode_utf8(data: bytes, source: str) -> str:

@@ -6,7 +6,6 @@ of HTTP/1.0 is answered without chunks, and the end of the connection ends the a
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import socket
@@ -14,11 +13,10 @@ import stat
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from .. import __version__
-from ..decoding.events import Block, Finished, Result, Stats
 from ..errors import DgemmaError, OptionError
 from ..serving.rendezvous import VERSION_HEADER, check_owner, socket_path
 
@@ -28,13 +26,25 @@ if TYPE_CHECKING:
 HEALTH_SECONDS = 2.0  # that a server gets to tell how it is; one that loads its model does not answer
 
 
-@dataclass(frozen=True)
-class SeenDraft:
-    """A canvas after one denoising step, as the server read it: `pieces` are those of `uncertain_text`."""
+class SeenDraft(NamedTuple):
+    """A canvas after one denoising step, as it was read: `pieces` are those of `uncertain_text`."""
 
     block: int
     step: int
     pieces: list[tuple[str, float]]
+
+
+class SeenBlock(NamedTuple):
+    """The text and the thinking that are new and final."""
+
+    text: str
+    thinking: str
+
+
+class SeenEnd(NamedTuple):
+    """The end of an answer: a `Result`, or something with its attributes."""
+
+    result: Any
 
 
 class Refused(DgemmaError):
@@ -70,7 +80,7 @@ class Remote:
         return self.task("generate", [_with_files(messages)], keywords, drafts)
 
     def task(self, name: str, arguments: list[Any], keywords: dict[str, Any], drafts: bool) -> Iterator[Any]:
-        """The events of a task: `SeenDraft`, `Block`, and `Finished` with the result.
+        """The events of a task: `SeenDraft`, `SeenBlock`, and `SeenEnd` with the result.
 
         Closing the iterator cancels the request, and so does the end of this process.
 
@@ -83,10 +93,10 @@ class Remote:
                 if "draft" in line:
                     yield SeenDraft(**line["draft"])
                 elif "block" in line:
-                    yield Block(**line["block"])
+                    yield SeenBlock(**line["block"])
                 elif "result" in line:
                     result = line["result"]
-                    yield Finished(Result(**{**result, "stats": Stats(**result["stats"])}))
+                    yield SeenEnd(SimpleNamespace(**{**result, "stats": SimpleNamespace(**result["stats"])}))
                     return
         raise Gone("The server ended before the answer did; ask again.")
 
@@ -204,6 +214,8 @@ def _with_files(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_file(part: dict[str, Any]) -> dict[str, Any]:
+    import base64  # here, since most calls have no picture
+
     source = part.get(part["type"])
     if part["type"] not in ("image", "video") or not isinstance(source, (str, bytes)):
         return part

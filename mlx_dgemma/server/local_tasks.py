@@ -61,7 +61,9 @@ class Task:
         if isinstance(event, Draft):
             pieces = uncertain_text(event, self._engine.tokenizer, self._engine.options.end_tokens)
             return {"draft": {"block": event.block, "step": event.step, "pieces": pieces}}
-        return {"block": asdict(event)} if isinstance(event, Block) else {"result": asdict(event.result)}
+        if isinstance(event, Block):
+            return {"block": {"text": event.text, "thinking": event.thinking}}
+        return {"result": asdict(event.result)}
 
     def told(self, i: int, event: Accepted | dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The lines for an event of request `i`, which `translate` has made one unless it is the first."""

@@ -22,7 +22,6 @@ from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import common, local
 from mlx_dgemma.cli.commands import serve
 from mlx_dgemma.cli.terminal import Terminal
-from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.prompt.messages import messages_of
 from mlx_dgemma.server.app import create_app
@@ -149,7 +148,7 @@ def test_ctrl_c_cancels_at_the_server_and_keeps_what_is_finished(server, monkeyp
     def stream(self, *arguments, **options):
         for event in real(self, *arguments, **options):
             yield event
-            if isinstance(event, Block):
+            if isinstance(event, local.SeenBlock):
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(local.Remote, "stream", stream)

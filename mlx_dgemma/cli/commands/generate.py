@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
@@ -23,6 +22,7 @@ from ..common import (
     media_options,
     model_options,
     print_details,
+    read_bytes,
     read_prompt,
     server_option,
     stream_answer,
@@ -108,7 +108,7 @@ def _read_schema(source: str) -> dict:
         schema = json.loads(
             (decode_argument(source, name) or "")
             if inline
-            else decode_utf8(Path(source).read_bytes(), source).removeprefix("\ufeff")
+            else decode_utf8(read_bytes(source), source).removeprefix("\ufeff")
         )
     except ValueError as error:
         raise OptionError(f"{name} is not JSON ({error}); give a JSON Schema.") from None
@@ -124,7 +124,7 @@ def _read_tools(path: str) -> list[dict]:
         OptionError: the file is not JSON, or not a list of declarations.
     """
     try:
-        tools = json.loads(decode_utf8(Path(path).read_bytes(), path).removeprefix("\ufeff"))
+        tools = json.loads(decode_utf8(read_bytes(path), path).removeprefix("\ufeff"))
     except ValueError as error:
         raise OptionError(f"{path} is not JSON ({error}); give a list of function declarations.") from None
     if not isinstance(tools, list):
