@@ -1,7 +1,8 @@
 """What a call of `mlx-dgemma generate` costs beside the generation, with a running server and without.
 
 The overhead is the time of the whole process less the time of its requests at the server, which the server's log has:
-start of Python, imports, options, the socket, and printing.
+start of Python, imports, options, the socket, and printing. On a machine with other work the process waits for a
+processor, too; its own processor time tells how much that was.
 
     python bench/calls.py                  # 100 calls, the bundled demo
     python bench/calls.py --calls 20 --model FOLDER
@@ -9,6 +10,7 @@ start of Python, imports, options, the socket, and printing.
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -39,11 +41,12 @@ def main() -> None:
                 server.terminate()
                 server.wait()
         alone = [timed(model, environment)[0] for _ in range(ALONE)]
-    whole, overhead = zip(*took)
+    whole, overhead, processor = zip(*took)
     bare = [run([sys.executable, "-c", "pass"], environment)[0] for _ in range(20)]
     for name, values in (
         ("with a server, whole process", whole),
         ("with a server, less its own time", overhead),
+        ("with a server, processor time", processor),
         ("without a server, whole process", alone),
         ("python -c pass", bare),
     ):
@@ -57,25 +60,25 @@ def command() -> list[str]:
     return [str(script)] if script.exists() else [sys.executable, "-m", "mlx_dgemma"]
 
 
-def timed(model: list[str], environment: dict[str, str], log: Path | None = None) -> tuple[float, float]:
-    """Seconds of one call, and without those that the server's log counts."""
+def timed(model: list[str], environment: dict[str, str], log: Path | None = None) -> tuple[float, float, float]:
+    """Seconds of one call, those without what the server's log counts, and those of its processor."""
     before = log.stat().st_size if log else 0
-    whole = run([*command(), "generate", PROMPT, "--seed", "0", *model], environment)[0]
+    options = ("--seed", "0", "--max-denoising-steps", "1")
+    whole, processor = run([*command(), "generate", PROMPT, *options, *model], environment)
     if log is None:
-        return whole, whole
+        return whole, whole, processor
     lines = log.read_text()[before:].splitlines()
     asked = [line.split() for line in lines]
     assert [one[3:5] for one in asked] == [["GET", "/local"], ["POST", "/local/generate"]], lines
-    return whole, whole - sum(float(one[-2]) for one in asked)
+    return whole, whole - sum(float(one[-2]) for one in asked), processor
 
 
-def run(arguments: list[str], environment: dict[str, str]) -> tuple[float, str]:
-    """Seconds of a process, and what it printed."""
-    start = time.perf_counter()
-    done = subprocess.run(
-        arguments, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
-    )
-    return time.perf_counter() - start, done.stdout
+def run(arguments: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Seconds of a process, and those of its processor."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(arguments, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    whole, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return whole, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":
