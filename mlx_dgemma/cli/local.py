@@ -113,8 +113,14 @@ class Remote:
 
     def _lines(self, task: str, body: dict[str, Any]) -> Generator[dict[str, Any]]:
         """What the server tells, a line at a time; its warnings are this process's."""
-        with closing(_asked(self._path, "POST", f"/local/{task}", json.dumps(body).encode())) as answer:
+        try:
+            asked = _asked(self._path, "POST", f"/local/{task}", json.dumps(body).encode())
+        except (ConnectionRefusedError, FileNotFoundError):
+            return
+        with closing(asked) as answer:
             for text in answer:
+                if not text.endswith(b"\n"):  # the server was killed
+                    return
                 line = json.loads(text)
                 if "error" in line:
                     raise _refusal(line)
@@ -137,7 +143,10 @@ def find_server(wanted: str, terminal: Terminal) -> Remote | None:
             return None
         with closing(_asked(path, "GET", "/local")) as answer:
             told = json.load(answer)
-    except ConnectionRefusedError:  # a stale socket, which the next server replaces
+    except (ConnectionRefusedError, FileNotFoundError):  # a stale socket, which the next server replaces
+        return None
+    except OSError as error:
+        terminal.warn(f"The server of this machine is not used: {path}: {error.strerror}. The model is loaded here.")
         return None
     except (OptionError, Refused, Gone) as error:
         terminal.warn(f"The server of this machine is not used: {error} The model is loaded here instead.")

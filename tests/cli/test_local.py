@@ -14,7 +14,7 @@ import pytest
 from commands import python, run
 from listeners import until
 from serving import ask
-from support import engine_of
+from support import engine_of, refusal
 
 import mlx_dgemma
 from mlx_dgemma import __version__, engine
@@ -220,6 +220,23 @@ def test_a_server_that_cannot_load_tells_those_who_wait(monkeypatch):
         serve.refuse_waiting([sock], "The server could not load the model: no memory.")
         assert waits.result() is None
     assert heard.getvalue() == refused("The server could not load the model: no memory.") + "\n"
+
+
+def test_a_server_that_is_killed_in_an_answer_is_told(monkeypatch):
+    def answer(sock, text):
+        client, _ = sock.accept()
+        with client:
+            client.recv(2**16)
+            client.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + text)
+
+    said = "The server ended before the answer did; ask again."
+    with listening(WHAT) as sock, ThreadPoolExecutor() as pool:
+        for text in (b"", b'{"block": {"text": "a", "thinking": ""}}\n{"resu'):
+            served = pool.submit(answer, sock, text)
+            events = local.Remote(socket_path(WHAT), ()).stream([{"role": "user", "content": "Hi"}])
+            assert refusal(local.Gone, list, events) == said
+            served.result()
+    assert refusal(local.Gone, list, local.Remote(socket_path(WHAT), ()).stream([])) == said
 
 
 def test_the_network_cannot_ask_as_a_command(server, app):
