@@ -94,15 +94,15 @@ def commands_of(folder, red):
     (folder / "cat.txt").write_text("The cat sat on the mat.\n")
     (folder / "broken.png").write_bytes(red.read_bytes()[:300])
     nested = '{"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}}}}'
-    few, hole = ("--max-denoising-steps", 1, "--seed", 3), ("infill", folder / "hole.txt")
+    few, hole = ("--max-denoising-steps", 1, "--max-tokens", 20, "--seed", 3), ("infill", folder / "hole.txt")
     return [
         ("generate", "Spell the word cat.", "--seed", 0, "-v", "--system", "Be brief.", "--stop", "t", *few),
         ("generate", "--image", red, "What color is the shape?", "--json", *few),
         ("generate", "--tools", folder / "tools.json", "What is the weather in Oslo?", *few),
-        ("generate", "--schema", nested, "Who is it?", "--max-tokens", 30, *few),
+        ("generate", "--schema", nested, "Who is it?", *few),
         ("generate", "--regex", "[ab]{3}", "Say it.", "--mode", "causal", "--seed", 1),
         (*hole, "--json", *few),
-        (*hole, "--length", 260, *few),
+        (*hole, "--length", 260, "--max-denoising-steps", 1, "--seed", 3),
         ("edit", "Replace cat with dog", folder / "cat.txt", "--diff", *few),
         ("choose", "Which is larger, 51 or 23?", 51, 23, "--json", "--calibrate"),
         ("choose", "What is 2 + 3?", "--range", 4, 6),
