@@ -9,8 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce, wraps
-from importlib import import_module
+from functools import reduce, wraps
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -180,25 +179,6 @@ class NumberRange(click.FloatRange):
     name = "number"
 
 
-class Duration(click.ParamType):
-    """A time such as 90, 90s, 15m or 2h, in seconds."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Read a time."""
-        text = str(value).strip()
-        units = {"s": 1, "m": 60, "h": 3600}
-        number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
-        try:
-            seconds = float(number) * units[unit]
-        except ValueError:
-            seconds = 0.0
-        if not 0 < seconds < float("inf"):
-            self.fail(f"{text!r} is no time; give one such as 90s, 15m or 2h.", param, ctx)
-        return seconds
-
-
 def number_option(name: str, low: float, help: str, default: str = "the checkpoint's") -> Callable[[Command], Command]:
     """An option for a number of at least `low`, which must be an integer if `low` is one."""
     kind: Any = IntegerRange(min=low) if isinstance(low, int) else NumberRange(min=low)
@@ -309,21 +289,11 @@ class StreamedAnswer:
         }
 
 
-def task_stream(engine: Engine | Remote, name: str, *texts: str, **keywords: Any) -> Callable[..., Any]:
-    """What starts the events of a task of two texts, "infill" or "edit", as `Engine.stream` does for an answer."""
-    from .local import Remote
-
-    if isinstance(engine, Remote):
-        return partial(engine.task, name, list(texts), keywords)
-    task = getattr(import_module(f"...tasks.{name}", __name__), name)
-    return partial(engine.run, task(engine.builder, *texts, **keywords))
-
-
 def stream_answer(
     engine: Engine | Remote, stream: Callable[..., Any], terminal: Terminal, silent: bool = False
 ) -> StreamedAnswer:
     """Start an answer and print it while it is generated, unless `silent`; then print warnings. Ctrl-C stops it."""
-    from .local import SeenBlock, SeenDraft
+    from .local import SeenBlock, SeenDraft, seen_events
 
     answer, blocks = StreamedAnswer(), 0
     with warnings.catch_warnings(record=True) as caught:
@@ -331,7 +301,7 @@ def stream_answer(
         events = stream(drafts=terminal.live)
         try:
             terminal.draw([], "reading the prompt")
-            for event in _seen(engine, events):
+            for event in seen_events(engine, events):
                 if isinstance(event, SeenDraft):
                     terminal.draw(segments(event.pieces), f"block {event.block + 1}, step {event.step}")
                 elif isinstance(event, SeenBlock):
@@ -363,24 +333,6 @@ def stream_answer(
         terminal.hint(f"Cut at {count(len(result.tokens), 'token')}; --max-tokens N makes room for more.")
     terminal.hint(summary(result.stats))
     return answer
-
-
-def _seen(engine: Any, events: Iterator[Any]) -> Iterator[Any]:
-    """The events as `Remote` tells them, so that nothing heavy is imported where a server does the work."""
-    from .local import Remote, SeenBlock, SeenDraft, SeenEnd
-
-    if isinstance(engine, Remote):
-        yield from events
-        return
-    from ..decoding.events import Block, Draft
-    from ..prompt.drafts import uncertain_text
-
-    for event in events:
-        if isinstance(event, Draft):
-            pieces = uncertain_text(event, engine.tokenizer, engine.options.end_tokens)
-            yield SeenDraft(event.block, event.step, pieces)
-        else:
-            yield SeenBlock(event.text, event.thinking) if isinstance(event, Block) else SeenEnd(event.result)
 
 
 def print_details(engine: Engine | Remote, result: Result, options: dict[str, Any], terminal: Terminal) -> None:

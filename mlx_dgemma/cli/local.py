@@ -11,8 +11,10 @@ import os
 import socket
 import stat
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
+from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -21,6 +23,7 @@ from ..errors import DgemmaError, OptionError
 from ..serving.rendezvous import VERSION_HEADER, check_owner, socket_path
 
 if TYPE_CHECKING:
+    from ..engine import Engine
     from .terminal import Terminal
 
 HEALTH_SECONDS = 2.0  # that a server gets to tell how it is; one that loads its model does not answer
@@ -152,6 +155,30 @@ def find_server(wanted: str, terminal: Terminal) -> Remote | None:
         terminal.warn(f"The server of this machine is not used: {error} The model is loaded here instead.")
         return None
     return Remote(path, told["notes"]) if told["identity"] == wanted else None
+
+
+def task_stream(engine: Engine | Remote, name: str, *texts: str, **keywords: Any) -> Callable[..., Any]:
+    """What starts the events of a task of two texts, "infill" or "edit", as `Engine.stream` does for an answer."""
+    if isinstance(engine, Remote):
+        return partial(engine.task, name, list(texts), keywords)
+    task = getattr(import_module(f"..tasks.{name}", __package__), name)
+    return partial(engine.run, task(engine.builder, *texts, **keywords))
+
+
+def seen_events(engine: Any, events: Iterator[Any]) -> Iterator[Any]:
+    """The events as `Remote` tells them, so that nothing heavy is imported where a server does the work."""
+    if isinstance(engine, Remote):
+        yield from events
+        return
+    from ..decoding.events import Block, Draft
+    from ..prompt.drafts import uncertain_text
+
+    for event in events:
+        if isinstance(event, Draft):
+            pieces = uncertain_text(event, engine.tokenizer, engine.options.end_tokens)
+            yield SeenDraft(event.block, event.step, pieces)
+        else:
+            yield SeenBlock(event.text, event.thinking) if isinstance(event, Block) else SeenEnd(event.result)
 
 
 def health_of(path: str) -> dict[str, Any]:

@@ -19,13 +19,32 @@ import click
 from ...errors import DgemmaError, OptionError
 from ...server.settings import Settings, model_name
 from ...serving.rendezvous import listening, locked, running, socket_path
-from ..common import Duration, ModelChoice, adapter_option, model_options
+from ..common import ModelChoice, adapter_option, model_options
 from ..local import health_of
 from ..terminal import Terminal
 
 MAX_DEFAULT_CACHE = 4 * 2**30  # bytes
 REFUSE_SECONDS = 1.0  # that a waiting command gets to send its request
 LOG_BYTES, LOG_FILES = 5 * 2**20, 3  # of the log: where a new file is begun, and how many old ones are kept
+
+
+class Duration(click.ParamType):
+    """A time such as 90, 90s, 15m or 2h, in seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a time."""
+        text = str(value).strip()
+        units = {"s": 1, "m": 60, "h": 3600}
+        number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+        try:
+            seconds = float(number) * units[unit]
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            self.fail(f"{text!r} is no time; give one such as 90s, 15m or 2h.", param, ctx)
+        return seconds
 
 
 @click.command(epilog="The server describes its requests at /openapi.json.")

@@ -25,8 +25,8 @@ from ..common import (
     sampler_options,
     server_option,
     stream_answer,
-    task_stream,
 )
+from ..local import task_stream
 from ..terminal import Terminal
 
 MARK = "<HOLE>"
