@@ -1,7 +1,8 @@
 """Token by token beside canvas by canvas: right answers and passes, and the time of a pass at any shape.
 
     python bench/causal.py quality                                    # the demo's 112 prompts in every mode
-    python bench/causal.py quality --temperature 1 --seeds 0 1 2
+    python bench/causal.py quality --modes causal speculative --temperature 1 --seeds 0 1 2
+    python bench/causal.py quality --modes speculative --costs h200  # drafts as long as pay on another machine
     python bench/causal.py speed                                      # a small shape, for a CPU
     python bench/causal.py speed --shape 26b --recipe 4bit --prefix 1024 --rows 1 8       # a GPU
 
@@ -27,47 +28,81 @@ from shapes import add_arguments, from_arguments
 import mlx_dgemma
 from mlx_dgemma.check.shapes import random_prompt
 from mlx_dgemma.checkpoint.build import DTYPES, choose_kernels, suit_device
+from mlx_dgemma.decoding.costs import Costs, reckoned
+from mlx_dgemma.decoding.events import Stats
 from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
-MODES = ("diffusion", "causal", "speculative", "auto")
-FIGURES = ("right", "tokens", "steps", "passes", "verified", "drafted", "accepted", "seconds")
+MODES: dict[str, dict] = {
+    "default": {},
+    "exact": {"exact": True},
+    "fast": {"fast": True},
+    **{mode: {"mode": mode} for mode in ("causal", "speculative", "auto")},
+}
+FIGURES = ("answers", "right", "tokens", "steps", "passes", "verified", "drafted", "accepted", "cost", "seconds")
+RIGID = ("extract", "code", "sudoku", "edit")
+
+
+def costs_of(name: str, model: DiffusionGemma) -> Costs:
+    """What passes cost: reckoned for this model, or milliseconds of the release's shape on a GPU (RESULTS.md)."""
+    if name == "reckoned":
+        return reckoned(model.config.text)
+    one, others = (19.8, {16: 27.2, 64: 33.5, 256: 50.5}) if name == "h200" else (18.5, {16: 39.8, 64: 41.0, 256: 58.5})
+    return Costs(one, others, others, {64: others[64], 256: others[256]}, measured=True)
 
 
 def answers(args: argparse.Namespace) -> dict[str, dict]:
     """By mode and family, sums over all prompts and seeds."""
     engine, found = mlx_dgemma.load(args.model), {}
+    costs = costs_of(args.costs, engine.model)
+    engine.costs = lambda: costs
+    families = [one for one in quality.TEXT if not args.families or one.__name__ in args.families]
     for mode in args.modes:
         by_family = found[mode] = defaultdict(lambda: dict.fromkeys(FIGURES, 0))
-        options = {"mode": mode}
+        print(mode, flush=True)
+        options = dict(MODES[mode])
         if mode in ("causal", "speculative"):
             options["temperature"] = args.temperature
         for seed in args.seeds:
-            for case in quality.cases(quality.TEXT, args.per_family, seed):
+            for case in quality.cases(families, args.per_family, seed):
                 thinking, tools = case["enable_thinking"], case["tools"]
                 started = time.perf_counter()
                 r = engine.generate(case["messages"], seed=seed, thinking=thinking, tools=tools, **options)
                 marked = r.text if not r.tool_calls else engine.tokenizer.decode(r.tokens)
                 stats = r.stats
-                seen = score.right(case, marked), stats.generated_tokens, stats.denoising_steps, stats.causal_passes
-                seen += stats.verify_passes, stats.drafted_tokens, stats.accepted_tokens
-                for one in (case["task"], "all"):
+                seen = 1, score.right(case, marked), stats.generated_tokens, stats.denoising_steps, stats.causal_passes
+                seen += stats.verify_passes, stats.drafted_tokens, stats.accepted_tokens, cost_of(stats, costs)
+                groups = (case["task"], "all", *(["rigid"] if case["task"] in RIGID else []))
+                for one in groups:
                     for name, value in zip(FIGURES, (*seen, time.perf_counter() - started)):
                         by_family[one][name] += value
     return found
 
 
-def print_answers(found: dict[str, dict], prompts: int) -> None:
+def cost_of(stats: Stats, costs: Costs) -> float:
+    """What the passes and drafts of a text cost, in passes over one token; those of a kind count by their mean."""
+    if stats.mode not in ("causal", "speculative"):
+        return 0.0
+    found, verified, steps = stats.causal_passes - stats.verify_passes, stats.verify_passes, stats.denoising_steps
+    if verified:
+        found += verified * costs.verify_cost(1 + stats.drafted_tokens // verified) / costs.token
+    return found + (steps * costs.draft_cost(stats.canvas_positions // steps) / costs.token if steps else 0.0)
+
+
+def print_answers(found: dict[str, dict]) -> None:
     """A row for each family and mode."""
     rows = []
     for family in next(iter(found.values())):
         for mode, figures in found.items():
             one = figures[family]
-            count = prompts * (len(next(iter(found.values()))) - 1 if family == "all" else 1)
+            count = one["answers"]
             a_pass = f"{one['accepted'] / one['verified']:.1f}" if one["verified"] else ""
             sums = [f"{one[name] / count:.1f}" for name in ("tokens", "steps", "passes")]
-            rows.append([family, mode, f"{one['right']} of {count}", *sums, a_pass, f"{one['seconds'] / count:.2f}"])
-    header = ["", "mode", "right", "tokens", "steps", "passes", "accepted a verify pass", "seconds"]
+            both = f"{(one['steps'] + one['passes']) / count:.1f}"
+            cost = f"{one['cost'] / count:.1f}" if one["cost"] else ""
+            right, seconds = f"{one['right']} of {count}", f"{one['seconds'] / count:.2f}"
+            rows.append([family, mode, right, *sums, both, a_pass, cost, seconds])
+    header = ["", "mode", "right", "tokens", "steps", "passes", "both", "accepted a verify pass", "cost", "seconds"]
     table(header, rows)
 
 
@@ -131,7 +166,9 @@ def main() -> None:
     one.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES))
     one.add_argument("--seeds", type=int, nargs="+", default=[0])
     one.add_argument("--per-family", type=int, default=8)
+    one.add_argument("--families", nargs="+", help="of prompts (default: all)")
     one.add_argument("--temperature", type=float, default=0.0)
+    one.add_argument("--costs", choices=["reckoned", "h200", "h200-4bit"], default="reckoned", help="of passes")
     other = commands.add_parser("speed")
     add_arguments(other)
     other.add_argument("--mlx-lm", action="store_true", help="plain Gemma 4 of the same shape beside it, by mlx-lm")
@@ -140,7 +177,7 @@ def main() -> None:
     found = machine()
     if args.command == "quality":
         results = answers(args)
-        print_answers(results, args.per_family * len(args.seeds))
+        print_answers(results)
     else:
         results = speed(args)
     finish("causal", **found, results=results)

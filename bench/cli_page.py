@@ -31,7 +31,11 @@ def page() -> str:
     """The text of docs/cli.md."""
     names = program.list_commands(click.Context(program))
     parts = [HEAD.format(click=metadata.version("click")), f"```\n{help_of()}```\n"]
-    parts += [f"## {name}\n\n```\n{help_of(name)}```\n" for name in names]
+    for name in names:
+        parts.append(f"## {name}\n\n```\n{help_of(name)}```\n")
+        command = program.get_command(click.Context(program), name)
+        inner = command.commands if isinstance(command, click.Group) else {}
+        parts += [f"```\n{help_of(name, one)}```\n" for one in inner if not inner[one].hidden]
     return "\n".join(parts)
 
 

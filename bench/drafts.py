@@ -81,6 +81,12 @@ def model_of(recipe: str, layers: int, vocab: int) -> DiffusionGemma:
     return model
 
 
+def draft_always(length: int) -> None:
+    """Let every draft have so many tokens, where there are so many, whatever they cost."""
+    speculative.Pace.length = property(lambda _: length)  # type: ignore[misc,method-assign]
+    speculative.paying = lambda sure, *_: (min(len(sure), length), float(len(sure) > 0))
+
+
 def equal(args: argparse.Namespace) -> list[list]:
     """Share of equal texts, and where the first difference is, for drafts of each length and for batches."""
     rows = []
@@ -90,7 +96,7 @@ def equal(args: argparse.Namespace) -> list[list]:
         for name, options in (("greedy", GREEDY), ("drawn", DRAWN)):
             alone = [generate(model, [one], "causal", options)[0] for one in asked]
             for length in (1, 4, 16, 64):
-                speculative.Pace.length = property(lambda _, length=length: length)  # type: ignore[misc,method-assign]
+                draft_always(length)
                 texts = [generate(model, [one], "speculative", options)[0] for one in asked]
                 texts += generate(model, asked, "speculative", options)
                 same = [a == b for a, b in zip(texts, [*alone, *alone])]
@@ -108,7 +114,7 @@ def frequencies(args: argparse.Namespace) -> list[list]:
     held.encode_all(PromptTokens(prompt[:-1], prompt[:-1]))
     counts: dict[str, list[Counter]] = {}
     for number, mode in enumerate(("causal", "speculative")):
-        speculative.Pace.length = property(lambda _: 4)  # type: ignore[misc,method-assign]
+        draft_always(4)
         firsts, pairs = counts[mode] = [Counter(), Counter()]
         options = GenerationOptions(mode=mode, end_tokens=(), temperature=1.0)
         for start in range(0, args.draws, 64):

@@ -53,6 +53,8 @@ class Server:
 
     def __init__(self, arguments: list[str]):
         command = [sys.executable, "-m", "mlx_dgemma", "serve", "--port", "0", "--api-key", KEY, *arguments]
+        # A shell starts background jobs with SIGINT ignored, and their children inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         line = next(line for line in self.process.stderr if line.startswith("Listening"))

@@ -34,7 +34,7 @@ def measure(model: DiffusionGemma, prompt: mx.array, steps: int, mode: str = "de
     changes = {} if mode == "exact" else {"certainty_threshold": 0.0, "patience": 0}
     if mode != "default":
         changes[mode] = True
-    options = GenerationOptions(confidence_threshold=0.0, max_denoising_steps=steps + 1, **changes)
+    options = GenerationOptions(confidence_threshold=0.0, max_denoising_steps=steps + 1, canvas="full", **changes)
     meter = Meter()
     prefix = model.new_prefix(capacity=prompt.shape[1] + 2 * model.config.canvas_length)
     prefill(model, prefix, np.asarray(prompt), options.prefill_chunk)

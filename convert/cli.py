@@ -47,6 +47,10 @@ def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
     """Convert a DiffusionGemma checkpoint to MLX, quantized or not.
 
     Memory use stays below 1 GB (--verify needs a few layers in float32). The folder only appears when it is complete.
+
+    \b
+    mlx-dgemma convert -q google/diffusiongemma-26B-A4B-it --mlx-path FOLDER
+    mlx-dgemma convert --recipe 6bit FOLDER --mlx-path ANOTHER --verify
     """
     if (source and hf_path) or not (origin := source or hf_path):
         raise click.UsageError("Give one checkpoint: --hf-path or the argument SOURCE.")
@@ -64,6 +68,8 @@ def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
         with sigterm_exits(), progress_bar("Converting") as progress:
             report = convert_(origin, mlx_path, chosen, progress=progress, **options)
     except DgemmaError as error:
+        if error.exit_code == 2:
+            raise click.UsageError(re.sub(r"^(recipe|q-[a-z-]+)(?= is )", r"--\1", str(error))) from None
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         click.echo("Interrupted; no files were left behind.", err=True)

@@ -159,7 +159,7 @@ def recipe_named(name: str) -> Recipe:
         OptionError: there is no such recipe.
     """
     if name not in RECIPES:
-        raise OptionError(f"There is no recipe {name!r}; take one of {', '.join(RECIPES)}.")
+        raise OptionError(f"recipe is {name!r}; take one of {', '.join(RECIPES)}.")
     return RECIPES[name]
 
 

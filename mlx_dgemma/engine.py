@@ -272,6 +272,7 @@ def load(
     dequantize: bool | None = None,
     ignore_memory: bool = False,
     compute_dtype: str | None = None,
+    tokenizer: Any = None,
 ) -> Engine:
     """Load a checkpoint: Hugging Face's layout, mlx-community's or our own.
 
@@ -285,15 +286,15 @@ def load(
         ignore_memory: load even what does not seem to fit.
         compute_dtype: "float16" computes matrix products in float16, which is faster on M1 and M2; what lies between
             two products keeps its dtype. Numbers that leave float16's range end a request with a `RangeError`.
+        tokenizer: the checkpoint's, if it is loaded already.
 
     Raises:
-        CheckpointError: nothing there, something broken, or another model; an adapter of another model; weights that
-            do not fit `compute_dtype`.
+        CheckpointError: nothing there, something broken, another model's; weights that do not fit `compute_dtype`.
         MemoryLimitError: the machine has too little memory. OptionError: an unknown dtype.
     """
     started = time.perf_counter()
     checkpoint = Checkpoint.open(find(path))
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint) if tokenizer is None else tokenizer
     model, folder, notes = load_model(checkpoint, dtype, adapter, dequantize, ignore_memory, compute_dtype)
-    options, more = own_options(checkpoint.generation, checkpoint.processor, tokenizer, model.config.text.vocab_size)
+    options, more = own_options(checkpoint, tokenizer, model.config.text.vocab_size, folder)
     return Engine(checkpoint, model, tokenizer, options, (*notes, *more), time.perf_counter() - started, folder)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def human(nbytes: float) -> str:
@@ -39,7 +35,9 @@ def as_exception(error: BaseException) -> Exception:
 
 
 class DgemmaError(Exception):
-    """Base of every error below; the command line prints its message and exits with 1."""
+    """Base of every error below; the command line prints its message and exits with `exit_code`."""
+
+    exit_code = 1
 
 
 class CheckpointError(DgemmaError):
@@ -47,7 +45,15 @@ class CheckpointError(DgemmaError):
 
 
 class OptionError(DgemmaError, TypeError, ValueError):
-    """An option that does not exist, or a value outside its bounds."""
+    """An option that does not exist, or a value outside its bounds: wrong usage."""
+
+    exit_code = 2
+
+
+class CircumstanceError(OptionError):
+    """An option that is right in itself and cannot be followed as things are: a target that exists, another system."""
+
+    exit_code = 1
 
 
 class LanguageError(DgemmaError):

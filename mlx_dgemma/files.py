@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from itertools import count as numbers
 from pathlib import Path
 
-from .errors import DgemmaError, OptionError, human
+from .errors import CircumstanceError, DgemmaError, OptionError, human
 
 _DRAFT, _ASIDE = "partial", "replaced"
 _NAME = re.compile(
@@ -85,12 +85,12 @@ def require_absent(target: str | os.PathLike, option: str) -> Path:
         option: the option that sets the target, for the error message.
 
     Raises:
-        OptionError: the path exists, or its name is not UTF-8.
+        OptionError: the path exists (CircumstanceError), or its name is not UTF-8.
     """
     path = Path(target).expanduser()
     check_name(path)
     if os.path.lexists(path):
-        raise OptionError(f"{path} exists; delete it or choose another {option}.")
+        raise CircumstanceError(f"{path} exists; delete it or choose another {option}.")
     return path
 
 
@@ -157,6 +157,15 @@ def cache_folder() -> Path:
     """Where this user's caches lie: $XDG_CACHE_HOME, ~/Library/Caches on macOS, else ~/.cache; it may not exist."""
     given, mac = os.environ.get("XDG_CACHE_HOME"), sys.platform == "darwin"
     home = Path(given) if given else Path.home() / ("Library/Caches" if mac else ".cache")
+    return home / "mlx-dgemma"
+
+
+def state_folder() -> Path:
+    """Where what this user's programs remember lies: $XDG_STATE_HOME, ~/Library/Application Support on macOS, else
+    ~/.local/state; it may not exist.
+    """
+    given, mac = os.environ.get("XDG_STATE_HOME"), sys.platform == "darwin"
+    home = Path(given) if given else Path.home() / ("Library/Application Support" if mac else ".local/state")
     return home / "mlx-dgemma"
 
 

@@ -7,19 +7,23 @@ tensor of the original, so that what the tests convert is the real layout and no
 import json
 import os
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import openai
 import pytest
+from hearing import STAND_IN
 from safetensors_files import INDEX, read_folder, sha256, write_safetensors
 from serving import serving
 
 import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.prompt.audio import transcripts as audio
 from mlx_dgemma.serving.scheduler import Scheduler
 
 DATA = Path(__file__).parent / "data"
 os.environ["MLX_DGEMMA_MEASURE"] = "0"  # how many passes are made must not depend on a machine's speed
+os.environ["XDG_CONFIG_HOME"] = str(DATA / "nowhere")  # the user's config.toml names no model here
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +55,16 @@ def hf_checkpoint(tmp_path_factory) -> Path:
             shutil.copyfile(file, folder / file.name)
     assert {file.name: sha256(file.read_bytes()) for file in folder.iterdir()} == manifest["files"]
     return folder
+
+
+@pytest.fixture
+def whisper(tmp_path, monkeypatch):
+    """A package in mlx-whisper's place, for this process and those it starts."""
+    folder = tmp_path / "packages" / "mlx_whisper"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(folder.parent)
+    monkeypatch.setattr(audio, "_transcripts", OrderedDict())
 
 
 @pytest.fixture(scope="module")

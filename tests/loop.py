@@ -14,6 +14,7 @@ from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.request import Request
 from mlx_dgemma.decoding.session import PromptTokens, Session
+from mlx_dgemma.decoding.step import CONFIDENT
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.model import tiling
 
@@ -118,13 +119,14 @@ def plain_loop(model, prompt, blocks, seed, options=OPTIONS, room=10**6):
             bests.append(np.array(mx.argmax(logits[0], axis=-1)))
             uncertainty = entropy
             if options.fast:
-                accepted = kept | (p.max(-1) >= min(p.max(-1)[~kept].max(initial=0), 0.9))
+                accepted = kept | (p.max(-1) >= CONFIDENT)
+                accepted |= ~accepted & (p.max(-1) == p.max(-1)[~accepted].max(initial=0))
                 taken = np.where(kept, np.array(canvas), bests[-1])
                 kept, uncertainty = accepted, np.where(accepted, 0, entropy)
             else:
                 accepted, before = np.zeros(length, bool), 0.0
                 for j in np.argsort(entropy):
-                    accepted[j] = before <= options.entropy_bound
+                    accepted[j] = before <= options.entropy_bound * (1 + options.entropy_rise * step)
                     before += entropy[j]
                 if options.exact:
                     gumbel = mx.random.gumbel((length, vocab), key=draws[2 * step + 1])

@@ -24,7 +24,7 @@ from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli.main import main
 from mlx_dgemma.convert.conversion import convert
 from mlx_dgemma.convert.recipes import MODES
-from mlx_dgemma.decoding import costs
+from mlx_dgemma.decoding import costs, step
 from mlx_dgemma.decoding.canvas import CanvasBatch
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.step import plain_step
@@ -95,6 +95,8 @@ def answers(dtype: str, folder: Path) -> None:
         **FEW,
     )
     list(engine.stream("Spell the word frog.", prefill_chunk=4, **FEW))
+    with patch.object(step, "row_unit", lambda: 4):
+        engine.generate_batch([STORY, "Hello."], seeds=[0, 1], **{**FEW, "max_tokens": 3})
 
 
 def batches(dtype: str, folder: Path) -> None:

@@ -80,19 +80,26 @@ class Naive:
 
     def denoise(self, canvas, kept, conditioning=None):
         """Canvas [C] behind a prefix with these keys and values -> hidden [C, H]."""
-        length = kept[0][0].shape[0]
+        return self.denoise_narrow(canvas, kept, conditioning)[0]
+
+    def denoise_narrow(self, canvas, kept, conditioning=None, behind=()):
+        """A canvas's first tokens, whose other keys and values are `behind` -> hidden, and own keys and values."""
+        length, own = kept[0][0].shape[0], []
+        if behind:
+            kept = [tuple(map(np.concatenate, zip(*both))) for both in zip(kept, behind)]
         at = np.arange(length, length + len(canvas))
         h = self._embed(canvas)
         if conditioning is not None:
             n = _norm(conditioning, self.get("decoder.self_conditioning.pre_norm.weight"))
             h = h + self._glu("decoder.self_conditioning", n)
         h = _norm(h)
-        keys = np.arange(length + len(canvas))
+        keys = np.arange(kept[0][0].shape[0] + len(canvas))
         recent = np.broadcast_to(keys > length - self.config.sliding_window, (len(canvas), len(keys)))
         for i, kind in enumerate(self.config.layer_types):
             mask = np.ones_like(recent) if kind == "full_attention" else recent
-            h, _ = self._layer(i, h, at, kept[i], mask, self.get(f"decoder.layers.{i}.layer_scalar"))
-        return _norm(h, self.get("decoder.norm.weight"))
+            h, kv = self._layer(i, h, at, kept[i], mask, self.get(f"decoder.layers.{i}.layer_scalar"))
+            own.append(tuple(one[-len(canvas) :] for one in kv))
+        return _norm(h, self.get("decoder.norm.weight")), own
 
     def _embed(self, tokens):
         return self.get("decoder.embed_tokens.weight")[np.array(tokens)] * self.config.hidden_size**0.5

@@ -67,7 +67,7 @@ def test_typed_keywords_are_those_that_the_verbs_take():
     ):
         own = {n for n, one in inspect.signature(task).parameters.items() if one.kind is one.KEYWORD_ONLY}
         assert set(keywords.__annotations__) == own | options
-    own = {n for n, one in inspect.signature(choose.choose).parameters.items() if one.kind is one.KEYWORD_ONLY}
+    own = {n for n, one in inspect.signature(choose.ask).parameters.items() if one.kind is one.KEYWORD_ONLY}
     assert set(choose.ChooseKeywords.__annotations__) == own | set(choose.OPTIONS)
 
 

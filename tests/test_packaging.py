@@ -16,6 +16,7 @@ tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tom
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = ("video", "pictures", "audio", "chat", "gguf", "serve")
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}  # where the module has another name
 
 
@@ -33,14 +34,14 @@ def imported_distributions():
                     found |= {alias.name.split(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and not node.level:
                     found.add(node.module.split(".")[0])
-    found -= {*sys.stdlib_module_names, "mlx_dgemma"}
+    found -= {*sys.stdlib_module_names, "mlx_dgemma", "tomllib"}  # which Python 3.10 lacks: tomli there
     return {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in found}
 
 
 def test_what_the_package_imports_is_named_as_a_dependency():
     # mlx-lm imports transformers; it is named for its lower bound
     extras = PROJECT["optional-dependencies"]
-    optional = names_of(one for extra in ("video", "pictures", "serve", "gguf") for one in extras[extra])
+    optional = names_of(one for extra in EXTRAS for one in extras[extra])
     hosts = {"llm", "lm-eval"}  # which import the modules of plugins/
     assert imported_distributions() - hosts | {"transformers"} == names_of(PROJECT["dependencies"]) | optional
 
@@ -49,9 +50,16 @@ def test_dependencies_have_lower_bounds():
     extras = PROJECT["optional-dependencies"]
     for one in (
         *PROJECT["dependencies"],
-        *(one for extra in ("video", "pictures", "serve", "gguf") for one in extras[extra]),
+        *(one for extra in EXTRAS for one in extras[extra]),
     ):
-        assert re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?", one), one
+        assert re.fullmatch(r"[\w-]+>=[\d.]+(,<[\d.]+)?(; python_version < '[\d.]+')?", one), one
+
+
+def test_the_extra_all_holds_every_extra_that_is_not_a_backend_or_for_tests():
+    extras = PROJECT["optional-dependencies"]
+    (one,) = extras["all"]
+    named = re.fullmatch(r"mlx-dgemma\[([\w,]+)\]", one)[1].split(",")
+    assert sorted(named) == sorted(extras.keys() - {"cpu", "cuda13", "test", "all"})
 
 
 def test_dir_shows_the_public_names():

@@ -14,6 +14,7 @@ import pytest
 ROOMS = (
     "errors",
     "files",
+    "installation",
     "upstream",
     "constraints",
     "model",
@@ -28,12 +29,13 @@ ROOMS = (
     "tune",
     "check",
     "server",
+    "desktop",
     "cli",
     "plugins",
     "__init__",
     "__main__",
 )
-AT_THE_ROOT = {"__init__", "__main__", "engine", "errors", "files", "upstream"}
+AT_THE_ROOT = {"__init__", "__main__", "engine", "errors", "files", "installation", "upstream"}
 FILE_LINES, ENGINE_LINES, FUNCTION_LINES, FOLDER_MODULES = 450, 300, 70, 15
 PACKAGE = "mlx_dgemma"
 ROOT = Path(__file__).parent.parent

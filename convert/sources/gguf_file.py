@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.installation import add_extra
 from mlx_dgemma.model.config import refuse_pointer
 
 from ..jobs import Range
@@ -90,7 +91,7 @@ def read_gguf(path: Path) -> GGUF:
         import gguf  # noqa: F401
     except ImportError:
         raise CheckpointError(
-            f"{path} is a GGUF file, whose codes the package gguf reads; run `pip install 'mlx-dgemma[gguf]'`."
+            f"{path} is a GGUF file, whose codes the package gguf reads; run `{add_extra('gguf')}`."
         ) from None
     metadata, tensors = _read(path)
     if found := _SPLIT.fullmatch(path.name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -263,10 +265,44 @@ def add_adapter(
     model.update_modules(tree_unflatten(list(changes.items())))
 
 
+def add_denoising_adapter(model: DiffusionGemma, add: Callable[[], None]) -> None:
+    """Let `add` put an adapter into a model whose encoder keeps the layers that it has: only denoising is changed."""
+    layers = tuple(_copy_of_modules(layer) for layer in model.model.decoder.layers)
+    add()
+    model._encoder_layers = layers
+
+
+def _copy_of_modules(module: nn.Module) -> Any:
+    """The same tree of modules with the same arrays; what replaces a module in the one leaves the other as it is."""
+    new = copy(module)
+    for name, child in module.children().items():
+        if isinstance(child, nn.Module):
+            setattr(new, name, _copy_of_modules(child))
+    return new
+
+
+@contextmanager
+def without_adapter(model: DiffusionGemma) -> Iterator[None]:
+    """The model as it was before `add_adapter` added a LoRA, for graphs that are built inside."""
+    adapted = [module for module in model.modules() if isinstance(module, (LoRALinear, LoRASwitchLinear))]
+    scales = [module.scale for module in adapted]
+    for module in adapted:
+        module.scale = 0.0
+    try:
+        yield
+    finally:
+        for module, scale in zip(adapted, scales):
+            module.scale = scale
+
+
 def extract_adapter(model: DiffusionGemma) -> Adapter:
-    """The current state of the adapter that `add_adapter` added to a model; it is the same in both modes."""
+    """The current state of the adapter that `add_adapter` added to a model.
+
+    It is the same in both modes, or changes denoising alone where `add_denoising_adapter` added it.
+    """
     deltas = {path: _delta(module) for path, module in model.named_modules() if isinstance(module, _ADAPTED)}
-    return Adapter({path: delta for path, delta in deltas.items() if path.startswith(LAYERS)}, deltas)
+    both = model._encoder_layers is None
+    return Adapter({path: delta for path, delta in deltas.items() if both and path.startswith(LAYERS)}, deltas)
 
 
 def _delta(module: Any) -> Delta:

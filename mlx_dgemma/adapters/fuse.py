@@ -83,7 +83,8 @@ def fuse(
     """
     start = time.perf_counter()
     path = require_absent(target, OPTION)
-    checkpoint, folder = Checkpoint.open(find(model)), peft.find(adapter)
+    folder = peft.find(adapter)
+    checkpoint = Checkpoint.open(find(model))
     adapter_deltas = peft.read(folder, checkpoint.shapes)
     if not adapter_deltas.shared:
         raise CheckpointError(

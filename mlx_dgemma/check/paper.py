@@ -5,6 +5,7 @@ It was made from MLX's sources and other people's measurements, not on these mac
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from ..model.config import ModelConfig, TextConfig
@@ -38,6 +39,7 @@ EFFICIENCY = {
     "Apple M4": Efficiency(0.70, 0.70 * FILLED, 0.64),
     "Apple M5": Efficiency(0.55, 0.40, 0.38),
 }
+TILE = {"Apple M5": 32}  # rows of an expert that are computed at once; 16 on the others
 ULTRA = 0.8  # what two dies reach of twice one die's arithmetic
 BANDWIDTH = 0.78  # usable share of the memory's bandwidth
 ACTIVATION_BYTES = 4e9  # of gathers, sums and norms between the products of a step
@@ -56,7 +58,14 @@ PLAIN, WITH_KERNELS = Way(2313, 12.3), Way(1136, 1.5)  # custom kernels read the
 
 
 def paper_step(
-    device: str, config: ModelConfig, prefix: int, half: bool = False, dense: bool = False, way: Way = WITH_KERNELS
+    device: str,
+    config: ModelConfig,
+    prefix: int,
+    half: bool = False,
+    dense: bool = False,
+    way: Way = WITH_KERNELS,
+    width: int | None = None,
+    weights: int = 0,
 ) -> dict | None:
     """Milliseconds of one step at the release's shape, by part and in all; None for a device without a model.
 
@@ -67,6 +76,8 @@ def paper_step(
         half: products in float16.
         dense: every position is conditioned on the whole vocabulary, as in a canvas's early steps.
         way: with custom kernels or without.
+        width: positions of the canvas that are computed; None: all.
+        weights: bytes of the weights that a step reads: it takes no less time than that; 0: not known.
     """
     limits = limits_of(device)
     family = next((name for name in EFFICIENCY if name in device), None)
@@ -76,25 +87,31 @@ def paper_step(
     share = EFFICIENCY[family]
     peak *= ULTRA if "Ultra" in device else 1
     faster = share.half / share.products if half and share.half else 1
-    flops = step_flops(config, prefix)
+    canvas = config.canvas_length
+    rows = width or canvas
+    flops = step_flops(config, prefix, rows)
 
     def product_ms(name: str, reached: float) -> float:
         return flops[name] / (peak * reached * 1e9)
 
     fast = share.products * faster
-    logits = 4 * config.canvas_length * config.text.vocab_size
+    logits = 4 * rows * config.text.vocab_size
     parts = {
-        "experts": product_ms("experts", share.experts * faster),
+        # A narrow canvas has fewer rows, but nearly as many tiles.
+        "experts": product_ms("experts", share.experts * faster)
+        * (_tiles(config.text, family, rows) * canvas)
+        / (_tiles(config.text, family, canvas) * rows),
         "attention projections": product_ms("attention projections", fast),
         "attention scores": product_ms("attention scores", share.scores),
         "dense MLP": product_ms("dense MLP", fast),
         "head": product_ms("head", fast) + way.head_passes * logits / (rate * BANDWIDTH * 1e6),
-        "activations": ACTIVATION_BYTES / (rate * BANDWIDTH * 1e6),
+        "activations": ACTIVATION_BYTES * rows / canvas / (rate * BANDWIDTH * 1e6),
         "launches": way.launches * KERNEL_MS + BUFFERS * BUFFER_MS,
     }
     if dense:
         parts["dense self-conditioning"] = product_ms("dense self-conditioning", fast)
-    return {**parts, "sum": sum(parts.values())}
+    read = weights / (rate * BANDWIDTH * 1e6)
+    return {**parts, "sum": max(sum(parts.values()), read + parts["launches"] if weights else 0)}
 
 
 def floor_ms(device: str, config: ModelConfig, prefix: int, weights: int) -> float | None:
@@ -119,9 +136,13 @@ def limits_of(device: str) -> tuple[float, float] | None:
     return DEVICES[max(names, key=len)] if names else None
 
 
-def step_flops(config: ModelConfig, prefix: int) -> dict[str, float]:
-    """FLOPs of one denoising step behind `prefix` positions, by part; a multiplication and an addition are two."""
-    text, rows = config.text, config.canvas_length
+def step_flops(config: ModelConfig, prefix: int, rows: int | None = None) -> dict[str, float]:
+    """FLOPs of one denoising step behind `prefix` positions, by part; a multiplication and an addition are two.
+
+    Of a narrow canvas so many `rows` are computed; they see all positions.
+    """
+    text, canvas = config.text, config.canvas_length
+    rows = rows or canvas
     hidden, heads = text.hidden_size, text.num_attention_heads
     projections = scores = 0.0
     for kind in text.layer_types:
@@ -129,7 +150,7 @@ def step_flops(config: ModelConfig, prefix: int) -> dict[str, float]:
         kv_heads, dim = text.kv_shape(kind)
         # Full layers have no values of their own: their keys serve as both.
         projections += 2 * rows * hidden * dim * (2 * heads + (1 if full else 2) * kv_heads)
-        scores += 4 * rows * heads * dim * (_kept(text, kind, prefix) + rows)
+        scores += 4 * rows * heads * dim * (_kept(text, kind, prefix) + canvas)
     layers, vocabulary = text.num_hidden_layers, 2 * rows * hidden * text.vocab_size
     mlp = 6 * rows * hidden * text.intermediate_size
     return {
@@ -141,6 +162,13 @@ def step_flops(config: ModelConfig, prefix: int) -> dict[str, float]:
         "head": vocabulary,
         "dense self-conditioning": vocabulary + mlp,
     }
+
+
+def _tiles(text: TextConfig, family: str, rows: int) -> float:
+    """Expected tiles of a grouped product where each row draws its experts evenly."""
+    p, height = text.top_k_experts / text.num_experts, TILE.get(family, 16)
+    share = [math.comb(rows, n) * p**n * (1 - p) ** (rows - n) for n in range(rows + 1)]
+    return text.num_experts * sum(one * -(-n // height) for n, one in enumerate(share))
 
 
 def kv_bytes(config: ModelConfig, prefix: int, itemsize: int) -> int:

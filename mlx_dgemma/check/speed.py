@@ -125,7 +125,11 @@ def whole_step(model: DiffusionGemma, prefix: Prefix, runs: int | None = None) -
     """Median milliseconds of a denoising step in the loop that generates; random weights settle nothing."""
     runs = runs or _passes()
     options = GenerationOptions(
-        confidence_threshold=0.0, certainty_threshold=0.0, patience=0, max_denoising_steps=WARM_UP + runs + 1
+        confidence_threshold=0.0,
+        certainty_threshold=0.0,
+        patience=0,
+        canvas="full",
+        max_denoising_steps=WARM_UP + runs + 1,
     )
     ends = [time.perf_counter()]
     for _ in denoise_block(model, prefix, options, mx.random.key(1)[None]):

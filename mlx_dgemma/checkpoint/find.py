@@ -12,6 +12,9 @@ from ..files import check_name
 from .headers import read_tensors
 
 DEMO = Path(__file__).parent.parent / "demo"
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
+NEEDED = ("config.json", "tokenizer.json")
+HINT = "give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it"
 
 
 def find(name: str | os.PathLike | None = None) -> Path:
@@ -23,9 +26,16 @@ def find(name: str | os.PathLike | None = None) -> Path:
     Raises:
         CheckpointError: no such folder, no such Hub id, or no network to ask.
     """
-    text = str(name or os.environ.get("MLX_DGEMMA_MODEL") or DEMO)
-    hint = "give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it"
-    return fetch(text, ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"), _is_complete, hint)
+    return fetch(_named(name), (*SETTINGS, "*.safetensors"), _is_complete, HINT)
+
+
+def find_settings(name: str | os.PathLike | None = None) -> Path:
+    """As `find`, but of what is not on this machine all files except the weights are downloaded."""
+    return fetch(_named(name), SETTINGS, lambda folder: all((folder / one).exists() for one in NEEDED), HINT)
+
+
+def _named(name: str | os.PathLike | None) -> str:
+    return str(name or os.environ.get("MLX_DGEMMA_MODEL") or DEMO)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -40,7 +50,7 @@ def fetch(
     hint: str,
     kinds: tuple[str, str] = ("folder", "repository"),
     error: type[DgemmaError] = CheckpointError,
-    **wanted: str,
+    **wanted: Any,
 ) -> Path:
     """An existing path, or the snapshot of a Hub id, which is downloaded if it is not complete on this machine.
 

@@ -20,6 +20,36 @@ from .weights import is_vision
 
 
 @dataclass(frozen=True)
+class Settings:
+    """The JSON files of a checkpoint folder, read and checked. No file of weights is opened."""
+
+    path: Path
+    config: ModelConfig
+    generation: GenerationConfig
+    processor: ProcessorConfig
+    raw_config: dict[str, Any] = field(repr=False)
+    notes: tuple[str, ...] = ()  # what was found and is not used, one sentence each
+
+    @classmethod
+    def read(cls, path: Path) -> Settings:
+        """Read the JSON files.
+
+        Raises:
+            CheckpointError: a file is missing or broken, or belongs to another model.
+        """
+        if not path.is_dir():
+            if path.suffix == ".gguf":
+                way = f"mlx-dgemma convert {path} --mlx-path NAME -q"
+                raise CheckpointError(f"{path} is a GGUF file; convert it first: {way}.")
+            raise CheckpointError(f"{path} is not a folder; point at the folder that holds config.json.")
+        notes: list[str] = []
+        raw = read_json(path / "config.json")
+        config = ModelConfig.from_dict(raw, notes)
+        generation, processor = read_generation(path, config, notes), read_processor(path, config.vision, notes)
+        return cls(path, config, generation, processor, raw, tuple(notes))
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint folder. No weights are in memory."""
 
@@ -38,14 +68,8 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is missing or broken, or belongs to another model.
         """
-        if not path.is_dir():
-            if path.suffix == ".gguf":
-                way = f"mlx-dgemma convert {path} --mlx-path NAME -q"
-                raise CheckpointError(f"{path} is a GGUF file; convert it first: {way}.")
-            raise CheckpointError(f"{path} is not a folder; point at the folder that holds config.json.")
-        notes: list[str] = []
-        raw = read_json(path / "config.json")
-        config = ModelConfig.from_dict(raw, notes)
+        settings = Settings.read(path)
+        config, raw, notes = settings.config, settings.raw_config, list(settings.notes)
         tensors = read_tensors(path, notes)
         format_of(raw, tensors)  # refuses formats that nothing here reads
         if config.vision and not any(map(is_vision, tensors)):
@@ -55,8 +79,8 @@ class Checkpoint:
         return cls(
             path,
             config,
-            read_generation(path, config, notes),
-            read_processor(path, config.vision, notes),
+            settings.generation,
+            settings.processor,
             raw,
             tensors,
             tuple(dict.fromkeys(notes)),  # one file may give the settings of pictures and of videos

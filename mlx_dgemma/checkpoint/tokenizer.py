@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..model.config import read_json, refuse_pointer
-from .folder import Checkpoint
+from .folder import Checkpoint, Settings
 
 MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Transformers looks for the template in the first; exporters also write the others.
@@ -28,7 +28,7 @@ FILES = (
 )
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(checkpoint: Checkpoint | Settings) -> Any:
     """mlx-lm's wrapper around the tokenizer, with the checkpoint's end tokens.
 
     Raises:

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce, wraps
-from typing import TYPE_CHECKING, Any, TextIO
+from functools import partial, reduce, wraps
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import OptionError, PromptError, count
+from ..desktop.user_config import default_model
+from ..errors import PromptError, count
 from ..prompt.paths import local_path
-from .terminal import Terminal, details, segments, summary
+from .terminal import Terminal, details, segments, summary, told_warnings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ..decoding.events import Result
+    from ..decoding.request import Request
     from ..engine import Engine
+    from ..prompt.builder import PromptBuilder
+    from ..prompt.opened import Opened
     from .local import Remote
 
 
-DEMO_NOTICE = (
-    "This is the bundled demo of 6.7 M parameters, a toy. "
-    "For the real model: mlx-dgemma convert -q google/diffusiongemma-26B-A4B-it, then --model mlx_model."
-)
+DEMO_NOTICE = "This is the bundled demo of 6.7 M parameters, a toy. For the real model: mlx-dgemma setup."
 Command = Callable[..., Any]
 
 
@@ -43,7 +41,8 @@ model_option = click.option(
     "--model",
     metavar="PATH_OR_ID",
     envvar="MLX_DGEMMA_MODEL",
-    show_default="$MLX_DGEMMA_MODEL, else the bundled demo",
+    default=default_model,
+    show_default="$MLX_DGEMMA_MODEL, else setup's, else the bundled demo",
     help="Checkpoint folder or Hub id.",
 )
 
@@ -75,22 +74,41 @@ class ModelChoice:
 
         return identity(self.name, self.adapter, self.dtype, self.compute_dtype)
 
-    def find(self, terminal: Terminal) -> Engine | Remote:
-        """The server on this machine that has loaded this, unless the user forbids it, else as `load`."""
-        if self.server:
-            from .local import find_server
+    def find(self, terminal: Terminal) -> Remote | None:
+        """The server on this machine that has loaded this, unless there is none or the user forbids it."""
+        if not self.server:
+            return None
+        from .local import find_server
 
-            terminal.draw([], "looking for a server")
-            try:
-                found = find_server(self.identity, terminal)
-            finally:
-                terminal.erase()
-            if found is not None:
-                self._tell(found.notes, terminal)
-                return found
-        return self.load(terminal)
+        terminal.draw([], "looking for a server")
+        try:
+            found = find_server(self.identity, terminal)
+        finally:
+            terminal.erase()
+        if found is not None:
+            found.accepted = lambda: self._tell(found.notes, terminal)
+        return found
 
-    def load(self, terminal: Terminal) -> Engine:
+    def open(self, terminal: Terminal) -> Opened:
+        """The checkpoint without its weights: what is wrong with a request shows before they are read.
+
+        Raises:
+            CheckpointError: there is no such checkpoint or adapter, or it is broken.
+        """
+        terminal.draw([], f"opening {self.name or 'the demo'}")
+        try:
+            from ..prompt.opened import Opened
+
+            folder = None
+            if self.adapter is not None:
+                from ..adapters import peft
+
+                folder = peft.find(self.adapter)
+            return Opened.of(self.name, folder)
+        finally:
+            terminal.erase()
+
+    def load(self, terminal: Terminal, opened: Opened | None = None) -> Engine:
         """Load the checkpoint and the adapter. Without a name, load the demo and print a notice."""
         if not terminal.hints:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -104,6 +122,7 @@ class ModelChoice:
                 adapter=self.adapter,
                 ignore_memory=self.ignore_memory,
                 compute_dtype=self.compute_dtype,
+                tokenizer=opened and opened.tokenizer,
             )
         finally:
             terminal.erase()
@@ -116,6 +135,33 @@ class ModelChoice:
             terminal.warn(DEMO_NOTICE)
         for note in notes:
             terminal.hint(note)
+
+    def prepare(self, make: Callable[[PromptBuilder], Request], terminal: Terminal) -> tuple[Engine, Request]:
+        """Make a request, and only then load the model that it is for.
+
+        Args:
+            make: the request of a builder; it raises whatever is wrong with it.
+            terminal: for progress and warnings.
+        """
+        opened = self.open(terminal)
+        with told_warnings(terminal):
+            request = make(opened.builder)
+        engine = self.load(terminal, opened)
+        if request.mode_reason:  # the mode was chosen by reckoned costs; the machine's are known now
+            request = make(engine.builder)
+        return engine, request
+
+
+def find_task(
+    model: ModelChoice, terminal: Terminal, name: str, *arguments: Any, **keywords: Any
+) -> tuple[Engine | Remote, Callable[..., Any]]:
+    """Who does a task, "generate", "infill" or "edit", and what starts its events."""
+    if (remote := model.find(terminal)) is not None:
+        return remote, partial(remote.task, name, list(arguments), keywords)
+    kind = "answer" if name == "generate" else name
+    make = getattr(import_module(f"..tasks.{kind}", __package__), kind)
+    engine, request = model.prepare(lambda builder: make(builder, *arguments, **keywords), terminal)
+    return engine, partial(engine.run, request)
 
 
 def model_options(command: Command) -> Command:
@@ -179,6 +225,20 @@ class NumberRange(click.FloatRange):
     name = "number"
 
 
+class CanvasSize(click.ParamType):
+    """auto, full or a number of tokens."""
+
+    name = "canvas"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A word as it is, a number as an integer."""
+        if value in ("auto", "full"):
+            return value
+        if not str(value).isdecimal() or not 1 <= int(value) < 2**31:
+            self.fail(f"{value} is not auto, full or a whole number, at least 1.", param, ctx)
+        return int(value)
+
+
 def number_option(name: str, low: float, help: str, default: str = "the checkpoint's") -> Callable[[Command], Command]:
     """An option for a number of at least `low`, which must be an integer if `low` is one."""
     kind: Any = IntegerRange(min=low) if isinstance(low, int) else NumberRange(min=low)
@@ -190,6 +250,7 @@ sampler_options = combine(
     number_option(
         "--entropy-bound", 0.0, "Nats; a higher value accepts more positions in one step: faster, less accurate."
     ),
+    number_option("--entropy-rise", 0.0, "Share of the entropy bound that each step adds to it.", "2, --exact 0"),
     number_option("--t-min", 0.0, "Temperature at the last step."),
     number_option("--t-max", 0.0, "Temperature at the first step."),
     number_option("--stability-threshold", 0, "Number of previous steps that must have the same text."),
@@ -201,6 +262,19 @@ sampler_options = combine(
         "0.1, --fast 0.3",
     ),
     number_option("--patience", 0, "Finish after N steps without a change; 0 disables.", "2"),
+    click.option(
+        "--effort",
+        type=click.Choice(["low", "medium", "high"]),
+        show_default="medium",
+        help="Steps for an answer: low is --fast, high keeps the entropy bound as it is.",
+    ),
+    click.option(
+        "--canvas",
+        type=CanvasSize(),
+        metavar="auto|full|N",
+        show_default="auto",
+        help="Compute each canvas as far as the answer goes, or in full; N: begin with N tokens and double.",
+    ),
     click.option("--fast", is_flag=True, default=None, help="Fix confident tokens for good: fewer steps."),
     click.option(
         "--mode",
@@ -277,6 +351,14 @@ class StreamedAnswer:
     thinking: str = ""
     result: Result | None = None
 
+    @property
+    def printed(self) -> str:
+        """What stdout takes: the text with a line break at its end, and a line for each tool call."""
+        calls = self.result.tool_calls if self.result else []
+        ends = self.text.endswith("\n") or (calls and not self.text)
+        lines = [json.dumps(call["function"], ensure_ascii=False) + "\n" for call in calls]
+        return "".join([self.text, "" if ends else "\n", *lines])
+
     def as_dict(self) -> dict[str, Any]:
         """The object that --json prints."""
         result = self.result
@@ -318,17 +400,15 @@ def stream_answer(
             terminal.erase()
     result = answer.result
     if not silent:
-        calls = result.tool_calls if result else []
-        if not answer.text.endswith("\n") and (answer.text or not calls):
-            terminal.say("\n")
-        for call in calls:
-            terminal.say(json.dumps(call["function"], ensure_ascii=False) + "\n")
+        terminal.say(answer.printed.removeprefix(answer.text))
     noted = result.notes if result else ()
     for message in dict.fromkeys([*(str(warning.message) for warning in caught), *noted]):
         terminal.warn(f"Warning: {message}")
     if result is None:
         terminal.hint(f"Interrupted after {count(blocks, 'finished block')}.")
         return answer
+    if not answer.text.strip() and not result.tool_calls:
+        terminal.warn("Warning: The answer is empty; try another --seed or another prompt.")
     if result.finish_reason == "length":
         terminal.hint(f"Cut at {count(len(result.tokens), 'token')}; --max-tokens N makes room for more.")
     terminal.hint(summary(result.stats))
@@ -344,56 +424,10 @@ def print_details(engine: Engine | Remote, result: Result, options: dict[str, An
         terminal.warn(line)
 
 
-@contextmanager
-def created(path: Path | None) -> Iterator[TextIO | None]:
-    """Create a file if `path` is given, and remove it if nothing was written.
-
-    Raises:
-        OptionError: the file exists already.
-    """
-    if path is None:
-        yield None
-        return
-    try:
-        file = path.open("x", encoding="utf-8")
-    except FileExistsError:
-        raise OptionError(f"{path} exists already; give another name, or remove it.") from None
-    with file:
-        try:
-            yield file
-        finally:
-            if not file.tell():
-                path.unlink()
-
-
 def explicit_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that the user set; the checkpoint decides the others."""
     stop = tuple(decode_argument(one, "--stop") for one in options.get("stop") or ()) or None
     return {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
-
-
-def read_prompt(argument: str | None, files: Sequence[str], piped: bool) -> str:
-    """Join files or piped stdin and the argument, in this order, separated by blank lines.
-
-    Raises:
-        PromptError: an input is not UTF-8.
-        click.UsageError: there is no input.
-    """
-    if argument is None and not files and not piped:
-        raise click.UsageError("There is no prompt: give it as an argument, with --file, or on stdin.")
-    parts = []
-    for name in files or (["-"] if piped else []):
-        data = sys.stdin.buffer.read() if name == "-" else read_bytes(name)
-        parts.append(decode_utf8(data, "stdin" if name == "-" else name).removeprefix("\ufeff").rstrip())
-    if argument is not None:
-        parts.append(decode_argument(argument, "The prompt") or "")
-    return "\n\n".join(part for part in parts if part.strip())
-
-
-def read_bytes(name: str) -> bytes:
-    """What a file holds; `pathlib` would take longer to import than to read it."""
-    with open(name, "rb") as file:
-        return file.read()
 
 
 def decode_utf8(data: bytes, source: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint import memory
+from ..checkpoint.calibration import read_calibration
 from ..checkpoint.find import find
 from ..checkpoint.folder import Checkpoint
 from ..convert.recipes import RECIPES
@@ -66,7 +67,7 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
         "bits_per_weight": round(checkpoint.bits_per_weight, 3),
         "quantization": _quantization(checkpoint),
         "sampler": sampler,
-        "notes": [*checkpoint.notes, *_conversion(checkpoint)],
+        "notes": [*checkpoint.notes, *_conversion(checkpoint), *_calibration(checkpoint)],
         "machine": {
             "device": str(mx.device_info().get("device_name", "unknown")),
             "available": available,
@@ -128,6 +129,12 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
 def _conversion(checkpoint: Checkpoint) -> list[str]:
     """That a checkpoint must be converted before it can be loaded, if it must."""
     return [f"the format of {checkpoint.foreign} is only read by `mlx-dgemma convert`"] if checkpoint.foreign else []
+
+
+def _calibration(checkpoint: Checkpoint) -> list[str]:
+    """The stop rules that were fitted beside the checkpoint, if they were."""
+    fitted = read_calibration(checkpoint.path)
+    return [f"stop rules are calibrated: {fitted}"] if fitted else []
 
 
 def _recipes(checkpoint: Checkpoint, other_bytes: int) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from ..errors import DgemmaError, OptionError
+from ..errors import CircumstanceError, DgemmaError, OptionError
 from ..files import atomic_file
 from ..serving.rendezvous import FOLDER, make_folder
 
@@ -105,7 +105,7 @@ def uninstall(home: Path | None = None, run: Run = subprocess.run) -> Path:
     _, path = _find(home)
     stop_seconds = plistlib.loads(path.read_bytes()).get("ExitTimeOut", 0) if path.exists() else 0
     if not _stop(run, stop_seconds) and not path.exists():
-        raise OptionError(f"There is no agent at {path}; --install makes one.")
+        raise CircumstanceError(f"There is no agent at {path}; --install makes one.")
     path.unlink(missing_ok=True)
     return path
 
@@ -136,7 +136,9 @@ def logs(home: Path | None = None) -> str:
     home, _ = _find(home)
     found = [path for path in (_log_of_launchd(home), log_file(home)) if path.exists()]
     if not found:
-        raise OptionError(f"There are no logs in {log_folder(home)}; `mlx-dgemma serve --install` starts an agent.")
+        raise CircumstanceError(
+            f"There are no logs in {log_folder(home)}; `mlx-dgemma serve --install` starts an agent."
+        )
     texts = [path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:] for path in found]
     return "".join(f"{path}:\n" + "".join(f"{line}\n" for line in lines) for path, lines in zip(found, texts))
 
@@ -215,7 +217,7 @@ def _absolute(path: str) -> str:
 def _find(home: Path | None) -> tuple[Path, Path]:
     """The user's home folder and the path of the agent's property list."""
     if platform.system() != "Darwin":
-        raise OptionError(
+        raise CircumstanceError(
             f"launchd is macOS's, and this is {platform.system()}; have `mlx-dgemma serve` started by its own services."
         )
     home = home or Path.home()

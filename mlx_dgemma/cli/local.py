@@ -13,8 +13,6 @@ import stat
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
-from functools import partial
-from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -23,7 +21,6 @@ from ..errors import DgemmaError, OptionError
 from ..serving.rendezvous import VERSION_HEADER, check_owner, socket_path
 
 if TYPE_CHECKING:
-    from ..engine import Engine
     from .terminal import Terminal
 
 HEALTH_SECONDS = 2.0  # that a server gets to tell how it is; one that loads its model does not answer
@@ -54,12 +51,14 @@ class Refused(DgemmaError):
     """What the server answers in place of events.
 
     Attributes:
-        code: a short name, such as "version"; None for mistakes in the request.
+        code: a short name, such as "version" or, for wrong usage of a command, "usage".
     """
 
     def __init__(self, message: str, code: str | None = None):
         super().__init__(message)
         self.code = code
+        if code == "usage":
+            self.exit_code = OptionError.exit_code
 
 
 class Gone(DgemmaError):
@@ -72,15 +71,17 @@ class Remote:
     Attributes:
         notes: what was chosen while the server loaded the model.
         options: all that are in force for the last request.
+        accepted: called once a request is found right.
     """
 
     def __init__(self, path: str, notes: Sequence[str]):
         self._path, self.notes = path, tuple(notes)
         self.options: dict[str, Any] = {}
+        self.accepted: Callable[[], None] = lambda: None
 
     def stream(self, messages: list[dict[str, Any]], *, drafts: bool = True, **keywords: Any) -> Iterator[Any]:
         """Answer a prompt, event by event, as `Engine.stream` does."""
-        return self.task("generate", [_with_files(messages)], keywords, drafts)
+        return self.task("generate", [messages], keywords, drafts)
 
     def task(self, name: str, arguments: list[Any], keywords: dict[str, Any], drafts: bool) -> Iterator[Any]:
         """The events of a task: `SeenDraft`, `SeenBlock`, and `SeenEnd` with the result.
@@ -90,7 +91,8 @@ class Remote:
         Raises:
             DgemmaError: the sentence that the server tells.
         """
-        body = {"arguments": arguments, "keywords": keywords, "drafts": drafts}
+        given = [_with_files(one) if isinstance(one, list) else one for one in arguments]
+        body = {"arguments": given, "keywords": keywords, "drafts": drafts}
         with closing(self._lines(name, body)) as lines:
             for line in lines:
                 if "draft" in line:
@@ -121,12 +123,14 @@ class Remote:
         except (ConnectionRefusedError, FileNotFoundError):
             return
         with closing(asked) as answer:
-            for text in answer:
+            for i, text in enumerate(answer):
                 if not text.endswith(b"\n"):  # the server was killed
                     return
                 line = json.loads(text)
                 if "error" in line:
                     raise _refusal(line)
+                if i == 0:
+                    self.accepted()
                 if "accepted" in line:
                     options = line["accepted"]["options"].items()
                     self.options = {name: tuple(one) if isinstance(one, list) else one for name, one in options}
@@ -155,14 +159,6 @@ def find_server(wanted: str, terminal: Terminal) -> Remote | None:
         terminal.warn(f"The server of this machine is not used: {error} The model is loaded here instead.")
         return None
     return Remote(path, told["notes"]) if told["identity"] == wanted else None
-
-
-def task_stream(engine: Engine | Remote, name: str, *texts: str, **keywords: Any) -> Callable[..., Any]:
-    """What starts the events of a task of two texts, "infill" or "edit", as `Engine.stream` does for an answer."""
-    if isinstance(engine, Remote):
-        return partial(engine.task, name, list(texts), keywords)
-    task = getattr(import_module(f"..tasks.{name}", __package__), name)
-    return partial(engine.run, task(engine.builder, *texts, **keywords))
 
 
 def seen_events(engine: Any, events: Iterator[Any]) -> Iterator[Any]:

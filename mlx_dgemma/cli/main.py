@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from importlib import import_module
 from typing import Any
@@ -18,7 +19,7 @@ from .. import __version__
 from ..errors import DgemmaError
 from .terminal import Terminal
 
-# In the order of --help: each command's module, which holds it under its own name.
+# In the order of --help: each command's module, which holds it under its own name, - as _.
 COMMANDS = {
     "generate": ".commands.generate",
     "chat": ".commands.chat",
@@ -28,10 +29,15 @@ COMMANDS = {
     "serve": ".commands.serve",
     "launch": ".commands.launch",
     "tune": ".commands.tune",
+    "distill": ".commands.distill",
+    "calibrate": ".commands.calibrate",
     "evaluate": ".commands.evaluate",
     "fuse": ".commands.fuse",
     "info": ".commands.info",
     "check": ".commands.check",
+    "setup": ".commands.desktop",
+    "quick-actions": ".commands.desktop",
+    "shortcut": ".commands.desktop",
     "convert": "..convert.cli",
 }
 
@@ -47,13 +53,16 @@ class Commands(click.Group):
         """Return a command by name."""
         if cmd_name not in COMMANDS:
             return None
-        return getattr(import_module(COMMANDS[cmd_name], __package__), cmd_name)
+        return getattr(import_module(COMMANDS[cmd_name], __package__), cmd_name.replace("-", "_"))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         try:
             return super().invoke(ctx)
         except DgemmaError as error:
+            if error.exit_code == 2 and (command := self.get_command(ctx, ctx.invoked_subcommand or "")):
+                inner = click.Context(command, info_name=ctx.invoked_subcommand, parent=ctx)
+                raise click.UsageError(with_flags(str(error), command), inner) from None
             raise click.ClickException(str(error)) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of stdout has gone; click exits quietly
@@ -64,6 +73,37 @@ class Commands(click.Group):
             terminal.interrupted()
             terminal.hint("Interrupted.")
             ctx.exit(130)
+
+
+PHRASES = {  # what errors call an option where they quote its value, and the option
+    "answer template": "answer",
+    "pattern": "regex",
+    "regex": "regex",
+    "schema": "schema",
+    "alias": "aliases",
+    "origin": "origins",
+    "host": "host",
+    "API key": "api_key",
+}
+
+
+def with_flags(message: str, command: click.Command) -> str:
+    """An error of an option as the command line names it: `t_min is 2` becomes `--t-min is 2`.
+
+    A name of one word may be a word of the sentence as well: it is the option's where something is said of it.
+    """
+    flags = {one.name: max(one.opts, key=len) for one in command.params if isinstance(one, click.Option) and one.name}
+    names = "|".join(map(re.escape, sorted(flags, key=len, reverse=True)))
+
+    def named(found: re.Match[str]) -> str:
+        said = found["said"] is not None and not re.search(r"[Tt]he $", message[: found.start()])
+        return (flags[found["name"]] if said or "_" in found["name"] else found["name"]) + (found["said"] or "")
+
+    phrases = "|".join(PHRASES)
+    message = re.sub(rf"\bThe ({phrases})\b", lambda found: flags.get(PHRASES[found[1]], found[0]), message)
+    told = re.sub(rf"(?<![\w-])(?P<name>{names})\b(?P<said>(?= is\b|=| are given| and \w+ are given))?", named, message)
+    told = re.sub(r"(--[\w-]+) is True\b", r"\1 is given", told)
+    return re.sub(r'(--[\w-]+)="([\w-]+)"', r"\1 \2", told)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

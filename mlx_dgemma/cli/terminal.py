@@ -10,7 +10,9 @@ import os
 import stat
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import count, human
@@ -121,6 +123,7 @@ class Terminal:
 
     Attributes:
         hints: stderr is a terminal, so hints, thinking and statistics are shown there.
+        style: puts escape codes into final text on a terminal that has colours; such text keeps its width.
         live: stderr can show an unfinished canvas. This is false with NO_COLOR or TERM=dumb, and if stdout is a pipe,
             whose reader may write to the same screen at any time.
     """
@@ -128,8 +131,10 @@ class Terminal:
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None):
         self.out, self.err = out or sys.stdout, err or sys.stderr
         self.hints = self.err.isatty()
+        self.style: Callable[[str], str] | None = None
         self._shared = self.out.isatty() and self.hints  # both streams write to the same screen
-        self._ansi = self.hints and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        coloured = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._ansi, self._ansi_out = self.hints and coloured, self.out.isatty() and coloured
         self.live = self._ansi and not _is_pipe(self.out)
         self._line = 0  # columns of the last line of final text, wrapped or not
         self._last = ""  # the last character of final text
@@ -141,7 +146,8 @@ class Terminal:
         if not text:
             return
         self.erase()
-        self.out.write(text.translate(_WITHOUT_CONTROLS) if self.out.isatty() else text)
+        shown = text.translate(_WITHOUT_CONTROLS) if self.out.isatty() else text
+        self.out.write(self.style(shown) if self.style and self._ansi_out else shown)
         self.out.flush()
         if self._shared:
             self._line = line_width(text, self._line, self._size()[0])
@@ -218,6 +224,18 @@ class Terminal:
     def _write(self, text: str) -> None:
         self.err.write(text)
         self.err.flush()
+
+
+@contextmanager
+def told_warnings(terminal: Terminal) -> Iterator[None]:
+    """Print the warnings of a block, each once, as lines on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for message in dict.fromkeys(str(one.message) for one in caught):
+                terminal.warn(f"Warning: {message}")
 
 
 def _width(text: str) -> int:

@@ -1,5 +1,8 @@
 """`CanvasBatch`: canvases that are denoised together, one a row, each at a step of its own.
 
+A row's width is how many of its positions its next step computes. What stands behind an answer's end is not computed
+again: its last prediction, keys and values stay.
+
 B is the batch, C the canvas length, N the number of denoising steps, H the hidden size.
 """
 
@@ -16,8 +19,10 @@ from ..model import device, head, rng
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.functions import finite
 from ..model.kv_cache import Prefix
+from ..model.masks import Narrow
 from .control import Guide, Layout
 from .options import GenerationOptions
+from .rules import EARLIER
 
 DENSE = 64  # positions that need the whole vocabulary are counted in steps of this: each count is a graph of its own
 UNLIMITED = 2**30  # room of a text that nothing bounds
@@ -31,15 +36,17 @@ class Forward(NamedTuple):
     accepted: mx.array  # bool
     canvas: mx.array  # int32, input of the next step
     done: mx.array  # [B] bool
+    width: mx.array  # [B] int32, positions that the next step computes
 
     @property
     def host_state(self) -> mx.array:
-        """[2 B + 1] int32, what the host reads back.
+        """[3 B + 1] int32, what the host reads back.
 
-        `done`; `finite`; and how many positions need the whole vocabulary.
+        `done`; `finite`; `width`; and how many positions of the next step need the whole vocabulary.
         """
-        needed = self.prediction.needs_full_vocab.sum(keepdims=True).flatten()
-        return mx.concatenate([self.done.astype(mx.int32), self.finite.astype(mx.int32), needed])
+        needed = self.prediction.needs_full_vocab & (mx.arange(self.argmax.shape[1]) < self.width[:, None])
+        found = self.done.astype(mx.int32), self.finite.astype(mx.int32), self.width
+        return mx.concatenate([*found, needed.sum(keepdims=True).flatten()])
 
     @property
     def finite(self) -> mx.array:
@@ -69,9 +76,14 @@ class CanvasBatch:
         room: tokens that each row's text has room for; None: no bound.
         layout: what the canvases begin with; not in exact mode.
         guide: chooses the text of every step, which costs a second host read a step; not in exact mode.
+        length: positions of a canvas without a layout; None: the checkpoint's.
 
     Attributes:
+        length: positions of a row.
         steps: denoising steps that each row has done.
+        positions: positions that these steps computed, of each row.
+        widths: positions that the next step computes, of each row.
+        narrows: whether they may be fewer than all.
         finished: whether each row has settled.
         ahead: the next step where it is under way, so that no row can join before it.
         dense: positions of the batch that need the whole vocabulary for their conditioning.
@@ -86,11 +98,16 @@ class CanvasBatch:
         room: Sequence[int] | None = None,
         layout: Layout | None = None,
         guide: Guide | None = None,
+        length: int | None = None,
     ):
         count = keys.shape[0]
+        self.length = length or model.config.canvas_length if layout is None else layout.tokens.shape[1]
         self.model, self.options = model, options
         self.prefixes = [prefix] if isinstance(prefix, Prefix) else list(prefix)
         self.steps, self.finished = [0] * count, [False] * count
+        self.positions, self.widths = [0] * count, [self.length] * count
+        alone = len(self.prefixes) == count and all(one.padding is None for one in self.prefixes)
+        self.narrows = options.canvas != "full" and not options.exact and layout is None and alone
         self.guides = [] if guide is None else [(guide, row) for row in range(count)]
         self.rows = Rows(
             keys=rng.split(keys, 2 * options.max_denoising_steps + 1).swapaxes(0, 1),
@@ -104,16 +121,21 @@ class CanvasBatch:
         self.dense = 0 if options.exact else count * self.length
 
     @property
-    def length(self) -> int:
-        """Positions of a row."""
-        layout = self.rows.layout
-        return self.model.config.canvas_length if layout is None else layout.tokens.shape[1]
+    def narrow(self) -> Narrow | None:
+        """What the next step computes; None: all."""
+        return None if min(self.widths) == self.length else Narrow(tuple(self.widths), self.length)
+
+    @property
+    def computed(self) -> mx.array:
+        """[B, C] bool, what the next step computes."""
+        return mx.arange(self.length) < mx.array(self.widths)[:, None]
 
     def select(self, indices: Sequence[int]) -> None:
         """Keep these rows, of prefixes of one row each, and drop the others."""
         index = mx.array(list(indices))
         self.prefixes = [self.prefixes[i] for i in indices]
         self.steps, self.finished = [self.steps[i] for i in indices], [self.finished[i] for i in indices]
+        self.positions, self.widths = [self.positions[i] for i in indices], [self.widths[i] for i in indices]
         self.guides = [self.guides[i] for i in indices] if self.guides else []
         self.rows, self.ahead = _map(lambda a: a[index], self.rows), _map(lambda a: a[index], self.ahead)
         self._count_dense()
@@ -124,6 +146,7 @@ class CanvasBatch:
         other._align(self)
         self.prefixes += other.prefixes
         self.steps, self.finished = self.steps + other.steps, self.finished + other.finished
+        self.positions, self.widths = self.positions + other.positions, self.widths + other.widths
         self.guides += other.guides
         self.rows = _map(lambda *pair: mx.concatenate(list(pair)), self.rows, other.rows)
         self._count_dense()
@@ -131,17 +154,26 @@ class CanvasBatch:
     def remember(self, argmax: mx.array) -> None:
         """Keep as many argmaxes as the stop rules look back."""
         depth = max(self.options.stability_threshold, self.options.patience or 0, 1)
+        depth = max(depth, EARLIER) if self.options.own_rules else depth
         self.rows = self.rows._replace(earlier=(*self.rows.earlier, argmax)[-depth:])
 
+    def earlier(self, count: int) -> mx.array:
+        """[N, B, C] int32, the argmaxes of the last N steps, oldest first; -1 where there was no step."""
+        known = self.rows.earlier[-count:]
+        none = mx.full((len(self.steps), self.length), -1, mx.int32)
+        return mx.stack([none] * (count - len(known)) + list(known))
+
     def advance_to(self, forward: Forward, host_state: mx.array, steps: list[int]) -> list[int]:
-        """A step is done: the host learns which rows have settled and how many positions need the whole vocabulary.
+        """A step is done: the host learns which rows have settled, and what the next step computes.
 
         Returns:
             The rows that have left the range of their dtype; they are finished, too.
         """
         *found, self.dense = np.asarray(host_state).tolist()
-        done, valid = found[: len(steps)], found[len(steps) :]
-        self.rows = self.rows._replace(last=forward)
+        count = len(steps)
+        done, valid = found[:count], found[count : 2 * count]
+        self.positions = [n + w * (not over) for n, w, over in zip(self.positions, self.widths, self.finished)]
+        self.rows, self.widths = self.rows._replace(last=forward), found[2 * count :]
         self.steps, self.finished = steps, [bool(one) or not numbers for one, numbers in zip(done, valid)]
         return [row for row, numbers in enumerate(valid) if not numbers]
 
@@ -185,9 +217,10 @@ class CanvasBatch:
         if rows.last is None and other.rows.last is not None:
             canvas, over = self.first_canvas(), mx.zeros((len(self.steps),), mx.bool_)
             prediction = head.placeholder_rows(other.rows.last.prediction, len(self.steps))
+            width = mx.array(self.widths)
             rows = rows._replace(
-                last=Forward(prediction, canvas, self.fixed(), canvas, over)
-            )  # only the canvas is read
+                last=Forward(prediction, canvas, self.fixed(), canvas, over, width)
+            )  # only the canvas and the width are read
         self.rows = rows
 
     def _count_dense(self) -> None:

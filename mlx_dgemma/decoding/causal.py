@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import INTERRUPTS, LanguageError, as_exception
-from ..model.config import TextConfig
+from ..model.config import ModelConfig
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.functions import finite
 from ..model.kv_cache import BUFFER_STEP
@@ -64,7 +64,7 @@ class Row:
         steps: denoising steps that events have told of.
     """
 
-    def __init__(self, request: Request, config: TextConfig, costs: Callable[[], Costs]):
+    def __init__(self, request: Request, config: ModelConfig, costs: Callable[[], Costs]):
         self.request, self.session, self.sampling = request, request.session, request.options.sampling
         self.next: int | Drawn = request.prompt.tokens[-1]
         self.language = request.control.next_tokens() if request.control else None
@@ -73,14 +73,16 @@ class Row:
         self.pending: list[int] = []
         # Whether a token must be known before the next one can be drawn.
         self.waits = self.language is not None or request.options.thinking_budget is not None
-        speculative = request.options.mode == "speculative"
-        self.drafter = Drafter(request.prompt.cache_key, costs()) if speculative else None
+        self.drafter: Drafter | None = None
+        if request.options.mode == "speculative":
+            longest, ends = config.canvas_length - 1, request.options.end_tokens
+            self.drafter = Drafter(request.prompt.cache_key, costs(), longest, ends, request.likely)
         self.steps = request.steps
         self._place = 0  # of the next token that is drawn
         self._root, self._keys = mx.random.key(request.seed), mx.zeros((0, 2), mx.uint32)
         self._seen: mx.array | None = None  # [1, V] bool
         if self.sampling.repetition_penalty != 1:
-            self._seen = mx.array(_one_hot(request.prompt.tokens, config.vocab_size))
+            self._seen = mx.array(_one_hot(request.prompt.tokens, config.text.vocab_size))
 
     def draw(
         self, logits: mx.array, at: int = 0, draft: mx.array | None = None, allowed: mx.array | None = None
@@ -138,7 +140,7 @@ class TokenLoop:
 
     def add(self, request: Request) -> None:
         """Take in a request whose session holds all of its prompt but the last token."""
-        self._rows.append(Row(request, self.model.config.text, self._costs))
+        self._rows.append(Row(request, self.model.config, self._costs))
 
     def remove(self, request: Request) -> None:
         """Forget a request, if it is here. Its session holds no more than was read of its text."""
@@ -252,45 +254,50 @@ class TokenLoop:
         if not rows:
             return
         drafts = self._drafts(rows)
-        length = max(len(draft) for draft in drafts)
-        tokens = [mx.concatenate([mx.array([row.next]), draft]) for row, draft in zip(rows, drafts)]
-        padded = mx.stack([mx.pad(one, (0, length + 1 - len(one))) for one in tokens])
-        hidden = self._encode(rows, padded)
+        padded = np.zeros((len(rows), 1 + max(len(draft) for draft in drafts)), np.int32)
+        for i, (row, draft) in enumerate(zip(rows, drafts)):
+            padded[i, : 1 + len(draft)] = [row.next, *draft]
+        hidden = self._encode(rows, mx.array(padded))
         valid = finite(hidden)
-        mx.async_eval(drafts, hidden, valid)
+        mx.async_eval(hidden, valid)
         for i, row in enumerate(rows):
             try:
                 drawn = Drawn(*self._draw_verified(row, hidden[i], drafts[i]), valid[i : i + 1])
-                yield from self._take_verified(row, np.asarray(drafts[i]).tolist(), drawn, hidden[i])
+                yield from self._take_verified(row, drafts[i], drawn, hidden[i])
             except INTERRUPTS:
                 raise
             except BaseException as error:
                 yield self._fail(row, as_exception(error))
 
-    def _drafts(self, rows: list[Row]) -> list[mx.array]:
-        """Each row's draft, int32 of any length: of the text so far, else the model's."""
-        config, found, asked = self.model.config, [mx.zeros((0,), mx.int32)] * len(rows), {}
+    def _drafts(self, rows: list[Row]) -> list[list[int]]:
+        """Each row's draft: of the text so far or of what the last one left, else the model's."""
+        config, asked = self.model.config, {}
+        found: list[list[int]] = [[] for _ in rows]
         for i, row in enumerate(rows):
             room = config.text.max_position_embeddings - row.session.prefix.offset - 2  # beside the tokens around it
+            most = max(min(row.request.reader.left - 1, room), 0)
             assert row.drafter is not None
-            draft = row.drafter.propose(max(min(row.request.reader.left - 1, room), 0), config.canvas_length - 1)
+            draft = row.drafter.propose(most, config.canvas_length - 1)
             if isinstance(draft, list):
-                found[i] = mx.array(draft, mx.int32)
+                found[i] = draft
             elif draft:
-                asked[i] = draft
+                asked[i] = draft, most
         if asked:
-            length, makers = max(asked.values()), [rows[i] for i in asked]
+            length, makers = max(length for length, _ in asked.values()), [rows[i] for i in asked]
             prefixes, seeds = [row.session.prefix for row in makers], [row.request.seed for row in makers]
             first = [row.next for row in makers if not isinstance(row.next, Drawn)]
             canvas, keys = draft_canvas(prefixes, first, seeds, length, config.text.vocab_size)
-            made = self.model.head.predict(self.model.denoise(canvas, prefixes), 1.0, keys).argmax
-            for place, (i, wanted) in enumerate(asked.items()):
+            made = self.model.head.predict(self.model.denoise(canvas, prefixes), 1.0, keys)
+            tokens, sure = np.asarray(made.argmax), np.asarray(made.confidence)
+            for place, (i, (_, most)) in enumerate(asked.items()):
                 rows[i].request.steps += 1
                 rows[i].request.positions += length + 1
-                found[i] = made[place, 1 : wanted + 1]
+                drafter = rows[i].drafter
+                assert drafter is not None
+                found[i] = drafter.keep(tokens[place, 1:].tolist(), sure[place, 1:].tolist(), most)
         return found
 
-    def _draw_verified(self, row: Row, hidden: mx.array, draft: mx.array) -> tuple[mx.array, mx.array]:
+    def _draw_verified(self, row: Row, hidden: mx.array, draft: list[int]) -> tuple[mx.array, mx.array]:
         """Draw the place of every token of a draft and the one behind; hidden [L, H] may have padding behind it.
 
         In a language, the places end where the draft leaves it.
@@ -299,7 +306,7 @@ class TokenLoop:
         if row.language is not None:
             state, left, scanner = row.state, row.request.reader.left, row.scanner
             masks = [row.language.allowed(state, left)]
-            for i, token in enumerate(np.asarray(draft).tolist()):
+            for i, token in enumerate(draft):
                 if not masks[-1][token] or token in row.request.options.end_tokens:
                     break
                 if scanner is not None and (scanner := row.language.scan(scanner, state, token)) is None:
@@ -307,11 +314,11 @@ class TokenLoop:
                 state = row.language.after(state, token)
                 masks.append(row.language.allowed(state, left - i - 1))
             count, allowed = len(masks), mx.array(np.stack(masks))
-        parts = []
+        parts, before = [], mx.array(draft, mx.int32)
         for start in range(0, count, AT_ONCE):
             part = slice(start, min(start + AT_ONCE, count))
             logits = self.model.logits(hidden[None, part])[0]
-            parts.append(row.draw(logits, start, draft, None if allowed is None else allowed[part]))
+            parts.append(row.draw(logits, start, before, None if allowed is None else allowed[part]))
             mx.async_eval(parts[-1])
         return mx.concatenate([tokens for tokens, _ in parts]), mx.concatenate([log_probs for _, log_probs in parts])
 
@@ -322,7 +329,7 @@ class TokenLoop:
         right = next((i for i, (one, other) in enumerate(zip(draft, tokens)) if one != other), len(draft))
         right = min(right, len(tokens) - 1)
         assert drafter is not None and not isinstance(first, Drawn)
-        drafter.learn(len(draft), right)
+        drafter.learn(draft, tokens, right)
         if row.scanner is not None and np.asarray(drawn.valid)[0]:
             log_probs, logits = np.asarray(drawn.log_probs).tolist(), self.model.logits(hidden[None, right : right + 1])
             last = self._within(row, tokens[right], log_probs[right], logits[0, 0], draft[:right])

@@ -79,6 +79,7 @@ class Stats:
     images: int = 0  # pictures and video frames in the prompt
     images_encoded: int = 0  # of them, run through the vision tower this time
     frame_seconds: tuple[float, ...] = ()  # times of the video frames in the prompt
+    transcripts: tuple[str, ...] = ()  # texts in the prompt that stand for audio
     mode: str = "diffusion"  # how the text came: "diffusion", "causal" or "speculative"
     mode_reason: str = ""  # why, where the mode asked for was "auto"
     causal_passes: int = 0  # passes of the encoder behind the prompt, of one token or of a draft

@@ -32,6 +32,7 @@ class Step:
     confidence: mx.array  # float32, probability of each position's `argmax` in the processed logits
     done: list[bool]
     steps: list[int]
+    positions: list[int]  # that these steps computed
     overflowed: list[int]  # rows whose states hold inf or NaN; nothing else of them means anything
 
 
@@ -56,7 +57,7 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
         current = batch.ahead
     batch.remember(current.argmax)
     following: Forward | None = None
-    guess = batch.dense
+    guess, widths = batch.dense, batch.widths
     buffers = [prefix.handles() for prefix in batch.prefixes]
     if ahead and not any(batch.finished) and max(steps) < batch.options.max_denoising_steps:
         following = build(batch, current, steps, guess)
@@ -65,13 +66,14 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
     last = [host_state, *shown, *prediction.carried]
     batch.queue.add(*prediction.stages, last)
     early = early_layers(batch)  # whose keys no stage of the queue holds, so that they are written in place
-    buffers = [handles[early:] for handles in buffers]  # what those write lies behind the prefix: nothing to undo
+    # What those write lies behind the prefix: nothing to undo, unless what was computed now is to stay there.
+    buffers = [handles[0 if batch.narrows else early :] for handles in buffers]
     if following is not None:
         batch.queue.add(*batch.stages()[:early])
     mx.eval(last)
     overflowed = batch.advance_to(current, host_state, steps)
     over = any(batch.finished)
-    if following is not None and (over or not _fits(prediction, guess, batch.dense)):
+    if following is not None and (over or widths != batch.widths or not _fits(prediction, guess, batch.dense)):
         # What was built is of no use, and must not be computed for its side effects.
         for prefix in batch.prefixes:
             prefix.restore(buffers.pop(0))
@@ -115,9 +117,11 @@ def early_layers(batch: CanvasBatch) -> int:
     """Layers of the next step that are started before this step is read, so that a GPU has work while the host reads.
 
     If no row goes on they were computed in vain: on the CPU nothing would be gained, and where attention goes by groups
-    of queries a layer takes too long.
+    of queries a layer takes too long. Where canvases can become narrower, what they write is undone, which copies their
+    keys: then they are sliding layers, whose keys are few.
     """
-    return 0 if device.on_cpu() or batch.in_groups else EARLY
+    long = batch.narrows and "full_attention" in batch.model.config.text.layer_types[:EARLY]
+    return 0 if device.on_cpu() or batch.in_groups or long else EARLY
 
 
 def _fits(prediction: head.Prediction | head.FullPrediction, guess: int, dense: int) -> bool:
@@ -131,4 +135,4 @@ def _step(
     batch: CanvasBatch, forward: Forward, prediction: head.Prediction | head.FullPrediction, overflowed: list[int]
 ) -> Step:
     shown = forward.argmax, forward.accepted, prediction.entropy, prediction.confidence
-    return Step(*shown, list(batch.finished), list(batch.steps), overflowed)
+    return Step(*shown, list(batch.finished), list(batch.steps), list(batch.positions), overflowed)

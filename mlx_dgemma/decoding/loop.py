@@ -185,7 +185,7 @@ class Loop:
             tokens, log_probs = reader.close_thought(tokens, log_probs)
         block, request.blocks = request.blocks, request.blocks + 1
         request.steps += step.steps[i]
-        request.positions += step.steps[i] * len(settled)
+        request.positions += step.positions[i]
         ended = reader.feed(tokens, log_probs) is not None
         request.first_block = request.first_block or time.perf_counter() - request.started
         yield request, Block(block, step.steps[i], tuple(tokens), *reader.take(), tuple(log_probs))
@@ -220,8 +220,10 @@ class Loop:
             image_tokens=70,
             fps=1.0,
             max_frames=1,
+            canvas="full" if request.options.canvas == "full" else "auto",
         )
-        batch = CanvasBatch(self.model, [prefix], options, key[None], [left], layout, guide)
+        length = request.options.canvas_at(request.blocks, config.canvas_length)
+        batch = CanvasBatch(self.model, [prefix], options, key[None], [left], layout, guide, length)
         alike = options, batch.length, layout is None, guide is None
         self._ready.append((alike, request, batch))
 

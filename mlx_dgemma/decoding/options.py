@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 from ..errors import OptionError, shown
 from ..model.config import GenerationConfig, ProcessorConfig
 from ..model.patches import check_budget
 
-# The stop rules beside the checkpoint's own, by mode. bench/RESULTS.md has what they cost and save.
+RULES = ("accept", "settle", "renoise")  # functions of arrays: see `rules`
+
+# The rules beside the checkpoint's own, by mode. bench/RESULTS.md has what they cost and save.
 STOP_DEFAULTS: dict[str, dict[str, Any]] = {
-    "exact": {"certainty_threshold": 0, "patience": 0},
-    "default": {"certainty_threshold": 0.1, "patience": 2},
-    "fast": {"certainty_threshold": 0.3, "patience": 2},
+    "exact": {"certainty_threshold": 0, "patience": 0, "entropy_rise": 0},
+    "default": {"certainty_threshold": 0.1, "patience": 2, "entropy_rise": 2},
+    "fast": {"certainty_threshold": 0.3, "patience": 2, "entropy_rise": 0},
 }
+# What an effort stands for. docs/options-and-modes.md has the right answers and positions of each.
+EFFORTS: dict[str, dict[str, Any]] = {"low": {"fast": True}, "medium": {}, "high": {"entropy_rise": 0}}
 
 MODES = ("diffusion", "causal", "speculative", "auto")
 _FLAGS = ("exact", "fast")
@@ -35,7 +39,15 @@ _WHOLE_NUMBERS = {  # name: least and greatest value
     "max_frames": (1, MAX_INTEGER),
     "top_k": (0, MAX_INTEGER),
 }
-_NUMBERS = ("entropy_bound", "t_min", "t_max", "confidence_threshold", "certainty_threshold", "fps")  # 0 at least
+_NUMBERS = (
+    "entropy_bound",
+    "t_min",
+    "t_max",
+    "confidence_threshold",
+    "certainty_threshold",
+    "entropy_rise",
+    "fps",
+)  # 0 at least
 _ABOVE_ZERO = ("t_max", "fps")
 _TOKEN_NUMBERS = {  # least and greatest value of what token by token knows; None: not given
     "temperature": (0, MAX_NUMBER),
@@ -46,7 +58,7 @@ _TOKEN_NUMBERS = {  # least and greatest value of what token by token knows; Non
 TOKEN_OPTIONS = ("top_k", *_TOKEN_NUMBERS)
 CANVAS_OPTIONS = (  # of diffusion alone
     "max_denoising_steps", "entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold",
-    "certainty_threshold", "patience",
+    "certainty_threshold", "patience", "entropy_rise", "effort", "canvas", *RULES,
 )  # fmt: skip
 _OPTIONAL = ("prefill_chunk", "thinking_budget", *TOKEN_OPTIONS)
 
@@ -77,6 +89,7 @@ class OptionKeywords(TypedDict, total=False):
     fast: bool | None
     certainty_threshold: float | None
     patience: int | None
+    canvas: str | int | None
     end_tokens: int | Sequence[int] | None
     prefill_chunk: int | None
     image_tokens: int | None
@@ -88,6 +101,11 @@ class OptionKeywords(TypedDict, total=False):
     top_k: int | None
     min_p: float | None
     repetition_penalty: float | None
+    entropy_rise: float | None
+    effort: str | None
+    accept: Callable[..., Any] | None
+    settle: Callable[..., Any] | None
+    renoise: Callable[..., Any] | None
 
 
 @dataclass(frozen=True)
@@ -111,6 +129,7 @@ class GenerationOptions:
     fast: bool = False  # keep best tokens for good once they are confident, instead of drawing by entropy_bound
     certainty_threshold: float | None = None  # nats; settled where no position is above (0.1, fast 0.3; 0: never)
     patience: int | None = None  # steps without change that settle a canvas (2; 0: never)
+    canvas: str | int = "auto"  # computed as far as the answer goes; "full"; or positions of the first, then double
     end_tokens: tuple[int, ...] = (1,)  # any of these ends the text
     prefill_chunk: int | None = None  # prompt tokens encoded at once; None: `prefill.fitting_chunk`
     image_tokens: int = 280  # the most soft tokens of a picture: 70, 140, 280, 560 or 1120
@@ -122,6 +141,13 @@ class GenerationOptions:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    entropy_rise: float | None = None  # share of entropy_bound that each step adds to it (2; exact and fast 0)
+    effort: str | None = None  # "low", "medium" or "high": see `EFFORTS`; options that are given by themselves win
+    accept: Callable[..., Any] | None = None  # a rule of one's own: positions that a step accepts; see `rules.Seen`
+    settle: Callable[..., Any] | None = None  # whether a canvas has settled, instead of all stop rules
+    renoise: Callable[..., Any] | None = None  # what stands where nothing is accepted, instead of the noise alone
+
+    _fitted: ClassVar[tuple[tuple[str, Any, Any], ...]] = ()  # (option, value by default, in other modes)
 
     def __post_init__(self):
         for name in _FLAGS:
@@ -141,8 +167,10 @@ class GenerationOptions:
         if self.t_max < MIN_TEMPERATURE:
             raise OptionError(f"t_max is {self.t_max!r}; it should be a number, at least {MIN_TEMPERATURE}.")
         check_budget(self.image_tokens)
+        self._set_canvas()
         self._set_sequences()
         self._set_mode()
+        self._check_rules()
 
     def _set_number(
         self, name: str, number: float | None, noun: str, least: float, named: str, greatest: float
@@ -152,6 +180,20 @@ class GenerationOptions:
         if number > greatest:
             raise OptionError(f"{name} is {shown(getattr(self, name))}; it should be {noun}, at most {greatest:.0f}.")
         object.__setattr__(self, name, number)
+
+    def _set_canvas(self) -> None:
+        whole = whole_number(self.canvas)
+        if whole is None and (type(self.canvas) is str and self.canvas in ("auto", "full")):
+            return
+        if whole is None or not 1 <= whole <= MAX_INTEGER:
+            raise OptionError(f"canvas is {shown(self.canvas)}; it should be auto, full or a whole number, at least 1.")
+        if self.exact:
+            raise OptionError(f"exact is True and canvas is {whole}; the reference knows no such thing: leave one out.")
+        object.__setattr__(self, "canvas", whole)
+
+    def canvas_at(self, block: int, length: int) -> int:
+        """Positions of the canvas of a block, of a model whose canvases have `length`: a short first one doubles."""
+        return min(self.canvas << min(block, 32), length) if isinstance(self.canvas, int) else length
 
     def _set_mode(self) -> None:
         """Check the mode and what only some modes know."""
@@ -182,6 +224,44 @@ class GenerationOptions:
                 f"{name} is {getattr(self, name)!r}, but the mode is diffusion, which draws whole canvases: {more}, or "
                 'take mode="causal".'
             )
+
+    def _check_rules(self) -> None:
+        for name in RULES:
+            rule = getattr(self, name)
+            if rule is None:
+                continue
+            if not callable(rule):
+                raise OptionError(f"{name} is {shown(rule)}; it should be a function of what a step has found.")
+            if self.exact or self.mode != "diffusion":
+                other = "exact is True" if self.exact else f"mode is {self.mode!r}"
+                raise OptionError(f"{other} and {name} is given, which changes how canvases settle: leave one out.")
+            try:
+                hash(rule)
+            except TypeError:
+                raise OptionError(
+                    f"{name} is {shown(rule)}, which cannot be hashed; it should be a function or a frozen dataclass."
+                ) from None
+
+    def _with_effort(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Changes and what the effort among them stands for; what is given by itself wins."""
+        if "effort" not in changes:
+            return changes
+        effort = changes["effort"]
+        if not isinstance(effort, str) or effort not in EFFORTS:
+            raise OptionError(f"effort is {shown(effort)}; it should be one of {', '.join(EFFORTS)}.")
+        if changes.get("exact", self.exact):
+            raise OptionError(f"exact is True and effort is {effort!r}; exact mode has the reference's: leave one out.")
+        meant = EFFORTS[effort]
+        if meant.get("fast") and {"entropy_bound", "entropy_rise", "fast"} & set(changes):
+            meant = {}
+        if changes.get("fast", self.fast):
+            meant = {name: value for name, value in meant.items() if name != "entropy_rise"}
+        return {**meant, **changes}
+
+    @property
+    def own_rules(self) -> bool:
+        """Whether there are rules of the user's own."""
+        return any(getattr(self, name) is not None for name in RULES)
 
     @property
     def causal(self) -> bool:
@@ -229,6 +309,20 @@ class GenerationOptions:
             max_frames=processor.video_frames,
         )
 
+    def calibrated(self, values: dict[str, Any]) -> GenerationOptions:
+        """These options with values for the default mode that were fitted on prompts; exact and fast stay as they are.
+
+        Raises:
+            OptionError: a value outside its bounds.
+        """
+        stop_rules = STOP_DEFAULTS["default"]
+        pairs = [(name, value, None if name in stop_rules else getattr(self, name)) for name, value in values.items()]
+        return replace(self, **values)._with_fitted(tuple(pairs))
+
+    def _with_fitted(self, fitted: tuple[tuple[str, Any, Any], ...]) -> GenerationOptions:
+        object.__setattr__(self, "_fitted", fitted)
+        return self
+
     def override(self, **changes: Any) -> GenerationOptions:
         """These options with some replaced; None leaves one as it is.
 
@@ -241,11 +335,11 @@ class GenerationOptions:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(known)}."
                 raise OptionError(f"{name} is not an option; {hint}")
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if changes.get("fast", self.fast) and "entropy_bound" in changes:
+        changes = self._with_effort({name: value for name, value in changes.items() if value is not None})
+        bound = next((name for name in ("entropy_bound", "entropy_rise") if name in changes), None)
+        if changes.get("fast", self.fast) and bound:
             raise OptionError(
-                f"fast is True and entropy_bound is {changes['entropy_bound']!r}; "
-                "fast mode accepts by confidence: leave one out."
+                f"fast is True and {bound} is {changes[bound]!r}; fast mode accepts by confidence: leave one out."
             )
         mode = changes.get("mode", self.mode)
         other = next((name for name in CANVAS_OPTIONS if name in changes), None)
@@ -256,8 +350,10 @@ class GenerationOptions:
                 f"mode is {mode!r} and {other} is {changes[other]!r}, which is of canvases alone: leave one out."
             )
         if {"exact", "fast"} & set(changes):
-            changes = {**dict.fromkeys(STOP_DEFAULTS["default"]), **changes}  # the stop rules follow the mode
-        return replace(self, **changes)
+            plain = not (changes.get("exact", self.exact) or changes.get("fast", self.fast))
+            fitted = {name: value if plain else other for name, value, other in self._fitted}
+            changes = {**dict.fromkeys(STOP_DEFAULTS["default"]), **fitted, **changes}  # the stop rules follow the mode
+        return replace(self, **changes)._with_fitted(self._fitted)
 
 
 def whole_number(value: Any) -> int | None:

@@ -65,6 +65,7 @@ class Request:
         notes: what is to be known of the answer, one sentence each; the reader adds to them.
         drafts: whether `Draft` events are wanted.
         mode_reason: why its mode was taken, where "auto" was asked for.
+        likely: tokens that the text may well begin with: speculative mode's first draft.
         session: what prompt and blocks are encoded into.
     """
 
@@ -77,6 +78,7 @@ class Request:
     notes: list[str] = field(default_factory=list)
     drafts: bool = False
     mode_reason: str = ""
+    likely: Sequence[int] = ()
     session: Session = field(init=False)
     # What has become of it.
     key: mx.array | None = None  # [2], of the draws of the blocks to come
@@ -114,6 +116,7 @@ class Request:
             images=len(self.prompt.pictures),
             images_encoded=session.images_encoded,
             frame_seconds=tuple(self.prompt.frame_seconds),
+            transcripts=tuple(self.prompt.transcripts),
             mode=self.options.mode,
             mode_reason=self.mode_reason,
             causal_passes=self.passes,

@@ -71,12 +71,12 @@ def temperature(remaining: int, steps: int, t_min: float, t_max: float) -> float
     return t_min + (t_max - t_min) * (remaining / steps)
 
 
-def accept(uncertainty: mx.array, bound: float) -> mx.array:
+def accept(uncertainty: mx.array, bound: float | mx.array) -> mx.array:
     """Positions to keep: the most certain ones, while the entropies before each sum to `bound` at most.
 
     Args:
         uncertainty: [B, C] entropies in nats.
-        bound: the sum bounds the mutual information of what is accepted together.
+        bound: the sum bounds the mutual information of what is accepted together; a number, or [B, 1].
 
     Returns:
         [B, C] bool; the most certain position of each row is always accepted.
@@ -88,9 +88,10 @@ def accept(uncertainty: mx.array, bound: float) -> mx.array:
 
 
 def accept_confident(confidence: mx.array, kept: mx.array, threshold: float) -> mx.array:
-    """Positions to keep for good: the confident ones, the most confident of the others if there is none, and the kept.
+    """Positions to keep for good: the confident ones, the most confident of the others, and the kept.
 
-    The confidence-aware acceptance of Fast-dLLM (arXiv 2505.22618).
+    Fast-dLLM (arXiv 2505.22618) takes one of the others only where none is confident.
+    Here each step decides one open question, beside what follows from those that were decided before.
 
     Args:
         confidence: [B, C] probability of the most probable token.
@@ -101,8 +102,9 @@ def accept_confident(confidence: mx.array, kept: mx.array, threshold: float) -> 
         [B, C] bool.
     """
     confidence = mx.where(kept, -1, confidence)
-    most = confidence.max(axis=-1, keepdims=True)
-    return kept | (confidence >= mx.minimum(most, threshold))
+    kept = kept | (confidence >= threshold)
+    others = mx.where(kept, -1, confidence)
+    return kept | (others == others.max(axis=-1, keepdims=True))
 
 
 def text(best: mx.array, end_tokens: mx.array, room: mx.array) -> mx.array:

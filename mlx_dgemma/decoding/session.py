@@ -40,6 +40,7 @@ class PromptTokens:
     cache_key: list[int | str]  # the same with a picture's digest for each of its placeholders
     pictures: list[Picture] = field(default_factory=list)
     frame_seconds: list[float] = field(default_factory=list)  # times of video frames
+    transcripts: list[str] = field(default_factory=list)  # texts that stand for audio
 
     def without_last(self) -> PromptTokens:
         """All tokens but the last one, which is text."""

@@ -7,19 +7,22 @@ under way. A guide must see the numbers of its step, so `guided_step` computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..model import device, head
+from ..model.device import row_unit
 from ..model.functions import finite
-from . import sampler
+from . import rules, sampler
 from .canvas import CanvasBatch, Forward, rounded
 
 Prediction = head.Prediction | head.FullPrediction
 GUIDED_UNCERTAINTY = 1.0  # nats, at least, of a position whose text is not the model's own: it has not settled
-CONFIDENT = 0.9  # probability at which fast mode keeps a position's best token for good
+CONFIDENT = 0.8  # probability at which fast mode keeps a position's best token for good
+MARGIN = 0  # positions behind an end that are computed all the same
+SURE = 0.9  # probability from which on an end is believed at once; another must stand for two steps
 
 
 class Choice(NamedTuple):
@@ -40,18 +43,20 @@ def plain_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], d
         dense: positions of the batch that need the whole vocabulary for their conditioning.
     """
     canvas, conditioning = inputs(batch, last, steps, dense)
-    prediction = predict(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, dense)
-    return _finish(
-        batch, last, steps, prediction, _unless_done(last, prediction.argmax), _by_entropy(batch, prediction)
-    )
+    prediction = predict(batch, last, _denoised(batch, canvas, conditioning), steps, dense)
+    argmax = _unless_done(last, prediction.argmax)
+    seen = _seen(batch, last, steps, canvas, prediction, argmax)
+    return _finish(batch, last, steps, prediction, argmax, _by_entropy(batch, prediction, steps, seen), seen)
 
 
 def fast_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], dense: int) -> Forward:
     """As `plain_step`, but the best token of a position stays once it is confident."""
     canvas, conditioning = inputs(batch, last, steps, dense)
-    prediction = predict(batch, batch.model.denoise(canvas, batch.prefixes, conditioning), steps, dense)
+    prediction = predict(batch, last, _denoised(batch, canvas, conditioning), steps, dense)
     argmax = _unless_done(last, prediction.argmax)
-    return _finish(batch, last, steps, prediction, argmax, _by_confidence(batch, last, prediction, argmax))
+    seen = _seen(batch, last, steps, canvas, prediction, argmax)
+    choice = _by_confidence(batch, last, prediction, argmax, seen)
+    return _finish(batch, last, steps, prediction, argmax, choice, seen)
 
 
 def guided_step(batch: CanvasBatch) -> tuple[Forward, head.Prediction]:
@@ -64,57 +69,128 @@ def guided_step(batch: CanvasBatch) -> tuple[Forward, head.Prediction]:
     canvas, conditioning = inputs(batch, last, steps, batch.dense)
     # The next step waits for the guides' choice, so the device starts its layers while the host builds the others.
     batch.queue = device.Queue(batch.in_flight)
-    hidden = batch.model.denoise(canvas, batch.prefixes, conditioning, batch.queue)
-    prediction = predict(batch, hidden, steps, batch.dense)
+    hidden = _denoised(batch, canvas, conditioning, batch.queue)
+    prediction = predict(batch, last, hidden, steps, batch.dense)
     assert isinstance(prediction, head.Prediction)
     chosen = _unless_done(last, _chosen(batch, prediction))
     changed = chosen != prediction.argmax
-    choice = _by_confidence(batch, last, prediction, chosen) if batch.options.fast else _by_entropy(batch, prediction)
+    seen = _seen(batch, last, steps, canvas, prediction, chosen)
+    if batch.options.fast:
+        choice = _by_confidence(batch, last, prediction, chosen, seen)
+    else:
+        choice = _by_entropy(batch, prediction, steps, seen)
     uncertain = mx.where(changed, mx.maximum(choice.uncertainty, GUIDED_UNCERTAINTY), choice.uncertainty)
     choice = Choice(choice.accepted, mx.where(changed, chosen, choice.tokens), uncertain)
     fixed = prediction.fix(chosen, changed & choice.accepted)
     own = mx.exp(prediction.log_prob_of(batch.model.head, chosen))
     told = prediction._replace(confidence=mx.where(changed, own, prediction.confidence))
-    return _finish(batch, last, steps, fixed, chosen, choice), told
+    return _finish(batch, last, steps, fixed, chosen, choice, seen), told
 
 
 def inputs(
     batch: CanvasBatch, last: Forward | None, steps: Sequence[int], dense: int
 ) -> tuple[mx.array, mx.array | None]:
-    """Canvas [B, C] and self-conditioning [B, C, H] of a step; no conditioning in a canvas's first step."""
+    """Canvas [B, C] and self-conditioning [B, C, H] of a step; no conditioning in a canvas's first step.
+
+    Of narrow canvases what is computed, [1, T] and [1, T, H].
+    """
     if last is None:
         return batch.first_canvas(), None
-    count = min(rounded(dense), len(steps) * batch.length)
-    conditioning = last.prediction.condition(batch.model.head, count)
+    narrow, prediction, canvas = batch.narrow, last.prediction, last.canvas
+    begins = mx.array(list(steps))[:, None, None] == 0
+    if narrow is not None:
+        prediction, canvas = prediction.map(narrow.take), narrow.take(canvas)
+        begins = narrow.take(mx.broadcast_to(begins, (len(steps), batch.length, 1)))
+    conditioning = prediction.condition(batch.model.head, min(rounded(dense), canvas.size))
     if 0 in steps:  # rows that have just joined
-        conditioning = mx.where(mx.array(list(steps))[:, None, None] == 0, 0, conditioning)
-    return last.canvas, conditioning
+        conditioning = mx.where(begins, 0, conditioning)
+    return canvas, conditioning
 
 
-def predict(batch: CanvasBatch, hidden: mx.array, steps: Sequence[int], dense: int) -> Prediction:
-    """What the head makes of the hidden states [B, C, H] of a step, fixed positions certain."""
+def _denoised(
+    batch: CanvasBatch, canvas: mx.array, conditioning: mx.array | None, queue: device.Queue | None = None
+) -> mx.array:
+    """Hidden states [B, C, H], or [1, T, H] of narrow canvases."""
+    named: dict[str, Any] = {"queue": queue, "narrow": batch.narrow}
+    given = {name: value for name, value in named.items() if value is not None}
+    return batch.model.denoise(canvas, batch.prefixes, conditioning, **given)
+
+
+def predict(batch: CanvasBatch, last: Forward | None, hidden: mx.array, steps: Sequence[int], dense: int) -> Prediction:
+    """What the head makes of the hidden states [B, C, H] of a step, fixed positions certain.
+
+    Of narrow canvases they are [1, T, H]; what was not computed is predicted as it was in the step before.
+    """
     options, total, layout = batch.options, batch.options.max_denoising_steps, batch.rows.layout
     now = [sampler.temperature(total - step, total, options.t_min, options.t_max) for step in steps]
     t, keys = mx.array(now, mx.float32)[:, None, None], batch.keys([2 * step + 1 for step in steps])
     if options.exact:
         return batch.model.head.predict_full(hidden, t, keys)
-    prediction = batch.model.head.predict(hidden, t, keys, expected_embedding=2 * dense > len(steps) * batch.length)
-    return prediction if layout is None else prediction.fix(layout.tokens, layout.fixed)
+    narrow, by_position = batch.narrow, mx.broadcast_to(t, (len(steps), batch.length, 1))
+    if narrow is not None and last is not None:
+        made, before = batch.model.head.predict(hidden, narrow.take(by_position), keys, narrow=narrow), last.prediction
+        assert isinstance(before, head.Prediction)
+        return made.map(narrow.put, before)._replace(stages=made.stages)
+    made = batch.model.head.predict(hidden, t, keys, expected_embedding=2 * dense > len(steps) * batch.length)
+    made = made._replace(temperature=by_position)
+    return made if layout is None else made.fix(layout.tokens, layout.fixed)
 
 
-def _by_entropy(batch: CanvasBatch, prediction: Prediction) -> Choice:
-    layout, bound = batch.rows.layout, batch.options.entropy_bound
-    if layout is None:
-        accepted = sampler.accept(prediction.entropy, bound)
+def _seen(
+    batch: CanvasBatch,
+    last: Forward | None,
+    steps: Sequence[int],
+    canvas: mx.array,
+    prediction: Prediction,
+    argmax: mx.array,
+) -> rules.Seen | None:
+    """What rules of one's own see of a step; None where there are none, as in exact mode."""
+    if not batch.options.own_rules:
+        return None
+    assert isinstance(prediction, head.Prediction)
+    return rules.Seen(
+        step=steps,
+        steps=batch.options.max_denoising_steps,
+        canvas=canvas if batch.narrow is None or last is None else last.canvas,
+        kept=batch.fixed() if last is None else last.accepted,
+        argmax=argmax,
+        sample=prediction.sample,
+        confidence=prediction.confidence,
+        entropy=prediction.entropy,
+        likely=prediction.top_tokens,
+        likely_p=prediction.top_probs,
+        earlier=batch.earlier(rules.EARLIER),
+        text=_text(batch, argmax),
+        fixed=batch.fixed(),
+    )
+
+
+def _by_entropy(batch: CanvasBatch, prediction: Prediction, steps: Sequence[int], seen: rules.Seen | None) -> Choice:
+    layout, options = batch.rows.layout, batch.options
+    bound: float | mx.array = options.entropy_bound
+    if options.entropy_rise:
+        bound = mx.array([options.entropy_bound * (1 + options.entropy_rise * step) for step in steps])[:, None]
+    if seen is not None and batch.options.accept is not None:
+        accepted = rules.of_rows("accept", batch.options.accept, seen) | seen.fixed
+    elif layout is None:
+        entropy = prediction.entropy if batch.narrow is None else mx.where(batch.computed, prediction.entropy, mx.inf)
+        accepted = sampler.accept(entropy, bound)
     else:
         accepted = sampler.accept(mx.where(layout.fixed, mx.inf, prediction.entropy), bound) | layout.fixed
     return Choice(accepted, prediction.sample, prediction.entropy)
 
 
-def _by_confidence(batch: CanvasBatch, last: Forward | None, prediction: Prediction, argmax: mx.array) -> Choice:
+def _by_confidence(
+    batch: CanvasBatch, last: Forward | None, prediction: Prediction, argmax: mx.array, seen: rules.Seen | None
+) -> Choice:
     kept = batch.fixed() if last is None else last.accepted
     before = batch.first_canvas() if last is None else last.canvas
-    accepted = sampler.accept_confident(prediction.confidence, kept, CONFIDENT)
+    if seen is not None and batch.options.accept is not None:
+        accepted = rules.of_rows("accept", batch.options.accept, seen) | kept
+    else:
+        told = prediction.confidence
+        confidence = told if batch.narrow is None else mx.where(batch.computed, told, -1)
+        accepted = sampler.accept_confident(confidence, kept, CONFIDENT)
     return Choice(accepted, mx.where(kept, before, argmax), mx.where(accepted, 0, prediction.entropy))
 
 
@@ -130,13 +206,56 @@ def _finish(
     prediction: Prediction,
     argmax: mx.array,
     choice: Choice,
+    seen: rules.Seen | None,
 ) -> Forward:
     """See which rows have settled, and put fresh noise where nothing was accepted."""
-    done = _settled(batch, argmax, choice.uncertainty)
+    options, noise = batch.options, batch.noise([2 * step + 2 for step in steps])
+    accepted, now = choice.accepted, mx.array(batch.widths)
+    if seen is not None and options.settle is not None:
+        done = rules.of_rows("settle", options.settle, seen._replace(entropy=choice.uncertainty), accepted)
+    else:
+        done = _settled(batch, argmax, choice.uncertainty)
+    if seen is not None and options.renoise is not None:
+        noise = rules.of_rows("renoise", options.renoise, seen, accepted, noise)
+    canvas, width = mx.where(accepted, choice.tokens, noise), now
+    if batch.narrows:
+        ends = _lengths(batch, argmax)
+        width = _next_width(batch, last, steps, ends, mx.where(argmax == prediction.argmax, prediction.confidence, 0))
+        done = done & (ends <= now)
     if last is not None:
         done = done | last.done
-    canvas = mx.where(choice.accepted, choice.tokens, batch.noise([2 * step + 2 for step in steps]))
-    return Forward(prediction, argmax, choice.accepted, canvas, done)
+        if batch.narrow is not None:
+            accepted = mx.where(batch.computed, accepted, last.accepted)
+            canvas = mx.where(batch.computed, canvas, last.canvas)
+    return Forward(prediction, argmax, accepted, canvas, done, width)
+
+
+def _lengths(batch: CanvasBatch, argmax: mx.array) -> mx.array:
+    """[B] int32, tokens of each row's text, its end token included; all positions where it does not end."""
+    return sampler.text(argmax, mx.array(batch.options.end_tokens, mx.int32), batch.rows.room).sum(axis=-1)
+
+
+def _next_width(
+    batch: CanvasBatch, last: Forward | None, steps: Sequence[int], ends: mx.array, confidence: mx.array
+) -> mx.array:
+    """[B] int32, positions that the next step computes of each row.
+
+    An end that is sure, or that stood for two steps, cuts what lies behind it, as does the text's bound. One that has
+    moved behind what was computed, or that has gone, brings all positions back.
+
+    Args:
+        batch: the canvases.
+        last: the step before.
+        steps: denoising steps that each row has done before this one.
+        ends: [B], as `_lengths`.
+        confidence: [B, C] probability of the best tokens.
+    """
+    now, unit = mx.array(batch.widths), row_unit()
+    sure = (mx.take_along_axis(confidence, ends[:, None] - 1, axis=1)[:, 0] >= SURE) | (ends == batch.rows.room)
+    if last is not None:
+        sure = sure | ((_lengths(batch, last.argmax) == ends) & (mx.array(list(steps)) > 0))
+    wanted = mx.minimum((ends + MARGIN + unit - 1) // unit * unit, batch.length)
+    return mx.where(wanted > now, batch.length, mx.where(sure, wanted, now)).astype(mx.int32)
 
 
 def _settled(batch: CanvasBatch, argmax: mx.array, uncertainty: mx.array) -> mx.array:
@@ -145,14 +264,19 @@ def _settled(batch: CanvasBatch, argmax: mx.array, uncertainty: mx.array) -> mx.
     thresholds = options.stability_threshold, options.confidence_threshold
     if options.exact:
         return sampler.settled(argmax, rows.earlier, uncertainty, *thresholds)
-    text = sampler.text(argmax, mx.array(options.end_tokens, mx.int32), rows.room)
-    if rows.layout is not None:
-        text = text & ~rows.layout.fixed
+    text = _text(batch, argmax)
     done = sampler.settled(argmax, rows.earlier, uncertainty, *thresholds, text)
     done = done | sampler.certain(uncertainty, options.certainty_threshold or 0, text)
     if options.patience:
         done = done | sampler.unchanged(argmax, rows.earlier, options.patience, text)
     return done
+
+
+def _text(batch: CanvasBatch, argmax: mx.array) -> mx.array:
+    """[B, C] bool, positions of the answer that are not fixed."""
+    rows = batch.rows
+    text = sampler.text(argmax, mx.array(batch.options.end_tokens, mx.int32), rows.room)
+    return text if rows.layout is None else text & ~rows.layout.fixed
 
 
 def _chosen(batch: CanvasBatch, prediction: head.Prediction) -> mx.array:

@@ -14,7 +14,7 @@ from .device import on_metal
 from .functions import rms_norm
 from .kernels import launch as kernels
 from .kv_cache import LayerKV
-from .masks import Mask
+from .masks import Mask, Narrow
 
 SCORE_BYTES = 256 * 2**20  # of attention scores at once; a pass that has more takes its queries group by group
 ALIGNMENT = 8  # keys; products of other sizes take CUDA twice as long
@@ -163,6 +163,7 @@ class LayerContext(NamedTuple):
     rope_offset: int | mx.array  # position of the first new token; [B] where it differs by row
     canvas: bool  # attend to prefix and canvas without extending the prefix; false: append the new positions to it
     turn: tuple[mx.array, mx.array] | None = None  # of RoPE, for the custom kernels; None: compute without them
+    narrow: Narrow | None = None  # what is computed of each canvas; None: all
 
 
 class Attention(nn.Module):
@@ -188,7 +189,10 @@ class Attention(nn.Module):
         )
 
     def __call__(self, x: mx.array, context: LayerContext) -> mx.array:
-        """x [B, L, H] -> [B, L, H]; rows with prefixes of their own attend one after the other."""
+        """x [B, L, H] -> [B, L, H]; rows with prefixes of their own attend one after the other.
+
+        Of narrow canvases x is [1, T, H].
+        """
         batch, length, _ = x.shape
         q, k = self.q_proj(x), self.k_proj(x)
         v = k if "v_proj" not in self else self.v_proj(x)
@@ -198,19 +202,38 @@ class Attention(nn.Module):
         else:
             queries, keys, values = (one.reshape(batch, length, -1, self._dim) for one in (q, k, v))
             queries, keys = self.q_norm(queries).transpose(0, 2, 1, 3), self.k_norm(keys).transpose(0, 2, 1, 3)
-            queries, keys = (self._rope(one, offset=context.rope_offset) for one in (queries, keys))
+            queries, keys = (self._turned(one, context) for one in (queries, keys))
             values = rms_norm(values, self._eps).transpose(0, 2, 1, 3)
-        new, rows = (queries, keys, values), []
+        parts, rows = [_by_row(one, context) for one in (queries, keys, values)], []
         for i, (cache, offset, mask) in enumerate(zip(context.caches, context.offsets, context.masks)):
-            q, k, v = new if len(context.caches) == 1 else (a[i : i + 1] for a in new)
+            q, k, v = (part[i] for part in parts)
             leading = mask.leading if context.turn is not None else None
             # Without a kernel there are as many keys as the mask has, which counts the slots in front of a full ring.
             alignment = 1 if leading is None and len(mask.keys) % ALIGNMENT else ALIGNMENT
-            k, v = (cache.with_canvas if context.canvas else cache.extend)(k, v, offset, alignment)
+            if context.canvas:
+                k, v = cache.with_canvas(k, v, offset, alignment, context.narrow and context.narrow.length)
+            else:
+                k, v = cache.extend(k, v, offset, alignment)
             cache.stages = []
             if leading is None:
                 rows.append(attend(q, k, v, mask, cache.stages))
             else:
                 rows.append(attend_by_kernel(q, k, v, leading, cache.stages))
-        out = rows[0] if len(rows) == 1 else mx.concatenate(rows)
+        out = rows[0] if len(rows) == 1 else mx.concatenate(rows, axis=0 if context.narrow is None else 2)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def _turned(self, x: mx.array, context: LayerContext) -> mx.array:
+        """x [B, heads, L, D], rotated by its positions."""
+        if context.narrow is None:
+            return self._rope(x, offset=context.rope_offset)
+        parts = [self._rope(part, offset=at) for part, at in zip(_by_row(x, context), context.offsets)]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _by_row(x: mx.array, context: LayerContext) -> list[mx.array]:
+    """x [B, heads, L, D], or [1, heads, T, D] of narrow canvases, by the caches of a context."""
+    if len(context.caches) == 1:
+        return [x]
+    if context.narrow is not None:
+        return context.narrow.split(x)
+    return [x[i : i + 1] for i in range(len(context.caches))]

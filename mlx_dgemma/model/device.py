@@ -43,6 +43,11 @@ def fused(function: Callable, shapeless: bool = True) -> Callable:
     return call
 
 
+def row_unit() -> int:
+    """Rows of a pass come in multiples of this: a GPU's products have tiles of 64, and fewer rows cost as much."""
+    return 8 if on_cpu() else 64
+
+
 SOFT_LIMIT = 2**28  # bytes in flight; above it a queue waits for its oldest stage before it starts another
 GROUPS_LIMIT = 9 * 2**26  # the same where attention goes by groups of queries, whose stages are larger
 HARD = 2  # times the limit; above it a queue waits for everything

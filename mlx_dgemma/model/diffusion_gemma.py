@@ -22,6 +22,7 @@ from .device import Queue
 from .head import Head
 from .kv_cache import Prefix
 from .layers import Layer, SelfConditioning
+from .masks import Narrow
 from .vision import Projector, VisionTower
 
 PATCHES_AT_ONCE = 10240  # patches that the vision tower encodes at once
@@ -197,6 +198,7 @@ class DiffusionGemma(nn.Module):
         prefix: Prefix | Sequence[Prefix],
         conditioning: mx.array | None = None,
         queue: Queue | None = None,
+        narrow: Narrow | None = None,
     ) -> mx.array:
         """Run the stack over a canvas in both directions. The prefix is read and not extended.
 
@@ -205,15 +207,18 @@ class DiffusionGemma(nn.Module):
             prefix: of B rows, or B prefixes of one row each, without padding.
             conditioning: [B, C, H] from `condition`, or None in the first step of a canvas.
             queue: starts every layer as soon as it is built; None leaves all of them to the caller.
+            narrow: what is computed of each canvas: then `canvas` is [1, T], `conditioning` [1, T, H], and prefixes
+                have one row each. Keys and values of the other positions are those of the last pass that computed them,
+                which must have been one over these prefixes. None: all.
 
         Returns:
-            Hidden states [B, C, H] after the final norm.
+            Hidden states [B, C, H] after the final norm, or [1, T, H].
         """
         decoder = self.model.decoder
         h = decoder.self_conditioning(self._embed(canvas), conditioning)
         prefixes = [prefix] if isinstance(prefix, Prefix) else prefix
-        masks = [one.denoise_masks(canvas.shape[1]) for one in prefixes]
-        return self._run(h, prefixes, masks, encoder=False, canvas=True, queue=queue)
+        masks = [one.denoise_masks(narrow.length if narrow else canvas.shape[1]) for one in prefixes]
+        return self._run(h, prefixes, masks, encoder=False, canvas=True, queue=queue, narrow=narrow)
 
     @property
     def head(self) -> Head:
@@ -245,18 +250,23 @@ class DiffusionGemma(nn.Module):
     def _embed(self, tokens: mx.array) -> mx.array:
         return self.model.decoder.embed_tokens(tokens).astype(self.dtype) * self.head.embed_scale
 
-    def turns(self, offset: int | mx.array, length: int) -> dict[str, tuple[mx.array, mx.array]]:
+    def turns(
+        self, offset: int | mx.array, length: int, narrow: Narrow | None = None
+    ) -> dict[str, tuple[mx.array, mx.array]]:
         """RoPE's cosines and sines for the custom kernels, by layer type.
 
         Args:
             offset: position of the first token; [B] where it differs by row.
             length: L.
+            narrow: of canvases that `offset` is the beginning of.
 
         Returns:
             Pairs of [1 or B, L, D / 2] float32.
         """
         text, found = self.config.text, {}
         positions = mx.arange(length) + (offset[:, None] if isinstance(offset, mx.array) else offset)
+        if narrow is not None:
+            positions = narrow.take(mx.broadcast_to(positions, (len(narrow.widths), narrow.length)))
         for kind in dict.fromkeys(text.layer_types):
             angles = positions.reshape(-1, length, 1).astype(mx.float32) * mx.array(text.rope_frequencies(kind))
             found[kind] = mx.cos(angles), mx.sin(angles)
@@ -270,12 +280,14 @@ class DiffusionGemma(nn.Module):
         encoder: bool,
         canvas: bool,
         queue: Queue | None = None,
+        narrow: Narrow | None = None,
     ) -> mx.array:
-        """Hidden states after the final norm; `canvas` as in `LayerContext`."""
+        """Hidden states after the final norm; `canvas` and `narrow` as in `LayerContext`."""
         offsets, rope_offset = [prefix.offset for prefix in prefixes], prefixes[0].rope_offset()
         if len(prefixes) > 1:
             rope_offset = mx.array(offsets)
-        turns = self.turns(rope_offset, h.shape[1]) if self._with_kernels else {}
+        length = narrow.length if narrow else h.shape[1]
+        turns = self.turns(rope_offset, length, narrow) if self._with_kernels else {}
         layers: Sequence[Layer] = self.model.decoder.layers
         scalars = [layer.layer_scalar for layer in layers]
         if encoder:
@@ -285,7 +297,7 @@ class DiffusionGemma(nn.Module):
             kind = layer._layer_type
             caches = [prefix.layers[i] for prefix in prefixes]
             context = LayerContext(
-                caches, offsets, [mask[kind] for mask in masks], rope_offset, canvas, turns.get(kind)
+                caches, offsets, [mask[kind] for mask in masks], rope_offset, canvas, turns.get(kind), narrow
             )
             h = self._apply(layer, h, scalar, context)
             if queue is not None:

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from . import rng, tiling
 from .device import fused, on_cpu
 from .functions import entropy
+from .masks import Narrow
 
 CHUNK_BYTES = 16 << 20  # of float32 logits at once, of which some six arrays are made
 KERNEL_CHUNK_BYTES = 32 << 20  # of products at once, in the dtype of the model, where a kernel reduces them
@@ -272,6 +273,7 @@ class Head:
         keys: mx.array,
         expected_embedding: bool = False,
         nbytes: int | None = None,
+        narrow: Narrow | None = None,
     ) -> Prediction:
         """Argmax, entropy, a sample and the top tokens of every position, in one pass over the vocabulary.
 
@@ -285,11 +287,17 @@ class Head:
             expected_embedding: compute the expected embedding in the same pass, for all positions. It takes half the
                 time of a second pass over as many positions, so it pays where most of them need the full vocabulary.
             nbytes: bytes of logits at once; no result depends on it.
+            narrow: what is computed of each canvas: then `hidden` is [1, T, H], the temperature a scalar or [1, T, 1],
+                and arrays of the prediction are [1, T]. Random numbers are drawn for whole canvases. None: all.
         """
         t, shape, tall = mx.array(temperature, mx.float32), hidden.shape[:2], tiling.tile_size(self.vocab_size)
         block = tall * tiling.STRIDE
         tile_keys, token_keys = rng.split(keys, 2)
-        noise = rng.gumbel((shape[1], -(-self.vocab_size // block) * tiling.STRIDE), tile_keys)
+        length = narrow.length if narrow else shape[1]
+        noise = rng.gumbel((length, -(-self.vocab_size // block) * tiling.STRIDE), tile_keys)
+        token_noise = rng.gumbel((length, tall), token_keys)
+        if narrow is not None:
+            noise, token_noise = narrow.take(noise), narrow.take(token_noise)
         reduce = tiling.reduce_by_kernel if self.uses_kernels else tiling.reduce_plainly
         kept: list[tiling.Tiles] = []
         # Of the tile that leads so far: its score, its logits and its first token.
@@ -310,7 +318,7 @@ class Head:
                 level = higher
             stages.append(mx.depends(stages[-1], [*tiles, *lead, total]))  # the next chunk waits for this one
         _, inside, begin = lead
-        sample = mx.argmax(inside + rng.gumbel((shape[1], tall), token_keys), axis=-1, keepdims=True)
+        sample = mx.argmax(inside + token_noise, axis=-1, keepdims=True)
         sample = (begin + sample.astype(mx.int32) * tiling.STRIDE)[..., 0]
         reduced = tiling.reduce_tiles(kept, self.dtype)
         made = Prediction(sample=sample, hidden=hidden, temperature=t, stages=tuple(stages), **reduced)

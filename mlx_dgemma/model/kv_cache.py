@@ -71,9 +71,16 @@ class LayerKV:
         return seen
 
     def with_canvas(
-        self, keys: mx.array, values: mx.array, offset: int, alignment: int = 1
+        self, keys: mx.array, values: mx.array, offset: int, alignment: int = 1, length: int | None = None
     ) -> tuple[mx.array, mx.array]:
-        """Write the canvas into the free slots behind the prefix.
+        """Write the canvas, or its first positions, into the free slots behind the prefix.
+
+        Args:
+            keys: [B, heads, L, D].
+            values: [B, heads, L, D].
+            offset: positions that the prefix holds.
+            alignment: the number of keys that is returned is a multiple of it.
+            length: positions of the canvas; those behind the first L keep what an earlier pass wrote. None: L.
 
         Returns:
             The keys and values of prefix and canvas, and behind them free slots up to a multiple of `alignment`, which
@@ -81,7 +88,7 @@ class LayerKV:
         """
         used = self.used(offset)
         self._write(keys, values, used)
-        return self._first(used + keys.shape[2], alignment)
+        return self._first(used + (length or keys.shape[2]), alignment)
 
     def accept(self, offset: int, count: int) -> None:
         """Make the first `count` positions that `with_canvas` wrote part of the prefix, which holds `offset`."""

@@ -1,13 +1,49 @@
-"""Attention masks, made for the range of keys that is asked for, so that no [L, all keys] array is needed."""
+"""What is computed of a pass and seen in it: `Mask`, and `Narrow` for canvases whose ends are left out.
+
+Masks are made for the range of keys that is asked for, so that no [L, all keys] array is needed.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+
+
+class Narrow(NamedTuple):
+    """Which positions of B canvases are computed: the first ones of each. The others are as an earlier pass left them.
+
+    What is computed is one row: the positions of the first canvas, then those of the second; T in all.
+    """
+
+    widths: tuple[int, ...]  # positions of each canvas that are computed
+    length: int  # C, all positions of a canvas
+
+    def take(self, whole: mx.array) -> mx.array:
+        """[B, C, ...] -> [1, T, ...], what is computed."""
+        if len(self.widths) == 1:
+            return whole[:, : self.widths[0]]
+        return whole.flatten(0, 1)[self._computed][None]
+
+    def put(self, part: mx.array, whole: mx.array) -> mx.array:
+        """[B, C, ...], where [1, T, ...] takes the places of what is computed."""
+        if len(self.widths) == 1:
+            return mx.concatenate([part, whole[:, self.widths[0] :]], axis=1)
+        flat = whole.flatten(0, 1)
+        flat[self._computed] = part[0]
+        return flat.reshape(whole.shape)
+
+    def split(self, heads: mx.array) -> list[mx.array]:
+        """[1, heads, T, D] by canvas."""
+        ends = np.cumsum(self.widths).tolist()
+        return [heads[:, :, end - width : end] for end, width in zip(ends, self.widths)]
+
+    @property
+    def _computed(self) -> mx.array:
+        return mx.array(np.concatenate([row * self.length + np.arange(n) for row, n in enumerate(self.widths)]))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ BUDGETS = (70, 140, 280, 560, 1120)
 def check_budget(budget: int) -> None:
     """Raise OptionError unless a picture can be given this many soft tokens."""
     if isinstance(budget, bool) or budget not in BUDGETS:
-        raise OptionError(f"The image budget is {budget!r}; it should be one of {', '.join(map(str, BUDGETS))}.")
+        raise OptionError(f"image_tokens is {budget!r}; it should be one of {', '.join(map(str, BUDGETS))}.")
 
 
 @dataclass(frozen=True)

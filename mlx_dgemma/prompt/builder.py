@@ -122,7 +122,8 @@ class PromptBuilder:
         tokens = render(self.tokenizer, messages, tools, thinking, spans, (self._token(placeholder), VIDEO), check)
         digests = iter([picture.digest for picture in pictures for _ in range(picture.tokens)])
         cache_key = [next(digests) if token == placeholder and pictures else token for token in tokens]
-        return PromptTokens(tokens, cache_key, pictures, times)
+        heard = [text for part in parts_of(messages, "text") for text in part.get("transcripts", ())]
+        return PromptTokens(tokens, cache_key, pictures, times, heard)
 
     def _placed(self, messages: list[Message]) -> list[Message]:
         """The messages with every system message where the template shows it: in the first, if it drops later ones."""

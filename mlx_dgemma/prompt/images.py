@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import PromptError
+from ..installation import add_extra
 from ..model.patches import Patches, check_budget, join
 from .paths import local_path
 
@@ -171,9 +172,7 @@ def _identify(name: str, file: BinaryIO) -> Image.Image:
 
             pillow_heif.register_heif_opener()
         if "HEIF" not in Image.OPEN:
-            raise PromptError(
-                f'{name} is a HEIC picture; save it as JPEG or PNG, or pip install "mlx-dgemma[pictures]".'
-            )
+            raise PromptError(f"{name} is a HEIC picture; save it as JPEG or PNG, or run `{add_extra('pictures')}`.")
     if start[4:8] == b"ftyp" and start[8:12] in (b"avif", b"avis") and "AVIF" not in Image.OPEN:
         raise PromptError(f"{name} is an AVIF picture; save it as JPEG or PNG, or pip install -U pillow.")
     file.seek(0)

@@ -51,6 +51,10 @@ class Lanes:
         """What a function returns that decodes a picture."""
         return decode()
 
+    def wait(self, call: Callable[[], T]) -> T:
+        """What a function returns that waits for another process."""
+        return call()
+
 
 HERE = Lanes()
 LANES: ContextVar[Lanes] = ContextVar("LANES")  # of the thread that prepares a request, where it has some

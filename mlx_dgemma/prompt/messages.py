@@ -10,6 +10,7 @@ from ..errors import PromptError
 
 SYSTEM_ROLES = ("system", "developer")
 ROLES = ("system", "developer", "user", "assistant", "tool")
+AUDIO = ("audio", "input_audio")  # kinds of parts that `audio.with_transcripts` replaces
 Message = dict[str, Any]
 
 
@@ -119,8 +120,9 @@ def _part(i: int, part: Message) -> Message:
     """A content part with its source, if it has one, under its kind."""
     kind = part.get("type")
     if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    if kind in ("audio", "input_audio"):
+        heard = {"transcripts": part["transcripts"]} if part.get("transcripts") else {}
+        return {"type": "text", "text": part["text"], **heard}
+    if kind in AUDIO:
         raise PromptError(
             f"Message {i} has audio, which is not a modality of DiffusionGemma; transcribe it first and send the text."
         )

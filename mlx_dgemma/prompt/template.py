@@ -6,6 +6,7 @@ every such place, and cut into tokens without markers. Only the template's own m
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from .messages import Message, reject_surrogates
 from .notation import PLAIN_KEY
 from .vocabulary import QUOTE, Vocabulary, vocabulary_of
 
+LARGE = 2**20  # characters of a prompt
 _STRUCTURE = ("role", "type")  # keys whose values are checked words
 _PRIVATE = range(0xE000, 0xF900)  # code points that stand for nothing
 
@@ -49,6 +51,8 @@ def render(
     if blind:
         given = _blinded(given, vocabulary_of(tokenizer), blind)
     text = apply_template(tokenizer, [_with_result(one, markers) for one in given[0]], given[1], thinking)
+    if len(text) > LARGE:  # a template with macros leaves its whole context behind in a cycle
+        gc.collect()
     reject_surrogates("The prompt", text)
     for marker in markers:
         count = sum(one == marker for one, _ in media)

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from ..errors import OptionError, PromptError
+from ..installation import add_extra
 from .images import MAX_PIXELS, open_file, open_image
 from .paths import local_path
 
@@ -93,7 +94,7 @@ def _from_file(source: Any, fps: float, max_frames: int) -> Iterator[Frame]:
     try:
         import av
     except ImportError:
-        raise PromptError('Video files need a decoder: pip install "mlx-dgemma[video]".') from None
+        raise PromptError(f"Video files need a decoder; run `{add_extra('video')}`.") from None
     name, file = open_file(source)
     with file:
         cut, listed = _boxes(file)

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from ..decoding.events import Block, Draft, Finished, Result
 from ..decoding.options import GenerationOptions
 from ..decoding.request import Request
+from ..errors import DgemmaError, OptionError
 from ..prompt.drafts import uncertain_text
 from ..prompt.messages import messages_of, parts_of
 from ..serving.tickets import Accepted
 from ..tasks import choose, edit, infill
 from ..tasks.decide import Decision, decide
 from ..tasks.labels import questions_of
+from .errors import ApiError
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -28,11 +30,19 @@ COLLECTED: ContextVar[list[str] | None] = ContextVar("COLLECTED", default=None) 
 
 @contextmanager
 def collected() -> Iterator[list[str]]:
-    """The warnings of what runs here, once `collect_warnings` was called."""
+    """The warnings of what runs here, once `collect_warnings` was called.
+
+    Raises:
+        ApiError: in place of wrong usage, with the code "usage".
+    """
     found: list[str] = []
     token = COLLECTED.set(found)
     try:
         yield found
+    except DgemmaError as error:
+        if error.exit_code != OptionError.exit_code:
+            raise
+        raise ApiError(str(error), code="usage") from None
     finally:
         COLLECTED.reset(token)
 

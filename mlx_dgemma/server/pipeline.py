@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..decoding.options import MODES
 from ..decoding.request import Request
+from ..prompt.audio.transcripts import with_transcripts
 from ..prompt.messages import Message, parts_of
 from .errors import ApiError, as_api_error
 from .events import EventTranslator, FinishedAnswer, collect_answers, usage, usage_and_stats
@@ -188,11 +189,12 @@ async def _parse(http: HttpRequest, parse: Callable[[bytes], Exchange], limiter:
 
 
 def _prepare(exchange: Exchange, engine: Engine, i: int) -> Request:
-    """Make the request of one answer. The first one that is prepared decodes the pictures for all."""
+    """Make the request of one answer. The first one that is prepared decodes pictures and transcribes audio for all."""
     budget = exchange.arguments.get("image_tokens", engine.options.image_tokens)
     with as_api_errors(exchange.body.path("messages")):
         for part in parts_of(exchange.messages, "image"):
             engine.builder.load_part(part, budget)
+        exchange.messages = with_transcripts(exchange.messages)
     return exchange.prepare(engine, {**exchange.arguments, "seed": exchange.arguments["seed"] + i})
 
 

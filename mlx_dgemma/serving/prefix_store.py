@@ -26,7 +26,7 @@ import mlx.core as mx
 
 from ..adapters import peft
 from ..decoding.session import Session
-from ..errors import OptionError
+from ..errors import CircumstanceError, OptionError
 from ..files import atomic_file, check_name, sweep_folder, told_errors
 
 try:
@@ -66,7 +66,9 @@ class PrefixStore:
             folder.mkdir(0o700, parents=True, exist_ok=True)  # private, since the files contain prompts
             os.listdir(folder)
         except OSError as error:
-            raise OptionError(f"The cache folder {folder} cannot be used ({error.strerror}); name another.") from None
+            raise CircumstanceError(
+                f"The cache folder {folder} cannot be used ({error.strerror}); name another."
+            ) from None
         self._released: weakref.finalize | None = None
         if self._folder.is_dir():
             self._hold()

@@ -133,6 +133,10 @@ class _RequestLanes(Lanes):
         with self._preparation.elsewhere():
             return self._preparation.pictures.submit(copy_context().run, decode_if_wanted).result()
 
+    def wait(self, call: Callable[[], T]) -> T:
+        with self._preparation.elsewhere():
+            return call()
+
 
 def _run_behind() -> None:
     """Let this thread run behind the steps, where threads have a priority of their own: Linux alone has that."""

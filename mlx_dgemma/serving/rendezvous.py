@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from ..errors import OptionError
+from ..errors import CircumstanceError
 
 FOLDER = "MLX_DGEMMA_RUNTIME_DIR"  # an environment variable
 SUFFIX = ".sock"
@@ -29,7 +29,7 @@ VERSION_HEADER = "x-mlx-dgemma-version"
 _DEMO = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "demo")
 
 
-class Occupied(OptionError):
+class Occupied(CircumstanceError):
     """A server with the same model has this socket."""
 
 
@@ -83,7 +83,7 @@ def check_owner(path: str) -> bool:
     """Whether there is a socket; `path` and its folder are looked at without following links.
 
     Raises:
-        OptionError: the socket or its folder belongs to someone else, or others may use them.
+        CircumstanceError: the socket or its folder belongs to someone else, or others may use them.
     """
     folder = os.path.dirname(path)
     for one, is_kind in ((folder, stat.S_ISDIR), (path, stat.S_ISSOCK)):
@@ -92,15 +92,17 @@ def check_owner(path: str) -> bool:
         except FileNotFoundError:
             return False
         if status.st_uid != os.getuid():
-            raise OptionError(f"{one} belongs to another user (id {status.st_uid}), so it is not used; remove it.")
+            raise CircumstanceError(
+                f"{one} belongs to another user (id {status.st_uid}), so it is not used; remove it."
+            )
         if status.st_mode & 0o077:
             mode = stat.S_IMODE(status.st_mode)
-            raise OptionError(
+            raise CircumstanceError(
                 f"{one} is open to other users (mode {mode:04o}), so it is not used; chmod go= closes it."
             )
         if not is_kind(status.st_mode):
             kind = "folder" if is_kind is stat.S_ISDIR else "socket"
-            raise OptionError(f"{one} is no {kind}, so it is not used; remove it.")
+            raise CircumstanceError(f"{one} is no {kind}, so it is not used; remove it.")
     return True
 
 
@@ -108,7 +110,7 @@ def make_folder() -> str:
     """Make the folder of the sockets, for its user alone.
 
     Raises:
-        OptionError: it cannot be made, or is another user's.
+        CircumstanceError: it cannot be made, or is another user's.
     """
     folder = runtime_folder()
     try:
@@ -116,7 +118,9 @@ def make_folder() -> str:
         with suppress(FileExistsError):
             os.mkdir(folder, 0o700)
     except OSError as error:
-        raise OptionError(f"{folder} cannot be made ({error.strerror}); set ${FOLDER} to another folder.") from None
+        raise CircumstanceError(
+            f"{folder} cannot be made ({error.strerror}); set ${FOLDER} to another folder."
+        ) from None
     check_owner(os.path.join(folder, "any"))
     return folder
 
@@ -128,7 +132,7 @@ def listening(what: str) -> Iterator[socket.socket]:
     A server holds a lock as long as it runs, so a socket whose lock is free is stale, and is replaced.
 
     Raises:
-        OptionError: the socket cannot be made; `Occupied`: another server has it.
+        CircumstanceError: the socket cannot be made; `Occupied`: another server has it.
     """
     make_folder()
     path = socket_path(what)
@@ -146,7 +150,9 @@ def listening(what: str) -> Iterator[socket.socket]:
                 server.listen(128)
                 os.rename(draft, path)
             except OSError as error:
-                raise OptionError(f"{path} cannot be listened on ({error}); set ${FOLDER} to another folder.") from None
+                raise CircumstanceError(
+                    f"{path} cannot be listened on ({error}); set ${FOLDER} to another folder."
+                ) from None
             try:
                 yield server
             finally:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..decoding.options import OptionKeywords
 from ..decoding.request import Request
 from ..errors import OptionError, PromptError, shown
+from ..prompt.audio.transcripts import with_transcripts
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of
 from .constrained import constrain_answer
@@ -46,7 +47,7 @@ def answer(
 ) -> Request:
     """The request of `Engine.generate`, whose arguments it takes."""
     effective = builder.options.override(**options)
-    messages = messages_of(prompt, system, images, video)
+    messages = messages_of(with_transcripts(prompt), system, images, video)
     request = builder.request(messages, seed, effective, thinking, tools)
     language = constrain_answer(builder, request, schema, regex, thinking, tools)
     least = 0 if language is None else int(language.distance[0])

@@ -29,6 +29,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..decoding.control import rows_of
+from ..decoding.request import Request
 from ..decoding.session import PromptTokens, Session
 from ..errors import OptionError
 from ..model import device, head, rng, tiling
@@ -360,8 +361,18 @@ def encoded(model: DiffusionGemma, prompt: PromptTokens, chunk: int | None = Non
     return Session(model, len(prompt.tokens) + model.config.canvas_length).encode_all(prompt, chunk)
 
 
-def choose(
-    model: DiffusionGemma,
+@dataclass(frozen=True)
+class Asked:
+    """A choice that was checked; nothing is computed yet."""
+
+    plan: Plan
+    requests: list[Request]  # the prompt's, and with `calibrate` that of the conversation in which nothing is asked
+    named: bool  # whether the questions have names
+    templated: bool  # whether there is an answer template
+    chunk: int | None  # prompt tokens encoded at once
+
+
+def ask(
     builder: PromptBuilder,
     prompt: str | Sequence[Message],
     labels: Labels | dict[str, Labels],
@@ -373,8 +384,12 @@ def choose(
     seed: int = 0,
     calibrate: bool = False,
     **options: Any,
-) -> Choice:
-    """What `Engine.choose` returns, and the costs of it."""
+) -> Asked:
+    """Check what `Engine.choose` is asked, whose arguments it takes, and make the requests of it.
+
+    Raises:
+        PromptError, OptionError: as `Engine.choose`.
+    """
     for name in options:
         if name not in OPTIONS:
             raise OptionError(f"{name} is not an option of choose; the options are {', '.join(OPTIONS)}.")
@@ -382,35 +397,46 @@ def choose(
     plan = plan_of(builder.tokenizer, builder.config, questions_of(labels), answer)
     asked = messages_of(prompt, system, images, video)
     requests = [builder.request(one, seed, effective) for one in ([asked, neutral_of(asked)] if calibrate else [asked])]
-    prompts, chunk = [request.prompt for request in requests], effective.prefill_chunk
-    key = mx.random.key(requests[0].seed)
+    return Asked(plan, requests, isinstance(labels, dict), answer is not None, effective.prefill_chunk)
+
+
+def choose(
+    model: DiffusionGemma,
+    builder: PromptBuilder,
+    prompt: str | Sequence[Message],
+    labels: Labels | dict[str, Labels],
+    **keywords: Any,
+) -> Choice:
+    """What `Engine.choose` returns, and the costs of it."""
+    return compute(model, ask(builder, prompt, labels, **keywords))
+
+
+def compute(model: DiffusionGemma, asked: Asked) -> Choice:
+    """Compute what was asked."""
+    plan, prompts = asked.plan, [request.prompt for request in asked.requests]
+    seed = asked.requests[0].seed
+    key = mx.random.key(seed)
     mx.reset_peak_memory()
     started = time.perf_counter()
     with device.wired_limit():
-        read_of = [result_of(plan.scores(model, encoded(model, prompt, chunk), key)) for prompt in prompts]
-    found, named = read_questions(plan.questions, read_of, answer is not None)
+        read_of = [result_of(plan.scores(model, encoded(model, one, asked.chunk), key)) for one in prompts]
+    found, named = read_questions(plan.questions, read_of, asked.templated)
     return Choice(
-        found if isinstance(labels, dict) else found[""],
+        found if asked.named else found[""],
         named,
         prompt_tokens=len(prompts[0].tokens),
         canvases=len(plan.fixed) * len(prompts),
         images=len(prompts[0].pictures),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=mx.get_peak_memory(),
-        seed=requests[0].seed,
+        seed=seed,
     )
 
 
 def read_questions(
     questions: Sequence[Question], read_of: Sequence[Sequence[Said]], template: bool
 ) -> tuple[dict[str, dict[Any, float]], dict[str, float]]:
-    """The probabilities of each question's labels, and that of all together; a warning where that is small.
-
-    Args:
-        questions: that were asked.
-        read_of: what was read of each, where they were asked and, if it was read, where nothing was.
-        template: whether the answer has one.
-    """
+    """The probabilities of each question's labels, and that of all together; a warning where it is small."""
     found, named = {}, {}
     for question, *said in zip(questions, *read_of):
         probabilities, mass = read_answers(*said)
@@ -418,6 +444,6 @@ def read_questions(
         if mass < MIN_LABEL_MASS:
             name = f" of {question.name}" if question.name else ""
             mend = "give other labels" if template else "give an answer template or other labels"
-            warnings.warn(f"The model answers with none of the labels{name} ({mass:.1%}); {mend}.", stacklevel=4)
+            warnings.warn(f"The model answers with none of the labels{name} ({mass:.1%}); {mend}.", stacklevel=5)
         found[question.name] = dict(zip(question.keys, probabilities))
     return found, named

@@ -99,7 +99,9 @@ def edit(
     asked = f"{instruction.rstrip().removesuffix(':')}: {file.plain}"
     request = builder.request(messages_of(asked), seed, effective)
     settle_mode(builder, request, Kind(len(draft), "copy", canvas_for(len(draft), builder.config.canvas_length)))
-    if not request.options.causal:  # token by token, what is copied is drafted from the prompt
+    if request.options.causal:
+        request.likely = [*draft, builder.turn_end]
+    else:
         request.control = Drafted(draft, builder.turn_end, strength, builder.config.canvas_length, request.seed)
     request.postprocess = lambda result: replace(
         result, text=file.restored(result.text, whole=result.finish_reason != "length")

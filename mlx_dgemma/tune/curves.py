@@ -29,21 +29,22 @@ class MetricsLog:
         file: created with a header if it does not exist.
         step: step from which a run is resumed; later rows, and a line that a killed run left half written, are
             removed from the file.
+        columns: names of the metrics; "step" is one of them.
 
     Raises:
         DataError: the file exists, but cannot be read.
         DgemmaError: it cannot be written; `add` and `complete` raise this, too.
     """
 
-    def __init__(self, file: Path, step: int = 0):
-        self._file = file
+    def __init__(self, file: Path, step: int = 0, columns: Sequence[str] = COLUMNS):
+        self._file, self._columns = file, columns
         self.rows: list[dict[str, float | None]] = []
         if step and file.exists():
             content = file.read_text(encoding="utf-8")
             texts = list(csv.DictReader(content[: content.rfind("\n") + 1].splitlines()))  # the last may be cut short
             try:
                 rows: list[dict[str, float | None]] = [
-                    {name: float(row[name]) if row[name] else None for name in COLUMNS} for row in texts
+                    {name: float(row[name]) if row[name] else None for name in columns} for row in texts
                 ]
             except (KeyError, TypeError, ValueError):
                 raise DataError(f"{file} is broken; remove it to start a new log.") from None
@@ -52,10 +53,10 @@ class MetricsLog:
 
     def add(self, **row: float | None) -> None:
         """Append a row; missing columns are empty."""
-        complete = {name: row.get(name) for name in COLUMNS}
+        complete = {name: row.get(name) for name in self._columns}
         self.rows.append(complete)
         with told_errors(self._file), self._file.open("a", newline="", encoding="utf-8") as lines:
-            csv.DictWriter(lines, COLUMNS).writerow(complete)
+            csv.DictWriter(lines, self._columns).writerow(complete)
 
     def complete(self, **values: float | None) -> None:
         """Change columns of the last row. The file is replaced atomically."""
@@ -64,7 +65,7 @@ class MetricsLog:
 
     def _rewrite(self) -> None:
         with atomic_file(self._file, flush=False) as draft, draft.open("w", newline="", encoding="utf-8") as lines:
-            writer = csv.DictWriter(lines, COLUMNS)
+            writer = csv.DictWriter(lines, self._columns)
             writer.writeheader()
             writer.writerows(self.rows)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..constraints.matching import Pattern, PatternError
 from ..decoding.events import Result, Stats
-from ..errors import DataError, OptionError
+from ..errors import CircumstanceError, DataError, OptionError
 from .data import Example, text_of
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def _load_function(metric: Any) -> Callable:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # user code can raise anything
-        raise OptionError(f"{path} cannot be run ({type(error).__name__}: {error}); correct it.") from error
+        raise CircumstanceError(f"{path} cannot be run ({type(error).__name__}: {error}); correct it.") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise OptionError(f"{path} has no function {name}; metric should name one of its functions.")
@@ -280,9 +280,9 @@ def _user_scorer(function: Callable, name: str) -> Scorer:
         try:
             value = function(example.record, answer_text(result.text, result.tool_calls))
         except Exception as error:  # user code can raise anything
-            raise OptionError(f"{name} failed at {example.where} ({type(error).__name__}: {error}).") from error
+            raise CircumstanceError(f"{name} failed at {example.where} ({type(error).__name__}: {error}).") from error
         if not hasattr(value, "__float__") or not 0 <= float(value) <= 1:
-            raise OptionError(
+            raise CircumstanceError(
                 f"{name} returned {value!r} at {example.where}; it should return true, false or a number from 0 to 1."
             )
         return float(value)

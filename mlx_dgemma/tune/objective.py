@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +23,21 @@ from ..model.kv_cache import LayerKV
 from ..model.layers import Layer
 
 MAX_LOGITS_BYTES = 2**26  # float32 logits in memory at once; more are computed in chunks, and again for the gradient
+
+
+class Trainable(Protocol):
+    """What a `Trainer` can train towards. Batches and noise are of the objective's own kinds and can be pickled."""
+
+    parts: ClassVar[tuple[str, ...]]  # names of the losses behind the total
+
+    def draw(self, batch: Any, vocab_size: int, key: mx.array) -> Any:
+        """The random part of a batch's loss."""
+
+    def split(self, batch: Any, noise: Any, image_token_id: int | None, count: int) -> list[BatchPart]:
+        """`count` parts of similar cost, whose losses and gradients sum to those of the batch."""
+
+    def loss(self, model: DiffusionGemma, batch: Any, noise: Any, weights: tuple[float, float]) -> tuple[mx.array, ...]:
+        """The total to differentiate, then its `parts`; lazy."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,19 @@ class Objective:
     encoder_weight: float = 1.0
     self_conditioning: float = 0.5
     clip: float = 1e3
+    parts: ClassVar[tuple[str, ...]] = ("canvas", "encoder")
+
+    def draw(self, batch: Batch, vocab_size: int, key: mx.array) -> Noise:
+        """See `draw_noise`."""
+        return draw_noise(batch, self, vocab_size, key)
+
+    def split(self, batch: Batch, noise: Noise, image_token_id: int | None, count: int) -> list[BatchPart]:
+        """See `split_batch`."""
+        return split_batch(batch, noise, self, image_token_id, count)
+
+    def loss(self, model: DiffusionGemma, batch: Batch, noise: Noise, weights: tuple[float, float]) -> Losses:
+        """See `loss`."""
+        return loss(model, batch, noise, self, weights)
 
 
 VARIANTS = {
@@ -100,9 +128,9 @@ class Noise(NamedTuple):
 class BatchPart(NamedTuple):
     """Some rows of a batch."""
 
-    batch: Batch
-    noise: Noise
-    weights: tuple[float, float]  # of their canvas loss and encoder loss in the loss of the batch
+    batch: Any
+    noise: Any
+    weights: tuple[float, float]  # of their first and second kind of loss in that of the batch: canvas and encoder
 
 
 class Losses(NamedTuple):
@@ -197,7 +225,7 @@ def loss(
         noise.canvas.reshape(-1)[mx.array(where)],
     )
     row_weights = mx.minimum(1 / mx.maximum(1 - noise.t, 1e-9), objective.clip) if objective.reweighted else None
-    canvas = weights[0] * _mean(losses, batch.supervised, objective.by_token, row_weights)
+    canvas = weights[0] * mean_loss(losses, batch.supervised, objective.by_token, row_weights)
     return Losses(canvas + objective.encoder_weight * encoder, canvas, encoder)
 
 
@@ -228,7 +256,7 @@ def _encoder_loss(model: DiffusionGemma, batch: Batch, states: mx.array, prefix:
     mask = _encoder_mask(batch, model.config.image_token_id)
     where = np.flatnonzero(mask)
     flat = states.reshape(-1, states.shape[-1])[mx.array(where)]
-    return _mean(cross_entropy(model, flat, targets[:, 1:].reshape(-1)[where]), mask, objective.by_token)
+    return mean_loss(cross_entropy(model, flat, targets[:, 1:].reshape(-1)[where]), mask, objective.by_token)
 
 
 def _encoder_mask(batch: Batch, image_token_id: int | None) -> np.ndarray:
@@ -237,7 +265,7 @@ def _encoder_mask(batch: Batch, image_token_id: int | None) -> np.ndarray:
     return counts[:, 1:] & np.pad(batch.mask, ((0, 0), (0, batch.canvas.shape[1] - 1)), constant_values=True)
 
 
-def _mean(values: mx.array, mask: np.ndarray, by_token: bool, row_weights: mx.array | None = None) -> mx.array:
+def mean_loss(values: mx.array, mask: np.ndarray, by_token: bool, row_weights: mx.array | None = None) -> mx.array:
     """Mean of a batch.
 
     Args:

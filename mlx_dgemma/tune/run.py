@@ -18,7 +18,7 @@ from ..adapters import deltas, peft
 from ..adapters.fuse import write_checkpoint
 from ..checkpoint.folder import Checkpoint
 from ..engine import Engine
-from ..errors import DataError, MemoryLimitError, OptionError, count
+from ..errors import CircumstanceError, DataError, MemoryLimitError, OptionError, count
 from ..files import check_name, sweep_folder, told_errors
 from ..model import device
 from ..model.layers import Layer
@@ -26,7 +26,7 @@ from ..prompt.images import open_file
 from .batches import Batches
 from .config import RunConfig, TrainerConfig
 from .curves import MetricsLog, draw_curves
-from .data import Example, load
+from .data import Example, find, load
 from .evaluate import evaluate
 from .memory import training_need
 from .objective import Objective, draw_noise, loss
@@ -86,10 +86,7 @@ def tune(
     """
     objective, output = run_config.objective, run_config.output
     _check_trainable(engine, trainer_config)
-    check_name(output)
-    sweep_folder(output)
-    if not resume and output.exists() and any(output.iterdir()):
-        raise OptionError(f"{output} is not empty; give another --output, or continue its run with --resume.")
+    check_before(run_config, resume)
     splits = load(engine, run_config.data, run_config.turns, run_config.max_length, run_config.skip_long)
     train, valid = splits["train"], splits["valid"]
     if not train:
@@ -130,6 +127,22 @@ def tune(
         yield from run.steps(stop)
     finally:
         trainer.close()
+
+
+def check_before(run_config: RunConfig, resume: bool = False) -> None:
+    """Check what needs no model: the objective, the folder to make, and that the data are there.
+
+    Raises:
+        OptionError: the name of the folder is not UTF-8, or it holds something else.
+        DataError: there are no such data.
+    """
+    output = run_config.output
+    _ = run_config.objective
+    check_name(output)
+    sweep_folder(output)
+    if not resume and output.exists() and any(output.iterdir()):
+        raise CircumstanceError(f"{output} is not empty; give another --output, or continue its run with --resume.")
+    find(run_config.data, ("train",))
 
 
 def _check_trainable(engine: Engine, config: TrainerConfig) -> None:
@@ -223,7 +236,7 @@ class _Run:
             # Before the state, so that a run that is killed and resumed has a row for each step.
             log.add(
                 step=trainer.step, seconds=round(seconds, 3), learning_rate=metrics.learning_rate, loss=metrics.total,
-                canvas=metrics.canvas, encoder=metrics.encoder, norm=metrics.norm, peak_bytes=peak,
+                **metrics.parts, norm=metrics.norm, peak_bytes=peak,
             )  # fmt: skip
             if saving:
                 self.save()
@@ -254,12 +267,12 @@ class _Run:
         losses = []
         for start in range(0, limit, size):
             numbers = list(range(start, min(start + size, limit)))
-            total = trainer.validation_loss(self.valid_batches.batch(numbers, numbers), start).total
+            total = trainer.validation_loss(self.valid_batches.batch(numbers, numbers), start)[0]
             losses += [total.item()] * len(numbers)
         result: dict[str, Any] = {"valid_loss": float(np.mean(losses))}
         asked = [example for example in self.valid if example.chat][: config.generate]
         if asked:
-            with _generating(trainer):
+            with generating(trainer):
                 outcome = evaluate(self.engine, asked, batch_size=size, seed=trainer.config.seed)
             first = outcome.answers[0]
             result |= {"valid_right": outcome.share, "sample": (first.text, first.expected)}
@@ -282,7 +295,7 @@ class _Run:
 
 
 @contextmanager
-def _generating(trainer: Trainer) -> Iterator[None]:
+def generating(trainer: Trainer) -> Iterator[None]:
     """Prepare the model for generation, and for training again at the end: no dropout, no gradient checkpointing."""
     model, apply = trainer.model, trainer.model._apply
     model.eval()

@@ -21,7 +21,7 @@ from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.layers import Layer
 from .config import TrainerConfig
-from .objective import Batch, Losses, Objective, checkpointed_layer, draw_noise, loss, split_batch
+from .objective import Trainable, checkpointed_layer
 from .workers import MAX_MODEL_BYTES, MIN_POSITIONS, GradientWorkers, loss_and_gradients
 
 STATE = "state.safetensors"
@@ -32,14 +32,14 @@ class StepMetrics:
     """The metrics of a step.
 
     Attributes:
-        total, canvas, encoder: losses in nats per token.
+        total: the loss, in nats per token.
+        parts: the losses that it is made of, by the objective's names.
         norm: global norm of the gradients before clipping.
         learning_rate: of this step.
     """
 
     total: float
-    canvas: float
-    encoder: float
+    parts: dict[str, float]
     norm: float
     learning_rate: float
 
@@ -81,7 +81,7 @@ class Trainer:
         OptionError: the configuration does not fit the model.
     """
 
-    def __init__(self, model: DiffusionGemma, config: TrainerConfig, objective: Objective):
+    def __init__(self, model: DiffusionGemma, config: TrainerConfig, objective: Trainable):
         self.model, self.config, self.objective = model, config, objective
         self.step = 0
         self._select_trainable()
@@ -132,7 +132,7 @@ class Trainer:
         """Number of trainable weights."""
         return sum(a.size for a in flatten(self.model.trainable_parameters()).values())
 
-    def update(self, batches: Sequence[Batch]) -> StepMetrics:
+    def update(self, batches: Sequence[Any]) -> StepMetrics:
         """One optimizer step over `accumulate` batches. The noise only depends on the seed and the step's number.
 
         Raises:
@@ -152,7 +152,7 @@ class Trainer:
             losses.append([scalar.item() for scalar in scalars])
         count = len(batches)
         clipped, norm = clip_grad_norm(tree_map(lambda a: a / count, sums), config.clip or math.inf)
-        total, canvas, encoder = (sum(column) / count for column in zip(*losses))
+        total, *parts = (sum(column) / count for column in zip(*losses))
         if not math.isfinite(total + float(norm)):
             raise DataError(
                 f"The loss is {total} and the norm of the gradients {float(norm)} at step {self.step + 1}; "
@@ -161,17 +161,18 @@ class Trainer:
         self.optimizer.update(self.model, clipped)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         self.step += 1
-        return StepMetrics(total, canvas, encoder, float(norm), self.optimizer.learning_rate.item())
+        named = dict(zip(self.objective.parts, parts))
+        return StepMetrics(total, named, float(norm), self.optimizer.learning_rate.item())
 
-    def _gradients(self, batch: Batch, number: int) -> tuple[tuple[mx.array, ...], Any]:
+    def _gradients(self, batch: Any, number: int) -> tuple[tuple[mx.array, ...], Any]:
         """Losses and gradients of the batch with this number in the run."""
         key = mx.random.key((self.config.seed << 32) + number)
         model, objective = self.model, self.objective
-        noise = draw_noise(batch, objective, model.config.text.vocab_size, key)
+        noise = objective.draw(batch, model.config.text.vocab_size, key)
         count = self.process_count(*batch.tokens.shape)
         if count == 1:
             return loss_and_gradients(model, objective, batch, noise)
-        parts = split_batch(batch, noise, objective, model.config.image_token_id, count)
+        parts = objective.split(batch, noise, model.config.image_token_id, count)
         return self._workers.gradients(model.trainable_parameters(), parts)
 
     def process_count(self, rows: int, prefix: int) -> int:
@@ -185,12 +186,12 @@ class Trainer:
         """MLX's peak memory since it was reset, worker processes included."""
         return mx.get_peak_memory() + self._workers.peak_bytes
 
-    def validation_loss(self, batch: Batch, number: int) -> Losses:
-        """The loss of a batch without training on it. The noise only depends on `number`."""
+    def validation_loss(self, batch: Any, number: int) -> tuple[mx.array, ...]:
+        """The losses of a batch, the total first, without training on it. The noise only depends on `number`."""
         key = mx.random.key((1 << 63) + number)
         self.model.eval()
-        noise = draw_noise(batch, self.objective, self.model.config.text.vocab_size, key)
-        losses = loss(self.model, batch, noise, self.objective)
+        noise = self.objective.draw(batch, self.model.config.text.vocab_size, key)
+        losses = self.objective.loss(self.model, batch, noise, (1.0, 1.0))
         mx.eval(*losses)
         self.model.train()
         return losses

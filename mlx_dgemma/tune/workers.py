@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 
 from ..errors import DgemmaError, MemoryLimitError
 from ..model.diffusion_gemma import DiffusionGemma
-from .objective import Batch, BatchPart, Noise, Objective, loss
+from .objective import BatchPart, Trainable
 
 MAX_MODEL_BYTES = 2**28  # larger models are not copied to other processes
 MIN_POSITIONS = 512  # prefix and canvas positions of a batch; for fewer, the transfer costs more than it gains
@@ -37,7 +37,7 @@ class GradientWorkers:
         peak_bytes: largest sum of the processes' peak memory.
     """
 
-    def __init__(self, model: DiffusionGemma, objective: Objective):
+    def __init__(self, model: DiffusionGemma, objective: Trainable):
         self._model, self._objective = model, objective
         self._processes: list[subprocess.Popen] = []
         self.peak_bytes = 0
@@ -58,11 +58,11 @@ class GradientWorkers:
 
         Args:
             weights: the trainable weights.
-            parts: from `objective.split_batch`.
+            parts: from `Trainable.split`.
 
         Raises:
             MemoryLimitError: a process died.
-            PromptError: see `objective.loss`.
+            PromptError: see `Trainable.loss`.
         """
         try:
             while len(self._processes) < len(parts):
@@ -95,10 +95,10 @@ class GradientWorkers:
 
 
 def loss_and_gradients(
-    model: DiffusionGemma, objective: Objective, batch: Batch, noise: Noise, weights: tuple[float, float] = (1.0, 1.0)
+    model: DiffusionGemma, objective: Trainable, batch: Any, noise: Any, weights: tuple[float, float] = (1.0, 1.0)
 ) -> tuple[tuple[mx.array, ...], Any]:
-    """The losses, see `objective.loss`, and the gradients of the trainable weights; lazy."""
-    return nn.value_and_grad(model, lambda: tuple(loss(model, batch, noise, objective, weights)))()
+    """The losses, see `Trainable.loss`, and the gradients of the trainable weights; lazy."""
+    return nn.value_and_grad(model, lambda: tuple(objective.loss(model, batch, noise, weights)))()
 
 
 def _send(message: Any, pipe: Any) -> None:

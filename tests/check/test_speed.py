@@ -76,6 +76,16 @@ def test_the_paper_model_of_other_devices():
     assert paper.limits_of("Apple M1 Max") == (400, 10.4) and paper.limits_of("Apple M1") == (68, 2.6)
 
 
+def test_the_paper_model_of_a_narrow_canvas():
+    """Products shrink with the rows; experts hardly do, whose tiles are 183 of 16 rows for a canvas of 256."""
+    whole, narrow = (paper.paper_step("Apple M4 Max", RELEASE, 1024, width=width) for width in (256, 64))
+    assert whole == paper.paper_step("Apple M4 Max", RELEASE, 1024)
+    assert narrow["dense MLP"] == pytest.approx(whole["dense MLP"] / 4)
+    assert narrow["experts"] / whole["experts"] == pytest.approx(126 / 183, rel=0.01)
+    read = paper.paper_step("Apple M5 Max", RELEASE, 1024, width=8, weights=15 * 10**9)
+    assert read["sum"] == pytest.approx(15e9 / (614 * 0.78 * 1e6) + read["launches"])
+
+
 def test_layers_of_a_kind_share_their_weights(tiny):
     model = shared_model(tiny, mx.float32, None)
     layers = model.model.decoder.layers

@@ -40,13 +40,13 @@ def red(tmp_path):
 def interrupted(monkeypatch):
     """Ctrl-C as soon as a first block is finished; the whole answer to COUNT."""
     whole = engine_of(DEMO).generate(COUNT, seed=0, max_tokens=100).text
-    real = engine.Engine.stream
+    real = engine.Engine.run
 
-    def stream(self, *arguments, **options):
+    def run(self, *arguments, **options):
         for event in real(self, *arguments, **options):
             yield event
             if isinstance(event, Block):
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.Engine, "stream", stream)
+    monkeypatch.setattr(engine.Engine, "run", run)
     return whole

@@ -76,8 +76,8 @@ WAYS = "Give the labels in one way: as arguments, with --range, with --bool or w
         (["x", "--ask", "color"], 2, "--ask color has no labels; write NAME=label,label."),
         (["x", "--ask", "c=a", "--ask", "c=b"], 2, "--ask c is given twice; join its labels."),
         (["-", "a", "-f", "-"], 2, "- is given twice, but stdin can be read once."),
-        (["x", "a", ""], 1, "Label 1 is ''; it should be a text that is not empty."),
-        (["x", "a", "--answer", "b"], 1, "The answer template 'b' has 0 slots {}; give it one."),
+        (["x", "a", ""], 2, "Label 1 is ''; it should be a text that is not empty."),
+        (["x", "a", "--answer", "b"], 2, "--answer 'b' has 0 slots {}; give it one."),
         ([" ", "a"], 1, "The prompt is empty; say what you want."),
     ],
 )

@@ -13,6 +13,7 @@ from mlx_dgemma import engine
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import common
 from mlx_dgemma.decoding.events import Stats
+from mlx_dgemma.tasks import answer
 
 JSON_PROMPT = "Write JSON for: Anna is 31 years old and lives in Oslo."
 COUNT = "Count from 1 to 60."
@@ -64,15 +65,15 @@ def test_json_has_the_shape_of_a_result():
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Messages and options that reach the engine; it answers with `Spell the word cat.`'s text."""
+    """Messages and options of the request; the answer is `Spell the word cat.`'s text."""
     heard = []
-    real = engine.Engine.stream
+    real = answer.answer
 
-    def stream(self, messages, **options):
+    def ask(builder, messages, **options):
         heard.append((messages, options))
-        return real(self, "Spell the word cat.", seed=0, max_denoising_steps=1)
+        return real(builder, "Spell the word cat.", seed=0, max_denoising_steps=1)
 
-    monkeypatch.setattr(engine.Engine, "stream", stream)
+    monkeypatch.setattr(answer, "answer", ask)
     return heard
 
 
@@ -94,7 +95,8 @@ def test_only_what_was_given_reaches_the_engine(asked):
     run("generate", "x", "--system", "Be brief.", "--stop", "a", "--stop", "b", "--t-min", 0, "--thinking")
     messages, options = asked.pop()
     assert messages[0] == {"role": "system", "content": "Be brief."}
-    assert options == {"stop": ("a", "b"), "t_min": 0.0, "thinking": True, "tools": None, "drafts": False}
+    given = {name: value for name, value in options.items() if value is not None}
+    assert given == {"stop": ("a", "b"), "t_min": 0.0, "thinking": True}
 
 
 def test_tool_calls_are_printed_one_a_line(tmp_path):
@@ -133,14 +135,14 @@ def test_a_warning_about_a_picture_is_one_line(tmp_path, red):
 
 
 def test_warnings_are_one_line(monkeypatch):
-    real = engine.Engine.stream
+    real = engine.Engine.run
 
-    def stream(self, *arguments, **options):
+    def run_(self, *arguments, **options):
         for event in real(self, *arguments, **options):
             warnings.warn("The tool call 'x' is broken; it was kept as text.", stacklevel=1)
             yield event
 
-    monkeypatch.setattr(engine.Engine, "stream", stream)
+    monkeypatch.setattr(engine.Engine, "run", run_)
     done = run("generate", "Spell the word cat.", "--seed", 0, "-m", DEMO)
     assert (done.stdout, done.stderr) == ("c a t\n", "Warning: The tool call 'x' is broken; it was kept as text.\n")
 

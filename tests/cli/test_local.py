@@ -143,15 +143,15 @@ def test_a_call_imports_nothing_heavy(server, tmp_path):
 
 def test_ctrl_c_cancels_at_the_server_and_keeps_what_is_finished(server, monkeypatch):
     whole = engine_of(DEMO).generate(COUNT, seed=0, max_tokens=100).text
-    real = local.Remote.stream
+    real = local.Remote.task
 
-    def stream(self, *arguments, **options):
+    def task(self, *arguments, **options):
         for event in real(self, *arguments, **options):
             yield event
             if isinstance(event, local.SeenBlock):
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(local.Remote, "stream", stream)
+    monkeypatch.setattr(local.Remote, "task", task)
     slow = ("--max-tokens", 3000, "--seed", 0)
     before = server.load().counters["cancelled"]
     done = run("generate", COUNT, *slow, "--json")

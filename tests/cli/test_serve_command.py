@@ -23,6 +23,7 @@ from mlx_dgemma.cli import main
 from mlx_dgemma.cli.commands import serve
 from mlx_dgemma.cli.terminal import Terminal
 from mlx_dgemma.errors import OptionError
+from mlx_dgemma.installation import add_extra
 from mlx_dgemma.server import local
 from mlx_dgemma.server.settings import Settings
 from mlx_dgemma.serving.rendezvous import identity, socket_path
@@ -40,9 +41,9 @@ def never_loaded(monkeypatch):
 
 def test_the_command_refuses_before_it_loads(never_loaded, monkeypatch):
     done = run("--host", "0.0.0.0")
-    assert (done.exit_code, done.stderr) == (
-        1,
-        "Error: The host is 0.0.0.0, which other machines can reach: give an API key (--api-key or "
+    assert (done.exit_code, done.stderr.partition("\n\n")[2]) == (
+        2,
+        "Error: --host is 0.0.0.0, which other machines can reach: give an API key (--api-key or "
         "$MLX_DGEMMA_API_KEY), or leave the host out.\n",
     )
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -57,7 +58,7 @@ def test_the_command_refuses_before_it_loads(never_loaded, monkeypatch):
     done = run()
     assert (done.exit_code, done.stderr) == (
         1,
-        'Error: serve needs the package uvicorn: pip install "mlx-dgemma[serve]".\n',
+        f"Error: serve needs the package uvicorn; run `{add_extra('serve')}`.\n",
     )
 
 

@@ -9,7 +9,7 @@ from test_causal import DRAWN, GREEDY, PROMPTS, generate
 
 from mlx_dgemma.decoding import causal, speculative
 from mlx_dgemma.decoding.costs import pass_cost, reckoned
-from mlx_dgemma.decoding.speculative import Drafter, Pace
+from mlx_dgemma.decoding.speculative import Drafter, Pace, paying
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_right_drafts_save_passes(demo):
 
 def test_text_that_repeats_itself_is_its_own_draft(model):
     config = model.config.text
-    drafter = Drafter([1, 2, 3, 4, "picture", 5, 6, 1, 2, 3], reckoned(config))
-    assert drafter.propose(8, 4) == [4]  # what stands for a picture is no token
+    drafter = Drafter([1, 2, 3, 4, "picture", 5, 6, 1, 2, 3], reckoned(config), 63)
+    assert drafter.propose(8, 0) == [4]  # what stands for a picture is no token
     drafter.take(9)
     assert isinstance(drafter.propose(8, 4), int)
     for token in (7, 8, 7, 8, 7):
@@ -88,3 +88,32 @@ def test_drafts_rest_while_they_do_not_pay(model):
         for _ in range(9):
             if pace.length:
                 pace.learn(pace.length, 0)
+
+
+def test_what_a_wrong_draft_has_behind_the_mended_place_is_the_next_one(model):
+    """Tokens that it was sure of stay, the others are those that were drawn behind the wrong one."""
+    drafter = Drafter([1], reckoned(model.config.text), 15, end_tokens=(39,))
+    assert drafter.propose(30, 15) == 15
+    made, sure = [11, 12, 13, 14, 15, 39, 17, 18], [0.99, 0.99, 0.99, 0.8, 0.99, 0.99, 0.99, 0.99]
+    draft = drafter.keep(made, sure, 15)
+    assert draft == made[:6]  # the text ends there
+    drawn = [11, 22, 23, 24, 25, 26, 27]
+    drafter.learn(draft, drawn, 1)
+    for token in drawn[:2]:
+        drafter.take(token)
+    assert drafter.propose(30, 15) == [13, 24, 15, 39]
+    drafter.take(13)
+    assert drafter.propose(30, 15) == [24, 15, 39]  # a token that came alone
+    drafter.learn([24, 15, 39], [23, 15, 39, 8], 0)
+    drafter.take(23)
+    assert isinstance(drafter.propose(30, 15), int)  # wrong again
+
+
+def test_a_draft_is_as_long_as_pays():
+    verify = [1.0, 1.2, 1.4, 1.6, 1.8]
+    assert paying([0.99, 0.99, 0.1, 0.99], verify)[0] == 2
+    assert paying([0.99, 0.99, 0.1, 0.99], [1.0] * 5, spent=2.0)[0] == 4  # where length costs nothing
+    assert paying([0.1, 0.9], verify) == (0, 1.0)  # no draft is better
+    assert paying([float("nan")], verify) == paying([], verify) == (0, 1.0)
+    count, gain = paying([1.0] * 9, verify)
+    assert (count, gain) == (4, pytest.approx(5 / 1.8))

@@ -175,8 +175,9 @@ def test_certain_is_below_the_threshold_at_every_position_that_counts():
 
 def test_confident_positions_are_kept_and_the_threshold_is_one_of_them():
     confidence, none = mx.array([[0.5, 0.75, 0.25, 0.8]]), mx.zeros((1, 4), mx.bool_)
-    assert sampler.accept_confident(confidence, none, 0.75).tolist() == [[False, True, False, True]]
-    assert sampler.accept_confident(confidence, none, 0.76).tolist() == [[False, False, False, True]]
+    assert sampler.accept_confident(confidence, none, 0.5).tolist() == [[True, True, True, True]]
+    assert sampler.accept_confident(confidence, none, 0.75).tolist() == [[True, True, False, True]]  # one more
+    assert sampler.accept_confident(confidence, none, 0.76).tolist() == [[False, True, False, True]]
     assert sampler.accept_confident(confidence, none, 0.9).tolist() == [[False, False, False, True]]  # the best of them
     assert sampler.accept_confident(confidence, none, 0.0).all().item()
 
@@ -199,7 +200,7 @@ def test_confident_acceptance_equals_a_loop_and_takes_all_in_the_end(threshold):
         got = np.array(sampler.accept_confident(mx.array(confidence.astype(np.float32)), mx.array(kept), threshold))
         for row in range(5):
             left = confidence[row][~kept[row]]
-            taken = left >= min(threshold, left.max(initial=0))
+            taken = (left >= threshold) | (left == left[left < threshold].max(initial=0))
             assert got[row][~kept[row]].tolist() == taken.tolist()
             assert got[row][kept[row]].all()
             assert taken.any() or kept[row].all()

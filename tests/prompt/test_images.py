@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from support import DATA
 
 from mlx_dgemma.errors import OptionError, PromptError
+from mlx_dgemma.installation import add_extra
 from mlx_dgemma.model.patches import BUDGETS, join
 from mlx_dgemma.prompt import images
 from mlx_dgemma.prompt.images import MAX_PIXELS, digest, open_image, patchify, target_size
@@ -108,7 +109,7 @@ def test_shorter_pictures_are_padded_and_join_is_patchify_of_all():
 
 @pytest.mark.parametrize("budget", [0, 71, True, "280", 280.5])
 def test_a_budget_outside_the_five_is_refused(budget):
-    message = f"The image budget is {budget!r}; it should be one of 70, 140, 280, 560, 1120."
+    message = f"image_tokens is {budget!r}; it should be one of 70, 140, 280, 560, 1120."
     with pytest.raises(OptionError, match=f"^{re.escape(message)}$"):
         patchify([noise()], budget)
 
@@ -261,7 +262,7 @@ def test_heic_needs_its_plugin(monkeypatch):
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     assert refusal(data) == (
-        'The file of 24 bytes is a HEIC picture; save it as JPEG or PNG, or pip install "mlx-dgemma[pictures]".'
+        f"The file of 24 bytes is a HEIC picture; save it as JPEG or PNG, or run `{add_extra('pictures')}`."
     )
     plugin = types.ModuleType("pillow_heif")
     plugin.register_heif_opener = lambda: monkeypatch.setitem(Image.OPEN, "HEIF", (lambda *_: noise(), None))

@@ -223,9 +223,9 @@ def test_a_marker_in_a_users_text_is_no_picture(engine, marker):
 
 
 @pytest.mark.parametrize("kind", ["audio", "input_audio"])
-def test_audio_is_refused(engine, kind):
+def test_audio_is_refused_where_nothing_transcribes_it(engine, kind):
     part = {"type": kind, kind: {"data": "", "format": "wav"}}
-    assert refusal(PromptError, engine.generate, [user(part, text("Hi"))]) == (
+    assert refusal(PromptError, engine.choose, [user(part, text("Hi"))], ["a", "b"]) == (
         "Message 0 has audio, which is not a modality of DiffusionGemma; transcribe it first and send the text."
     )
 
@@ -254,7 +254,7 @@ def test_a_text_only_checkpoint_refuses_pictures(engine):
 
 def test_an_unknown_budget_is_refused(engine):
     assert refusal(OptionError, engine.generate, "Hi", images=[strip(RED)], image_tokens=100) == (
-        "The image budget is 100; it should be one of 70, 140, 280, 560, 1120."
+        "image_tokens is 100; it should be one of 70, 140, 280, 560, 1120."
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mlx_dgemma.errors import OptionError, PromptError
+from mlx_dgemma.installation import add_extra
 from mlx_dgemma.prompt.video import sample_frames, stamp
 
 av = pytest.importorskip("av")
@@ -204,7 +205,7 @@ def test_frames_without_times_are_refused():
 
 def test_a_missing_decoder_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    assert refusal(b"any") == 'Video files need a decoder: pip install "mlx-dgemma[video]".'
+    assert refusal(b"any") == f"Video files need a decoder; run `{add_extra('video')}`."
     assert taken([Image.new("RGB", (8, 8), colour(3))]) == [(0, 3)]
 
 

@@ -117,7 +117,8 @@ def test_texts_of_an_output_are_joined():
         (
             [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}],
             "input[0].content[0].type",
-            'input[0].content[0].type is \'input_file\'; it should be "input_text" or "output_text" or "input_image".',
+            "input[0].content[0].type is 'input_file'; "
+            'it should be "input_text" or "output_text" or "input_image" or "input_audio".',
         ),
         (
             [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}],

@@ -335,6 +335,8 @@ def test_the_models_own_options_are_described_within_their_limits(name):
         least, most = (min(BUDGETS), max(BUDGETS)) if option == "image_tokens" else (low, high)
         assert [validator.is_valid({**one, option: value}) for value in (least, most)] == [True, True], option
         assert not any(validator.is_valid({**one, option: value}) for value in (low - 1, high + 1)), option
+    assert all(validator.is_valid({**one, "canvas": value}) for value in ("auto", "full", 1))
+    assert not any(validator.is_valid({**one, "canvas": value}) for value in ("wide", 0, 1.5, True))
 
 
 def test_answers_are_as_described(client):
@@ -347,7 +349,8 @@ def test_answers_are_as_described(client):
 
 def test_the_models_own_options_are_taken(client):
     own = {"max_denoising_steps": 1, "entropy_bound": 0.2, "t_min": 0.3, "t_max": 0.7, "stability_threshold": 2,
-           "confidence_threshold": 0.01, "certainty_threshold": 0.2, "patience": 3, "image_tokens": 70}  # fmt: skip
+           "confidence_threshold": 0.01, "certainty_threshold": 0.2, "patience": 3, "canvas": 32,
+           "image_tokens": 70}  # fmt: skip
     answer = respond(client, "Count from 3 to 30.", extra=own)
     assert answer.output_text == expected("Count from 3 to 30.", **own).text
     assert answer.stats["denoising_steps"] == answer.stats["blocks"]

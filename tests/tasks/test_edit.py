@@ -16,6 +16,13 @@ def test_an_edit_changes_what_it_should(engine, strength):
     assert result.stats.canvas_positions == 16 * result.stats.denoising_steps
 
 
+def test_drafts_of_an_edit_are_its_text(engine):
+    result = engine.edit(SAW, "Replace cat with dog", mode="speculative", temperature=0)
+    stats = result.stats
+    assert (result.text, stats.denoising_steps) == ("The dog saw a dog in the meadow.", 0)
+    assert stats.causal_passes == stats.verify_passes == 3  # two words are new
+
+
 def test_edits_of_other_texts(engine):
     text = "In the forest the dog took the ball from a dog."
     for instruction in ("Replace dog with fox", "Replace dog with fox:  "):

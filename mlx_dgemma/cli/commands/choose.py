@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -20,14 +18,11 @@ from ..common import (
     media_options,
     model_options,
     number_option,
-    read_prompt,
     server_option,
 )
-from ..terminal import Terminal
-
-if TYPE_CHECKING:
-    from ...engine import Engine
-    from ..local import Remote
+from ..output import Output, output_options
+from ..stdin import read_prompt, read_stdin
+from ..terminal import Terminal, told_warnings
 
 
 @click.command("choose")
@@ -50,6 +45,7 @@ if TYPE_CHECKING:
 @media_options
 @number_option("--prefill-chunk", 1, "Prompt tokens encoded at once.", "512; 1024 for prompts above 4096")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@output_options
 @model_options
 @adapter_option
 @server_option
@@ -68,15 +64,16 @@ def choose(
     video: str | None,
     verbose: bool,
     as_json: bool,
+    output: Output,
     model: ModelChoice,
     **options: Any,
 ) -> None:
     """Compute how probable each label is as the answer.
 
     This takes one denoising step. The first argument is the prompt, - for stdin, and the others are labels. Files or
-    piped stdin come before the prompt, as with generate. Each label is printed on a line of its own with a tab and
-    its probability, the most probable first. With --ask, a line begins with the question's name and a tab. --json
-    prints {probabilities, stats}.
+    stdin come before the prompt; stdin is read by the same rule as in generate. Each label is printed on a line of its
+    own with a tab and its probability, the most probable first. With --ask, a line begins with the question's name and
+    a tab. --json prints {probabilities, stats}.
 
     \b
     mlx-dgemma choose "Which is larger, 51 or 23?" 51 23
@@ -87,36 +84,34 @@ def choose(
     """
     if [*files, *images, prompt].count("-") > 1:
         raise click.UsageError("- is given twice, but stdin can be read once.")
-    sources = [sys.stdin.buffer.read() if one == "-" else one for one in images]
-    piped = prompt == "-" or ("-" not in images and not sys.stdin.isatty())
-    text = read_prompt(None if prompt == "-" else prompt, files, piped)
-    targets = _parse_labels(labels, span, truth, questions)
-    messages = messages_of(text, decode_argument(system, "--system"), sources, video)
     terminal = Terminal()
-    engine = model.find(terminal)
+    output.check()
+    targets = _parse_labels(labels, span, truth, questions)
+    sources = [read_stdin(terminal) if one == "-" else one for one in images]
+    text = read_prompt(prompt, files, terminal, taken="-" in images)
+    messages = messages_of(text, decode_argument(system, "--system"), sources, video)
     given = {name: value for name, value in options.items() if value is not None}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        given |= {"answer": decode_argument(answer, "--answer"), "seed": seed or 0, "calibrate": calibrate}
-        choice = _weigh(engine, messages, targets, given)
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        terminal.warn(f"Warning: {message}")
+    given |= {"answer": decode_argument(answer, "--answer"), "seed": seed or 0, "calibrate": calibrate}
+    with told_warnings(terminal):
+        choice = _weigh(model, messages, targets, given, terminal)
     summary = f"{count(choice['prompt_tokens'], 'prompt token')}, {choice['seconds']:.2f} s"
     (terminal.warn if verbose else terminal.hint)(f"{summary}, {human(choice['peak_memory_bytes'])} peak")
     probabilities = choice.pop("probabilities")
     whole = {"probabilities": probabilities, "stats": choice}
-    terminal.say(json.dumps(whole, ensure_ascii=False) + "\n" if as_json else _lines(probabilities))
+    output.write(json.dumps(whole, ensure_ascii=False) + "\n" if as_json else _lines(probabilities), terminal)
 
 
-def _weigh(engine: Engine | Remote, messages: list[dict[str, Any]], labels: Any, given: dict[str, Any]) -> dict:
-    """The fields of `tasks.choose.Choice`, read here or by a server."""
-    from ..local import Remote
+def _weigh(
+    model: ModelChoice, messages: list[dict[str, Any]], labels: Any, given: dict[str, Any], terminal: Terminal
+) -> dict[str, Any]:
+    """The fields of `tasks.choose.Choice`, read by a server or here."""
+    if (remote := model.find(terminal)) is not None:
+        return remote.choose(messages, labels, **given)
+    from ...tasks.choose import ask, compute
 
-    if isinstance(engine, Remote):
-        return engine.choose(messages, labels, **given)
-    from ...tasks.choose import choose as choose_
-
-    return asdict(choose_(engine.model, engine.builder, messages, labels, **given))
+    opened = model.open(terminal)
+    asked = ask(opened.builder, messages, labels, **given)
+    return asdict(compute(model.load(terminal, opened).model, asked))
 
 
 def _parse_labels(

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ...errors import OptionError, count
+from ...errors import CircumstanceError, count
 from ...files import atomic_file
-from ..common import ModelChoice, created
+from ..common import ModelChoice
+from ..output import created
 from ..terminal import Terminal
 
 if TYPE_CHECKING:
+    from ...prompt.opened import Opened
     from ...tune.compare import Contestant, Reply
 
 
@@ -46,20 +48,15 @@ def compare(
 
     Raises:
         click.UsageError: options that cannot be together.
-        OptionError: the page is there already.
+        CircumstanceError: the page is there already.
     """
-    if against is None:
-        raise click.UsageError("--html is of a comparison; give --against, or leave it out.")
-    if alone:
-        raise click.UsageError("--bound and --by are not of a comparison; leave them out, or leave out --against.")
-    if html is not None and html.exists():
-        raise OptionError(f"{html} exists already; give another name, or remove it.")
-    _check_name(against)
+    against = _checked(against, html, alone)
+    opened = opened_for(options, metric, model, terminal)
     options.pop("batch_size", None)  # times are of answers that are alone
     seed, chosen = options.pop("seed", 0), options.pop("mode", None)
     with warnings.catch_warnings(record=True) as caught, created(output) as file:
         warnings.simplefilter("always", UserWarning)
-        engine = model.load(terminal)
+        engine = model.load(terminal, opened)
         try:
             from ...tune.compare import MODES, answer_by_peer, answer_in_modes, questions
             from ...tune.data import read
@@ -92,6 +89,20 @@ def compare(
     terminal.say(_as_json(found) if as_json else _table(found))
 
 
+def opened_for(options: dict[str, Any], metric: str, model: ModelChoice, terminal: Terminal) -> Opened:
+    """The checkpoint without its weights, once options and metric are known to be right.
+
+    Raises:
+        OptionError: an option is out of bounds, or there is no such metric.
+    """
+    from ...tune.evaluate import scorer_of
+
+    scorer_of(metric, ())
+    opened = model.open(terminal)
+    opened.options.override(**{name: value for name, value in options.items() if name not in ("batch_size", "seed")})
+    return opened
+
+
 def _write_page(html: Path, title: str, found: list[Contestant], asked: list[tuple[str, str, str]]) -> None:
     from ...tune.page import page
 
@@ -99,11 +110,18 @@ def _write_page(html: Path, title: str, found: list[Contestant], asked: list[tup
         draft.write_text(page(title, found, asked), encoding="utf-8")
 
 
-def _check_name(against: str) -> None:
-    """Tell a wrong name before the first answer."""
+def _checked(against: str | None, html: Path | None, alone: bool) -> str:
+    """The other model's name, once it is known to be right, and that the options can be together."""
+    if against is None:
+        raise click.UsageError("--html is of a comparison; give --against, or leave it out.")
+    if alone:
+        raise click.UsageError("--bound and --by are not of a comparison; leave them out, or leave out --against.")
+    if html is not None and html.exists():
+        raise CircumstanceError(f"{html} exists already; give another name, or remove it.")
     from ...checkpoint.find import find
 
     find(against)
+    return against
 
 
 def _write_answers(file: TextIO, found: list[Contestant], asked: list[tuple[str, str, str]]) -> None:

@@ -15,15 +15,15 @@ from ...tune.data import SPLITS, find, read
 from ..common import (
     ModelChoice,
     adapter_option,
-    created,
     decode_argument,
     explicit_options,
     model_options,
     number_option,
     sampler_options,
 )
+from ..output import created
 from ..terminal import Terminal
-from .compare import compare
+from .compare import compare, opened_for
 
 if TYPE_CHECKING:
     from ...engine import Engine
@@ -97,13 +97,13 @@ def evaluate(
     mlx-dgemma evaluate data --model FOLDER --against mlx-community/gemma-4-26b-a4b-it-4bit --html compared.html
     """
     path, terminal, metric = _file(data, split), Terminal(), decode_argument(metric, "--metric") or ""
+    given = explicit_options(options)
     if against or html:
-        alone, given = bool(bound or by), explicit_options(options)
-        compare(path, against, html, output, as_json, alone, metric, model, terminal, given)
+        compare(path, against, html, output, as_json, bool(bound or by), metric, model, terminal, given)
         return
     with warnings.catch_warnings(record=True) as caught, created(output) as file:
         warnings.simplefilter("always", UserWarning)
-        engine = model.load(terminal)
+        engine = model.load(terminal, opened_for(given, metric, model, terminal))
         terminal.draw([], f"reading {path.name}")
         try:
             examples = read(engine, path)
@@ -126,7 +126,7 @@ def evaluate(
                 metric,
                 by=by,
                 watch=watch,
-                **explicit_options(options),
+                **given,
             )
             likelihood = _bound(engine, examples, bound, options["seed"] or 0, terminal) if bound else None
         finally:

@@ -34,12 +34,12 @@ def fuse(out: Path, adapter: str, model: str | None, dequantize: bool) -> None:
     mlx-dgemma generate --model fused "Why is the sky blue?"
     """
     terminal = Terminal()
-    if model is None:
-        terminal.warn(DEMO_NOTICE)
     from ...adapters.fuse import fuse as fuse_
 
     with sigterm_exits(), progress_bar("Fusing") as progress:
         report = fuse_(adapter, out, model, dequantize, progress)
+    if model is None:
+        terminal.warn(DEMO_NOTICE)
     terminal.say(f"{report.source} with {report.adapter} -> {report.target}\n")
     terminal.say(f"{count(len(report.modules), 'changed weight')}, {human(report.nbytes)}, {report.seconds:.1f} s.\n")
     if report.requantized:

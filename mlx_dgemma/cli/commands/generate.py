@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
 
-from ...errors import OptionError
-from ...prompt.messages import messages_of
+from ...errors import DgemmaError, OptionError
+from ..audio import audio_options, hear, user_turn
 from ..common import (
     ModelChoice,
     adapter_option,
@@ -19,27 +18,58 @@ from ..common import (
     decode_utf8,
     explicit_options,
     files_option,
+    find_task,
     media_options,
     model_options,
     print_details,
-    read_bytes,
-    read_prompt,
     server_option,
     stream_answer,
 )
+from ..output import Output, output_options
+from ..stdin import read_prompt, read_stdin
 from ..terminal import Terminal
+
+
+class SchemaType(click.ParamType):
+    """A JSON Schema: text that begins with a brace, else the file of one."""
+
+    name = "schema"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict:
+        """Read it.
+
+        Raises:
+            DgemmaError: the file holds something else.
+        """
+        inline = value.lstrip().startswith("{")
+        if not inline:
+            value = click.Path(exists=True, dir_okay=False).convert(value, param, ctx)
+        name, error = ("--schema", OptionError) if inline else (value, DgemmaError)
+        try:
+            schema = json.loads(
+                (decode_argument(value, name) or "")
+                if inline
+                else decode_utf8(Path(value).read_bytes(), name).removeprefix("\ufeff")
+            )
+        except ValueError as problem:
+            raise error(f"{name} is not JSON ({problem}); give a JSON Schema.") from None
+        if not isinstance(schema, dict):
+            raise error(f"{name} holds {type(schema).__name__}; give a JSON Schema, which is an object.")
+        return schema
 
 
 @click.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
 @click.argument("prompt", required=False)
 @files_option
 @media_options
+@audio_options
 @click.option(
     "--tools", metavar="FILE.json", type=click.Path(exists=True, dir_okay=False), help="Tools that the model may call."
 )
-@click.option("--schema", metavar="FILE.json|JSON", help="Constrain the answer to this JSON Schema.")
+@click.option("--schema", type=SchemaType(), metavar="FILE.json|JSON", help="Constrain the answer to this JSON Schema.")
 @click.option("--regex", metavar="PATTERN", help="Constrain the whole answer to this regular expression.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@output_options
 @model_options
 @adapter_option
 @server_option
@@ -51,10 +81,13 @@ def generate(
     files: tuple[str, ...],
     images: tuple[str, ...],
     video: str | None,
+    audios: tuple[str, ...],
+    audio_model: str | None,
     tools: str | None,
-    schema: str | None,
+    schema: dict | None,
     regex: str | None,
     as_json: bool,
+    output: Output,
     verbose: bool,
     model: ModelChoice,
     system: str | None,
@@ -62,8 +95,10 @@ def generate(
 ) -> None:
     """Answer one prompt.
 
-    The prompt is an argument, files, or stdin. Files or stdin come first, then a blank line and the argument. stdin
-    is read if it is not a terminal and no file is given; --image - reads a picture from it.
+    The prompt is an argument, files, or stdin. Files or stdin come first, then a blank line and the argument. Beside
+    an argument stdin is read if it was piped or redirected to this command, but not if the loop or script around it
+    has it too. "-", as PROMPT or FILE, always reads it; --image - reads a picture from it. What is said in audio files
+    comes before all; with --audio no other prompt is needed.
 
     Each tool call is printed as a line: {"name": ..., "arguments": {...}}. --tools takes a JSON list of function
     declarations in OpenAI's format. --json prints {text, thinking, tool_calls, finish_reason, stats}. Ctrl-C keeps
@@ -75,63 +110,47 @@ def generate(
     mlx-dgemma generate --model FOLDER --image photo.jpg "What is this?"
     mlx-dgemma generate --model FOLDER -f chapter.txt -f notes.txt "Summarise." --seed 7 --json
     """
-    options = explicit_options(options)
-    if [*files, *images].count("-") > 1:
+    terminal, options = Terminal(), explicit_options(options)
+    if [*files, *images, prompt].count("-") > 1:
         raise click.UsageError("- is given twice, but stdin can be read once.")
-    sources = [sys.stdin.buffer.read() if one == "-" else one for one in images]
-    text = read_prompt(prompt, files, piped="-" not in images and not sys.stdin.isatty())
-    messages = messages_of(text, decode_argument(system, "--system"), sources, video)
-    declarations = _read_tools(tools) if tools else None
-    json_schema = _read_schema(schema) if schema else None
-    constraint = explicit_options({"schema": json_schema, "regex": decode_argument(regex, "--regex")})
-    terminal = Terminal()
-    engine = model.find(terminal)
-    stream = partial(engine.stream, messages, tools=declarations, **constraint, **options)
-    answer = stream_answer(engine, stream, terminal, silent=as_json)
+    output.check()
+    sources = [read_stdin(terminal) if one == "-" else one for one in images]
+    prompt = "" if audios and prompt is None and not files else prompt  # what is said may be all
+    text = read_prompt(prompt, files, terminal, taken="-" in images)
+    asked: dict[str, Any] = {
+        "tools": _read_tools(tools) if tools else None,
+        "schema": schema,
+        "regex": decode_argument(regex, "--regex"),
+    }
+    said = [hear(one, audio_model, terminal) for one in audios]
+    messages = user_turn(text, said, sources, video, decode_argument(system, "--system"))
+    engine, stream = find_task(model, terminal, "generate", messages, **asked, **options)
+    answer = stream_answer(engine, stream, terminal, silent=as_json or output.path is not None)
     if verbose and answer.result:
         print_details(engine, answer.result, options, terminal)
-    if as_json:
-        terminal.say(json.dumps(answer.as_dict(), ensure_ascii=False) + "\n")
+    printed = json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" if as_json else answer.printed
     if answer.result is None:
+        if as_json and output.path is None:
+            terminal.say(printed)
         ctx.exit(130)
-
-
-def _read_schema(source: str) -> dict:
-    """Read a JSON Schema from a file, or from the command line if it begins with a brace.
-
-    Raises:
-        OptionError: it is not a JSON object.
-    """
-    inline = source.lstrip().startswith("{")
-    name = "--schema" if inline else source
-    try:
-        schema = json.loads(
-            (decode_argument(source, name) or "")
-            if inline
-            else decode_utf8(read_bytes(source), source).removeprefix("\ufeff")
-        )
-    except ValueError as error:
-        raise OptionError(f"{name} is not JSON ({error}); give a JSON Schema.") from None
-    if not isinstance(schema, dict):
-        raise OptionError(f"{name} holds {type(schema).__name__}; give a JSON Schema, which is an object.")
-    return schema
+    output.write(printed, terminal, said=not as_json)
 
 
 def _read_tools(path: str) -> list[dict]:
     """Read function declarations from a JSON file.
 
     Raises:
-        OptionError: the file is not JSON, or not a list of declarations.
+        DgemmaError: the file is not JSON, or not a list of declarations.
     """
     try:
-        tools = json.loads(decode_utf8(read_bytes(path), path).removeprefix("\ufeff"))
+        tools = json.loads(decode_utf8(Path(path).read_bytes(), path).removeprefix("\ufeff"))
     except ValueError as error:
-        raise OptionError(f"{path} is not JSON ({error}); give a list of function declarations.") from None
+        raise DgemmaError(f"{path} is not JSON ({error}); give a list of function declarations.") from None
     if not isinstance(tools, list):
-        raise OptionError(f"{path} holds {type(tools).__name__}; give a list of function declarations.")
+        raise DgemmaError(f"{path} holds {type(tools).__name__}; give a list of function declarations.")
     for i, tool in enumerate(tools):
         if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
-            raise OptionError(
+            raise DgemmaError(
                 f"{path} has no function declaration at position {i}; each should be "
                 '{"type": "function", "function": {"name": ..., "parameters": {...}}}.'
             )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from ...errors import DgemmaError, OptionError
+from ...errors import DgemmaError
 from ...server.settings import model_name
 from ..common import model_option
 from ..terminal import Terminal
@@ -156,7 +156,7 @@ def launch(
     terminal, url = Terminal(), f"http://{HOST}:{port}"
     running = _served_model(url)
     if running is not None and model is not None and model_name(model) != running:
-        raise OptionError(
+        raise DgemmaError(
             f"The server at port {port} has the model {running!r}, not {model_name(model)!r}; stop it, or give another "
             "--port."
         )
@@ -171,7 +171,7 @@ def launch(
         return
     program = shutil.which(client)
     if program is None:
-        raise OptionError(f"There is no program {client} here; install it first: {CLIENTS[client].install}")
+        raise DgemmaError(f"There is no program {client} here; install it first: {CLIENTS[client].install}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with _server(serve, url, api_key, terminal) if running is None else nullcontext():
         if running is None:
@@ -201,7 +201,7 @@ def _served_model(url: str) -> str | None:
     """The name of the model of the server there; None: nothing listens.
 
     Raises:
-        OptionError: something else answers, or the server is not in order.
+        DgemmaError: something else answers, or the server is not in order.
     """
     why = "is no server of mlx-dgemma; give another --port."
     try:
@@ -220,14 +220,14 @@ def _served_model(url: str) -> str | None:
             why = (
                 f"says nothing for {ANSWER_SECONDS:g} seconds; wait for its model to be loaded, or give another --port."
             )
-    raise OptionError(f"What listens at {url} {why}")
+    raise DgemmaError(f"What listens at {url} {why}")
 
 
 def _context(served: Served) -> int | None:
     """The most tokens of prompt and answer, as the server tells them.
 
     Raises:
-        OptionError: the server wants another key.
+        DgemmaError: the server wants another key.
     """
     headers = {"Authorization": f"Bearer {served.key}"} if served.key else {}
     try:
@@ -236,7 +236,7 @@ def _context(served: Served) -> int | None:
             told = json.load(answer)["data"][0].get("max_model_len")
     except urllib.error.HTTPError as error:
         if error.code == 401:
-            raise OptionError(
+            raise DgemmaError(
                 f"The server at {served.url} wants its API key; give it as --api-key or ${KEY}."
             ) from None
         return None

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from ...errors import DgemmaError, OptionError
+from ...installation import add_extra
 from ...server.settings import Settings, model_name
 from ...serving.rendezvous import listening, locked, running, socket_path
 from ..common import ModelChoice, adapter_option, model_options
@@ -270,7 +271,7 @@ def _require_packages() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise OptionError(f'serve needs the package {error.name}: pip install "mlx-dgemma[serve]".') from None
+        raise DgemmaError(f"serve needs the package {error.name}; run `{add_extra('serve')}`.") from None
 
 
 def _install(ctx: click.Context, settings: Settings, given: dict[str, Any], terminal: Terminal) -> None:
@@ -321,6 +322,6 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, reuse_port=False)
     except OSError as error:
         reason = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else str(error)
-        raise OptionError(
+        raise DgemmaError(
             f"{host} port {port} cannot be listened on ({reason}); choose others with --host and --port."
         ) from None

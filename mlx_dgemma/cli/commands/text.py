@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import shutil
 import sys
+from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ...errors import OptionError
-from ...files import atomic_file
+from ...errors import DgemmaError, OptionError, PromptError
 from ..common import (
     ModelChoice,
+    NumberRange,
     adapter_option,
     decode_argument,
     decode_utf8,
     explicit_options,
+    find_task,
     model_options,
     number_option,
     print_details,
@@ -26,7 +29,8 @@ from ..common import (
     server_option,
     stream_answer,
 )
-from ..local import task_stream
+from ..output import Output, output_options, replace_file
+from ..stdin import read_stdin
 from ..terminal import Terminal
 
 MARK = "<HOLE>"
@@ -47,6 +51,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @number_option("--seed", 0, "The same seed gives the same text.", "random")
 @number_option("--max-tokens", 1, "Maximum length of the hole in tokens.")
 @json_option
+@output_options
 @verbose_option
 @model_options
 @adapter_option
@@ -63,26 +68,27 @@ def infill(
     prompt: str | None,
     whole: bool,
     as_json: bool,
+    output: Output,
     verbose: bool,
     model: ModelChoice,
     **options: Any,
 ) -> None:
     """Fill a hole in a text without changing the rest.
 
-    The hole is a mark in FILE (- for stdin), a position in FILE, or the place between two files. The fill is printed
-    unchanged; a line break is added only if stdout is a terminal.
+    The hole is a mark in FILE (- for stdin), a position in FILE, or the place between two files. stdin is read only
+    where - stands for it. The fill is printed unchanged; a line break is added only if stdout is a terminal.
 
     \b
     mlx-dgemma infill notes.txt                        # the hole is marked <HOLE>
     mlx-dgemma infill --model FOLDER app.py --at 12:5 --prompt "A script that sorts a file."
-    mlx-dgemma infill --prefix-file a --suffix-file b --whole > c
+    mlx-dgemma infill --prefix-file a --suffix-file b --whole --output c
     """
 
-    prefix, suffix = _split_at_hole(file, prefix_file, suffix_file, at, mark)
-    options = explicit_options(options)
-    terminal = Terminal()
-    engine = model.find(terminal)
-    stream = task_stream(engine, "infill", prefix, suffix, prompt=decode_argument(prompt, "--prompt"), **options)
+    terminal, options = Terminal(), explicit_options(options)
+    output.check()
+    prefix, suffix = _split_at_hole(file, prefix_file, suffix_file, at, mark, terminal)
+    asked = decode_argument(prompt, "--prompt")
+    engine, stream = find_task(model, terminal, "infill", prefix, suffix, prompt=asked, **options)
     answer = stream_answer(engine, stream, terminal, silent=True)
     if answer.result is None:
         ctx.exit(130)
@@ -92,10 +98,9 @@ def infill(
     text = answer.result.text
     if as_json:
         whole_text = {"whole": prefix + text + suffix} if whole else {}
-        terminal.say(json.dumps({**answer.as_dict(), **whole_text}, ensure_ascii=False) + "\n")
-        return
-    shown = prefix + text + suffix if whole else text
-    terminal.say(shown + ("\n" if sys.stdout.isatty() and not shown.endswith("\n") else ""))
+        output.write(json.dumps({**answer.as_dict(), **whole_text}, ensure_ascii=False) + "\n", terminal)
+    else:
+        _write(prefix + text + suffix if whole else text, output, terminal)
 
 
 @click.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
@@ -103,16 +108,22 @@ def infill(
 @click.argument("file", required=False, type=existing_file)
 @click.option(
     "--strength",
-    type=click.FloatRange(0, 1),
+    type=NumberRange(0, 1),
     metavar="X",
     show_default="0.5",
     help="Share of the text that is replaced by noise.",
 )
 @click.option("--diff", is_flag=True, help="Print a unified diff.")
-@click.option("-i", "--in-place", is_flag=True, help="Write the text to FILE and the old one to FILE.bak.")
+@click.option(
+    "-i",
+    "--in-place",
+    is_flag=True,
+    help="Write the text to FILE, and the old one to FILE.bak or, where that is taken, to FILE.bak.2 and so on.",
+)
 @number_option("--seed", 0, "The same seed gives the same text.", "random")
 @number_option("--max-tokens", 1, "Maximum length of the text.", "twice the draft's, at least the checkpoint's")
 @json_option
+@output_options
 @verbose_option
 @model_options
 @adapter_option
@@ -126,13 +137,16 @@ def edit(
     diff: bool,
     in_place: bool,
     as_json: bool,
+    output: Output,
     verbose: bool,
     model: ModelChoice,
     **options: Any,
 ) -> None:
     """Rewrite a text according to an instruction.
 
-    The text is FILE or stdin. The canvas starts from it, so most of what need not change is kept.
+    The text is FILE; without one, or for -, it is stdin. The canvas starts from it, so most of what need not change is
+    kept. --in-place keeps every old text: no backup is overwritten. If the command fails or is interrupted, or the text
+    is cut, empty or was changed by somebody else meanwhile, FILE stays as it is.
 
     \b
     mlx-dgemma edit --model FOLDER "make it formal" < draft.txt
@@ -140,41 +154,68 @@ def edit(
     mlx-dgemma edit --model FOLDER "fix the spelling" letter.txt --in-place
     """
 
-    if in_place and (file is None or file == "-"):
-        raise click.UsageError("--in-place needs a FILE to write to.")
-    if in_place and (diff or as_json):
-        raise click.UsageError("--in-place prints nothing; leave out --diff and --json.")
-    if diff and as_json:
-        raise click.UsageError("--diff and --json are two ways to print; give one.")
-    if file is None and sys.stdin.isatty():
-        raise click.UsageError("There is no text: name a file or give it on stdin.")
-    draft, options = _read(file or "-"), explicit_options(options)
-    terminal = Terminal()
-    engine = model.find(terminal)
-    stream = task_stream(engine, "edit", draft, decode_argument(instruction, "The instruction") or "", **options)
+    _check_edit(file, in_place, diff, as_json, output)
+    terminal, options, said = (
+        Terminal(),
+        explicit_options(options),
+        decode_argument(instruction, "The instruction") or "",
+    )
+    if not said.strip():
+        raise click.UsageError("INSTRUCTION is empty; say what is to be done with the text.")
+    output.check()
+    draft = _read(file or "-", terminal)
+    if not draft.strip():
+        raise PromptError(f"{'stdin' if file in (None, '-') else file} is empty; there is nothing to edit.")
+    engine, stream = find_task(model, terminal, "edit", draft, said, **options)
     answer = stream_answer(engine, stream, terminal, silent=True)
     if answer.result is None:
         ctx.exit(130)
     if verbose:
         options.pop("strength", None)
         print_details(engine, answer.result, options, terminal)
-    text = answer.result.text
+    text, target = answer.result.text, file if in_place else output.path
+    if target and answer.result.finish_reason == "length":
+        raise DgemmaError(
+            f"The text was cut at {len(answer.result.tokens)} tokens, so {target} stays as it is; raise --max-tokens."
+        )
     if in_place:
-        if answer.result.finish_reason == "length":
-            raise OptionError(
-                f"The text was cut at {len(answer.result.tokens)} tokens, so {file} stays as it is; raise --max-tokens."
-            )
-        _replace(Path(str(file)), text)
+        _replace(Path(str(file)), draft, text, terminal)
+        if output.copy:
+            Output(copy=True).write(text, terminal, said=True, copied=text)
     elif as_json:
-        terminal.say(json.dumps(answer.as_dict(), ensure_ascii=False) + "\n")
+        output.write(json.dumps(answer.as_dict(), ensure_ascii=False) + "\n", terminal)
     elif diff:
-        terminal.say(_diff(draft, text, file or "-"))
+        output.write(_diff(draft, text, file or "-"), terminal)
     else:
-        terminal.say(text + ("\n" if sys.stdout.isatty() and not text.endswith("\n") else ""))
+        _write(text, output, terminal)
+
+
+def _check_edit(file: str | None, in_place: bool, diff: bool, as_json: bool, output: Output) -> None:
+    """Refuse options of edit that cannot be together.
+
+    Raises:
+        click.UsageError: naming them.
+    """
+    if in_place and file in (None, "-"):
+        raise click.UsageError("--in-place needs a FILE to write to.")
+    if in_place and (diff or as_json or output.path):
+        raise click.UsageError("--in-place prints nothing; leave out --diff, --json and --output.")
+    if diff and as_json:
+        raise click.UsageError("--diff and --json are two ways to print; give one.")
+    if in_place and not os.access(Path(str(file)), os.W_OK):
+        raise click.UsageError(f"--in-place cannot write to {file}; check its permissions.")
+    if file is None and sys.stdin.isatty():
+        raise click.UsageError("There is no text: name a file or give it on stdin.")
+
+
+def _write(text: str, output: Output, terminal: Terminal) -> None:
+    """Deliver a text unchanged; where it ends on a terminal, with a line break behind it."""
+    ends = "\n" if output.path is None and sys.stdout.isatty() and not text.endswith("\n") else ""
+    output.write(text + ends, terminal, copied=text)
 
 
 def _split_at_hole(
-    file: str | None, prefix_file: str | None, suffix_file: str | None, at: str | None, mark: str
+    file: str | None, prefix_file: str | None, suffix_file: str | None, at: str | None, mark: str, terminal: Terminal
 ) -> tuple[str, str]:
     """The texts before and after the hole, from one file or two.
 
@@ -187,8 +228,11 @@ def _split_at_hole(
     if file is None:
         if prefix_file == suffix_file == "-":
             raise click.UsageError("- is given twice, but stdin can be read once.")
-        return (_read(prefix_file) if prefix_file else "", _read(suffix_file) if suffix_file else "")
-    text = _read(file)
+        before, behind = (_read(one, terminal) if one else "" for one in (prefix_file, suffix_file))
+        return before, behind
+    if at is not None and mark != MARK:
+        raise click.UsageError("--at and --mark are two ways to say where the hole is; give one.")
+    text = _read(str(file), terminal)
     if at is None:
         if not mark:
             raise OptionError("--mark is empty; give the text that stands where the hole is.")
@@ -210,18 +254,60 @@ def _split_at_hole(
     return text[:offset], text[offset:]
 
 
-def _read(name: str) -> str:
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+def _read(name: str, terminal: Terminal) -> str:
+    data = read_stdin(terminal) if name == "-" else Path(name).read_bytes()
     return decode_utf8(data, "stdin" if name == "-" else name)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Replace a file's text atomically, keep its permissions, and save the old content as PATH.bak."""
-    path = path.resolve()
-    with atomic_file(path) as draft:
-        draft.write_bytes(text.encode())
-        shutil.copymode(path, draft)
-        shutil.copy2(path, path.with_name(path.name + ".bak"))
+def _replace(path: Path, draft: str, text: str, terminal: Terminal) -> None:
+    """Replace a file's text atomically, keep its permissions, and keep the old text under a name that is free.
+
+    Raises:
+        DgemmaError: the new text is empty, or the file is another than was read.
+    """
+    shown, path = path, path.resolve()
+    if not text.strip():
+        raise DgemmaError(f"The text is empty, so {shown} stays as it is; try another --seed.")
+    if path.read_bytes() != draft.encode():
+        raise DgemmaError(f"{shown} was changed while it was edited, so it stays as it is; run the command again.")
+    if text == draft:
+        terminal.hint(f"{shown} needs no change.")
+        return
+    backup = _back_up(path)
+    try:
+        replace_file(path, text.encode())
+    except BaseException:
+        backup.unlink()
+        raise
+    terminal.hint(f"The old text is in {backup.name}.")
+
+
+def _back_up(path: Path) -> Path:
+    """Give a file a second name that is free, PATH.bak or PATH.bak.2 and so on; it stays when PATH is replaced."""
+    for number in numbers(1):
+        backup = path.with_name(path.name + (".bak" if number == 1 else f".bak.{number}"))
+        try:
+            _name_twice(path, backup)
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise DgemmaError(
+                f"The backup {backup} cannot be written ({error.strerror}), so {path} stays as it is; mend that first."
+            ) from None
+    return backup
+
+
+def _name_twice(path: Path, backup: Path) -> None:
+    try:
+        os.link(path, backup)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        with path.open("rb") as old, backup.open("xb") as new:
+            shutil.copyfileobj(old, new)
+            os.fsync(new.fileno())
+        shutil.copystat(path, backup)
 
 
 def _diff(old: str, new: str, name: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ...errors import OptionError, count, human
+from ...errors import DgemmaError, count, human
 from ..common import ModelChoice, model_options, number_option
 from ..terminal import Terminal
 
@@ -31,7 +31,7 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     """Use the values in a YAML file as defaults of the other options.
 
     Raises:
-        OptionError: the file is not YAML, not a mapping, or names an unknown option.
+        DgemmaError: the file is not YAML, not a mapping, or names an unknown option.
     """
     if path is None:
         return
@@ -40,19 +40,19 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path} is not valid YAML ({' '.join(str(error).split())}); fix it.") from None
+        raise DgemmaError(f"{path} is not valid YAML ({' '.join(str(error).split())}); fix it.") from None
     if not isinstance(content, dict):
-        raise OptionError(f"{path} holds no names with values; write lines such as rank: 16.")
+        raise DgemmaError(f"{path} holds no names with values; write lines such as rank: 16.")
     known = {one.name: one for one in ctx.command.params if one.name != "config"}
     values = {str(name).replace("-", "_"): value for name, value in content.items()}
     if "keep" in values:
         values["recompute"] = not values.pop("keep")
     for name, value in values.items():
         if name not in known:
-            raise OptionError(f"{path} sets {name}, which is no option of tune; see mlx-dgemma tune --help.")
+            raise DgemmaError(f"{path} sets {name}, which is no option of tune; see mlx-dgemma tune --help.")
         values[name] = _check_value(path, known[name], value)
     if "model" in values and os.environ.get("MLX_DGEMMA_MODEL"):
-        raise OptionError(f"{path} sets model, and so does $MLX_DGEMMA_MODEL; unset one of them.")
+        raise DgemmaError(f"{path} sets model, and so does $MLX_DGEMMA_MODEL; unset one of them.")
     ctx.default_map = {**(ctx.default_map or {}), **values}
 
 
@@ -60,7 +60,7 @@ def _check_value(path: str, param: click.Parameter, value: Any) -> Any:
     """Return a value if it has the option's type. Nothing is converted or rounded.
 
     Raises:
-        OptionError: it has another type.
+        DgemmaError: it has another type.
     """
     if param.multiple:
         value = [value] if isinstance(value, str) else value
@@ -74,7 +74,7 @@ def _check_value(path: str, param: click.Parameter, value: Any) -> Any:
     else:
         is_valid, expected = isinstance(value, str), "a text"
     if not is_valid:
-        raise OptionError(f"{path} sets {param.name} to {value!r}; it should be {expected}.")
+        raise DgemmaError(f"{path} sets {param.name} to {value!r}; it should be {expected}.")
     return value
 
 
@@ -158,19 +158,24 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
     mlx-dgemma generate --model mlx_model --adapter adapter "..."
     """
     terminal = Terminal()
+    if model.compute_dtype is not None:
+        raise click.UsageError(
+            "--compute-dtype is for answers, and gradients need the model's own dtype; leave it out."
+        )
     from ...tune.config import RunConfig, TrainerConfig
-    from ...tune.run import tune
+    from ...tune.run import check_before, tune
     from ...tune.trainer import saved_options
 
     if resume:
         source = click.get_current_context().get_parameter_source
         earlier = saved_options(options["output"])
         options |= {n: value for n, value in earlier.items() if source(n) in (None, ParameterSource.DEFAULT)}
-    engine = model.load(terminal)
     chosen = {name: value for name, value in options.items() if value is not None}
     method = TrainerConfig(**{one.name: chosen[one.name] for one in fields(TrainerConfig) if one.name in chosen})
     plan = RunConfig(data, **{one.name: chosen[one.name] for one in fields(RunConfig) if one.name in chosen})
-    with warnings.catch_warnings(record=True) as caught, _stop_on_interrupt(terminal) as interrupts:
+    check_before(plan, resume)
+    engine = model.load(terminal, model.open(terminal))
+    with warnings.catch_warnings(record=True) as caught, stop_on_interrupt(terminal) as interrupts:
         warnings.simplefilter("always", UserWarning)
         terminal.draw([], f"reading {data}")
         last = None
@@ -199,7 +204,7 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
 def _print_progress(progress: Progress, terminal: Terminal) -> None:
     """Draw a progress bar on a terminal. Print a line for each validation and, without a terminal, every tenth step."""
     metrics = progress.metrics
-    line = f"step {progress.step} of {progress.steps}, loss {metrics.total:.4f} (canvas {metrics.canvas:.4f})"
+    line = f"step {progress.step} of {progress.steps}, loss {metrics.total:.4f} (canvas {metrics.parts['canvas']:.4f})"
     if progress.valid_loss is not None:
         line += f", validation {progress.valid_loss:.4f}"
         if progress.valid_right is not None:
@@ -215,7 +220,7 @@ def _print_progress(progress: Progress, terminal: Terminal) -> None:
 
 
 @contextmanager
-def _stop_on_interrupt(terminal: Terminal) -> Iterator[list[bool]]:
+def stop_on_interrupt(terminal: Terminal) -> Iterator[list[bool]]:
     """A list that the first Ctrl-C fills, so that the step can finish. The second Ctrl-C interrupts at once."""
     interrupts: list[bool] = []
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...decoding.events import Block
 from ...decoding.request import Request
+from ...prompt.audio import transcripts as audio
 from ...prompt.messages import Message, parts_of
 from ...serving.scheduler import Accepted
 from ...tasks import constrained
@@ -31,6 +32,7 @@ THOUGHT_BUDGETS = {
     "low": 512,
     "medium": 2048,
 }  # tokens, by reasoning_effort; others: no limit
+MAX_AUDIO = 16  # pieces of audio in a request
 
 
 class ChatExchange(Exchange):
@@ -48,6 +50,7 @@ class ChatExchange(Exchange):
         self.messages = self.read_messages()
         if len(parts_of(self.messages, "image")) > settings.pictures:
             raise ApiError(f"There are more than {settings.pictures} pictures; send fewer.", body.path("messages"))
+        self._check_audio()
         self.arguments["thinking"] = self._thinking()
         budget = THOUGHT_BUDGETS.get(body.reasoning_effort)
         if budget is not None and body.mode in (None, "diffusion"):
@@ -68,6 +71,18 @@ class ChatExchange(Exchange):
     def read_messages(self) -> list[Message]:
         """The messages as `Engine.prepare` takes them."""
         return chat_messages(self.body.messages)
+
+    def _check_audio(self) -> None:
+        """Refuse audio that is in too many pieces, in another message than a user's, or not to be transcribed here."""
+        messages = self.body.path("messages")
+        pieces = [one for one in self.messages if parts_of([one], "audio")]
+        if len(parts_of(pieces, "audio")) > MAX_AUDIO:
+            raise ApiError(f"There are more than {MAX_AUDIO} pieces of audio; send fewer.", messages)
+        if any(one["role"] != "user" for one in pieces):
+            raise ApiError("Audio stands in another message than a user's; send it in a user's.", messages)
+        if pieces:
+            with as_api_errors(messages):
+                audio.require()
 
     @cached_property
     def constraint(self) -> str | None:

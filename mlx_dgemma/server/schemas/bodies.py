@@ -85,10 +85,20 @@ class Shared(Body):
     max_denoising_steps: Annotated[int | None, whole(1, MAX_STEPS), doc("The most denoising steps of a canvas.")] = None
     stability_threshold: Annotated[Whole, doc("Number of previous steps that must have the same best tokens.")] = None
     patience: Annotated[Whole, doc("Steps without a change that finish a canvas; 0 disables this.")] = None
+    canvas: Annotated[
+        Literal["auto", "full"] | Annotated[int, Field(ge=1, le=2**31 - 1)] | None,
+        Rule("it should be auto, full or a whole number, at least 1"),
+        doc("auto computes each canvas as far as the answer goes; a number: tokens of the first canvas, then doubled."),
+    ] = None
     image_tokens: Annotated[int | None, only(*BUDGETS, why=ONE_BUDGET), doc("The most soft tokens of a picture.")] = (
         None
     )
     entropy_bound: Annotated[Nats, doc("Nats; a higher value accepts more positions in one step.")] = None
+    entropy_rise: Annotated[Nats, doc("Share of entropy_bound that each step adds to it.")] = None
+    effort: Annotated[
+        Literal["low", "medium", "high"] | None,
+        doc("Denoising steps for an answer, not thinking: low is fast, high keeps entropy_bound as it is."),
+    ] = None
     t_min: Annotated[Nats, doc("Temperature at the last step.")] = None
     t_max: Annotated[float | None, number(MIN_TEMPERATURE, 1e9), doc("Temperature at the first step.")] = None
     confidence_threshold: Annotated[Nats, doc("Nats; a lower mean entropy finishes a canvas.")] = None

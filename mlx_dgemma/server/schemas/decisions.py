@@ -89,7 +89,10 @@ class Decision(Shared):
     max_denoising_steps: Annotated[int | None, ONE_STEP] = None
     stability_threshold: Annotated[int | None, ONE_STEP] = None
     patience: Annotated[int | None, ONE_STEP] = None
+    canvas: Annotated[Literal["auto", "full"] | int | None, ONE_STEP] = None
     entropy_bound: Annotated[float | None, ONE_STEP] = None
+    entropy_rise: Annotated[float | None, ONE_STEP] = None
+    effort: Annotated[Literal["low", "medium", "high"] | None, ONE_STEP] = None
     t_min: Annotated[float | None, ONE_STEP] = None
     t_max: Annotated[float | None, ONE_STEP] = None
     confidence_threshold: Annotated[float | None, ONE_STEP] = None

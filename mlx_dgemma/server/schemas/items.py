@@ -17,6 +17,7 @@ from .messages import (
     EITHER,
     MAX_TOOLS,
     Arguments,
+    AudioPart,
     DataUrl,
     Function,
     FunctionName,
@@ -67,6 +68,7 @@ class Thought(Body):
 
 
 ItemPart = Annotated[InputText | OutputText | InputImage, Field(discriminator="type")]
+MessagePart = Annotated[InputText | OutputText | InputImage | AudioPart, Field(discriminator="type")]
 
 
 class MessageItem(Item):
@@ -74,7 +76,7 @@ class MessageItem(Item):
     role: Literal["user", "assistant", "system", "developer"]
     phase: Literal["commentary", "final_answer"] | None = None
     name: Annotated[str | None, Harmless("a label of the client's")] = None
-    content: Annotated[Text | PartsOf[ItemPart], EITHER]
+    content: Annotated[Text | PartsOf[MessagePart], EITHER]
 
 
 class ReasoningItem(Item):

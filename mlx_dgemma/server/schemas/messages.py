@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -40,6 +41,14 @@ def parse_data_url(url: str) -> bytes:
         raise PydanticCustomError("sentence", "{text}", {"text": str(error)}) from None
 
 
+def parse_base64(text: str) -> bytes:
+    """The bytes of an audio file."""
+    try:
+        return b64decode(text, validate=True)
+    except ValueError:
+        raise PydanticCustomError("why", "it should be a file's bytes in base64") from None
+
+
 def parse_arguments(text: str) -> dict[str, Any]:
     """The arguments of a function call, which are JSON in a string; an empty one has none."""
     try:
@@ -62,6 +71,7 @@ EITHER = Discriminator(
 Text = Annotated[str, Tag("text"), doc(pattern="\\S")]
 PartsOf = Annotated[list[T], Field(min_length=1, max_length=MAX_ITEMS), Tag("parts")]
 DataUrl = Annotated[str, AfterValidator(parse_data_url), doc("A data URL.", pattern="^[dD][aA][tT][aA]:")]
+Base64 = Annotated[str, AfterValidator(parse_base64), doc(contentEncoding="base64")]
 Arguments = Annotated[str, AfterValidator(parse_arguments), doc(contentMediaType="application/json")]
 FunctionOnly = Annotated[str, only("function", why="functions are the only tools here")]
 
@@ -84,8 +94,20 @@ class ImagePart(Body):
     cache_control: CACHE = None
 
 
+class InputAudio(Body):
+    data: Base64
+    format: Annotated[Literal["wav", "mp3"], doc("The file itself says what it is.")]
+
+
+class AudioPart(Body):
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+    cache_control: CACHE = None
+
+
 Texts = Annotated[Text | PartsOf[TextPart], EITHER]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+UserPart = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
 
 
 class Named(Body):
@@ -103,7 +125,7 @@ class SystemMessage(Named):
 
 class UserMessage(Named):
     role: Literal["user"]
-    content: Annotated[Text | PartsOf[Part], EITHER]
+    content: Annotated[Text | PartsOf[UserPart], EITHER]
 
 
 class CalledFunction(Body):
@@ -173,14 +195,16 @@ Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 
 
 def content_of(content: str | Sequence[Any] | None) -> Any:
-    """The content of a message as `Engine.prepare` takes it; a picture is the bytes of its file."""
-    if not isinstance(content, list):
-        return content
-    pictures = [getattr(part, "image_url", None) for part in content]
-    return [
-        {"type": "image", "image": getattr(picture, "url", picture)} if picture else {"type": "text", "text": part.text}
-        for part, picture in zip(content, pictures)
-    ]
+    """The content of a message as `Engine.prepare` takes it; a picture or audio is the bytes of its file."""
+    return [_part_of(part) for part in content] if isinstance(content, list) else content
+
+
+def _part_of(part: Any) -> Message:
+    if (audio := getattr(part, "input_audio", None)) is not None:
+        return {"type": "audio", "audio": audio.data}
+    if (picture := getattr(part, "image_url", None)) is not None:
+        return {"type": "image", "image": getattr(picture, "url", picture)}
+    return {"type": "text", "text": part.text}
 
 
 def chat_messages(messages: Sequence[Any]) -> list[Message]:
