@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial, reduce, wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -418,7 +418,7 @@ def stream_answer(
 def print_details(engine: Engine | Remote, result: Result, options: dict[str, Any], terminal: Terminal) -> None:
     """Print what --verbose asks for."""
     known = {name: value for name, value in options.items() if name not in ("seed", "thinking")}
-    effective = engine.options if isinstance(engine.options, dict) else vars(engine.options.override(**known))
+    effective = engine.options if isinstance(engine.options, dict) else asdict(engine.options.override(**known))
     lines = details(result.stats, effective)
     for line in [*engine.notes, *lines][: None if not terminal.hints else -1]:  # terminals already show the summary
         terminal.warn(line)
