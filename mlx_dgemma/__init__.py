@@ -1,9 +1,8 @@
 """DiffusionGemma on MLX: `engine = mlx_dgemma.load(); engine.generate("...").text`."""
 
+import os
 import sys
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -56,12 +55,15 @@ def __dir__() -> list[str]:
 
 def _load_convert() -> None:
     """Make `mlx_dgemma.convert` of a checkout's convert/, which lies beside the package."""
-    spec = spec_from_file_location(f"{__name__}.convert", Path(__file__).parent.parent / "convert" / "__init__.py")
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    file = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "convert", "__init__.py")
+    spec = spec_from_file_location(f"{__name__}.convert", file)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     globals()["convert"] = module
 
 
-if not (Path(__file__).parent / "convert").exists():
+if not os.path.exists(os.path.join(os.path.dirname(__file__), "convert")):
     _load_convert()

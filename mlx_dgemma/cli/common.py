@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce, wraps
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from functools import partial, reduce, wraps
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..desktop.user_config import default_model
-from ..errors import CircumstanceError, PromptError, count
+from ..errors import PromptError, count
 from ..prompt.paths import local_path
-from .terminal import Terminal, details, segments, summary
+from .terminal import Terminal, details, segments, summary, told_warnings
 
 if TYPE_CHECKING:
     from ..decoding.events import Result
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from ..prompt.builder import PromptBuilder
     from ..prompt.opened import Opened
+    from .local import Remote
 
 
 DEMO_NOTICE = "This is the bundled demo of 6.7 M parameters, a toy. For the real model: mlx-dgemma setup."
@@ -57,6 +57,7 @@ class ModelChoice:
         ignore_memory: whether to skip the check of memory.
         adapter: folder or Hub id of an adapter.
         compute_dtype: type of matrix products; None is that of activations.
+        server: whether a server that has loaded this may do the work.
     """
 
     name: str | None
@@ -64,6 +65,29 @@ class ModelChoice:
     ignore_memory: bool
     adapter: str | None = None
     compute_dtype: str | None = None
+    server: bool = False
+
+    @property
+    def identity(self) -> str:
+        """By which commands find a server that has loaded this."""
+        from ..serving.rendezvous import identity
+
+        return identity(self.name, self.adapter, self.dtype, self.compute_dtype)
+
+    def find(self, terminal: Terminal) -> Remote | None:
+        """The server on this machine that has loaded this, unless there is none or the user forbids it."""
+        if not self.server:
+            return None
+        from .local import find_server
+
+        terminal.draw([], "looking for a server")
+        try:
+            found = find_server(self.identity, terminal)
+        finally:
+            terminal.erase()
+        if found is not None:
+            found.accepted = lambda: self._tell(found.notes, terminal)
+        return found
 
     def open(self, terminal: Terminal) -> Opened:
         """The checkpoint without its weights: what is wrong with a request shows before they are read.
@@ -86,8 +110,6 @@ class ModelChoice:
 
     def load(self, terminal: Terminal, opened: Opened | None = None) -> Engine:
         """Load the checkpoint and the adapter. Without a name, load the demo and print a notice."""
-        if self.name is None:
-            terminal.warn(DEMO_NOTICE)
         if not terminal.hints:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         terminal.draw([], f"loading {self.name or 'the demo'}")
@@ -104,9 +126,15 @@ class ModelChoice:
             )
         finally:
             terminal.erase()
-        for note in engine.notes:
-            terminal.hint(note)
+        self._tell(engine.notes, terminal)
         return engine
+
+    def _tell(self, notes: Sequence[str], terminal: Terminal) -> None:
+        """Print what was chosen while loading, for people at a terminal, and that this is the demo."""
+        if self.name is None:
+            terminal.warn(DEMO_NOTICE)
+        for note in notes:
+            terminal.hint(note)
 
     def prepare(self, make: Callable[[PromptBuilder], Request], terminal: Terminal) -> tuple[Engine, Request]:
         """Make a request, and only then load the model that it is for.
@@ -124,16 +152,16 @@ class ModelChoice:
         return engine, request
 
 
-@contextmanager
-def told_warnings(terminal: Terminal) -> Iterator[None]:
-    """Print the warnings of a block, each once, as lines on stderr."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            yield
-        finally:
-            for message in dict.fromkeys(str(one.message) for one in caught):
-                terminal.warn(f"Warning: {message}")
+def find_task(
+    model: ModelChoice, terminal: Terminal, name: str, *arguments: Any, **keywords: Any
+) -> tuple[Engine | Remote, Callable[..., Any]]:
+    """Who does a task, "generate", "infill" or "edit", and what starts its events."""
+    if (remote := model.find(terminal)) is not None:
+        return remote, partial(remote.task, name, list(arguments), keywords)
+    kind = "answer" if name == "generate" else name
+    make = getattr(import_module(f"..tasks.{kind}", __package__), kind)
+    engine, request = model.prepare(lambda builder: make(builder, *arguments, **keywords), terminal)
+    return engine, partial(engine.run, request)
 
 
 def model_options(command: Command) -> Command:
@@ -147,9 +175,11 @@ def model_options(command: Command) -> Command:
         compute_dtype: str | None,
         ignore_memory: bool,
         adapter: str | None = None,
+        no_server: bool = True,
         **options: Any,
     ) -> Any:
-        return command(model=ModelChoice(model, dtype, ignore_memory, adapter, compute_dtype), **options)
+        choice = ModelChoice(model, dtype, ignore_memory, adapter, compute_dtype, server=not no_server)
+        return command(model=choice, **options)
 
     return combine(
         model_option,
@@ -171,6 +201,15 @@ def model_options(command: Command) -> Command:
 
 adapter_option = click.option(
     "--adapter", metavar="PATH_OR_ID", help="LoRA or DoRA adapter in PEFT format: folder or Hub id."
+)
+
+
+server_option = click.option(
+    "--no-server",
+    is_flag=True,
+    envvar="MLX_DGEMMA_NO_SERVER",
+    show_envvar=True,
+    help="Load the model here, even if a server on this machine (`mlx-dgemma serve`) has loaded it.",
 )
 
 
@@ -328,15 +367,15 @@ class StreamedAnswer:
             "thinking": self.thinking,
             "tool_calls": result.tool_calls if result else [],
             "finish_reason": result.finish_reason if result else "interrupted",
-            "stats": asdict(result.stats) if result else None,
+            "stats": dict(vars(result.stats)) if result else None,
         }
 
 
 def stream_answer(
-    engine: Engine, stream: Callable[..., Any], terminal: Terminal, silent: bool = False
+    engine: Engine | Remote, stream: Callable[..., Any], terminal: Terminal, silent: bool = False
 ) -> StreamedAnswer:
     """Start an answer and print it while it is generated, unless `silent`; then print warnings. Ctrl-C stops it."""
-    from ..decoding.events import Block, Draft
+    from .local import SeenBlock, SeenDraft, seen_events
 
     answer, blocks = StreamedAnswer(), 0
     with warnings.catch_warnings(record=True) as caught:
@@ -344,11 +383,10 @@ def stream_answer(
         events = stream(drafts=terminal.live)
         try:
             terminal.draw([], "reading the prompt")
-            for event in events:
-                if isinstance(event, Draft):
-                    canvas = segments(event, engine.tokenizer, engine.options.end_tokens)
-                    terminal.draw(canvas, f"block {event.block + 1}, step {event.step}")
-                elif isinstance(event, Block):
+            for event in seen_events(engine, events):
+                if isinstance(event, SeenDraft):
+                    terminal.draw(segments(event.pieces), f"block {event.block + 1}, step {event.step}")
+                elif isinstance(event, SeenBlock):
                     blocks += 1
                     answer.text, answer.thinking = answer.text + event.text, answer.thinking + event.thinking
                     terminal.hint(event.thinking)
@@ -363,7 +401,8 @@ def stream_answer(
     result = answer.result
     if not silent:
         terminal.say(answer.printed.removeprefix(answer.text))
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
+    noted = result.notes if result else ()
+    for message in dict.fromkeys([*(str(warning.message) for warning in caught), *noted]):
         terminal.warn(f"Warning: {message}")
     if result is None:
         terminal.hint(f"Interrupted after {count(blocks, 'finished block')}.")
@@ -376,34 +415,13 @@ def stream_answer(
     return answer
 
 
-def print_details(engine: Engine, result: Result, options: dict[str, Any], terminal: Terminal) -> None:
+def print_details(engine: Engine | Remote, result: Result, options: dict[str, Any], terminal: Terminal) -> None:
     """Print what --verbose asks for."""
     known = {name: value for name, value in options.items() if name not in ("seed", "thinking")}
-    lines = details(result.stats, engine.options.override(**known))
+    effective = engine.options if isinstance(engine.options, dict) else asdict(engine.options.override(**known))
+    lines = details(result.stats, effective)
     for line in [*engine.notes, *lines][: None if not terminal.hints else -1]:  # terminals already show the summary
         terminal.warn(line)
-
-
-@contextmanager
-def created(path: Path | None) -> Iterator[TextIO | None]:
-    """Create a file if `path` is given, and remove it if nothing was written.
-
-    Raises:
-        CircumstanceError: the file exists already.
-    """
-    if path is None:
-        yield None
-        return
-    try:
-        file = path.open("x", encoding="utf-8")
-    except FileExistsError:
-        raise CircumstanceError(f"{path} exists already; give another name, or remove it.") from None
-    with file:
-        try:
-            yield file
-        finally:
-            if not file.tell():
-                path.unlink()
 
 
 def explicit_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
-from ..errors import DgemmaError
+from ..errors import CircumstanceError, DgemmaError
 from ..files import atomic_file
 from . import clipboard
 from .terminal import Terminal
@@ -87,6 +89,28 @@ def replace_file(path: Path, data: bytes) -> None:
         draft.write_bytes(data)
         if path.exists():
             shutil.copymode(path, draft)
+
+
+@contextmanager
+def created(path: Path | None) -> Iterator[TextIO | None]:
+    """Create a file if `path` is given, and remove it if nothing was written.
+
+    Raises:
+        CircumstanceError: the file exists already.
+    """
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError:
+        raise CircumstanceError(f"{path} exists already; give another name, or remove it.") from None
+    with file:
+        try:
+            yield file
+        finally:
+            if not file.tell():
+                path.unlink()
 
 
 def output_options(command: Any) -> Any:

@@ -10,15 +10,15 @@ import os
 import stat
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import count, human
 
 if TYPE_CHECKING:
-    from ..decoding.events import Draft, Stats
-    from ..decoding.options import GenerationOptions
+    from ..decoding.events import Stats
 
 
 Segment = tuple[str, int]  # text and its uncertainty, an index into STYLES
@@ -54,31 +54,9 @@ def line_width(text: str, start: int, columns: int) -> int:
     return width
 
 
-def segments(draft: Draft, tokenizer: Any, end_tokens: Iterable[int]) -> list[Segment]:
-    """The text of a draft, split by uncertainty.
-
-    Args:
-        draft: the draft; special tokens and everything after an end token are omitted.
-        tokenizer: the checkpoint's tokenizer.
-        end_tokens: the tokens that end a text.
-    """
-    from ..prompt.vocabulary import TokenText, plain, vocabulary_of
-
-    tokens: Any = draft.tokens.tolist()
-    entropy: Any = draft.entropy.tolist()
-    ends, found, level = set(end_tokens), [], 0
-    vocabulary = vocabulary_of(tokenizer)
-    reader = TokenText(vocabulary)
-    for token, nats in zip(tokens, entropy):
-        if token in ends:
-            break
-        # Characters come whole; each has the highest level of its tokens.
-        if vocabulary.sign(token) is None:
-            level = max(level, sum(nats > bound for bound in ENTROPY_LEVELS))
-        if text := plain(reader.add(token)):
-            found.append((text, level))
-            level = 0
-    return found
+def segments(pieces: Iterable[tuple[str, float]]) -> list[Segment]:
+    """Pieces of text with their entropy in nats, as `uncertain_text` makes them, by uncertainty."""
+    return [(text, sum(nats > bound for bound in ENTROPY_LEVELS)) for text, nats in pieces]
 
 
 def rows(parts: Iterable[Segment], start: int, columns: int, limit: int) -> list[list[Segment]]:
@@ -125,9 +103,9 @@ def summary(stats: Stats) -> str:
     return " · ".join(parts)
 
 
-def details(stats: Stats, options: GenerationOptions) -> list[str]:
+def details(stats: Stats, options: Mapping[str, Any]) -> list[str]:
     """The lines of --verbose: options, prompt, video frames, and statistics."""
-    values = {name: value for name, value in asdict(options).items() if name != "end_tokens" and value is not None}
+    values = {name: value for name, value in options.items() if name != "end_tokens" and value is not None}
     settings = [f"{name.replace('_', '-')} {value}" for name, value in values.items()]
     prompt = f"{count(stats.prompt_tokens, 'prompt token')}, {stats.reused_tokens} reused"
     if stats.images:
@@ -246,6 +224,18 @@ class Terminal:
     def _write(self, text: str) -> None:
         self.err.write(text)
         self.err.flush()
+
+
+@contextmanager
+def told_warnings(terminal: Terminal) -> Iterator[None]:
+    """Print the warnings of a block, each once, as lines on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for message in dict.fromkeys(str(one.message) for one in caught):
+                terminal.warn(f"Warning: {message}")
 
 
 def _width(text: str) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import mlx.core as mx
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 
 class ScoredToken(NamedTuple):

@@ -49,6 +49,19 @@ _UPRIGHT = {  # EXIF orientation -> what turns the picture upright
 }
 
 
+class FileBytes(bytes):
+    """What a file holds, with the name under which errors tell of it."""
+
+    name: str
+
+    @classmethod
+    def of(cls, data: bytes, name: str) -> FileBytes:
+        """The bytes with their file's name."""
+        file = cls(data)
+        file.name = name
+        return file
+
+
 def open_image(source: Any) -> Image.Image:
     """An upright RGB picture without transparency.
 
@@ -82,7 +95,8 @@ def open_file(source: Any) -> tuple[str, BinaryIO]:
         source = _whole(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
-        return _filled(f"The file of {len(data)} bytes", io.BytesIO(data), len(data))
+        name = source.name if isinstance(source, FileBytes) else f"The file of {len(data)} bytes"
+        return _filled(name, io.BytesIO(data), len(data))
     if not isinstance(source, (str, os.PathLike)):
         raise PromptError(
             f"A value of type {type(source).__name__} cannot be seen; give a path, bytes, a data: URL, "

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..serving.scheduler import Scheduler
+from . import local
 from .endpoints import models, ollama
 from .endpoints.anthropic import MessageExchange, count_tokens
 from .endpoints.chat import ChatExchange
@@ -71,6 +72,7 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
         Route("/v1/edits", endpoint(EditExchange), methods=["POST"]),
         Route("/v1/fill", endpoint(FillExchange), methods=["POST"]),
         Route("/v1/decisions", endpoint(DecisionExchange), methods=["POST"]),
+        *local.routes(scheduler.engine),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/openapi.json", openapi),

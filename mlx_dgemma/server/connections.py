@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .errors import ApiError
+from .idle import Idle
 from .settings import Settings
 
 READ_AT_LEAST = 2**14  # bytes of an answer in `Settings.stalled_seconds`
@@ -37,6 +38,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connected. Where there are too many, the one that has waited longest without a request goes."""
         super().connection_made(transport)
+        if transport.get_extra_info("socket").family == socket.AF_UNIX:
+            self.app_state = {**self.app_state, "local": True}  # becomes the state of each request's scope
         transport.set_write_buffer_limits(0)  # so that `pause_writing` tells of every byte that is not read
         self._watch()
         if len(self.connections) > self._settings.connections:
@@ -120,14 +123,31 @@ class Server(uvicorn.Server):
 
     Args:
         app: from `create_app`.
+        idle: when the server ends by itself; None: never.
     """
 
-    def __init__(self, app: Starlette):
+    def __init__(self, app: Starlette, idle: Idle | None = None):
         super().__init__(
-            uvicorn.Config(app, http=Connection, ws="none", log_config=None, access_log=False, server_header=False)
+            uvicorn.Config(
+                app,
+                http=Connection,
+                ws="none",
+                loop="asyncio",  # which takes Unix sockets and TCP alike
+                log_config=None,
+                access_log=False,
+                server_header=False,
+            )
         )
-        self._state = app.state
+        self._state, self._idle = app.state, idle
         app.state.stopping = lambda: self.should_exit
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second. Returns whether the server should end."""
+        if await super().on_tick(counter):
+            return True
+        if self._idle is None or self.server_state.tasks:
+            return False
+        return self._idle.is_over(self._state.scheduler.load())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop: the scheduler refuses what waits at once, and ends what still runs when its time is over."""

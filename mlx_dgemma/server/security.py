@@ -4,6 +4,8 @@ Every web page that the user opens can send requests to a server on the user's m
 Host header must be a name of this server, which stops DNS rebinding. The Origin header, which browsers add to requests
 of other pages, must be the server's own origin or an allowed one.
 
+A Unix socket is the user's own: no web page reaches it, and its mode lets nobody else in. There only sizes are checked.
+
 Desktop apps have origins of their own, which one setting allows. No web page can have them: a browser loads no page
 from an app's scheme, and `tauri.localhost` is this machine. `null` is never allowed, as any page can have it.
 """
@@ -46,6 +48,7 @@ class SecurityMiddleware:
             await self._app(scope, receive, send)
             return
         start, status, headers, received = time.perf_counter(), 499, Headers(scope=scope), 0
+        local = is_local(scope)
         allowed_origin = origin if (origin := headers.get("origin")) and self._settings.allows(origin) else None
 
         async def receive_within_limits() -> Message:
@@ -53,7 +56,7 @@ class SecurityMiddleware:
             message = await receive()
             size = len(message.get("body", b""))
             received, self._held = received + size, self._held + size
-            self._check_size(received)
+            self._check_size(received, local)
             return message
 
         async def send_with_headers(message: Message) -> None:
@@ -71,9 +74,9 @@ class SecurityMiddleware:
 
         try:
             try:
-                app: ASGIApp = self._check(scope, headers, allowed_origin) or self._app
+                app: ASGIApp = (None if local else self._check(scope, headers, allowed_origin)) or self._app
                 if (length := headers.get("content-length", "0")).isdecimal():
-                    self._check_size(int(length[:20]))
+                    self._check_size(int(length[:20]), local)
             except ApiError as error:
                 app = error_response(error, scope["path"])
             await app(scope, receive_within_limits, send_with_headers)
@@ -84,10 +87,11 @@ class SecurityMiddleware:
             self._held -= received
             self._log(scope, status, time.perf_counter() - start)
 
-    def _check_size(self, size: int) -> None:
+    def _check_size(self, size: int, local: bool) -> None:
         """Refuse a body of so many bytes, with or without a Content-Length, or what is too much beside others."""
-        if size > self._settings.body_bytes:
-            message = f"The body is larger than {self._settings.body_bytes / 2**20:g} MiB; send less."
+        most = self._settings.body_bytes * (MAX_BODIES if local else 1)
+        if size > most:
+            message = f"The body is larger than {most / 2**20:g} MiB; send less."
             raise ApiError(message, status=413, code="request_too_large", headers={"Connection": "close"})
         if self._held > MAX_BODIES * self._settings.body_bytes:
             message = "The requests that are being answered are as large as the server allows; try again later."
@@ -142,6 +146,11 @@ class SecurityMiddleware:
         client = (scope.get("client") or ("-",))[0]
         path = scope.get("raw_path", b"-").decode("ascii", "replace")[:200]  # percent-encoded: no control characters
         LOG.info("%s %s %s %s %d %.3f s", time.strftime("%F %T"), client, scope["method"], path, status, seconds)
+
+
+def is_local(scope: Scope) -> bool:
+    """Whether a request came over the Unix socket; `Connection` marks those."""
+    return bool(scope.get("state", {}).get("local"))
 
 
 def _way(origin: str) -> str:

@@ -36,6 +36,7 @@ class Settings:
         header_seconds: time for the header of a request.
         body_seconds: time between two pieces of a body; a whole body has ten times as much.
         stalled_seconds: time in which a client must read something of what waits for it.
+        identity: what is loaded, from `rendezvous.identity`: what commands of this machine ask for.
         stored: responses that later requests may go on from.
 
     Raises:
@@ -56,6 +57,7 @@ class Settings:
     stalled_seconds: float = 60.0
     aliases: tuple[str, ...] = ()
     desktop_apps: bool = False
+    identity: str = ""
     stored: StoredResponses = field(default_factory=StoredResponses, compare=False, repr=False)
 
     def __post_init__(self):

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 from ..constraints.language import Language
@@ -130,7 +131,7 @@ class _RequestLanes(Lanes):
             return decode()
 
         with self._preparation.elsewhere():
-            return self._preparation.pictures.submit(decode_if_wanted).result()
+            return self._preparation.pictures.submit(copy_context().run, decode_if_wanted).result()
 
     def wait(self, call: Callable[[], T]) -> T:
         with self._preparation.elsewhere():

@@ -415,22 +415,12 @@ def compute(model: DiffusionGemma, asked: Asked) -> Choice:
     """Compute what was asked."""
     plan, prompts = asked.plan, [request.prompt for request in asked.requests]
     seed = asked.requests[0].seed
+    key = mx.random.key(seed)
     mx.reset_peak_memory()
     started = time.perf_counter()
     with device.wired_limit():
-        read_of = [
-            result_of(plan.scores(model, encoded(model, prompt, asked.chunk), mx.random.key(seed)))
-            for prompt in prompts
-        ]
-    found, named = {}, {}
-    for question, *said in zip(plan.questions, *read_of):
-        probabilities, mass = read_answers(*said)
-        named[question.name] = mass
-        if mass < MIN_LABEL_MASS:
-            name = f" of {question.name}" if question.name else ""
-            mend = "give other labels" if asked.templated else "give an answer template or other labels"
-            warnings.warn(f"The model answers with none of the labels{name} ({mass:.1%}); {mend}.", stacklevel=4)
-        found[question.name] = dict(zip(question.keys, probabilities))
+        read_of = [result_of(plan.scores(model, encoded(model, one, asked.chunk), key)) for one in prompts]
+    found, named = read_questions(plan.questions, read_of, asked.templated)
     return Choice(
         found if asked.named else found[""],
         named,
@@ -441,3 +431,19 @@ def compute(model: DiffusionGemma, asked: Asked) -> Choice:
         peak_memory_bytes=mx.get_peak_memory(),
         seed=seed,
     )
+
+
+def read_questions(
+    questions: Sequence[Question], read_of: Sequence[Sequence[Said]], template: bool
+) -> tuple[dict[str, dict[Any, float]], dict[str, float]]:
+    """The probabilities of each question's labels, and that of all together; a warning where it is small."""
+    found, named = {}, {}
+    for question, *said in zip(questions, *read_of):
+        probabilities, mass = read_answers(*said)
+        named[question.name] = mass
+        if mass < MIN_LABEL_MASS:
+            name = f" of {question.name}" if question.name else ""
+            mend = "give other labels" if template else "give an answer template or other labels"
+            warnings.warn(f"The model answers with none of the labels{name} ({mass:.1%}); {mend}.", stacklevel=5)
+        found[question.name] = dict(zip(question.keys, probabilities))
+    return found, named

@@ -38,6 +38,7 @@ class Hole(Control):
         lengths: that the hole may have, tokens.
         canvas_length: of the model.
         otherwise: the length that is taken where none of these has a text; None: one of them always has.
+        notes: takes a sentence on what is to be known of the text.
 
     Attributes:
         found: the hole's tokens so far, each with its log-probability.
@@ -52,7 +53,9 @@ class Hole(Control):
         lengths: Sequence[int],
         canvas_length: int,
         otherwise: int | None = None,
+        notes: list[str] | None = None,
     ):
+        self._notes = [] if notes is None else notes
         self._language, self._before, self._behind = language, list(before), list(behind)
         self._lengths, self._canvas, self._otherwise = list(lengths), canvas_length, otherwise
         self._asked = sorted(set(self._behind[:IN_VIEW]))
@@ -81,11 +84,11 @@ class Hole(Control):
         while begin + (size := self._size(begin)) < len(self._before) + self._lengths[0]:
             begin, canvases = begin + size, canvases + 1
         if canvases > 1:
-            warnings.warn(
+            self._notes.append(
                 f"The hole of {self._lengths[0]} tokens takes {canvases} canvases of {self._canvas}; only the last one "
-                "sees what stands behind it.",
-                stacklevel=2,
+                "sees what stands behind it."
             )
+            warnings.warn(self._notes[-1], stacklevel=2)
 
     def _choose_length(
         self, model: DiffusionGemma, prefix: Prefix, once: GenerationOptions, key: mx.array

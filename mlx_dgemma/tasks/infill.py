@@ -229,5 +229,6 @@ def _set_hole(
     certain = max(int(language.distance[0]), 1)
     most = max(min(longest, canvas - len(on_canvas) - min(len(behind), IN_VIEW)), least)
     lengths = [length] if length else range(least, most + 1)
-    control = Hole(language, on_canvas, behind, lengths, canvas, certain if certain > most and not length else None)
+    otherwise = certain if certain > most and not length else None
+    control = Hole(language, on_canvas, behind, lengths, canvas, otherwise, request.notes)
     request.control, request.reader = control, HoleReader(control, builder, hole)

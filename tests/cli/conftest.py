@@ -1,5 +1,8 @@
 """Fixtures of the command line's tests."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 from PIL import Image, ImageDraw
 from support import engine_of
@@ -14,6 +17,14 @@ COUNT = "Count from 1 to 60."
 @pytest.fixture(autouse=True)
 def no_model_named(monkeypatch):
     monkeypatch.delenv("MLX_DGEMMA_MODEL", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def sockets(monkeypatch):
+    """The folder of a test's own servers: a socket's path has about 100 bytes at most."""
+    with TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("MLX_DGEMMA_RUNTIME_DIR", f"{folder}/run")
+        yield Path(folder) / "run"
 
 
 @pytest.fixture

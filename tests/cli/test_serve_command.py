@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 
 import httpx
@@ -15,12 +15,18 @@ import openai
 import pytest
 from click.testing import CliRunner
 from listeners import LIMIT, until
+from support import refusal
 
 from mlx_dgemma import engine
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import main
 from mlx_dgemma.cli.commands import serve
+from mlx_dgemma.cli.terminal import Terminal
+from mlx_dgemma.errors import OptionError
 from mlx_dgemma.installation import add_extra
+from mlx_dgemma.server import local
+from mlx_dgemma.server.settings import Settings
+from mlx_dgemma.serving.rendezvous import identity, socket_path
 
 
 def run(*arguments, **options):
@@ -77,9 +83,10 @@ def requests_of(log):
     return [" ".join(line.split()[2:6]) for line in log]
 
 
-def test_the_command_serves_until_it_is_stopped():
+def test_the_command_serves_until_it_is_stopped(tmp_path):
     """It has no time limit to exceed: nothing runs and no connection is open when it is stopped."""
-    with served("--shutdown-seconds", str(LIMIT)) as (process, url):
+    path = tmp_path / "serve.log"
+    with served("--shutdown-seconds", str(LIMIT), "--log-file", str(path)) as (process, url):
         with openai.OpenAI(base_url=url, api_key="k", max_retries=0) as client:
             completions = client.chat.completions  # imported before the first request, not while it is kept alive
             (model,) = client.models.list().data
@@ -88,10 +95,33 @@ def test_the_command_serves_until_it_is_stopped():
                 model=model.id, messages=[{"role": "user", "content": "Spell the word cat."}], seed=0
             )
             assert answer.choices[0].message.content == "c a t"
+        at = socket_path(identity(str(DEMO), None, None, None))
+        assert run("--status").stdout.splitlines()[-1] == f"server: {DEMO.name}, 0 running, 0 waiting, at {at}"
         process.send_signal(signal.SIGINT)
-        log = process.stderr.read().splitlines()
+        assert process.stderr.read() == ""
         assert process.wait(LIMIT) == 130
-    assert requests_of(log) == ["127.0.0.1 GET /v1/models 200", "127.0.0.1 POST /v1/chat/completions 200"]
+    asked = ["127.0.0.1 GET /v1/models 200", "127.0.0.1 POST /v1/chat/completions 200", "- GET /health 200"]
+    assert requests_of(path.read_text().splitlines()) == asked
+    done = run("--status")
+    assert (done.exit_code, done.stderr) == (1, "Error: No server of this user runs; `mlx-dgemma serve` starts one.\n")
+
+
+def test_which_sockets_are_opened(capsys):
+    settings, given = Settings(identity="a"), {"agent": None, "port": 0}
+
+    def opened(stack, socket_only):
+        found = serve._open_sockets(stack, settings, {**given, "socket_only": socket_only}, Terminal())
+        return [one.family for one in found]
+
+    with ExitStack() as stack:
+        assert opened(stack, socket_only=False) == [socket.AF_INET, socket.AF_UNIX]
+        assert opened(stack, socket_only=False) == [socket.AF_INET]  # a second server with the same model
+        said = f"Another server with this model answers the commands of this machine, at {socket_path('a')}."
+        assert capsys.readouterr().err == f"{said} This server answers over HTTP alone.\n"
+        assert refusal(OptionError, opened, stack, socket_only=True) == said
+    with ExitStack() as stack:
+        assert opened(stack, socket_only=True) == [socket.AF_UNIX]
+    assert run("--idle-exit", "15x").stderr.endswith("'15x' is no time; give one such as 90s, 15m or 2h.\n")
 
 
 def test_where_it_must_end_every_client_is_told():
@@ -126,4 +156,4 @@ def test_warnings_that_quote_answers_are_not_logged():
         ("mlx_dgemma.serving.scheduler", False),
     ):
         import_module(module)  # it has this name
-        assert bool(re.match(serve.QUOTING_MODULES, module)) == quoting
+        assert bool(re.match(local.QUOTING_MODULES, module)) == quoting

@@ -15,6 +15,7 @@ from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import common, terminal
 from mlx_dgemma.cli.terminal import Terminal
 from mlx_dgemma.decoding.events import Block, Draft
+from mlx_dgemma.prompt.drafts import uncertain_text
 
 
 class Screen:
@@ -181,7 +182,7 @@ def test_a_draft_becomes_segments():
     tokens = held.tokenizer.encode("c a t", add_special_tokens=False)
     end = held.options.end_tokens[0]
     draft = Draft(0, 1, mx.array([*tokens, end, *tokens]), mx.ones(2), mx.array([0.0] * 2 + [0.5] * 20))
-    found = terminal.segments(draft, held.tokenizer, held.options.end_tokens)
+    found = terminal.segments(uncertain_text(draft, held.tokenizer, held.options.end_tokens))
     assert "".join(text for text, _ in found) == "c a t"
     assert (found[0][1], found[-1][1]) == (0, 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -17,11 +18,11 @@ from ..common import (
     media_options,
     model_options,
     number_option,
-    told_warnings,
+    server_option,
 )
 from ..output import Output, output_options
 from ..stdin import read_prompt, read_stdin
-from ..terminal import Terminal
+from ..terminal import Terminal, told_warnings
 
 
 @click.command("choose")
@@ -47,6 +48,7 @@ from ..terminal import Terminal
 @output_options
 @model_options
 @adapter_option
+@server_option
 def choose(
     prompt: str | None,
     labels: tuple[str, ...],
@@ -80,8 +82,6 @@ def choose(
     mlx-dgemma choose "What is in the image?" --image photo.jpg --answer "A {color} {shape}." \\
         --ask color=red,blue --ask shape=circle,square
     """
-    from ...tasks.choose import ask, compute
-
     if [*files, *images, prompt].count("-") > 1:
         raise click.UsageError("- is given twice, but stdin can be read once.")
     terminal = Terminal()
@@ -91,15 +91,27 @@ def choose(
     text = read_prompt(prompt, files, terminal, taken="-" in images)
     messages = messages_of(text, decode_argument(system, "--system"), sources, video)
     given = {name: value for name, value in options.items() if value is not None}
-    template = decode_argument(answer, "--answer")
-    opened = model.open(terminal)
+    given |= {"answer": decode_argument(answer, "--answer"), "seed": seed or 0, "calibrate": calibrate}
     with told_warnings(terminal):
-        asked = ask(opened.builder, messages, targets, answer=template, seed=seed or 0, calibrate=calibrate, **given)
-        engine = model.load(terminal, opened)
-        choice = compute(engine.model, asked)
-    summary = f"{count(choice.prompt_tokens, 'prompt token')}, {choice.seconds:.2f} s"
-    (terminal.warn if verbose else terminal.hint)(f"{summary}, {human(choice.peak_memory_bytes)} peak")
-    output.write(_as_json(choice) if as_json else _lines(choice.probabilities), terminal)
+        choice = _weigh(model, messages, targets, given, terminal)
+    summary = f"{count(choice['prompt_tokens'], 'prompt token')}, {choice['seconds']:.2f} s"
+    (terminal.warn if verbose else terminal.hint)(f"{summary}, {human(choice['peak_memory_bytes'])} peak")
+    probabilities = choice.pop("probabilities")
+    whole = {"probabilities": probabilities, "stats": choice}
+    output.write(json.dumps(whole, ensure_ascii=False) + "\n" if as_json else _lines(probabilities), terminal)
+
+
+def _weigh(
+    model: ModelChoice, messages: list[dict[str, Any]], labels: Any, given: dict[str, Any], terminal: Terminal
+) -> dict[str, Any]:
+    """The fields of `tasks.choose.Choice`, read by a server or here."""
+    if (remote := model.find(terminal)) is not None:
+        return remote.choose(messages, labels, **given)
+    from ...tasks.choose import ask, compute
+
+    opened = model.open(terminal)
+    asked = ask(opened.builder, messages, labels, **given)
+    return asdict(compute(model.load(terminal, opened).model, asked))
 
 
 def _parse_labels(
@@ -143,10 +155,3 @@ def _lines(probabilities: dict[Any, Any], prefix: str = "") -> str:
 def _key(label: Any) -> str:
     """A label as a JSON key."""
     return str(label).lower() if isinstance(label, bool) else str(label)
-
-
-def _as_json(choice: Any) -> str:
-    from dataclasses import asdict
-
-    stats = asdict(choice)
-    return json.dumps({"probabilities": stats.pop("probabilities"), "stats": stats}, ensure_ascii=False) + "\n"

@@ -13,7 +13,8 @@ import click
 
 from ...errors import CircumstanceError, count
 from ...files import atomic_file
-from ..common import ModelChoice, created
+from ..common import ModelChoice
+from ..output import created
 from ..terminal import Terminal
 
 if TYPE_CHECKING:

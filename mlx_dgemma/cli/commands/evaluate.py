@@ -15,13 +15,13 @@ from ...tune.data import SPLITS, find, read
 from ..common import (
     ModelChoice,
     adapter_option,
-    created,
     decode_argument,
     explicit_options,
     model_options,
     number_option,
     sampler_options,
 )
+from ..output import created
 from ..terminal import Terminal
 from .compare import compare, opened_for
 

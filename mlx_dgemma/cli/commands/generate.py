@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,11 @@ from ..common import (
     decode_utf8,
     explicit_options,
     files_option,
+    find_task,
     media_options,
     model_options,
     print_details,
+    server_option,
     stream_answer,
 )
 from ..output import Output, output_options
@@ -71,6 +72,7 @@ class SchemaType(click.ParamType):
 @output_options
 @model_options
 @adapter_option
+@server_option
 @answer_options
 @click.pass_context
 def generate(
@@ -122,11 +124,8 @@ def generate(
     }
     said = [hear(one, audio_model, terminal) for one in audios]
     messages = user_turn(text, said, sources, video, decode_argument(system, "--system"))
-
-    from ...tasks.answer import answer as ask
-
-    engine, request = model.prepare(lambda builder: ask(builder, messages, **asked, **options), terminal)
-    answer = stream_answer(engine, partial(engine.run, request), terminal, silent=as_json or output.path is not None)
+    engine, stream = find_task(model, terminal, "generate", messages, **asked, **options)
+    answer = stream_answer(engine, stream, terminal, silent=as_json or output.path is not None)
     if verbose and answer.result:
         print_details(engine, answer.result, options, terminal)
     printed = json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" if as_json else answer.printed

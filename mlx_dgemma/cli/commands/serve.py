@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import socket
 import sys
-import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ...errors import DgemmaError
+from ...errors import DgemmaError, OptionError
 from ...installation import add_extra
 from ...server.settings import Settings, model_name
+from ...serving.rendezvous import listening, locked, running, socket_path
 from ..common import ModelChoice, adapter_option, model_options
+from ..local import health_of
 from ..terminal import Terminal
 
 MAX_DEFAULT_CACHE = 4 * 2**30  # bytes
-QUOTING_MODULES = r"mlx_dgemma\.(?!serving\.)"  # their warnings quote answers, which must not be logged
+REFUSE_SECONDS = 1.0  # that a waiting command gets to send its request
+LOG_BYTES, LOG_FILES = 5 * 2**20, 3  # of the log: where a new file is begun, and how many old ones are kept
+
+
+class Duration(click.ParamType):
+    """A time such as 90, 90s, 15m or 2h, in seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read a time."""
+        text = str(value).strip()
+        units = {"s": 1, "m": 60, "h": 3600}
+        number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+        try:
+            seconds = float(number) * units[unit]
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            self.fail(f"{text!r} is no time; give one such as 90s, 15m or 2h.", param, ctx)
+        return seconds
 
 
 @click.command(epilog="The server describes its requests at /openapi.json.")
@@ -86,74 +111,157 @@ QUOTING_MODULES = r"mlx_dgemma\.(?!serving\.)"  # their warnings quote answers, 
     help="Time that running answers get to finish when the server stops.",
 )
 @click.option(
-    "--install", is_flag=True, help="Start now and at every login with these options, as a launchd agent (macOS)."
+    "--idle-exit",
+    type=Duration(),
+    metavar="TIME",
+    help="End after so long without a request, such as 90s, 15m or 2h.  [default: never]",
+)
+@click.option("--socket-only", is_flag=True, help="Answer the commands of this machine alone: open no port.")
+@click.option(
+    "--log-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the log there instead of stderr; a new file is begun at 5 MiB, and three old ones are kept.",
+)
+@click.option(
+    "--install",
+    is_flag=True,
+    help="Start now and at every login with these options, as a launchd agent (macOS); with --idle-exit on demand.",
 )
 @click.option("--uninstall", is_flag=True, help="Stop and remove the launchd agent.")
+@click.option("--status", is_flag=True, help="Tell which servers of this user run, and exit with 1 if none does.")
+@click.option("--logs", is_flag=True, help="Print the end of the launchd agent's logs.")
+@click.option("--agent", type=click.Choice(["login", "demand"]), hidden=True)  # launchd has started this process
 @click.pass_context
-def serve(
-    ctx: click.Context,
-    model: ModelChoice,
-    host: str,
-    port: int,
-    api_key: str | None,
-    aliases: tuple[str, ...],
-    rows: int,
-    waiting: int,
-    cache_size: float | None,
-    cache_dir: Path | None,
-    origins: tuple[str, ...],
-    desktop_apps: bool,
-    hosts: tuple[str, ...],
-    shutdown_seconds: float,
-    install: bool,
-    uninstall: bool,
-) -> None:
+def serve(ctx: click.Context, model: ModelChoice, **given: Any) -> None:
     """Serve the HTTP APIs of OpenAI, Anthropic and Ollama until Ctrl-C.
 
     By default, only this machine can reach the server. Any OpenAI client works with the base URL that is printed, any
-    client of Ollama with the same URL without /v1.
+    client of Ollama with the same URL without /v1. The commands generate, infill, edit and choose find the server by
+    themselves, over a socket that only this user can open, and then load no model.
     The server logs one line per request to stderr, without prompts or answers.
 
     \b
     mlx-dgemma serve
-    mlx-dgemma serve --model FOLDER --port 9000
+    mlx-dgemma serve --model FOLDER --port 9000 --idle-exit 15m
     mlx-dgemma serve --host 0.0.0.0 --allowed-host mac.local --api-key "$(cat key.txt)"
     """
-    _require_packages()
-    if cache_dir is not None and cache_size == 0:
-        raise click.UsageError("--cache-size is 0, so --cache-dir would hold nothing; leave one out.")
-    given: dict[str, Any] = {"shutdown_seconds": shutdown_seconds, "aliases": aliases, "desktop_apps": desktop_apps}
-    settings = Settings(model_name(model.name), host, api_key, hosts, origins, **given)
     terminal = Terminal()
-    if install or uninstall:
-        _agent(ctx, install and uninstall, install, api_key, terminal)
+    one_thing = [name for name in ("install", "uninstall", "status", "logs") if given[name]]
+    if len(one_thing) > 1:
+        raise click.UsageError(f"--{one_thing[0]} and --{one_thing[1]} are two things to do; give one.")
+    if given["uninstall"] or given["logs"] or given["status"]:
+        _tell_of_agent(one_thing[0], terminal)
+        return
+    _require_packages()
+    if given["cache_dir"] is not None and given["cache_size"] == 0:
+        raise click.UsageError("--cache-size is 0, so --cache-dir would hold nothing; leave one out.")
+    settings = Settings(
+        model_name(model.name),
+        given["host"],
+        given["api_key"],
+        given["hosts"],
+        given["origins"],
+        shutdown_seconds=given["shutdown_seconds"],
+        aliases=given["aliases"],
+        desktop_apps=given["desktop_apps"],
+        identity=model.identity,
+    )
+    if given["install"]:
+        _install(ctx, settings, given, terminal)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once the server has stopped
-    with _listen(host, port) as server_socket:
-        engine = model.load(terminal)
-        from ...checkpoint.memory import free_bytes_beside
-        from ...server.app import create_app
-        from ...server.connections import Server
-        from ...serving.scheduler import Scheduler
+    with ExitStack() as stack:
+        sockets = _open_sockets(stack, settings, given, terminal)
+        _run(sockets, model, settings, given, terminal)
 
-        default_bytes = min(free_bytes_beside(engine.checkpoint, rows) // 4, MAX_DEFAULT_CACHE)
-        cache_bytes = default_bytes if cache_size is None else round(cache_size * 2**30)
-        scheduler = Scheduler(engine, rows=rows, waiting=waiting, cache_bytes=cache_bytes, cache_dir=cache_dir)
-        app = create_app(scheduler, settings)
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-        logging.getLogger("mlx_dgemma").setLevel(logging.INFO)
-        warnings.filterwarnings("ignore", category=UserWarning, module=QUOTING_MODULES)
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else a line for whatever is no HTTP
-        server = Server(app)
-        scheduler.on_death = lambda: setattr(server, "should_exit", True)
-        address = f"[{host}]" if ":" in host else host
-        with_adapter = f" with the adapter {engine.adapter}" if engine.adapter else ""
-        terminal.warn(
-            f"Listening on http://{address}:{server_socket.getsockname()[1]}/v1{with_adapter}; Ctrl-C stops it."
-        )
-        server.run(sockets=[server_socket])
-        if scheduler.broken is not None:
-            raise DgemmaError(str(scheduler.broken))
+
+def _run(
+    sockets: Sequence[socket.socket], model: ModelChoice, settings: Settings, given: dict[str, Any], terminal: Terminal
+) -> None:
+    """Load the model and serve until the end."""
+    try:
+        engine = model.load(terminal)
+    except DgemmaError as error:
+        refuse_waiting(sockets, f"The server could not load the model: {error}")
+        raise
+    from ...checkpoint.memory import free_bytes_beside
+    from ...server.app import create_app
+    from ...server.connections import Server
+    from ...server.idle import Idle
+    from ...server.local import collect_warnings
+    from ...serving.scheduler import Scheduler
+
+    rows, cache_size = given["rows"], given["cache_size"]
+    default_bytes = min(free_bytes_beside(engine.checkpoint, rows) // 4, MAX_DEFAULT_CACHE)
+    cache_bytes = default_bytes if cache_size is None else round(cache_size * 2**30)
+    scheduler = Scheduler(
+        engine, rows=rows, waiting=given["waiting"], cache_bytes=cache_bytes, cache_dir=given["cache_dir"]
+    )
+    app = create_app(scheduler, settings)
+    _start_log(given["log_file"], given["agent"] is not None)
+    collect_warnings()
+    server = Server(app, None if given["idle_exit"] is None else Idle(given["idle_exit"]))
+    scheduler.on_death = lambda: setattr(server, "should_exit", True)
+    with_adapter = f" with the adapter {engine.adapter}" if engine.adapter else ""
+    terminal.warn(f"Listening on {_address(sockets, settings.host)}{with_adapter}; Ctrl-C stops it.")
+    server.run(sockets=list(sockets))
+    if scheduler.broken is not None:
+        raise DgemmaError(str(scheduler.broken))
+
+
+def refuse_waiting(sockets: Sequence[socket.socket], message: str) -> None:
+    """Tell the commands that wait for the server why it does not start, so that none waits for ever."""
+    body = json.dumps({"error": {"message": message, "code": "not_loaded"}}).encode()
+    head = f"HTTP/1.0 503 Service Unavailable\r\nContent-Length: {len(body)}\r\n\r\n"
+    for one in sockets:
+        one.setblocking(False)
+        with suppress(OSError):
+            while True:
+                client, _ = one.accept()
+                with client, suppress(OSError):
+                    client.settimeout(REFUSE_SECONDS)
+                    client.recv(2**16)  # an answer to what was not read would be lost
+                    client.sendall(head.encode() + body)
+
+
+def _address(sockets: Sequence[socket.socket], host: str) -> str:
+    """Where clients reach the server: the base URL, or the path of the socket where that is all."""
+    for one in sockets:
+        if one.family != socket.AF_UNIX:
+            return f"http://{f'[{host}]' if ':' in host else host}:{one.getsockname()[1]}/v1"
+    return str(sockets[0].getsockname())
+
+
+def _start_log(path: Path | None, is_agent: bool) -> None:
+    """Send the log to stderr or to a file, which then takes all that would go to stderr while the server runs."""
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if path is not None:
+        handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+        logging.captureWarnings(True)
+    if is_agent and os.fstat(2).st_size > LOG_BYTES:  # launchd's own log grows by a line with each start
+        os.ftruncate(2, 0)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("mlx_dgemma").setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else a line for whatever is no HTTP
+
+
+def _open_sockets(
+    stack: ExitStack, settings: Settings, given: dict[str, Any], terminal: Terminal
+) -> list[socket.socket]:
+    """The listening sockets, opened before the model is loaded, so that errors come early and commands wait."""
+    if given["agent"] == "demand":
+        from ..activation import activated
+
+        stack.enter_context(locked(socket_path(settings.identity)))  # tells --status that the server runs
+        return [stack.enter_context(one) for name in ("local", "http") for one in activated(name)]
+    sockets = [] if given["socket_only"] else [stack.enter_context(_listen(settings.host, given["port"]))]
+    try:
+        sockets.append(stack.enter_context(listening(settings.identity)))
+    except OptionError as error:
+        if given["socket_only"]:
+            raise
+        terminal.warn(f"{error} This server answers over HTTP alone.")
+    return sockets
 
 
 def _require_packages() -> None:
@@ -166,17 +274,45 @@ def _require_packages() -> None:
         raise DgemmaError(f"serve needs the package {error.name}; run `{add_extra('serve')}`.") from None
 
 
-def _agent(ctx: click.Context, both: bool, install: bool, api_key: str | None, terminal: Terminal) -> None:
-    """Install the launchd agent with the options of this command line, or remove it."""
+def _install(ctx: click.Context, settings: Settings, given: dict[str, Any], terminal: Terminal) -> None:
+    """Install the launchd agent with the options of this command line."""
     from .. import launchd
 
-    if both:
-        raise click.UsageError("--install and --uninstall are two things to do; give one.")
-    if not install:
+    on_demand = given["idle_exit"] is not None
+    address = None if given["socket_only"] else (settings.host, given["port"])
+    agent = launchd.Agent(
+        launchd.arguments_of(ctx),
+        settings.api_key,
+        settings.shutdown_seconds,
+        socket_path(settings.identity) if on_demand else None,
+        address if on_demand else None,
+    )
+    when = "it starts when it is asked" if on_demand else "it starts at every login"
+    terminal.warn(f"Installed {launchd.install(agent)}; {when}, --uninstall removes it.")
+
+
+def _tell_of_agent(what: str, terminal: Terminal) -> None:
+    """Remove the launchd agent, print its logs, or tell what runs."""
+    from .. import launchd
+
+    if what == "uninstall":
         terminal.warn(f"Removed {launchd.uninstall()}.")
         return
-    arguments = sys.argv[sys.argv.index(ctx.info_name or "serve") + 1 :]
-    terminal.warn(f"Installed {launchd.install(arguments, api_key)}; --uninstall removes it.")
+    if what == "logs":
+        terminal.say(launchd.logs())
+        return
+    lines = [launchd.status()] if sys.platform == "darwin" else []
+    servers = running()
+    for path in servers:
+        try:
+            health = health_of(path)
+            told = f"{health['model']}, {health['running']} running, {health['waiting']} waiting"
+        except (DgemmaError, OSError):
+            told = "starting or stopping"
+        lines.append(f"server: {told}, at {path}")
+    terminal.say("".join(f"{line}\n" for line in lines))
+    if not servers:
+        raise DgemmaError("No server of this user runs; `mlx-dgemma serve` starts one.")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -7,10 +7,9 @@ import json
 import os
 import shutil
 import sys
-from functools import partial
 from itertools import count as numbers
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -22,19 +21,17 @@ from ..common import (
     decode_argument,
     decode_utf8,
     explicit_options,
+    find_task,
     model_options,
     number_option,
     print_details,
     sampler_options,
+    server_option,
     stream_answer,
 )
 from ..output import Output, output_options, replace_file
 from ..stdin import read_stdin
 from ..terminal import Terminal
-
-if TYPE_CHECKING:
-    from ...decoding.request import Request
-    from ...prompt.builder import PromptBuilder
 
 MARK = "<HOLE>"
 existing_file = click.Path(exists=True, dir_okay=False, allow_dash=True)
@@ -58,6 +55,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @verbose_option
 @model_options
 @adapter_option
+@server_option
 @sampler_options
 @click.pass_context
 def infill(
@@ -86,18 +84,12 @@ def infill(
     mlx-dgemma infill --prefix-file a --suffix-file b --whole --output c
     """
 
-    from ...tasks import infill as infill_
-
     terminal, options = Terminal(), explicit_options(options)
     output.check()
     prefix, suffix = _split_at_hole(file, prefix_file, suffix_file, at, mark, terminal)
     asked = decode_argument(prompt, "--prompt")
-
-    def make(builder: PromptBuilder) -> Request:
-        return infill_.infill(builder, prefix, suffix, prompt=asked, **options)
-
-    engine, request = model.prepare(make, terminal)
-    answer = stream_answer(engine, partial(engine.run, request), terminal, silent=True)
+    engine, stream = find_task(model, terminal, "infill", prefix, suffix, prompt=asked, **options)
+    answer = stream_answer(engine, stream, terminal, silent=True)
     if answer.result is None:
         ctx.exit(130)
     if verbose:
@@ -135,6 +127,7 @@ def infill(
 @verbose_option
 @model_options
 @adapter_option
+@server_option
 @sampler_options
 @click.pass_context
 def edit(
@@ -161,8 +154,6 @@ def edit(
     mlx-dgemma edit --model FOLDER "fix the spelling" letter.txt --in-place
     """
 
-    from ...tasks import edit as edit_
-
     _check_edit(file, in_place, diff, as_json, output)
     terminal, options, said = (
         Terminal(),
@@ -175,8 +166,8 @@ def edit(
     draft = _read(file or "-", terminal)
     if not draft.strip():
         raise PromptError(f"{'stdin' if file in (None, '-') else file} is empty; there is nothing to edit.")
-    engine, request = model.prepare(lambda builder: edit_.edit(builder, draft, said, **options), terminal)
-    answer = stream_answer(engine, partial(engine.run, request), terminal, silent=True)
+    engine, stream = find_task(model, terminal, "edit", draft, said, **options)
+    answer = stream_answer(engine, stream, terminal, silent=True)
     if answer.result is None:
         ctx.exit(130)
     if verbose:
