@@ -76,7 +76,7 @@ EXPECTED = {
     "for picture": ({"other.txt": "ANSWER\n"}, ""),
     "generate -f -": ({}, "ANSWER\n"),
     "shortcuts run": ({"translated": "my letter"}, ""),
-    "osascript": ({"dialog": "ANSWER\n"}, ""),
+    "display dialog": ({"dialog": "ANSWER\n"}, ""),
 }
 
 

@@ -33,7 +33,9 @@ def weights(monkeypatch):
     """The files of weights that were opened. The tokenizer is read once for all tests."""
     real = mx.load
     monkeypatch.setattr(mx, "load", lambda file, *a, **k: opened_files.append(str(file)) or real(file, *a, **k))
-    monkeypatch.setattr(Opened, "of", lambda name=None: demo_opened() if name is None else open_really(name))
+    monkeypatch.setattr(
+        Opened, "of", lambda name=None, adapter=None: demo_opened() if name is None else open_really(name)
+    )
     opened_files.clear()
     return opened_files
 

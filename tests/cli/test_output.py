@@ -28,7 +28,7 @@ demo_opened = cache(Opened.of)
 def place(tmp_path, monkeypatch):
     """A working folder with a clipboard, and the demo loaded once."""
     opened, loaded = demo_opened(), engine_of(DEMO)
-    monkeypatch.setattr(Opened, "of", lambda name=None: opened)
+    monkeypatch.setattr(Opened, "of", lambda name=None, adapter=None: opened)
     monkeypatch.setattr(engine, "load", lambda *_, **__: loaded)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bin").mkdir()
