@@ -24,7 +24,7 @@ from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli.main import main
 from mlx_dgemma.convert.conversion import convert
 from mlx_dgemma.convert.recipes import MODES
-from mlx_dgemma.decoding import costs, step
+from mlx_dgemma.decoding import costs, rules, step
 from mlx_dgemma.decoding.canvas import CanvasBatch
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.step import plain_step
@@ -37,6 +37,8 @@ from mlx_dgemma.tasks import hole
 from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.likelihood import next_token_log_probs
 from mlx_dgemma.tune.objective import VARIANTS, Batch, draw_noise
+from mlx_dgemma.tune.quick.config import DistillConfig
+from mlx_dgemma.tune.quick.distill import distill
 from mlx_dgemma.tune.trainer import Trainer
 from mlx_dgemma.tune.workers import loss_and_gradients
 
@@ -99,6 +101,15 @@ def answers(dtype: str, folder: Path) -> None:
     with patch.object(step, "row_unit", lambda: 4):
         for mode in ({}, {"fast": True}):
             engine.generate_batch([STORY, "Hello."], seeds=[0, 1], max_denoising_steps=3, max_tokens=3, **mode)
+
+
+def own_rules(dtype: str, folder: Path) -> None:
+    """The built-in rules, given as one's own."""
+    accept, settle = rules.EntropyBound(0.1, 2), rules.AnyOf((rules.Settled(), rules.Certain(0.1), rules.Unchanged(2)))
+    for fast, one in ((False, accept), (True, rules.Confident())):
+        loaded(dtype, folder).generate(
+            STORY, accept=one, settle=settle, renoise=lambda seen, accepted, noise: noise, fast=fast, **FEW
+        )
 
 
 def batches(dtype: str, folder: Path) -> None:
@@ -275,6 +286,18 @@ def tuning(dtype: str, folder: Path) -> None:
         trainer.close()
 
 
+def distilling(dtype: str, folder: Path) -> None:
+    """A distillation of one step, whose answers differ and are learned all the same."""
+    if dtype == "float32":
+        prompts = folder / "prompts.txt"
+        prompts.write_text("Say cat.\nSay dog.\nSay owl.")
+        plan = DistillConfig(
+            str(prompts), folder / "distilled", teacher="default", open_weight=1, batch_size=3, states=2, held_back=1,
+            max_tokens=20,
+        )  # fmt: skip
+        list(distill(loaded(dtype, folder), TrainerConfig(rank=2, steps=2, layers=1), plan))
+
+
 def adapters(dtype: str, folder: Path) -> None:
     """An adapter in the model; in float32 it is also tuned, evaluated and fused from the command line."""
     tuned = folder / "adapter"
@@ -368,8 +391,8 @@ def copy_of_tied_weights(packed: Path, folder: Path) -> None:
 PATHS: dict[str, Callable[[str, Path], None]] = {
     path.__name__: path
     for path in (
-        answers, batches, token_by_token, guided, pictures, float16_products, long_prefixes, padded, quantized,
-        custom_kernels, tuning, adapters, conversions,
+        answers, own_rules, batches, token_by_token, guided, pictures, float16_products, long_prefixes, padded,
+        quantized, custom_kernels, tuning, distilling, adapters, conversions,
     )
 }  # fmt: skip
 

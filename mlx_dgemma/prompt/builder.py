@@ -182,12 +182,11 @@ class PromptBuilder:
                 return source
             image = open_image(source)
             patches = patchify([image], budget, vision.patch_size, vision.pooling_kernel_size)
-            return Picture(f"{digest(image)}/{budget}", patches)
+            found = part["image"] = Picture(f"{digest(image)}/{budget}", patches)
+            return found
 
-        if not isinstance(part["image"], Picture):
-            part["image"] = LANES.get(HERE).picture(decode)
-        picture: Picture = part["image"]
-        return picture
+        known = part["image"]
+        return known if isinstance(known, Picture) else LANES.get(HERE).picture(decode)
 
     @cached_property
     def token_bytes(self) -> TokenBytes:

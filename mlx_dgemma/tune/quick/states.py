@@ -96,7 +96,7 @@ def visit(
         steps: the last step that is looked at.
         to_end: whether the canvases go on until the reference's rule stops them, so that their ends mean something.
     """
-    options = engine.options.override(exact=False, fast=False)
+    options = engine.options.override(exact=False, fast=False, canvas="full")
     if to_end:
         options = options.override(certainty_threshold=0, patience=0)
     batch = CanvasBatch(engine.model, prefixes, options, keys, rooms)
@@ -217,7 +217,10 @@ def _visited(engine: Engine, canvases: Sequence[Canvas], steps: int, number: int
     text = np.asarray(sampler.text(mx.array(ends), stops, mx.array(rooms, mx.int32)))
     sound = soundness(engine.model, prefixes, ends, text, mx.random.key(number))
     return [
-        (replace(canvas, tokens=end.tolist(), length=int(own.sum()), weight=canvas.weight * (good >= SOUND)), one)
+        (
+            replace(canvas, tokens=end.tolist(), length=int(own.sum()), weight=float(canvas.weight * (good >= SOUND))),
+            one,
+        )
         for canvas, one, end, own, good in zip(canvases, visits, ends, text, sound)
     ]
 
