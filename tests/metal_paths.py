@@ -39,6 +39,7 @@ from mlx_dgemma.tune.likelihood import next_token_log_probs
 from mlx_dgemma.tune.objective import VARIANTS, Batch, draw_noise
 from mlx_dgemma.tune.quick.config import DistillConfig
 from mlx_dgemma.tune.quick.distill import distill
+from mlx_dgemma.tune.quick.replay import Trajectory
 from mlx_dgemma.tune.trainer import Trainer
 from mlx_dgemma.tune.workers import loss_and_gradients
 
@@ -291,11 +292,13 @@ def distilling(dtype: str, folder: Path) -> None:
     if dtype == "float32":
         prompts = folder / "prompts.txt"
         prompts.write_text("Say cat.\nSay dog.\nSay owl.")
-        plan = DistillConfig(
-            str(prompts), folder / "distilled", teacher="default", open_weight=1, batch_size=3, states=2, held_back=1,
-            max_tokens=20,
-        )  # fmt: skip
-        list(distill(loaded(dtype, folder), TrainerConfig(rank=2, steps=2, layers=1), plan))
+        for name, answers_each in (("differ", 2), ("agree", 1)):
+            plan = DistillConfig(
+                str(prompts), folder / name, teacher="default", best_of=answers_each, agree=answers_each, open_weight=1,
+                batch_size=3, states=2, held_back=1, max_tokens=20,
+            )  # fmt: skip
+            list(distill(loaded(dtype, folder), TrainerConfig(rank=2, steps=2, layers=1), plan))
+        Trajectory.of(np.zeros((2, 4), np.int32), np.ones((2, 4), np.float32), [1], 4)
 
 
 def adapters(dtype: str, folder: Path) -> None:

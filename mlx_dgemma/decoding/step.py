@@ -7,7 +7,7 @@ under way. A guide must see the numbers of its step, so `guided_step` computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -43,7 +43,8 @@ def plain_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], d
         dense: positions of the batch that need the whole vocabulary for their conditioning.
     """
     canvas, conditioning = inputs(batch, last, steps, dense)
-    prediction = predict(batch, last, _denoised(batch, canvas, conditioning), steps, dense)
+    hidden = batch.model.denoise(canvas, batch.prefixes, conditioning, None, batch.narrow)
+    prediction = predict(batch, last, hidden, steps, dense)
     argmax = _unless_done(last, prediction.argmax)
     seen = _seen(batch, last, steps, canvas, prediction, argmax)
     return _finish(batch, last, steps, prediction, argmax, _by_entropy(batch, prediction, steps, seen), seen)
@@ -52,7 +53,8 @@ def plain_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], d
 def fast_step(batch: CanvasBatch, last: Forward | None, steps: Sequence[int], dense: int) -> Forward:
     """As `plain_step`, but the best token of a position stays once it is confident."""
     canvas, conditioning = inputs(batch, last, steps, dense)
-    prediction = predict(batch, last, _denoised(batch, canvas, conditioning), steps, dense)
+    hidden = batch.model.denoise(canvas, batch.prefixes, conditioning, None, batch.narrow)
+    prediction = predict(batch, last, hidden, steps, dense)
     argmax = _unless_done(last, prediction.argmax)
     seen = _seen(batch, last, steps, canvas, prediction, argmax)
     choice = _by_confidence(batch, last, prediction, argmax, seen)
@@ -69,7 +71,7 @@ def guided_step(batch: CanvasBatch) -> tuple[Forward, head.Prediction]:
     canvas, conditioning = inputs(batch, last, steps, batch.dense)
     # The next step waits for the guides' choice, so the device starts its layers while the host builds the others.
     batch.queue = device.Queue(batch.in_flight)
-    hidden = _denoised(batch, canvas, conditioning, batch.queue)
+    hidden = batch.model.denoise(canvas, batch.prefixes, conditioning, batch.queue, batch.narrow)
     prediction = predict(batch, last, hidden, steps, batch.dense)
     assert isinstance(prediction, head.Prediction)
     chosen = _unless_done(last, _chosen(batch, prediction))
@@ -105,15 +107,6 @@ def inputs(
     if 0 in steps:  # rows that have just joined
         conditioning = mx.where(begins, 0, conditioning)
     return canvas, conditioning
-
-
-def _denoised(
-    batch: CanvasBatch, canvas: mx.array, conditioning: mx.array | None, queue: device.Queue | None = None
-) -> mx.array:
-    """Hidden states [B, C, H], or [1, T, H] of narrow canvases."""
-    named: dict[str, Any] = {"queue": queue, "narrow": batch.narrow}
-    given = {name: value for name, value in named.items() if value is not None}
-    return batch.model.denoise(canvas, batch.prefixes, conditioning, **given)
 
 
 def predict(batch: CanvasBatch, last: Forward | None, hidden: mx.array, steps: Sequence[int], dense: int) -> Prediction:

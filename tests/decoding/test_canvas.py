@@ -182,7 +182,7 @@ def test_pinned_positions_keep_their_token_in_every_step_and_canvas(model, mode,
     layout, seen = LAYOUTS[name], []
     plain = DiffusionGemma.denoise
 
-    def denoise(self, canvas, prefix, conditioning=None):
+    def denoise(self, canvas, prefix, conditioning=None, queue=None, narrow=None):
         seen.append((canvas, conditioning))
         return plain(self, canvas, prefix, conditioning)
 

@@ -222,7 +222,7 @@ def test_the_prefix_ends_with_the_canvas_that_was_shown_last(models, mode, monke
     model, calls = models[40], []
     denoise = type(model).denoise
     monkeypatch.setattr(
-        type(model), "denoise", lambda self, *given: calls.append((given[0], *given[2:])) or denoise(self, *given)
+        type(model), "denoise", lambda self, *given: calls.append((given[0], *given[2:3])) or denoise(self, *given)
     )
     prefix, fresh = model.new_prefix(), model.new_prefix()
     for one in (prefix, fresh):

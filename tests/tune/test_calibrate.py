@@ -26,11 +26,11 @@ def test_replayed_rules_are_those_of_real_answers(tmp_path):
     engine, prompts = mlx_dgemma.load(dtype="float32"), tmp_path / "prompts.txt"
     prompts.write_text("Sort these numbers: 41, 7, 23, 90, 3, 55")
     questions, drafts = read_prompts(engine, prompts), []
-    answer_together(engine, questions, [3], drafts, certainty_threshold=0, patience=0)
+    answer_together(engine, questions, [3], drafts, certainty_threshold=0, patience=0, canvas="full")
     known = [module._trajectories(engine, one, blocks, None) for one, blocks in zip(questions, drafts)]
     stops = set()
     for certainty, patience in ((0.0, 1), (2.5, 0)):
-        real = answer_together(engine, questions, [3], certainty_threshold=certainty, patience=patience)
+        real = answer_together(engine, questions, [3], certainty_threshold=certainty, patience=patience, canvas="full")
         for blocks, answer in zip(known, real):
             assert outcome(blocks, Rule(certainty, patience))[1] == answer.positions
             stops.add(answer.steps)

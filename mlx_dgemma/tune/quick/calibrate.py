@@ -118,7 +118,7 @@ def calibrate(
             drafts: list[list[list[Step]]] = []
             some = questions[start : start + batch_size]
             seeds = range(seed + start, seed + start + len(some))
-            made = answer_together(engine, some, seeds, drafts, max_tokens=max_tokens, **options)
+            made = answer_together(engine, some, seeds, drafts, max_tokens=max_tokens, canvas="full", **options)
             done += len(made)
             watch(done, passes * len(questions))
             yield from zip(made, drafts)
