@@ -36,13 +36,13 @@ def stream(messages, *, drafts, system, session, **options):
     yield Finished(Result(text + told, "", [], [], "stop", stats))
 
 
-def load(self, terminal):
+def load(self, terminal, opened=None):
     builder = SimpleNamespace(load_image=lambda path, budget: open_image(path))
     return SimpleNamespace(options=GenerationOptions(), session=lambda: None, builder=builder, stream=stream)
 
 
 if __name__ == "__main__":
-    ModelChoice.load = load
+    ModelChoice.load, ModelChoice.open = load, lambda self, terminal: SimpleNamespace(options=GenerationOptions())
     if "--readline" in sys.argv:
         chat_input.find_spec = lambda name: None
     chat.main(args=["-m", "echo"], prog_name="mlx-dgemma chat")

@@ -53,7 +53,7 @@ def test_an_answer_goes_on_behind_the_thought_that_was_ended(engine):
     result = engine.generate("What is 3 plus 4?", thinking=True, seed=0, thinking_budget=5, max_tokens=40)
     tokens = result.tokens
     end = tokens.index(CLOSE)
-    assert engine.tokenizer.decode(tokens[:end]).startswith("<|channel>thought\nOnes: 3")
+    assert engine.tokenizer.decode(tokens[:end]).startswith("<|channel>thought\nOnes:")
     assert len(tokens) > end + 3 and result.text  # something was said behind it
     assert result.log_probs[end - 1 : end + 1] == [0.0, 0.0] and len(result.log_probs) == len(tokens)
     assert result.notes == ("The thought was ended at its budget of 5 tokens.",)
