@@ -52,7 +52,10 @@ def calibrate(
     from ...tune.quick.calibrate import calibrate as calibrate_
     from ...tune.quick.prompts import read_prompts
 
-    engine = model.load(terminal)
+    opened = model.open(terminal)
+    if not dry_run and model.adapter is None:
+        writable_folder(opened.settings.path)  # before the weights are read
+    engine = model.load(terminal, opened)
     folder = None if dry_run else writable_folder(engine.adapter or engine.checkpoint.path)
     questions = read_prompts(engine, prompts)
     chosen = {"agreement": agreement, "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
