@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 from support import DATA, FULL, RED, SLIDING, random_tokens, small_config, small_model, square
 
 import mlx_dgemma
-from mlx_dgemma.adapters.deltas import add_adapter, target_paths
+from mlx_dgemma.adapters.deltas import add_adapter, add_denoising_adapter, target_paths
 from mlx_dgemma.checkpoint.build import DTYPES
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli.main import main
@@ -39,6 +39,7 @@ from mlx_dgemma.tune.likelihood import next_token_log_probs
 from mlx_dgemma.tune.objective import VARIANTS, Batch, draw_noise
 from mlx_dgemma.tune.quick.config import DistillConfig
 from mlx_dgemma.tune.quick.distill import distill
+from mlx_dgemma.tune.quick.loss import Distillation, StateBatch
 from mlx_dgemma.tune.quick.replay import Trajectory
 from mlx_dgemma.tune.trainer import Trainer
 from mlx_dgemma.tune.workers import loss_and_gradients
@@ -288,16 +289,24 @@ def tuning(dtype: str, folder: Path) -> None:
 
 
 def distilling(dtype: str, folder: Path) -> None:
-    """A distillation of one step, whose answers differ and are learned all the same."""
+    """A distillation, and its step where one answer is learned and one prediction is kept; in 16 bits its graph."""
+    tokens, canvas = np.array(random_tokens(7, 2, 7)), np.array(random_tokens(8, 2, 4))
+    learned, loss, model = np.array([1, 0], np.float32), Distillation(), small(dtype)
+    conditioning = np.zeros((2, 4, model.config.text.hidden_size), np.float16)
+    every = np.ones(tokens.shape, bool), np.ones(canvas.shape, bool)
+    batch = StateBatch(tokens, every[0], canvas, learned, canvas, every[1], learned, learned > 0, conditioning)
+    add_denoising_adapter(model, lambda: Trainer(model, TrainerConfig(rank=2, steps=3), loss))
+    noise = loss.draw(batch, 40, mx.random.key(0))
+    _, gradients = loss_and_gradients(model, loss, batch, noise)
     if dtype == "float32":
+        mx.eval(gradients)
         prompts = folder / "prompts.txt"
         prompts.write_text("Say cat.\nSay dog.\nSay owl.")
-        for name, answers_each in (("differ", 2), ("agree", 1)):
-            plan = DistillConfig(
-                str(prompts), folder / name, teacher="default", best_of=answers_each, agree=answers_each, open_weight=1,
-                batch_size=3, states=2, held_back=1, max_tokens=20,
-            )  # fmt: skip
-            list(distill(loaded(dtype, folder), TrainerConfig(rank=2, steps=2, layers=1), plan))
+        plan = DistillConfig(
+            str(prompts), folder / "differ", teacher="default", best_of=2, agree=2, open_weight=1,
+            batch_size=3, states=2, held_back=1, max_tokens=20,
+        )  # fmt: skip
+        list(distill(loaded(dtype, folder), TrainerConfig(rank=2, steps=2, layers=1), plan))
         Trajectory.of(np.zeros((2, 4), np.int32), np.ones((2, 4), np.float32), [1], 4)
 
 
