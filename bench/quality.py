@@ -162,24 +162,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_ours(
-    model: str | None, dtype: str | None, args: argparse.Namespace, compute_dtype: str | None = None
+    model: str | None,
+    dtype: str | None,
+    args: argparse.Namespace,
+    compute_dtype: str | None = None,
+    adapter: str | None = None,
 ) -> dict[str, dict]:
     """Our runtime in every mode asked for."""
-    engine = mlx_dgemma.load(model, dtype=dtype, compute_dtype=compute_dtype)
+    engine = mlx_dgemma.load(model, dtype=dtype, compute_dtype=compute_dtype, adapter=adapter)
     return {mode: attempt(run, ours(engine, mode, dict(args.set)), args) for mode in args.mode}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id (default: the demo)")
+    parser.add_argument("--adapter", help="folder or Hub id")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16")
     parser.add_argument("--compute-dtype", help="of matrix products: float16")
     add_arguments(parser)
     args = parser.parse_args()
     found = machine()
-    results = run_ours(args.model, args.dtype, args, args.compute_dtype)
+    results = run_ours(args.model, args.dtype, args, args.compute_dtype, args.adapter)
     print_results(results)
-    finish("quality", **found, model=args.model, seeds=args.seeds, settings=dict(args.set), results=results)
+    finish("quality", **found, model=args.model, adapter=args.adapter, seeds=args.seeds, settings=dict(args.set), results=results)
 
 
 if __name__ == "__main__":
