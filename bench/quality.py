@@ -184,7 +184,8 @@ def main() -> None:
     found = machine()
     results = run_ours(args.model, args.dtype, args, args.compute_dtype, args.adapter)
     print_results(results)
-    finish("quality", **found, model=args.model, adapter=args.adapter, seeds=args.seeds, settings=dict(args.set), results=results)
+    asked = {"model": args.model, "adapter": args.adapter, "seeds": args.seeds, "settings": dict(args.set)}
+    finish("quality", **found, **asked, results=results)
 
 
 if __name__ == "__main__":
