@@ -212,11 +212,16 @@ def _load_slices(
             array = array.astype(cast)
         mx.eval(array)
         found.append((target, array))
+    deal_modules(model, mine, dict(found))
+    model.join(group)
+
+
+def deal_modules(model: DiffusionGemma, mine: slices.Slices, arrays: dict[str, mx.array]) -> None:
+    """Put a rank's arrays, by parameter, in place of a whole model's."""
     for path, module in model.named_modules():
         if path in mine.quantized:
             module.group_size = mine.group_size(path)
-    model.update(tree_unflatten(found))
-    model.join(group)
+    model.update(tree_unflatten(list(arrays.items())))
 
 
 def _arrays(
