@@ -6,8 +6,8 @@
     python bench/parallel.py --shape 26b --ranks 1                  # a group of one, on one GPU
 
 One run starts every job with every number of ranks by itself, by `mlx.launch`, each in processes of its own, so that a
-failure leaves the others' figures. Rank 0 prints each figure when it is there. Weights are random and the same for every
-number of ranks; a rank holds its slices, and one parameter is whole at a time. Jobs are precisions and `equality`.
+failure leaves the others' figures. Rank 0 prints each figure when it is there. Weights are random and the same for
+every number of ranks; a rank holds its slices, and one parameter is whole at a time. Jobs: precisions and `equality`.
 
 - A precision: a denoising step, a token of causal mode, a prefill, the peak of memory of each rank.
 - communication: the messages of a step alone, one after the other, and the step with each message left out (its result
