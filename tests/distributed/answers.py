@@ -10,7 +10,7 @@ from mlx_dgemma.engine import Engine
 PERSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
 SUM, STORY = "What is 3 + 4?", "Write a story"
-FEW = {"seed": 3, "max_tokens": 12, "max_denoising_steps": 3}
+FEW = {"seed": 3, "max_tokens": 12, "max_denoising_steps": 2}
 
 
 def few_answers(engine: Engine) -> dict[str, Any]:
@@ -25,7 +25,6 @@ def answers(engine: Engine) -> dict[str, Any]:
     """Tokens, texts and probabilities by what was asked."""
     found: dict[str, Any] = few_answers(engine)
     for name, options in {
-        "full": {"canvas": "full"},
         "fast": {"fast": True},
         "exact": {"exact": True, "max_denoising_steps": 2},
         "causal": {"mode": "causal", "temperature": 0.7, "max_denoising_steps": None},
