@@ -72,6 +72,12 @@ class Ranks:
             time.sleep(0.02)
         return {int(line[1]): int(line[2]) for line in lines}
 
+    def child_of(self, rank):
+        """Processes that the watching process of a rank has started."""
+        every = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        pairs = [tuple(map(int, line.split())) for line in every.splitlines()]
+        return [pid for pid, parent in pairs if parent == self.processes[rank].pid]
+
     def ended(self):
         """Exit code and stderr of rank 0, when all have ended; no child is left."""
         try:

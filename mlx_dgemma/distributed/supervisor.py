@@ -23,7 +23,7 @@ from .lines import MOST, Lines
 from .meeting import Peer, meet, this_host
 
 TICK_SECONDS = 1.0
-SILENT_TICKS = 10  # without a word, or in which a rank is stopped, after which it is lost
+SILENT_TICKS = 8  # without a word, or in which a rank is stopped, after which it is lost
 NEWS_SECONDS = 1.0  # within which a better reason may come: a rank that lost a peer tells of it before the peer's end
 END_SECONDS = 2.0  # that a rank gets to end by itself, a server to tell its clients
 REPEAT_SECONDS = 0.5  # one Ctrl-C reaches every rank of a terminal
