@@ -1,0 +1,56 @@
+"""What all ranks must agree on before they compute together: versions, and that none of them has failed.
+
+A rank that raised by itself would leave the others waiting in their next message, so that errors are told to all first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from typing import TypeVar
+
+import mlx.core as mx
+
+from .. import __version__, errors
+from ..errors import CircumstanceError, DgemmaError
+from .group import Group
+
+Made = TypeVar("Made")
+
+
+def together(group: Group, make: Callable[[], Made]) -> Made:
+    """What `make` returns here, once it has returned on every rank. `make` sends no messages.
+
+    Raises:
+        DgemmaError: that of the first rank where it failed, on every rank.
+    """
+    if group.size == 1:
+        return make()
+    made: list[Made] = []
+    told = None
+    try:
+        made.append(make())
+    except DgemmaError as error:
+        told = [type(error).__name__, str(error)]
+    for rank, one in enumerate(group.gather_values(told)):
+        if one is not None:
+            kind, text = one
+            raise getattr(errors, kind)(text if rank == 0 else f"Rank {rank}: {text}")
+    return made[0]
+
+
+def check_versions(group: Group) -> None:
+    """Refuse ranks that compute with other versions, or on another kind of device, than rank 0.
+
+    Raises:
+        CircumstanceError: on every rank, about the first such one.
+    """
+    kind = "the CPU" if mx.default_device() == mx.cpu else "a GPU"
+    ranks = group.gather_values([f"mlx-dgemma {__version__}", f"MLX {metadata.version('mlx')}", kind])
+    for rank, found in enumerate(ranks):
+        if found != ranks[0]:
+            mine, theirs = (f"{one[0]} and {one[1]} on {one[2]}" for one in (found, ranks[0]))
+            raise CircumstanceError(
+                f"Rank {rank} has {mine}, but rank 0 has {theirs}; install the same versions on every machine, and let "
+                "all compute on the same kind of device."
+            )
