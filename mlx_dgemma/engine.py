@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .tasks.infill import InfillKeywords
 
 Prompt = str | Sequence[Message]
+T = TypeVar("T")
 
 
 @dataclass(repr=False)
@@ -89,6 +90,14 @@ class Engine:
     def session(self) -> Session:
         """A conversation for turn after turn."""
         return Session(self.model)
+
+    def loop(self) -> Loop:
+        """What generates requests together."""
+        return Loop(self.model, self.load_seconds, self.costs)
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that computes with the model."""
+        return function(*arguments)
 
     def generate(self, prompt: Prompt, *, session: Session | None = None, **keywords: Unpack[AnswerKeywords]) -> Result:
         """Answer a prompt.
@@ -145,7 +154,7 @@ class Engine:
     def run(self, request: Request, session: Session | None = None, drafts: bool = True) -> Iterator[Event]:
         """Generate what was prepared, event by event, as `stream` does."""
         request.drafts = drafts
-        loop = Loop(self.model, self.load_seconds, self.costs)
+        loop = self.loop()
         mx.reset_peak_memory()
         with device.wired_limit(), closing(loop):
             loop.add(request, session)
@@ -158,13 +167,9 @@ class Engine:
     def generate_batch(
         self, prompts: Sequence[Prompt], *, seeds: Sequence[int] | None = None, **keywords: Unpack[AnswerKeywords]
     ) -> list[Result]:
-        """Answer several prompts together, each as `generate` would with its seed; takes what `generate` takes.
-
-        Raises:
-            PromptError, OptionError: as `generate`; also when seeds and prompts differ in number.
-        """
+        """Answer several prompts together, each as `generate` would with its seed; takes and raises what that does."""
         requests = answer.answers(self.builder, prompts, seeds, **keywords)
-        loop, results = Loop(self.model, self.load_seconds, self.costs), {}
+        loop, results = self.loop(), {}
         features: dict[str, mx.array] = {}
         mx.reset_peak_memory()
         with device.wired_limit(), closing(loop):
@@ -198,7 +203,8 @@ class Engine:
         Raises:
             PromptError, OptionError: at once, before anything is computed.
         """
-        return choose.choose(self.model, self.builder, prompt, labels, **keywords).probabilities
+        asked = choose.ask(self.builder, prompt, labels, **keywords)
+        return self.call(choose.compute, self.model, asked).probabilities
 
     def infill(self, prefix: str, suffix: str, **keywords: Unpack[InfillKeywords]) -> Result:
         """Fill a hole between two texts, which stay byte for byte: prefix + r.text + suffix is the whole.
@@ -211,10 +217,7 @@ class Engine:
             length: tokens of the hole, pieces of words at its ends included; without one the likely lengths up to
                 `infill.LONGEST`, or `max_tokens` if that is less, are tried. A hole longer than a canvas is filled
                 canvas by canvas, with a warning. Without a suffix it is the most tokens that are written.
-            keywords: `seed` as in `generate`, and any field of `GenerationOptions` but exact and stop.
-
-        Raises:
-            PromptError, OptionError: as `generate`.
+            keywords: `seed` and all options but exact and stop, as in `generate`, whose errors it raises.
         """
         return self._result(self.run(infill.infill(self.builder, prefix, suffix, **keywords), drafts=False))
 
@@ -239,10 +242,7 @@ class Engine:
             text: the draft.
             instruction: what to do with it.
             strength: the share of the draft that is noised at first, from 0 to 1.
-            keywords: `seed` as in `generate`, and any field of `GenerationOptions` but exact and stop.
-
-        Raises:
-            PromptError, OptionError: as `generate`.
+            keywords: `seed` and all options but exact and stop, as in `generate`, whose errors it raises.
         """
         return self._result(self.run(edit.edit(self.builder, text, instruction, **keywords), drafts=False))
 

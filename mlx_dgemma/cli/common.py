@@ -114,11 +114,11 @@ class ModelChoice:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         terminal.draw([], f"loading {self.name or 'the demo'}")
         try:
-            from ..engine import load
+            from ..ranks.start import load
 
             engine = load(
                 self.name,
-                self.dtype,
+                dtype=self.dtype,
                 adapter=self.adapter,
                 ignore_memory=self.ignore_memory,
                 compute_dtype=self.compute_dtype,

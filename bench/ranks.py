@@ -1,0 +1,338 @@
+"""Several ranks on this machine against one process: the same tokens, what faults come to, and a server for long.
+
+    python bench/ranks.py answers --ranks 2 4        # every mode, pictures, constraints, holes, sessions, a scheduler
+    python bench/ranks.py faults --kills 10          # kill -9 at random instants, stops, ports, other checkpoints
+    python bench/ranks.py soak --requests 200        # the mix of soak.py on two ranks; needs `openai` and `psutil`
+
+Ranks are started as `mlx.launch` starts them, on loopback, with MLX's ring. All is float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_dgemma.ranks.start import load, take_part
+
+PROMPTS = 40
+SHORT = {"max_tokens": 48, "seed": 0}
+MODES: dict[str, dict[str, Any]] = {
+    "diffusion": {},
+    "fast": {"fast": True},
+    "exact": {"exact": True, "max_denoising_steps": 12},
+    "causal": {"mode": "causal", "temperature": 0.7},
+    "speculative": {"mode": "speculative"},
+}
+PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+ENDLESS = [
+    "generate",
+    "Count from 3 to 300.",
+    "--max-tokens",
+    "4000",
+    "--patience",
+    "0",
+    "--max-denoising-steps",
+    "999",
+]
+ENDLESS += ["--confidence-threshold", "0", "--certainty-threshold", "0", "--seed", "1"]
+LIMIT = 15.0  # seconds within which all must have ended
+
+
+class Ranks:
+    """The same command as so many ranks; use it as a context, which leaves no process."""
+
+    def __init__(self, count: int, command: list[str], folders: Sequence[Path] = (), ports: Sequence[int] = ()):
+        self._file = tempfile.NamedTemporaryFile("w", suffix=".json")  # noqa: SIM115
+        self.ports = list(ports) or free_ports(count)
+        json.dump([[f"127.0.0.1:{port}"] for port in self.ports], self._file)
+        self._file.flush()
+        self.logs = [tempfile.NamedTemporaryFile("w+", suffix=".log") for _ in range(count)]  # noqa: SIM115
+        self.processes = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, "MLX_HOSTFILE": self._file.name, "MLX_RANK": str(rank)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                stderr=self.logs[rank],
+                cwd=folders[rank] if folders else None,
+                text=True,
+            )
+            for rank in range(count)
+        ]
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self.pids():
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+    def log(self, rank: int = 0) -> str:
+        """What a rank wrote to stderr."""
+        return Path(self.logs[rank].name).read_text(errors="replace")
+
+    def pids(self) -> list[int]:
+        """All processes: those that watch, and the ranks."""
+        watching = [one.pid for one in self.processes]
+        return [*watching, *(child for one in watching for child in children(one))]
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """Exit codes; None: still there after so long."""
+        deadline = time.monotonic() + seconds
+        for one in self.processes:
+            with suppress(subprocess.TimeoutExpired):
+                one.wait(max(deadline - time.monotonic(), 0.1))
+        return [one.returncode for one in self.processes]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def children(pid: int) -> list[int]:
+    every = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in every.splitlines()]
+    return [child for child, parent in pairs if parent == pid]
+
+
+def alive(pid: int) -> bool:
+    stat = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(stat.strip()) and not stat.startswith("Z")
+
+
+# Answers: this program is then the command of every rank, and rank 0 compares.
+
+
+def requests(engine: Any, prompts: int) -> Iterator[tuple[str, Any]]:
+    """Requests with the name of their kind."""
+    from quality import TEXT, cases, tasks
+
+    from mlx_dgemma.tasks.edit import edit
+    from mlx_dgemma.tasks.infill import infill
+
+    texts = cases(TEXT, -(-prompts // len(TEXT)), 0)[:prompts]
+    for name, options in MODES.items():
+        for case in texts:
+            plain = {"tools": case["tools"], "thinking": case["enable_thinking"] and name != "speculative"}
+            yield name, engine.prepare(case["messages"], **plain, **SHORT, **options)
+    few = max(prompts // 5, 1)
+    for case in cases(tasks.VISION[:3], -(-few // 3), 0)[:few]:
+        yield "pictures", engine.prepare(case["messages"], images=case["images"], **SHORT)
+    for case in cases([tasks.extract], few, 0):
+        yield "schema", engine.prepare(case["messages"], schema=PERSON, **SHORT)
+        yield "regex, causal", engine.prepare(case["messages"], regex=r"[a-z ]{5,30}\.", mode="causal", **SHORT)
+        before, rest = case["answer"].split('"age": ')
+        yield "holes", infill(engine.builder, f'{before}"age": ', rest[rest.index(",") :], seed=0, max_tokens=16)
+    for case in texts[:few]:
+        yield "edits", edit(engine.builder, str(case["answer"]) or "A cat.", "Replace a word", **SHORT)
+
+
+def compare(prompts: int) -> None:
+    """As rank 0: each kind of request here and on all ranks, then all at once, then conversations."""
+    import mlx_dgemma
+    from mlx_dgemma.decoding.events import Finished
+    from mlx_dgemma.ranks.leading import LeadingCache
+    from mlx_dgemma.serving.scheduler import Scheduler
+
+    together, alone = load(None, dtype="float32"), mlx_dgemma.load(dtype="float32")
+    same: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    wanted = []
+    for (kind, mine), (_, theirs) in zip(requests(together, prompts), requests(alone, prompts)):
+        found, expected = (
+            list(one.run(request, drafts=False))[-1] for one, request in ((together, mine), (alone, theirs))
+        )
+        wanted.append(expected.result.tokens)
+        asked[kind] += 1
+        same[kind] += found.result.tokens == expected.result.tokens
+    for seed in range(max(prompts // 8, 1)):
+        sessions = together.session(), alone.session()
+        for turn in ("Spell the word frog.", "Spell the word dog.", "What is 25 + 31?"):
+            pair = [
+                one.generate(turn, session=talk, seed=seed, max_tokens=48)
+                for one, talk in zip((together, alone), sessions)
+            ]
+            asked["sessions"] += 1
+            same["sessions"] += pair[0].tokens == pair[1].tokens
+    scheduler = Scheduler(together, rows=8, waiting=10**4, make_cache=LeadingCache)
+    results: dict[int, list[int]] = {}
+    done = threading.Event()
+
+    def listen(i: int, event: Any) -> None:
+        if isinstance(event, Finished):
+            results[i] = event.result.tokens
+        if len(results) == len(wanted):
+            done.set()
+
+    for i, (_, request) in enumerate(requests(together, prompts)):
+        scheduler.submit(lambda request=request: request, partial(listen, i))
+    done.wait(600)
+    scheduler.close()
+    asked["scheduler"], same["scheduler"] = len(wanted), sum(results.get(i) == one for i, one in enumerate(wanted))
+    print(json.dumps({kind: [same[kind], count] for kind, count in asked.items()}))
+
+
+def answers(args: argparse.Namespace) -> dict:
+    found = {}
+    for count in args.ranks:
+        started = time.perf_counter()
+        command = [sys.executable, __file__, "part", "--prompts", str(args.prompts)]
+        with Ranks(count, command) as ranks:
+            out, _ = ranks.processes[0].communicate()
+            codes = ranks.wait(LIMIT)
+        if codes != [0] * count:
+            raise SystemExit(f"{count} ranks ended with {codes}: {ranks.log()}")
+        found[count] = json.loads(out)
+        print(f"{count} ranks, {time.perf_counter() - started:.0f} s: answers of equal tokens, of all")
+        for kind, (same, asked) in found[count].items():
+            print(f"  {kind:14} {same:4} of {asked}")
+    return found
+
+
+# Faults.
+
+
+def fault_of(name: str, strike: Any, wait: float, **where: Any) -> dict:
+    """Start two ranks, strike after a while, and see how they end."""
+    command = [sys.executable, "-m", "mlx_dgemma", *ENDLESS, *(["--model", "model"] if "folders" in where else [])]
+    with Ranks(2, command, **where) as ranks:
+        time.sleep(wait)
+        pids = ranks.pids()
+        started = time.monotonic()
+        if strike is not None:
+            strike(ranks)
+        codes = ranks.wait(60)
+        seconds = time.monotonic() - started
+        time.sleep(0.2)
+        left = [pid for pid in pids if alive(pid)]
+        said = [line for log in (ranks.log(0), ranks.log(1)) for line in log.splitlines() if "Error" in line]
+        others = [line for line in ranks.log(0).splitlines() if "Error" not in line and "bundled demo" not in line]
+    good = len(said) == 1 and not left and seconds <= (LIMIT if strike else 2 * LIMIT) and 1 in codes and not others
+    verdict = "good" if good else "BAD "
+    print(f"{verdict} {name}: {seconds:.1f} s, codes {codes}, {len(left)} left; {' | '.join(said)}", flush=True)
+    for line in others[:5]:
+        print(f"     beside it: {line}")
+    return {"fault": name, "good": good, "seconds": round(seconds, 1), "codes": codes, "said": said}
+
+
+def hit(rank: int, child: bool, number: int, ranks: Ranks) -> None:
+    pid = ranks.processes[rank].pid
+    os.kill((children(pid) or [pid])[0] if child else pid, number)
+
+
+def faults(args: argparse.Namespace) -> list[dict]:
+    import mlx_dgemma.checkpoint.find as find
+
+    def fault(name: str, *how: Any, **where: Any) -> dict:
+        return fault_of(name, *how, **where) if args.only in name else {"fault": name, "good": None}
+
+    chance, found = random.Random(args.seed), []
+    for i in range(args.kills):
+        rank, child, wait = chance.randrange(2), chance.random() < 0.7, chance.uniform(0, args.latest)
+        who = f"{'rank' if child else 'watcher of rank'} {rank}"
+        found.append(fault(f"kill -9 {i + 1}, {who}, at {wait:.1f} s", partial(hit, rank, child, signal.SIGKILL), wait))
+    for rank, child in ((1, True), (0, True), (1, False)):
+        who = f"{'rank' if child else 'watcher of rank'} {rank}"
+        found.append(fault(f"SIGSTOP, {who}", partial(hit, rank, child, signal.SIGSTOP), args.latest))
+    for rank in (0, 1):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            ports = free_ports(2)
+            ports[rank] = taken.getsockname()[1]
+            found.append(fault(f"the port of rank {rank} in use", None, 0, ports=ports))
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder, str(rank)) for rank in (0, 1)]
+        for one in folders:
+            shutil.copytree(find.DEMO, one / "model")
+        settings = folders[1] / "model" / "generation_config.json"
+        settings.write_text(settings.read_text().replace("0.005", "0.006"))
+        found.append(fault("unequal checkpoints", None, 0, folders=folders))
+    return found
+
+
+# The soak.
+
+
+def soak(args: argparse.Namespace) -> dict:
+    import psutil
+    import soak as mixed
+    from serving import Server
+
+    asks = mixed.mix(args.seed)
+    with Server() as server:
+        expected = mixed.alone(server.url, asks)
+    command = [sys.executable, "-m", "mlx_dgemma", "serve", "--port", "0"]
+    rounds = []
+    with Ranks(2, command) as ranks:
+        while not (listening := re.search(r"Listening on (http://[^/]+)/v1", ranks.log())):
+            if ranks.processes[0].poll() is not None:
+                raise SystemExit(ranks.log())
+            time.sleep(0.1)
+        workers = [psutil.Process(children(one.pid)[0]) for one in ranks.processes]
+        for _ in range(args.requests // mixed.HUNDRED):
+            one = mixed.hundred(listening[1], asks, args.clients, expected)
+            time.sleep(2)
+            resident = [worker.memory_info().rss for worker in workers]
+            rounds.append({"wrong": len(one["wrong"]), "left": one["left"], "took": one["took"], "resident": resident})
+            shown = " and ".join(f"{size / 2**20:.1f}" for size in resident)
+            print(f"a hundred in {one['took']:.0f} s: {len(one['wrong'])} differ, {one['left']} left, {shown} MiB")
+            for wrong in one["wrong"][:5]:
+                print(" ", wrong)
+        idle = [sum(worker.cpu_times()[:2]) for worker in workers]
+        time.sleep(5)
+        idle = [sum(worker.cpu_times()[:2]) - before for worker, before in zip(workers, idle)]
+        print("processor time in 5 s without a request: " + ", ".join(f"{one:.2f} s" for one in idle))
+        ranks.processes[0].send_signal(signal.SIGINT)
+        codes = ranks.wait(30)
+    print(f"exit codes {codes}")
+    return {"rounds": rounds, "idle": idle, "codes": codes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("answers", "faults", "soak", "part"))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--only", default="", help="part of the names of the faults")
+    parser.add_argument("--latest", type=float, default=10.0, help="seconds after which the latest fault comes")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.what == "part":
+        code = take_part()
+        if code is not None:
+            sys.exit(code)
+        compare(args.prompts)
+        return
+    from report import finish, machine
+
+    found = machine()
+    result = {"answers": answers, "faults": faults, "soak": soak}[args.what](args)
+    finish("ranks", what=args.what, **found, result=result)
+
+
+if __name__ == "__main__":
+    main()

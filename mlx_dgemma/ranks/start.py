@@ -1,0 +1,48 @@
+"""What a process does that `mlx.launch` started: watch, follow, or run the command as rank 0."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ..distributed.launched import CHILD, place_of
+from ..distributed.watched import watched
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+
+def take_part() -> int | None:
+    """Do the part of a rank; returns its exit code. None: run the command, alone or as rank 0.
+
+    Raises:
+        CircumstanceError: the launcher's variables cannot be used.
+    """
+    if CHILD in os.environ:
+        if (me := watched()) is None or me.place.rank == 0:
+            os.environ["MLX_DGEMMA_NO_SERVER"] = "1"  # who asks for ranks does not want another process to answer
+            return None
+        from .following import follow
+
+        return follow(me)
+    place = place_of()
+    if place is None:
+        return None
+    from ..distributed.supervisor import supervise
+
+    return supervise(place)
+
+
+def load(name: str | None, **keywords: Any) -> Engine:
+    """An engine of this process, or of all ranks together; takes what `mlx_dgemma.load` takes and raises the same.
+
+    Raises:
+        CircumstanceError: the ranks do not find each other, or differ in versions or checkpoints.
+    """
+    if (me := watched()) is None:
+        from ..engine import load as load_alone
+
+        return load_alone(name, **keywords)
+    from .leading import lead
+
+    return lead(me, name, **keywords)
