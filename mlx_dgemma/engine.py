@@ -23,6 +23,7 @@ from .decoding.loop import Loop
 from .decoding.options import GenerationOptions
 from .decoding.request import Request
 from .decoding.session import Session
+from .distributed.group import ALONE, Group
 from .model import device
 from .model.config import ModelConfig
 from .model.diffusion_gemma import DiffusionGemma
@@ -82,7 +83,8 @@ class Engine:
     def builder(self) -> PromptBuilder:
         """What makes requests of prompts for this checkpoint."""
         video_tokens = self.checkpoint.processor.video_tokens
-        return PromptBuilder(self.tokenizer, self.config, self.options, video_tokens, self.costs)
+        shared = self.options, video_tokens, self.costs, self.model.group.draw_seed
+        return PromptBuilder(self.tokenizer, self.config, *shared)
 
     def session(self) -> Session:
         """A conversation for turn after turn."""
@@ -209,8 +211,7 @@ class Engine:
             length: tokens of the hole, pieces of words at its ends included; without one the likely lengths up to
                 `infill.LONGEST`, or `max_tokens` if that is less, are tried. A hole longer than a canvas is filled
                 canvas by canvas, with a warning. Without a suffix it is the most tokens that are written.
-            seed: as in `generate`.
-            keywords: any field of `GenerationOptions` but exact and stop.
+            keywords: `seed` as in `generate`, and any field of `GenerationOptions` but exact and stop.
 
         Raises:
             PromptError, OptionError: as `generate`.
@@ -224,8 +225,7 @@ class Engine:
             template: as for str.format, with a name in every pair of braces.
             holes: for each name a number of characters that it has at most, a list of texts, or a regular expression.
             prompt: a request before it; without one the model is asked to fill in the template.
-            seed: as in `generate`.
-            keywords: any field of `GenerationOptions` but exact and stop.
+            keywords: `seed` as in `generate`, and any field of `GenerationOptions` but exact and stop.
 
         Raises:
             PromptError, OptionError: as `generate`; a hole that only one of template and `holes` has.
@@ -239,8 +239,7 @@ class Engine:
             text: the draft.
             instruction: what to do with it.
             strength: the share of the draft that is noised at first, from 0 to 1.
-            seed: as in `generate`.
-            keywords: any field of `GenerationOptions` but exact and stop.
+            keywords: `seed` as in `generate`, and any field of `GenerationOptions` but exact and stop.
 
         Raises:
             PromptError, OptionError: as `generate`.
@@ -273,20 +272,21 @@ def load(
     ignore_memory: bool = False,
     compute_dtype: str | None = None,
     tokenizer: Any = None,
+    group: Group = ALONE,
 ) -> Engine:
     """Load a checkpoint: Hugging Face's layout, mlx-community's or our own.
 
     Args:
         path: a folder or a Hub id; None takes $MLX_DGEMMA_MODEL, else the bundled demo.
-        dtype: "float32", "bfloat16" or "float16" for activations and unquantized weights; None keeps
-            what is stored, and takes float32 on the CPU.
+        dtype: of activations and unquantized weights: "float32", "bfloat16", "float16"; None: as stored, on the CPU
+            float32.
         adapter: a LoRA or DoRA in PEFT's layout, a folder or a Hub id, to put into the model.
-        dequantize: unpack quantized weights; None does so on the CPU where they fit, since quantized
-            matrix products are slow there.
+        dequantize: unpack quantized weights; None does so on the CPU where they fit: packed products are slow there.
         ignore_memory: load even what does not seem to fit.
-        compute_dtype: "float16" computes matrix products in float16, which is faster on M1 and M2; what lies between
-            two products keeps its dtype. Numbers that leave float16's range end a request with a `RangeError`.
+        compute_dtype: "float16" computes matrix products in it, which is faster on M1 and M2; the rest keeps its dtype.
+            Numbers that leave its range end a request with a `RangeError`.
         tokenizer: the checkpoint's, if it is loaded already.
+        group: ranks that compute the model together (`distributed.group.init`); each makes the same calls.
 
     Raises:
         CheckpointError: nothing there, something broken, another model's; weights that do not fit `compute_dtype`.
@@ -295,6 +295,6 @@ def load(
     started = time.perf_counter()
     checkpoint = Checkpoint.open(find(path))
     tokenizer = load_tokenizer(checkpoint) if tokenizer is None else tokenizer
-    model, folder, notes = load_model(checkpoint, dtype, adapter, dequantize, ignore_memory, compute_dtype)
+    model, folder, notes = load_model(checkpoint, dtype, adapter, dequantize, ignore_memory, compute_dtype, group)
     options, more = own_options(checkpoint, tokenizer, model.config.text.vocab_size, folder)
     return Engine(checkpoint, model, tokenizer, options, (*notes, *more), time.perf_counter() - started, folder)

@@ -17,6 +17,7 @@ ROOMS = (
     "installation",
     "upstream",
     "constraints",
+    "distributed",
     "model",
     "checkpoint",
     "decoding",

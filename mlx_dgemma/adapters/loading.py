@@ -10,6 +10,7 @@ from ..checkpoint import memory
 from ..checkpoint.build import build
 from ..checkpoint.folder import Checkpoint
 from ..convert.recipes import RECIPES
+from ..distributed.group import ALONE, Group
 from ..errors import OptionError
 from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
@@ -23,6 +24,7 @@ def load_model(
     dequantize: bool | None = None,
     ignore_memory: bool = False,
     compute_dtype: str | None = None,
+    group: Group = ALONE,
 ) -> tuple[DiffusionGemma, Path | None, list[str]]:
     """The model, the adapter's folder, and what was chosen, one sentence each; takes what `mlx_dgemma.load` takes.
 
@@ -39,6 +41,11 @@ def load_model(
         if checkpoint.quantization and not dequantize:
             how = "kept packed, which is slow there"
         notes.append(f"CPU device: weights of {checkpoint.bits_per_weight:.1f} bits are {how}.")
+    if adapter is not None and group.size > 1:
+        raise OptionError(
+            f"The adapter {adapter} cannot be dealt to {group.size} ranks; fuse it into the checkpoint first: "
+            "mlx-dgemma fuse."
+        )
     folder = None if adapter is None else peft.find(adapter)
     changes = None if folder is None else peft.read(folder, checkpoint.shapes)
     if compute_dtype and changes and any(one.magnitude is not None for one in changes.changes.values()):
@@ -50,7 +57,7 @@ def load_model(
         needed = memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize)
         needed = replace(needed, weights=needed.weights + (changes.nbytes if changes else 0))
         memory.check(checkpoint, needed, lambda: {n: one.nbytes(checkpoint.shapes) for n, one in RECIPES.items()})
-    model = build(checkpoint, dtype, dequantize, compute_dtype)
+    model = build(checkpoint, dtype, dequantize, compute_dtype, group)
     if compute_dtype is not None:
         activations = str(model.dtype).removeprefix("mlx.core.")
         notes.append(f"Matrix products are computed in {compute_dtype}, the rest in {activations}.")

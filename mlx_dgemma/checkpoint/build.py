@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from ..distributed.group import ALONE, Group
 from ..errors import CheckpointError, OptionError
 from ..model.attention import LayerContext
 from ..model.config import ModelConfig
@@ -20,7 +21,7 @@ from ..model.kernels import launch as kernels
 from ..model.kv_cache import LayerKV
 from ..model.masks import Mask
 from ..upstream import QuantizedSwitchLinear, SwitchLinear
-from . import weights
+from . import slices, weights
 from .float16 import compute_in_float16
 from .folder import Checkpoint, parameter_shapes
 from .headers import FLOATS, TensorInfo
@@ -30,7 +31,11 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def build(
-    checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = False, compute_dtype: str | None = None
+    checkpoint: Checkpoint,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    compute_dtype: str | None = None,
+    group: Group = ALONE,
 ) -> DiffusionGemma:
     """The model with its weights, evaluated.
 
@@ -40,6 +45,7 @@ def build(
             On the CPU unquantized experts are always float32, because MLX has no other kernel for them there.
         dequantize: unpack quantized weights.
         compute_dtype: of matrix products: "float16", or None for that of activations.
+        group: ranks that compute the model together; this one reads its slices alone.
 
     Raises:
         OptionError: an unknown dtype.
@@ -51,17 +57,15 @@ def build(
     if compute_dtype not in (None, "float16"):
         raise OptionError(f"compute_dtype is {compute_dtype!r}; it should be float16 or None.")
     checkpoint.require_native()
-    model = DiffusionGemma(checkpoint.config)
-    stored = {name for name in checkpoint.tensors if name.endswith(".scales")}
-    if checkpoint.quantization:
-        _quantize(model, checkpoint.quantization, stored, checkpoint.config)
-    elif stored:
-        raise CheckpointError(f"The checkpoint holds {min(stored)}, but config.json has no quantization entry.")
+    model = empty_model(checkpoint)
     shapes = parameter_shapes(model)
     plan = weights.plan(list(checkpoint.tensors), checkpoint.config, set(shapes))
     check_tied(checkpoint)
     cast = DTYPES[dtype] if dtype else None
-    model.load_weights(list(_arrays(checkpoint, plan, shapes, cast)), strict=True)
+    if group.size == 1:
+        model.load_weights(list(_arrays(checkpoint, plan, shapes, cast)), strict=True)
+    else:
+        _load_slices(model, checkpoint, plan, shapes, cast, group)
     if dequantize:
         _dequantize(model, cast)
     if compute_dtype is not None:
@@ -70,6 +74,31 @@ def build(
     mx.eval(model.parameters())
     choose_kernels(model)
     return model
+
+
+def empty_model(checkpoint: Checkpoint) -> DiffusionGemma:
+    """The modules of a checkpoint, quantized as it is; their arrays are never computed.
+
+    Raises:
+        CheckpointError: a quantization that MLX does not know, or one that config.json does not declare.
+    """
+    model = DiffusionGemma(checkpoint.config)
+    stored = {name for name in checkpoint.tensors if name.endswith(".scales")}
+    if checkpoint.quantization:
+        _quantize(model, checkpoint.quantization, stored, checkpoint.config)
+    elif stored:
+        raise CheckpointError(f"The checkpoint holds {min(stored)}, but config.json has no quantization entry.")
+    return model
+
+
+def slices_of(model: DiffusionGemma, rank: int, ranks: int) -> slices.Slices:
+    """What a rank holds of a model, which is still whole."""
+    quantized = {
+        path: slices.Stored(one.group_size, one.bits, one.mode)
+        for path, one in model.named_modules()
+        if hasattr(one, "bits")
+    }
+    return slices.Slices(model.config, rank, ranks, quantized)
 
 
 def suit_device(model: nn.Module) -> None:
@@ -119,7 +148,7 @@ def choose_kernels(model: DiffusionGemma) -> None:
         reason = "they compute something else here"
     except (RuntimeError, ValueError) as error:
         agree, reason = False, str(error).strip().partition("\n")[0]
-    model.uses_kernels = agree
+    model.uses_kernels = agree = all(model.group.gather_values(agree))
     if not agree:
         said = f"Custom kernels are not used, which costs speed ({reason}); please report it."
         warnings.warn(said, stacklevel=2)
@@ -152,6 +181,42 @@ def _quantize(model: nn.Module, quantization: dict, stored: set[str], config: Mo
         nn.quantize(model, class_predicate=choose)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"config.json has a quantization that MLX cannot compute ({error}).") from None
+
+
+def _load_slices(
+    model: DiffusionGemma,
+    checkpoint: Checkpoint,
+    plan: dict[str, list[weights.Source]],
+    shapes: dict,
+    cast: mx.Dtype | None,
+    group: Group,
+) -> None:
+    """Read this rank's slices, one parameter after the other."""
+    mine = slices_of(model, group.rank, group.size)
+    found = []
+    for target, sources in plan.items():
+        path, _, part = target.rpartition(".")
+        packed = path in mine.quantized
+        cut, stored = mine.cut(target), mine.quantized.get(path)
+        parts = []
+        for source in sources:
+            info = checkpoint.tensors[source.name]
+            _check(info, source, shapes[target], packed)
+            own = cut if cut is None or source.half is None else slices.Cut(cut.axis, cut.spans[:1])
+            array = slices.read(info, slices.stored_cut(own, part, stored, info.shape[-1] if info.shape else 1))
+            if own is not None and stored is not None and own.axis == -1 and part != "weight":
+                array = slices.regroup(array, own, stored, mine.group_size(path))
+            parts.append(array)
+        array = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+        if cast is not None and mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(cast)
+        mx.eval(array)
+        found.append((target, array))
+    for path, module in model.named_modules():
+        if path in mine.quantized:
+            module.group_size = mine.group_size(path)
+    model.update(tree_unflatten(found))
+    model.join(group)
 
 
 def _arrays(

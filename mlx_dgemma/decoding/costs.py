@@ -123,7 +123,7 @@ class KnownCosts:
     """The costs of a model on this machine: measured when they are first asked for, and kept in a file.
 
     They are measured on the thread that made this object, which may use the model. On others they are read from the
-    file, else reckoned.
+    file, else reckoned. Ranks of a group take what rank 0 has in its file, else reckon: all must decide alike.
 
     Args:
         model: whose passes are measured.
@@ -132,6 +132,10 @@ class KnownCosts:
     def __init__(self, model: DiffusionGemma):
         self._model, self._thread = model, threading.get_ident()
         self._costs: Costs | None = None
+        if model.group.size > 1:
+            found = read(file_of(model)) if os.environ.get(NO_MEASURE) != "0" else None
+            held = model.group.share(found and asdict(found))
+            self._costs = of_values(held) if held else reckoned(model.config.text)
 
     def __call__(self) -> Costs:
         """The costs, as well as they are known."""
@@ -237,15 +241,18 @@ def file_of(model: DiffusionGemma) -> Path:
 def read(path: Path) -> Costs | None:
     """What `write` wrote; None: nothing that can be used."""
     try:
-        held = json.loads(path.read_text())
-        tables = {
-            name: {int(at): float(value) for at, value in held[name].items()} for name in ("verify", "draft", "step")
-        }
-        costs = Costs(float(held["token"]), **tables, measured=True)  # type: ignore[arg-type]
+        costs = of_values(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    values = [costs.token, *(value for table in tables.values() for value in table.values())]
-    return costs if all(tables.values()) and all(0 < value < float("inf") for value in values) else None
+    tables = costs.verify, costs.draft, costs.step
+    values = [costs.token, *(value for table in tables for value in table.values())]
+    return costs if all(tables) and all(0 < value < float("inf") for value in values) else None
+
+
+def of_values(held: dict[str, Any]) -> Costs:
+    """Measured costs from the JSON of `asdict`."""
+    tables = {name: {int(at): float(value) for at, value in held[name].items()} for name in ("verify", "draft", "step")}
+    return Costs(float(held["token"]), **tables, measured=True)  # type: ignore[arg-type]
 
 
 def write(path: Path, costs: Costs) -> None:

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..distributed.group import ALONE, Group
 from ..errors import PromptError, RangeError
 from .attention import ALIGNMENT, LayerContext
 from .config import ModelConfig
@@ -86,7 +87,19 @@ class DiffusionGemma(nn.Module):
         self._apply: Callable[..., mx.array] = Layer.__call__  # called with (layer, h, scalar, context)
         self.uses_kernels = False  # custom kernels, which have no gradient; training mode computes without them
         self._dtype: mx.Dtype | None = None  # of activations; set where the embedding's weights do not tell it
+        self._group: Group = ALONE
         self._encoder_layers: tuple[Layer, ...] | None = None  # set where an adapter changes the two modes differently
+
+    @property
+    def group(self) -> Group:
+        """The ranks that compute this model together; this process alone if nothing else was said."""
+        return self._group
+
+    def join(self, group: Group) -> None:
+        """Compute together with other ranks; each holds its part of the weights (`checkpoint.slices`)."""
+        self._group = group
+        for layer in self.model.decoder.layers:
+            layer._group = group
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -226,7 +239,8 @@ class DiffusionGemma(nn.Module):
         text = self.config.text
         table = self.model.decoder.embed_tokens
         scale = text.hidden_size**0.5
-        return Head(table, text.vocab_size, text.final_logit_softcapping, scale, self.dtype, self._with_kernels)
+        softcap, kernels = text.final_logit_softcapping, self._with_kernels
+        return Head(table, text.vocab_size, softcap, scale, self.dtype, kernels, self._group)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[B, C, H] -> [B, C, V] float32, softcapped, before temperature."""
@@ -248,7 +262,7 @@ class DiffusionGemma(nn.Module):
         return self.uses_kernels and not self.training
 
     def _embed(self, tokens: mx.array) -> mx.array:
-        return self.model.decoder.embed_tokens(tokens).astype(self.dtype) * self.head.embed_scale
+        return self.head.embed(tokens)
 
     def turns(
         self, offset: int | mx.array, length: int, narrow: Narrow | None = None

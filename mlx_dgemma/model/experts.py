@@ -129,6 +129,11 @@ class Experts(nn.Module):
         return self.down_proj(activate(both), indices, sorted_indices=sorted_indices).astype(dtype)
 
 
+def mix_rows(rows: mx.array, slots: mx.array, shares: mx.array) -> mx.array:
+    """The rows of each position by their shares: rows [S, H], slots and shares [N, K] -> [N, H]."""
+    return (shares[:, None] @ rows[slots])[:, 0]
+
+
 def _without_adapter(module: nn.Module) -> nn.Module:
     """The linear map inside an adapter's module, or the module itself."""
     return module.get("linear", module)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..distributed.dealing import Span, largest
+from ..distributed.group import ALONE, Group
 from . import rng, tiling
 from .device import fused, on_cpu
 from .functions import entropy
@@ -43,7 +45,7 @@ class Prediction(NamedTuple):
     hidden: mx.array  # [B, C, H], the states that the logits were computed from
     temperature: mx.array  # float32, a scalar or [B, 1, 1]
     stages: tuple[mx.array, ...]  # when they are evaluated in order, one chunk is in memory at a time
-    expected_embedding: mx.array | None = None  # [B, C, H] float32, under the whole vocabulary, before scaling
+    expected_embedding: mx.array | None = None  # [B, C, H] float32, under this rank's vocabulary, before scaling
 
     @property
     def carried(self) -> list[mx.array]:
@@ -78,13 +80,12 @@ class Prediction(NamedTuple):
 
     def log_probs(self, head: Head, tokens: mx.array) -> mx.array:
         """Log-probabilities of the N given tokens at every position, [B, C, N] float32."""
-        rows = head.table(tokens).astype(head.dtype)
-        return tiling.scaled_softcap(self.hidden @ rows.T, head.cap, self.temperature) - self.logsumexp[..., None]
+        products = head.group.sum(self.hidden @ head.rows(tokens).T)
+        return tiling.scaled_softcap(products, head.cap, self.temperature) - self.logsumexp[..., None]
 
     def log_prob_of(self, head: Head, tokens: mx.array) -> mx.array:
         """Log-probability of one token at every position: tokens [B, C] int32 -> [B, C] float32."""
-        rows = head.table(tokens).astype(head.dtype)
-        products = (self.hidden[..., None, :] @ rows[..., None])[..., 0]
+        products = head.group.sum((self.hidden[..., None, :] @ head.rows(tokens)[..., None])[..., 0])
         return tiling.scaled_softcap(products, head.cap, self.temperature)[..., 0] - self.logsumexp
 
     def condition(self, head: Head, full_positions: int, nbytes: int | None = None) -> mx.array:
@@ -102,9 +103,9 @@ class Prediction(NamedTuple):
         Returns:
             [B, C, H] as `Head.condition`.
         """
-        table, dtype = head.table, head.dtype
+        dtype = head.dtype
         weights = self.top_probs.astype(dtype)[..., None, :]
-        expected = (weights @ table(self.top_tokens).astype(dtype))[..., 0, :]
+        expected = (weights @ head.rows(self.top_tokens))[..., 0, :]
         if self.expected_embedding is not None:
             expected = mx.where(self.needs_full_vocab[..., None], self.expected_embedding.astype(dtype), expected)
         elif full_positions:
@@ -115,13 +116,13 @@ class Prediction(NamedTuple):
             t = mx.broadcast_to(self.temperature, (*self.logsumexp.shape, 1)).reshape(-1, 1)[index]
             total = mx.zeros(states.shape, mx.float32)
             for start, end in head.chunks(full_positions, nbytes):
-                products = matmul_slice(table, states, start, end)
+                products = head.matmul(states, start, end)
                 p = _shares(products, head.cap, t, logsumexp, mx.zeros((1,), dtype))
-                total = total + matmul_slice(table, p, start, end, transpose=False)
+                total = total + head.matmul(p, start, end, transpose=False)
                 states = mx.depends(states, [total])  # one chunk in memory at a time
             flat[index] = mx.where(needed[index, None], total.astype(dtype), flat[index])
             expected = flat.reshape(expected.shape)
-        return expected * head.embed_scale
+        return head.group.sum(expected) * head.embed_scale
 
 
 class FullPrediction(NamedTuple):
@@ -223,13 +224,16 @@ def _matmul_slice(table: nn.Module, x: mx.array, start: int, end: int, transpose
 class Head:
     """The embedding table as output projection (the two are tied), with softcap and self-conditioning.
 
+    Tokens are numbers of the whole vocabulary. A rank of a group holds and reduces a span of it.
+
     Attributes:
-        table: [V, H], plain or quantized.
+        table: [V, H], plain or quantized; of a rank its span's rows.
         vocab_size: V.
         softcap: logits are softcap * tanh(x / softcap).
         scale: factor of embeddings, sqrt(H).
         dtype: of activations.
         uses_kernels: reduce tiles by a custom kernel.
+        group: the ranks that hold the vocabulary together.
     """
 
     table: nn.Module
@@ -238,6 +242,29 @@ class Head:
     scale: float
     dtype: mx.Dtype
     uses_kernels: bool = False
+    group: Group = ALONE
+
+    @property
+    def span(self) -> Span:
+        """The tokens that this rank holds."""
+        return tiling.vocab_spans(self.vocab_size, self.group.size)[self.group.rank]
+
+    def rows(self, tokens: mx.array) -> mx.array:
+        """Embeddings [..., H] of tokens [...], unscaled; zeros of those that other ranks hold."""
+        if self.group.size == 1:
+            return self.table(tokens).astype(self.dtype)
+        start, end = self.span
+        here = (tokens >= start) & (tokens < end)
+        return mx.where(here[..., None], self.table(mx.where(here, tokens - start, 0)).astype(self.dtype), 0)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Scaled embeddings [..., H] of tokens [...]."""
+        return self.group.sum(self.rows(tokens)) * self.embed_scale
+
+    def matmul(self, x: mx.array, start: int, end: int, transpose: bool = True) -> mx.array:
+        """`matmul_slice` of tokens start..end, which this rank holds."""
+        first = self.span.start
+        return matmul_slice(self.table, x, start - first, end - first, transpose)
 
     @property
     def cap(self) -> mx.array:
@@ -251,11 +278,26 @@ class Head:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[B, C, H] -> [B, C, V] float32, softcapped, before temperature."""
-        return tiling.softcap(self.table.as_linear(hidden), self.cap)
+        products = self.table.as_linear(hidden)
+        if self.group.size > 1:
+            spans = tiling.vocab_spans(self.vocab_size, self.group.size)
+            width = largest(spans)
+            padded = mx.pad(products, [(0, 0)] * (products.ndim - 1) + [(0, width - products.shape[-1])])
+            parts = mx.split(self.group.gather(padded, axis=-1), len(spans), axis=-1)
+            products = mx.concatenate([part[..., : span.size] for part, span in zip(parts, spans)], axis=-1)
+        return tiling.softcap(products, self.cap)
 
     def logits_slice(self, hidden: mx.array, temperature: mx.array, start: int, end: int) -> mx.array:
         """Logits of the tokens start..end, softcapped, divided by the temperature: [..., H] -> [..., end - start]."""
-        return tiling.scaled_softcap(matmul_slice(self.table, hidden, start, end), self.cap, temperature)
+        if self.group.size == 1:
+            products = self.matmul(hidden, start, end)
+        else:
+            first, last = max(start, self.span.start), min(end, self.span.end)
+            products = mx.zeros((*hidden.shape[:-1], end - start), hidden.dtype)
+            if first < last:
+                products[..., first - start : last - start] = self.matmul(hidden, first, last)
+            products = self.group.sum(products)
+        return tiling.scaled_softcap(products, self.cap, temperature)
 
     def condition(self, processed_logits: mx.array) -> mx.array:
         """The expected embedding under logits [B, C, V] after temperature, for the next step.
@@ -264,7 +306,8 @@ class Head:
             [B, C, H]: softmax(logits rounded to `dtype`) @ table * sqrt(H).
         """
         p = mx.softmax(processed_logits.astype(self.dtype), axis=-1, precise=True)
-        return matmul_slice(self.table, p, 0, self.vocab_size, transpose=False) * self.embed_scale
+        start, end = self.span
+        return self.group.sum(self.matmul(p[..., start:end], start, end, transpose=False)) * self.embed_scale
 
     def predict(
         self,
@@ -305,7 +348,7 @@ class Head:
         level, total = mx.full((*shape, 1), tiling.PAD_LOGIT), mx.zeros(hidden.shape)  # the sum is total * exp(level)
         stages = [hidden]
         for start, end in self.chunks(shape[0] * shape[1], nbytes):
-            products = matmul_slice(self.table, stages[-1], start, end)
+            products = self.matmul(stages[-1], start, end)
             tiles, logits_of = reduce(products, self.vocab_size, self.cap, t, self.dtype)
             tile = start // block * tiling.STRIDE
             scores = tiling.scores_of(tiles.top, tiles.mass, noise[..., tile : tile + tiles.top.shape[-1]])
@@ -314,14 +357,19 @@ class Head:
             if expected_embedding:
                 higher = mx.maximum(level, tiling.rounded_to(tiles.top, self.dtype).max(axis=-1, keepdims=True))
                 p = _shares(products, self.cap, t, higher, mx.zeros((1,), self.dtype))
-                total = total * mx.exp(level - higher) + matmul_slice(self.table, p, start, end, transpose=False)
+                total = total * mx.exp(level - higher) + self.matmul(p, start, end, transpose=False)
                 level = higher
             stages.append(mx.depends(stages[-1], [*tiles, *lead, total]))  # the next chunk waits for this one
-        _, inside, begin = lead
+        score, inside, begin = lead
         sample = mx.argmax(inside + token_noise, axis=-1, keepdims=True)
-        sample = (begin + sample.astype(mx.int32) * tiling.STRIDE)[..., 0]
-        reduced = tiling.reduce_tiles(kept, self.dtype)
-        made = Prediction(sample=sample, hidden=hidden, temperature=t, stages=tuple(stages), **reduced)
+        sample = begin + sample.astype(mx.int32) * tiling.STRIDE
+        all_tiles = tiling.join_tiles(kept)
+        likely = tiling.likely_of(all_tiles.top, all_tiles.token)
+        if self.group.size > 1:
+            one = tiling.as_one_tile(all_tiles, self.dtype)
+            all_tiles, likely, sample = tiling.of_all_ranks(self.group, one, likely, score, sample)
+        reduced = tiling.reduce_tiles(all_tiles, likely, self.dtype)
+        made = Prediction(sample=sample[..., 0], hidden=hidden, temperature=t, stages=tuple(stages), **reduced)
         if not expected_embedding:
             return made
         return made._replace(expected_embedding=total * mx.exp(level - made.logsumexp[..., None]))
@@ -330,7 +378,7 @@ class Head:
         """As `tiling.vocab_chunks`, of `nbytes` or as many bytes as suit the way of reducing them."""
         wide = mx.float32.size, CHUNK_BYTES
         itemsize, usual = (self.dtype.size, KERNEL_CHUNK_BYTES) if self.uses_kernels else wide
-        return tiling.vocab_chunks(self.vocab_size, positions, usual if nbytes is None else nbytes, itemsize)
+        return tiling.vocab_chunks(self.vocab_size, positions, usual if nbytes is None else nbytes, itemsize, self.span)
 
     def predict_full(self, hidden: mx.array, temperature: mx.array | float, keys: mx.array) -> FullPrediction:
         """As `predict`, from [B, C, V] logits at once; the sample takes a random number for every token."""

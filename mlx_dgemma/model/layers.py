@@ -7,9 +7,10 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..distributed.group import ALONE, Group
 from .attention import Attention, LayerContext
 from .config import TextConfig
-from .experts import Experts, Router
+from .experts import Experts, Router, mix_rows
 from .functions import geglu, rms_norm
 from .kernels import launch as kernels
 
@@ -29,11 +30,16 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then a dense branch and a mixture of experts in parallel; norms before and after each."""
+    """Attention, then a dense branch and a mixture of experts in parallel; norms before and after each.
+
+    Ranks of a group hold parts of the heads and of both branches' widths. Their outputs are summed before the norms:
+    once behind attention, and once of both branches together.
+    """
 
     def __init__(self, config: TextConfig, layer_type: str):
         super().__init__()
         self._layer_type = layer_type
+        self._group: Group = ALONE
         self.self_attn = Attention(config, layer_type)
         self.mlp = MLP(config)
         self.router = Router(config)
@@ -52,14 +58,15 @@ class Layer(nn.Module):
 
     def __call__(self, x: mx.array, scalar: mx.array, context: LayerContext) -> mx.array:
         """x [B, L, H] -> [B, L, H]; `scalar` is the layer's factor in this mode (encoder or decoder)."""
-        attended = self.self_attn(self.input_layernorm(x), context)
+        attended = self._group.sum(self.self_attn(self.input_layernorm(x), context))
         if context.turn is not None:
             return self._with_kernels(x, attended, scalar)
         h = x + self.post_attention_layernorm(attended)
-        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(h)))
+        dense = self.mlp(self.pre_feedforward_layernorm(h))
         flat = h.reshape(-1, h.shape[-1])
         sparse = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat)).reshape(h.shape)
-        sparse = self.post_feedforward_layernorm_2(sparse)
+        dense, sparse = self._group.sum_together(dense, sparse)
+        dense, sparse = self.post_feedforward_layernorm_1(dense), self.post_feedforward_layernorm_2(sparse)
         return (h + self.post_feedforward_layernorm(dense + sparse)) * scalar
 
     def _with_kernels(self, x: mx.array, attended: mx.array, scalar: mx.array) -> mx.array:
@@ -79,6 +86,11 @@ class Layer(nn.Module):
         norms = self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2, self.post_feedforward_layernorm
         dense_norm, experts_norm, norm = (one.weight for one in norms)
         dense = self.mlp(for_dense, kernels.geglu)
+        if self._group.size > 1:
+            rows = mix_rows(rows, slots, shares)
+            dense, rows = self._group.sum_together(dense, rows.reshape(h.shape))
+            rows, slots = rows.reshape(flat), mx.arange(slots.shape[0], dtype=mx.int32)[:, None]
+            shares = mx.ones(slots.shape, shares.dtype)
         return kernels.combine(h, dense, rows, slots, shares, (dense_norm, experts_norm, norm), scalar, eps)
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..distributed.dealing import Span, deal
+from ..distributed.group import Group
 from .device import fused
 from .kernels import launch as kernels
 
@@ -36,18 +38,24 @@ def tile_size(vocab_size: int) -> int:
     return max(vocab_size // TILES, 1)
 
 
+def vocab_spans(vocab_size: int, ranks: int) -> list[Span]:
+    """The tokens whose embeddings each rank of a group holds: whole blocks of tiles, so that tiles stay the same."""
+    return deal(vocab_size, ranks, tile_size(vocab_size) * STRIDE)
+
+
 def vocab_chunks(
-    vocab_size: int, positions: int, nbytes: int, itemsize: int = mx.float32.size
+    vocab_size: int, positions: int, nbytes: int, itemsize: int = mx.float32.size, span: Span | None = None
 ) -> Iterator[tuple[int, int]]:
-    """(start, end) of the chunks of the vocabulary.
+    """(start, end) of the chunks of the vocabulary, or of a span of `vocab_spans`.
 
     A chunk is a multiple of `tile_size` * `STRIDE` tokens, at least one, whose logits of `itemsize` bytes at
     `positions` positions take at most `nbytes`.
     """
     block = tile_size(vocab_size) * STRIDE
     size = max(nbytes // (itemsize * block * positions), 1) * block
-    for start in range(0, vocab_size, size):
-        yield start, min(start + size, vocab_size)
+    first, last = span or (0, vocab_size)
+    for start in range(first, last, size):
+        yield start, min(start + size, last)
 
 
 @fused
@@ -150,11 +158,38 @@ def leading_tile(lead: list[mx.array], scores: mx.array, logits_of: LogitsOf, ta
     return [mx.where(better, new, old) for new, old in zip(found, lead)]
 
 
-def reduce_tiles(chunks: Sequence[Tiles], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The fields of a `Prediction` that are reductions over the tiles of all chunks."""
-    tiles = chunks[0]
-    if len(chunks) > 1:
-        tiles = Tiles(*(mx.concatenate(list(parts), axis=-1) for parts in zip(*chunks)))
+class Likely(NamedTuple):
+    """The best tokens of the best tiles; arrays are [B, C, K]."""
+
+    top: mx.array  # float32, their logits
+    tokens: mx.array  # int32
+
+
+def join_tiles(chunks: Sequence[Tiles]) -> Tiles:
+    """The tiles of several chunks as those of one."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return Tiles(*(mx.concatenate(list(parts), axis=-1) for parts in zip(*chunks)))
+
+
+def likely_of(top: mx.array, tokens: mx.array) -> Likely:
+    """The `TOP_TOKENS` largest of some logits [B, C, N] and their tokens [B, C, N]."""
+    count = min(TOP_TOKENS, top.shape[-1])
+    index = mx.argpartition(top, kth=-count, axis=-1)[..., -count:]
+    return Likely(mx.take_along_axis(top, index, axis=-1), mx.take_along_axis(tokens, index, axis=-1))
+
+
+class _Sums(NamedTuple):
+    """Sums over tiles, relative to the largest logit `peak`; arrays are [B, C], the first three [B, C, 1]."""
+
+    best: mx.array  # the tile of the largest logit
+    peak: mx.array
+    rounded: mx.array
+    mass: mx.array
+    depth: mx.array
+
+
+def _sums(tiles: Tiles, dtype: mx.Dtype) -> _Sums:
     best = mx.argmax(tiles.top, axis=-1, keepdims=True)
     peak = mx.take_along_axis(tiles.top, best, axis=-1)
     below = tiles.top - peak
@@ -162,14 +197,54 @@ def reduce_tiles(chunks: Sequence[Tiles], dtype: mx.Dtype) -> dict[str, mx.array
     mass = (share * tiles.mass).sum(axis=-1)
     depth = (share * (tiles.depth + below * tiles.mass)).sum(axis=-1)
     low, low_peak = rounded_to(tiles.top, dtype), rounded_to(peak, dtype)
-    logsumexp = low_peak + mx.log((mx.exp(low - low_peak) * tiles.rounded).sum(axis=-1, keepdims=True))
-    count = min(TOP_TOKENS, low.shape[-1])
-    top = mx.argpartition(tiles.top, kth=-count, axis=-1)[..., -count:]
+    rounded = (mx.exp(low - low_peak) * tiles.rounded).sum(axis=-1, keepdims=True)
+    return _Sums(best, peak, rounded, mass, depth)
+
+
+def as_one_tile(tiles: Tiles, dtype: mx.Dtype) -> Tiles:
+    """What `reduce_tiles` needs of many tiles, as one tile: [B, C, 1] each."""
+    best, peak, rounded, mass, depth = _sums(tiles, dtype)
+    return Tiles(peak, mx.take_along_axis(tiles.token, best, axis=-1), mass[..., None], depth[..., None], rounded)
+
+
+def reduce_tiles(tiles: Tiles, likely: Likely, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The fields of a `Prediction` that are reductions over all tiles of the vocabulary, and its likely tokens."""
+    best, peak, rounded, mass, depth = _sums(tiles, dtype)
+    logsumexp = rounded_to(peak, dtype) + mx.log(rounded)
     return {
         "argmax": mx.take_along_axis(tiles.token, best, axis=-1)[..., 0],
         "confidence": 1 / mass,
         "entropy": mx.log(mass) - depth / mass,
-        "top_tokens": mx.take_along_axis(tiles.token, top, axis=-1),
-        "top_probs": mx.exp(mx.take_along_axis(low, top, axis=-1) - logsumexp),
+        "top_tokens": likely.tokens,
+        "top_probs": mx.exp(rounded_to(likely.top, dtype) - logsumexp),
         "logsumexp": logsumexp[..., 0],
     }
+
+
+def of_all_ranks(
+    group: Group, tiles: Tiles, likely: Likely, score: mx.array, sample: mx.array
+) -> tuple[Tiles, Likely, mx.array]:
+    """Put together what the ranks of a group have made of their spans, in one message of some 70 numbers a position.
+
+    Args:
+        group: the ranks, in the order of their spans.
+        tiles: of one tile, from `as_one_tile`.
+        likely: of a rank's span.
+        score: [B, C, 1] float32 of the rank's leading tile.
+        sample: [B, C, 1] int32, the token drawn from it.
+
+    Returns:
+        A tile for each rank, the likely tokens of all, and the sample [B, C, 1].
+    """
+    floats = [tiles.top, tiles.mass, tiles.depth, tiles.rounded, score, likely.top]
+    tokens = mx.concatenate([tiles.token, sample, likely.tokens], axis=-1)
+    packed = mx.concatenate([*floats, tokens.view(mx.float32)], axis=-1)
+    every = group.gather(packed[:, :, None], axis=2)  # [B, C, ranks, numbers]
+    top, mass, depth, rounded, scores = (every[..., i] for i in range(5))
+    count = likely.top.shape[-1]
+    numbers = every[..., 5 + count :].view(mx.int32)
+    flat = (*packed.shape[:2], -1)
+    found = likely_of(every[..., 5 : 5 + count].reshape(flat), numbers[..., 2:].reshape(flat))
+    winner = mx.argmax(scores, axis=-1, keepdims=True)
+    drawn = mx.take_along_axis(numbers[..., 1], winner, axis=-1)
+    return Tiles(top, numbers[..., 0], mass, depth, rounded), found, drawn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -13,6 +12,7 @@ from ..decoding.costs import Costs, reckoned
 from ..decoding.options import GenerationOptions, whole_number
 from ..decoding.request import Request
 from ..decoding.session import Picture, PromptTokens
+from ..distributed.group import ALONE
 from ..errors import OptionError, PromptError, shown
 from ..model.config import ModelConfig
 from .answer import Answer
@@ -36,6 +36,7 @@ class PromptBuilder:
         options: the checkpoint's own.
         video_tokens: the most soft tokens of a video frame.
         costs: of the model's passes, by which a mode is chosen; None: they are reckoned.
+        draw_seed: draws a seed where none is given.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class PromptBuilder:
         options: GenerationOptions,
         video_tokens: int,
         costs: Callable[[], Costs] | None = None,
+        draw_seed: Callable[[], int] = ALONE.draw_seed,
     ):
         self.tokenizer, self.config, self.options = tokenizer, config, options
         self._video_tokens, self.costs = video_tokens, costs or partial(reckoned, config.text)
+        self._draw_seed = draw_seed
         self._languages = Languages(lambda: self.token_bytes)
 
     def request(
@@ -74,7 +77,7 @@ class PromptBuilder:
         if tools:
             options = with_hand_off(options, self.options, self.tokenizer)
         if seed is None:
-            seed = secrets.randbits(32)
+            seed = self._draw_seed()
         number = whole_number(seed)
         if number is None or not 0 <= number < 2**64:
             raise OptionError(f"seed is {shown(seed)}; it should be a whole number from 0 to 2**64 - 1.")

@@ -1,0 +1,1 @@
+"""Several processes that compute one model: their group, and how weights are dealt to them."""
