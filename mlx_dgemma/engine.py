@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .tasks.fill import FillKeywords, Holes
     from .tasks.infill import InfillKeywords
 
-Prompt = str | Sequence[Message]
+Prompt, T = str | Sequence[Message], TypeVar("T")
 
 
 @dataclass(repr=False)
@@ -89,6 +89,14 @@ class Engine:
     def session(self) -> Session:
         """A conversation for turn after turn."""
         return Session(self.model)
+
+    def loop(self) -> Loop:
+        """What generates requests together."""
+        return Loop(self.model, self.load_seconds, self.costs)
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that computes with the model."""
+        return function(*arguments)
 
     def generate(self, prompt: Prompt, *, session: Session | None = None, **keywords: Unpack[AnswerKeywords]) -> Result:
         """Answer a prompt.
@@ -145,7 +153,7 @@ class Engine:
     def run(self, request: Request, session: Session | None = None, drafts: bool = True) -> Iterator[Event]:
         """Generate what was prepared, event by event, as `stream` does."""
         request.drafts = drafts
-        loop = Loop(self.model, self.load_seconds, self.costs)
+        loop = self.loop()
         mx.reset_peak_memory()
         with device.wired_limit(), closing(loop):
             loop.add(request, session)
@@ -164,7 +172,7 @@ class Engine:
             PromptError, OptionError: as `generate`; also when seeds and prompts differ in number.
         """
         requests = answer.answers(self.builder, prompts, seeds, **keywords)
-        loop, results = Loop(self.model, self.load_seconds, self.costs), {}
+        loop, results = self.loop(), {}
         features: dict[str, mx.array] = {}
         mx.reset_peak_memory()
         with device.wired_limit(), closing(loop):
@@ -198,7 +206,8 @@ class Engine:
         Raises:
             PromptError, OptionError: at once, before anything is computed.
         """
-        return choose.choose(self.model, self.builder, prompt, labels, **keywords).probabilities
+        asked = choose.ask(self.builder, prompt, labels, **keywords)
+        return self.call(choose.compute, self.model, asked).probabilities
 
     def infill(self, prefix: str, suffix: str, **keywords: Unpack[InfillKeywords]) -> Result:
         """Fill a hole between two texts, which stay byte for byte: prefix + r.text + suffix is the whole.

@@ -27,6 +27,7 @@ ROOMS = (
     "tasks",
     "engine",
     "serving",
+    "ranks",
     "tune",
     "check",
     "server",

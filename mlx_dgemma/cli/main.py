@@ -16,7 +16,9 @@ from typing import Any
 import click
 
 from .. import __version__
+from ..distributed.watched import watched
 from ..errors import DgemmaError
+from ..ranks.start import take_part
 from .terminal import Terminal
 
 # In the order of --help: each command's module, which holds it under its own name, - as _.
@@ -42,8 +44,32 @@ COMMANDS = {
 }
 
 
+TOGETHER = ("generate", "chat", "infill", "edit", "choose", "serve", "evaluate")  # what several ranks do as one
+
+
 class Commands(click.Group):
-    """Imports commands on demand, prints a `DgemmaError` as one sentence, and exits with 130 on Ctrl-C."""
+    """Imports commands on demand, prints a `DgemmaError` as one sentence, and exits with 130 on Ctrl-C.
+
+    Where `mlx.launch` started several processes, rank 0 alone runs the command.
+    """
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command line."""
+        try:
+            code = take_part()
+        except DgemmaError as error:
+            click.ClickException(str(error)).show()
+            code = error.exit_code
+        if code is not None:
+            sys.exit(code)
+        return super().main(*args, **extra)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """The command of a command line; some are for one process alone."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name not in TOGETHER and watched() is not None:
+            ctx.fail(f"{name} runs in one process; leave out mlx.launch.")
+        return name, command, rest
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order of --help."""
@@ -73,6 +99,10 @@ class Commands(click.Group):
             terminal.interrupted()
             terminal.hint("Interrupted.")
             ctx.exit(130)
+        except RuntimeError as error:  # MLX's, of a transport that has lost a rank
+            if isinstance(error, click.exceptions.Exit) or (rank := watched()) is None:
+                raise
+            rank.fail(f"Rank 0 has failed ({error}).")
 
 
 PHRASES = {  # what errors call an option where they quote its value, and the option

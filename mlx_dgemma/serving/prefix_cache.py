@@ -17,6 +17,7 @@ from ..errors import DgemmaError
 from .prefix_store import PrefixStore
 
 if TYPE_CHECKING:
+    from ..decoding.request import Request
     from ..engine import Engine
 
 
@@ -77,6 +78,12 @@ class PrefixCache:
         if self._store is not None:
             self._store.touch(best)
         return self._sessions[best].fork(), snapshot_at
+
+    def keep(self, request: Request) -> None:
+        """Take in what a request has encoded, and the snapshot that it was asked for."""
+        for session in (request.session.take_snapshot(), request.session):
+            if session is not None:
+                self.put(session)
 
     def put(self, session: Session) -> None:
         """Add a session that is no longer in use, and drop the sessions that it supersedes."""

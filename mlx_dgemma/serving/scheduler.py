@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ..decoding.events import Finished
-from ..decoding.loop import Loop
 from ..errors import as_exception
 from ..model import device
 from .prefix_cache import PrefixCache
@@ -41,6 +40,7 @@ class Scheduler:
         waiting: maximum number of requests in the queue.
         cache_bytes: unified memory for the prefix cache; 0 disables it.
         cache_dir: folder that keeps the prefix cache across restarts.
+        make_cache: makes the prefix cache of an engine, its bytes and its folder.
 
     Attributes:
         engine: the checkpoint.
@@ -55,6 +55,7 @@ class Scheduler:
         waiting: int = 64,
         cache_bytes: int = 2**30,
         cache_dir: Path | None = None,
+        make_cache: Callable[[Engine, int, Path | None], PrefixCache] = PrefixCache,
     ):
         # Lazy arrays can only be evaluated on the thread that made them.
         mx.eval([a for module in engine.model.modules() for a in module.values() if isinstance(a, mx.array)])
@@ -62,8 +63,8 @@ class Scheduler:
         self.on_death: Callable[[], None] = lambda: None
         self._rows, self._max_waiting = rows, waiting
         folder = None if cache_dir is None else cache_dir / engine.checkpoint.path.name  # one folder for each model
-        self._cache = PrefixCache(engine, cache_bytes, folder)
-        self._loop = Loop(engine.model, engine.load_seconds, engine.costs)
+        self._cache = make_cache(engine, cache_bytes, folder)
+        self._loop = engine.loop()
         self._condition = threading.Condition()
         self._preparing: dict[Ticket, None] = {}  # in their order; the condition guards this and the next five
         self._prepared: deque[Ticket] = deque()  # of them, those that this thread has not looked at
@@ -121,6 +122,12 @@ class Scheduler:
     def broken(self) -> Broken | None:
         """What the scheduler's thread has died of, or None."""
         return self._broken
+
+    def give_up(self, error: Exception) -> None:
+        """Answer all requests with an error, and take no more; any thread may call this while a step hangs."""
+        with self._condition:
+            self._broken = Broken(error)
+        self._refuse_all(self._broken)
 
     def close(self, seconds: float = 0.0) -> None:
         """Refuse new and queued requests, give the running ones `seconds` to finish, and end the threads."""
@@ -272,7 +279,7 @@ class Scheduler:
             error, running = as_exception(caught), list(self._running.items())
             with suppress(BaseException):
                 self._loop.close()
-            self._loop = Loop(self.engine.model, self.engine.load_seconds, self.engine.costs)
+            self._loop = self.engine.loop()
             for request, ticket in running:
                 self._remove(request, "failed")
                 self._notify(ticket, Failed(error))
@@ -295,9 +302,7 @@ class Scheduler:
     def _keep(self, request: Request) -> None:
         """Cache what a request has encoded."""
         try:
-            for session in (request.session.take_snapshot(), request.session):
-                if session is not None:
-                    self._cache.put(session)
+            self._cache.keep(request)
             self._cache_load = self._cache.nbytes, len(self._cache)
             mx.clear_cache()  # buffers of shapes that may not be needed again
         except BaseException as error:

@@ -111,7 +111,8 @@ def _weigh(
 
     opened = model.open(terminal)
     asked = ask(opened.builder, messages, labels, **given)
-    return asdict(compute(model.load(terminal, opened).model, asked))
+    engine = model.load(terminal, opened)
+    return asdict(engine.call(compute, engine.model, asked))
 
 
 def _parse_labels(

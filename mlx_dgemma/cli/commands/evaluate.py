@@ -153,7 +153,8 @@ def _bound(engine: Engine, examples: list[Example], draws: int, seed: int, termi
     from ...tune.run import infer_fill_token
 
     terminal.draw([], f"bounding the likelihood of {count(len(examples), 'answer')}")
-    return bound(engine, examples, infer_fill_token(engine, examples, VARIANTS["google"], seed), draws, seed)
+    fill = infer_fill_token(engine, examples, VARIANTS["google"], seed)
+    return engine.call(bound, engine, examples, fill, draws, seed)
 
 
 def _as_json(outcome: Evaluation, likelihood: Bound | None) -> str:

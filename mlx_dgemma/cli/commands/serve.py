@@ -8,14 +8,16 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ...distributed.watched import watched
 from ...errors import DgemmaError, OptionError
 from ...installation import add_extra
 from ...server.settings import Settings, model_name
@@ -23,6 +25,9 @@ from ...serving.rendezvous import listening, locked, running, socket_path
 from ..common import ModelChoice, adapter_option, model_options
 from ..local import health_of
 from ..terminal import Terminal
+
+if TYPE_CHECKING:
+    from ...serving.scheduler import Scheduler
 
 MAX_DEFAULT_CACHE = 4 * 2**30  # bytes
 REFUSE_SECONDS = 1.0  # that a waiting command gets to send its request
@@ -194,9 +199,14 @@ def _run(
     rows, cache_size = given["rows"], given["cache_size"]
     default_bytes = min(free_bytes_beside(engine.checkpoint, rows) // 4, MAX_DEFAULT_CACHE)
     cache_bytes = default_bytes if cache_size is None else round(cache_size * 2**30)
-    scheduler = Scheduler(
-        engine, rows=rows, waiting=given["waiting"], cache_bytes=cache_bytes, cache_dir=given["cache_dir"]
-    )
+    keywords = {"rows": rows, "waiting": given["waiting"], "cache_bytes": cache_bytes, "cache_dir": given["cache_dir"]}
+    if (rank := watched()) is None:
+        scheduler = Scheduler(engine, **keywords)
+    else:
+        from ...ranks.leading import LeadingCache
+
+        scheduler = Scheduler(engine, **keywords, make_cache=LeadingCache)
+        rank.on_loss = lambda sentence: _refuse_all(scheduler, sentence)
     app = create_app(scheduler, settings)
     _start_log(given["log_file"], given["agent"] is not None)
     collect_warnings()
@@ -207,6 +217,12 @@ def _run(
     server.run(sockets=list(sockets))
     if scheduler.broken is not None:
         raise DgemmaError(str(scheduler.broken))
+
+
+def _refuse_all(scheduler: Scheduler, sentence: str) -> None:
+    """Tell all clients that a rank is lost, and give the server a moment to send it."""
+    scheduler.give_up(DgemmaError(sentence))
+    time.sleep(REFUSE_SECONDS)
 
 
 def refuse_waiting(sockets: Sequence[socket.socket], message: str) -> None:

@@ -1,0 +1,56 @@
+"""`Lines`: messages between processes that watch each other, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import suppress
+from typing import Any
+
+MOST = 2**16  # bytes of a line; nobody of ours sends longer ones
+
+
+class Lines:
+    """One end of a connection.
+
+    Args:
+        connection: a stream socket.
+
+    Attributes:
+        open: whether the other end may still send.
+    """
+
+    def __init__(self, connection: socket.socket):
+        self._socket, self._begun, self.open = connection, b"", True
+
+    def fileno(self) -> int:
+        """For `select`."""
+        return self._socket.fileno()
+
+    def send(self, **message: Any) -> None:
+        """Send a message; where nobody takes it, it is lost: the end of the connection tells."""
+        with suppress(OSError):
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict[str, Any]]:
+        """The messages that have come; waits for bytes of one. After the last, and after nonsense, `open` is false."""
+        try:
+            data = self._socket.recv(MOST)
+        except BlockingIOError:
+            return []
+        except OSError:
+            data = b""
+        *whole, self._begun = (self._begun + data).split(b"\n")
+        try:
+            messages = [json.loads(line) for line in whole]
+        except ValueError:
+            messages, data = [], b""
+        self.open = bool(data) and len(self._begun) < MOST and all(isinstance(one, dict) for one in messages)
+        return messages if self.open else [one for one in messages if isinstance(one, dict)]
+
+    def close(self) -> None:
+        """End the connection."""
+        self.open = False
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()

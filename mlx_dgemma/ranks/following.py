@@ -1,0 +1,158 @@
+"""The other ranks: they do what rank 0 tells, and print nothing."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..checkpoint.find import find
+from ..decoding.costs import Costs
+from ..decoding.loop import Loop
+from ..decoding.request import Request
+from ..decoding.session import Session
+from ..distributed.group import init
+from ..distributed.watched import Watched
+from ..engine import Engine, load
+from ..errors import DgemmaError
+from ..model import device
+from ..serving.prefix_cache import PrefixCache
+from .alike import Digests, digest_of
+from .channel import Unpickler, call
+from .leading import failure_in, outcome_of
+
+
+class Apart(Exception):
+    """This rank has come to something else than rank 0."""
+
+
+class Follower:
+    """What a rank knows that follows: an engine, and the objects that rank 0 told of, by their numbers."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self._keywords: dict[str, Any] = {}
+        self._name: str | None = None
+        self._known: dict[int, Any] = {}
+        self._cache: PrefixCache | None = None
+        self._found: tuple[Session | None, int] = None, 0
+        self._outcomes: dict[int, int] = {}  # of the last step of each loop
+
+    def do(self, data: bytes) -> Any:
+        """Do what a message says. Returns what rank 0 is to hear, or None.
+
+        Raises:
+            Apart: rank 0 came to something else.
+        """
+        what, *arguments, gone = Unpickler(data, self.engine).load()
+        action: Callable[..., Any] = getattr(self, f"_on_{what}")
+        answer = action(*arguments)
+        for number in gone:
+            self._known.pop(number, None)
+            self._outcomes.pop(number, None)
+        return answer
+
+    def _on_load(self, name: str | None, keywords: dict[str, Any]) -> Digests | str:
+        self._name, self._keywords = name, keywords
+        try:
+            return digest_of(find(name), keywords.get("adapter"))
+        except (DgemmaError, OSError) as error:
+            return str(error)
+
+    def _on_go(self) -> bool:
+        self.engine = load(self._name, **self._keywords)
+        return True
+
+    def _on_costs(self, costs: Costs) -> None:
+        self._engine.costs = lambda: costs  # type: ignore[assignment]
+
+    @property
+    def _engine(self) -> Engine:
+        assert self.engine is not None
+        return self.engine
+
+    @property
+    def _prefixes(self) -> PrefixCache:
+        assert self._cache is not None
+        return self._cache
+
+    def _on_call(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        with suppress(DgemmaError):  # rank 0 has the same, and tells it
+            function(*arguments)
+
+    def _on_loop(self, number: int) -> None:
+        self._known[number] = self._engine.loop()
+        self._outcomes[number] = 0
+
+    def _on_session(self, number: int) -> None:
+        self._known[number] = self._engine.session()
+
+    def _on_add(
+        self, loop: int, number: int, request: Request, session: int | None, found: int | None, snapshot_at: int
+    ) -> None:
+        held: Session | None = None
+        if session is not None:
+            held = self._known[session]
+        elif found is not None:
+            held = self._found[0]
+            if held is None or len(held.cache_key) != found or self._found[1] != snapshot_at:
+                raise Apart
+        self._known[number] = request
+        self._found = None, 0
+        self._known[loop].add(request, held, snapshot_at)
+
+    def _on_remove(self, loop: int, number: int) -> None:
+        self._known[loop].remove(self._known[number])
+
+    def _on_step(self, loop: int, outcome: int) -> None:
+        if self._outcomes[loop] != outcome:
+            raise Apart
+        steps: Loop = self._known[loop]
+        told = list(steps.step())
+        if (error := failure_in(told)) is not None:
+            raise error
+        self._outcomes[loop] = outcome_of(told)
+
+    def _on_cache(self, budget: int) -> None:
+        self._cache = PrefixCache(self._engine, budget)
+
+    def _on_find(self, wanted: list[int | str]) -> None:
+        self._found = self._prefixes.find(wanted)
+
+    def _on_keep(self, number: int) -> None:
+        self._prefixes.keep(self._known[number])
+
+
+def follow(me: Watched) -> int:
+    """Follow rank 0 to its end; returns the exit code."""
+    warnings.simplefilter("ignore")
+    os.environ.pop("MLX_DGEMMA_MODEL", None)  # rank 0 names the model
+    rank = me.place.rank
+    try:
+        connection = call(me.place, init())
+        with device.wired_limit():
+            _obey(connection, Follower())
+    except Apart:
+        me.fail(
+            f"Rank {rank} has computed something else than rank 0; give all ranks the same chip, macOS and versions, "
+            "or one of them the whole model."
+        )
+    except DgemmaError as error:
+        me.fail(f"Rank {rank}: {error}")
+    except Exception as error:
+        me.fail(f"Rank {rank} has failed ({type(error).__name__}: {error}).")
+    return 0
+
+
+def _obey(connection: Connection, follower: Follower) -> None:
+    while True:
+        try:
+            data = connection.recv_bytes()
+        except (EOFError, OSError):
+            return  # rank 0 has ended
+        answer = follower.do(data)
+        if answer is not None:
+            connection.send(answer)

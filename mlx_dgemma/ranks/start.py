@@ -1,0 +1,29 @@
+"""What a process does that `mlx.launch` started: watch, follow, or run the command as rank 0."""
+
+from __future__ import annotations
+
+import os
+
+from ..distributed.launched import CHILD, place_of
+
+
+def take_part() -> int | None:
+    """Do the part of a rank; returns its exit code. None: run the command, alone or as rank 0.
+
+    Raises:
+        CircumstanceError: the launcher's variables cannot be used.
+    """
+    if CHILD in os.environ:
+        from ..distributed.watched import watched
+
+        if (me := watched()) is None or me.place.rank == 0:
+            return None
+        from .following import follow
+
+        return follow(me)
+    place = place_of()
+    if place is None:
+        return None
+    from ..distributed.supervisor import supervise
+
+    return supervise(place)
