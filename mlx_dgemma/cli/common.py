@@ -109,14 +109,17 @@ class ModelChoice:
         finally:
             terminal.erase()
 
-    def load(self, terminal: Terminal, opened: Opened | None = None) -> Engine:
-        """Load the checkpoint and the adapter. Without a name, load the demo and print a notice."""
+    def load(self, terminal: Terminal, opened: Opened | None = None, whole: bool = False) -> Engine:
+        """Load the checkpoint and the adapter. Without a name, load the demo and print a notice.
+
+        Of several ranks each holds its part of the model, unless each is to hold the `whole`.
+        """
         if not terminal.hints:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         terminal.draw([], f"loading {self.name or 'the demo'}")
         try:
             rank, keywords = watched(), self._keywords()
-            if rank is not None:
+            if rank is not None and not whole:
                 from ..ranks.leading import lead
 
                 engine: Engine = lead(rank, self.name, tokenizer=opened and opened.tokenizer, **keywords)

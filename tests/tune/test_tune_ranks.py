@@ -43,7 +43,7 @@ def alone():
 def test_two_ranks_train_as_one_machine_with_the_joined_batch(folder, told):
     one, losses = alone()
     assert told[0]["losses"] == told[1]["losses"] and told[0]["digest"] == told[1]["digest"]
-    assert np.allclose(told[0]["losses"], losses, rtol=2e-6, atol=0)
+    assert np.allclose(told[0]["losses"], losses, rtol=1e-5, atol=0)
     theirs = np.load(folder / "weights.npz")
     largest = max(np.abs(array - theirs[name]).max() for name, array in weights(one.model).items())
     print(max(abs(a / b - 1) for a, b in zip(told[0]["losses"], losses)), largest)

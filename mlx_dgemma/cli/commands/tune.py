@@ -6,7 +6,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from ...distributed.watched import Watched, watched
 from ...errors import DgemmaError, count, human
 from ..common import ModelChoice, model_options, number_option
 from ..terminal import Terminal
 
 if TYPE_CHECKING:
-    from ...distributed.group import Group
     from ...tune.run import Progress
 
 
@@ -163,21 +163,18 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
         raise click.UsageError(
             "--compute-dtype is for answers, and gradients need the model's own dtype; leave it out."
         )
-    from ...distributed.group import init
-
-    group = init()
-    with first_rank_speaks(group) as terminal:
-        _tune(data, model, resume, options, group, terminal)
+    with first_rank_speaks(watched()) as terminal:
+        _tune(data, model, resume, options, terminal)
 
 
-def _tune(
-    data: str, model: ModelChoice, resume: bool, options: dict[str, Any], group: Group, terminal: Terminal
-) -> None:
+def _tune(data: str, model: ModelChoice, resume: bool, options: dict[str, Any], terminal: Terminal) -> None:
     from ...distributed.agreement import together
+    from ...distributed.group import init
     from ...tune.config import RunConfig, TrainerConfig
     from ...tune.run import check_before, tune
     from ...tune.trainer import saved_options
 
+    group = init()
     if resume:
         source = click.get_current_context().get_parameter_source
         earlier = saved_options(options["output"], group)
@@ -186,7 +183,7 @@ def _tune(
     method = TrainerConfig(**{one.name: chosen[one.name] for one in fields(TrainerConfig) if one.name in chosen})
     plan = RunConfig(data, **{one.name: chosen[one.name] for one in fields(RunConfig) if one.name in chosen})
     check_before(plan, resume, group)
-    engine = together(group, lambda: model.load(terminal, model.open(terminal)))
+    engine = together(group, lambda: model.load(terminal, model.open(terminal), whole=True))
     with warnings.catch_warnings(record=True) as caught, stop_on_interrupt(terminal) as interrupts:
         warnings.simplefilter("always", UserWarning)
         terminal.draw([], f"reading {data}")
@@ -232,16 +229,14 @@ def _print_progress(progress: Progress, terminal: Terminal) -> None:
 
 
 @contextmanager
-def first_rank_speaks(group: Group) -> Iterator[Terminal]:
-    """The terminal, which is silent on all ranks but the first. That tells their errors, so they just exit with 1."""
-    if group.rank == 0:
+def first_rank_speaks(rank: Watched | None) -> Iterator[Terminal]:
+    """The terminal, which is silent on all ranks but the first. That tells their errors, and they end with it."""
+    if rank is None or rank.place.rank == 0:
         yield Terminal()
         return
-    with open(os.devnull, "w", encoding="utf-8") as nothing:
-        try:
-            yield Terminal(nothing, nothing)
-        except DgemmaError:
-            click.get_current_context().exit(1)
+    with open(os.devnull, "w", encoding="utf-8") as nothing, suppress(DgemmaError):
+        yield Terminal(nothing, nothing)
+    rank.wait()
 
 
 @contextmanager
