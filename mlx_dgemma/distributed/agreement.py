@@ -47,9 +47,9 @@ def check_equal(group: Group, told: Mapping[str, Any]) -> None:
     first, *others = group.gather_values(dict(told))
     for rank, other in enumerate(others, 1):
         for name, value in first.items():
-            if other[name] != value:
+            if other.get(name) != value:
                 raise CircumstanceError(
-                    f"Rank {rank} has the {name} {other[name]!r}, and rank 0 has {value!r}; give both the same."
+                    f"Rank {rank} has the {name} {other.get(name)!r}, and rank 0 has {value!r}; give both the same."
                 )
 
 

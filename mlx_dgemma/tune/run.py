@@ -26,6 +26,7 @@ from ..files import check_name, sweep_folder, told_errors
 from ..model import device
 from ..model.layers import Layer
 from ..prompt.images import open_file
+from ..ranks.alike import digest_of
 from .batches import Batches
 from .config import RunConfig, TrainerConfig
 from .curves import MetricsLog, draw_curves
@@ -36,7 +37,6 @@ from .objective import Objective, draw_noise, loss
 from .trainer import StepMetrics, Trainer, flatten
 
 GIB = 2**30
-SAMPLE_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class _Run:
             "fill token": self.properties["fill"],
             "training data": self.properties["data"],
             "validation data": data_digest(self.valid),
-            "model": f"{self.properties['model']} {weights_digest(self.engine.checkpoint)}",
+            **{f"file {name}": digest[:16] for name, digest in digest_of(self.engine.checkpoint.path).items()},
             "dtype": self.properties["dtype"],
             "options": json.dumps(config),
         }
@@ -382,19 +382,6 @@ def data_digest(examples: Sequence[Example]) -> str:
     for example in examples:
         told = [[target.prompt, target.answer, [content(one) for one in target.images]] for target in example.targets]
         digest.update(json.dumps(told).encode())
-    return digest.hexdigest()[:16]
-
-
-def weights_digest(checkpoint: Checkpoint) -> str:
-    """A digest of samples of a checkpoint's weights: sizes, and both ends of each file."""
-    digest = hashlib.sha256()
-    for path in sorted(checkpoint.path.glob("*.safetensors")):
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            digest.update(f"{path.name} {size}".encode())
-            for start in (0, max(size - SAMPLE_BYTES, 0)):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
 
 
