@@ -63,7 +63,9 @@ def run(group, folder):
 
     def go(data, size=2, resume=False):
         engine = mlx_dgemma.load(dtype="float32")
-        config = RunConfig(str(folder / data), output, batch_size=size, fill=0, encoder_weight=0.0, generate=0)
+        config = RunConfig(
+            str(folder / data), output, batch_size=size, fill=0, encoder_weight=0.0, self_conditioning=0.0
+        )
         said = []
         steps = [
             one.step for one in tune(engine, method, config, resume, lambda: group.rank == 1, said.append, group=group)

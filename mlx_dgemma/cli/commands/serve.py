@@ -197,11 +197,13 @@ def serve(ctx: click.Context, model: ModelChoice, **given: Any) -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once the server has stopped
     _check_replicas(given)
-    if given["lifeline"]:
-        from ...server.replicas.processes import end_with_stdin
-
-        end_with_stdin()
     with ExitStack() as stack:
+        if given["lifeline"]:
+            from ...server.replicas.processes import end_with_stdin
+
+            end_with_stdin()
+            nothing = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            terminal = Terminal(nothing, nothing)  # what it would say, the first replica says
         sockets = _open_sockets(stack, settings, given, terminal)
         replicas = _replicas(stack, ctx, settings, given, terminal)
         _run(sockets, replicas, model, settings, given, terminal)
@@ -277,6 +279,8 @@ def _run(
         scheduler.close()
         raise
     _start_log(given["log_file"], given["agent"] is not None)
+    if given["lifeline"]:
+        logging.getLogger("mlx_dgemma").setLevel(logging.WARNING)
     collect_warnings()
     server = Server(app, None if given["idle_exit"] is None else Idle(given["idle_exit"]))
     scheduler.on_death = lambda: setattr(server, "should_exit", True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ApiError, error_body
+from ..schemas.fields import parse_json
 from ..security import error_response, is_local
 from ..streaming import ClientDisconnected, cancel_on_disconnect, format_line, format_sse
 from .spread import Replica, Spread, marks_of
@@ -143,8 +143,8 @@ class Forward:
 
 def _marks(body: bytes) -> tuple[list[str], bool]:
     try:
-        return marks_of(json.loads(body))
-    except (ValueError, RecursionError):  # whoever answers will say so
+        return marks_of(parse_json(body))
+    except ApiError:  # whoever answers will say so
         return [], False
 
 
@@ -159,7 +159,8 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def _start(response: httpx.Response) -> Message:
-    headers = [pair for pair in response.headers.raw if pair[0].lower().decode("latin-1") not in NOT_PASSED]
+    pairs = [(name.lower(), value) for name, value in response.headers.raw]
+    headers = [pair for pair in pairs if pair[0].decode("latin-1") not in NOT_PASSED]
     return {"type": "http.response.start", "status": response.status_code, "headers": headers}
 
 

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import httpx
 import mlx.core as mx
@@ -19,6 +21,7 @@ from ...errors import CircumstanceError
 from ...serving.rendezvous import FOLDER, socket_path
 from .spread import Replica
 
+COMMAND = (sys.executable, "-m", "mlx_dgemma", "serve", "--socket-only", "--lifeline")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -41,11 +44,14 @@ def children(
         try:
             for number in range(1, count + 1):
                 own = Path(folder) / str(number)
-                command = [sys.executable, "-m", "mlx_dgemma", "serve", "--socket-only", "--lifeline", *arguments]
                 env = {**os.environ, FOLDER: str(own), **_gpu(number, os.environ)}
                 # Ctrl-C is this process's: it lets running answers end.
                 process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env, start_new_session=True
+                    [*COMMAND, *arguments],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    env=env,
+                    start_new_session=True,
                 )
                 processes.append(process)
                 path = own / Path(socket_path(identity)).name
@@ -100,6 +106,17 @@ def servers(urls: Sequence[str], api_key: str | None) -> list[Replica]:
     return [Replica(base, base, api_key=api_key) for base in bases]
 
 
+def _health(replica: Replica) -> dict[str, Any]:
+    """What a replica tells of itself, as soon as it listens; it answers once it has loaded the model."""
+    while True:
+        try:
+            return replica.health()
+        except httpx.ConnectError:
+            if replica.socket_path is None or not replica.alive:
+                raise
+        time.sleep(0.1)
+
+
 def check(replicas: Sequence[Replica], digest: str) -> None:
     """Wait until the replicas have loaded the model, and compare them with this process.
 
@@ -108,7 +125,7 @@ def check(replicas: Sequence[Replica], digest: str) -> None:
     """
     for one in replicas:
         try:
-            told = one.health()
+            told = _health(one)
         except (httpx.HTTPError, ValueError) as error:
             why = str(error) or type(error).__name__
             raise CircumstanceError(f"{one.name} does not answer ({why}); see what it says, or leave it out.") from None
