@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from .tasks.fill import FillKeywords, Holes
     from .tasks.infill import InfillKeywords
 
-Prompt, T = str | Sequence[Message], TypeVar("T")
+Prompt = str | Sequence[Message]
+T = TypeVar("T")
 
 
 @dataclass(repr=False)
@@ -166,11 +167,7 @@ class Engine:
     def generate_batch(
         self, prompts: Sequence[Prompt], *, seeds: Sequence[int] | None = None, **keywords: Unpack[AnswerKeywords]
     ) -> list[Result]:
-        """Answer several prompts together, each as `generate` would with its seed; takes what `generate` takes.
-
-        Raises:
-            PromptError, OptionError: as `generate`; also when seeds and prompts differ in number.
-        """
+        """Answer several prompts together, each as `generate` would with its seed; takes and raises what that does."""
         requests = answer.answers(self.builder, prompts, seeds, **keywords)
         loop, results = self.loop(), {}
         features: dict[str, mx.array] = {}
@@ -220,10 +217,7 @@ class Engine:
             length: tokens of the hole, pieces of words at its ends included; without one the likely lengths up to
                 `infill.LONGEST`, or `max_tokens` if that is less, are tried. A hole longer than a canvas is filled
                 canvas by canvas, with a warning. Without a suffix it is the most tokens that are written.
-            keywords: `seed` as in `generate`, and any field of `GenerationOptions` but exact and stop.
-
-        Raises:
-            PromptError, OptionError: as `generate`.
+            keywords: `seed` and all options but exact and stop, as in `generate`, whose errors it raises.
         """
         return self._result(self.run(infill.infill(self.builder, prefix, suffix, **keywords), drafts=False))
 
@@ -248,10 +242,7 @@ class Engine:
             text: the draft.
             instruction: what to do with it.
             strength: the share of the draft that is noised at first, from 0 to 1.
-            keywords: `seed` as in `generate`, and any field of `GenerationOptions` but exact and stop.
-
-        Raises:
-            PromptError, OptionError: as `generate`.
+            keywords: `seed` and all options but exact and stop, as in `generate`, whose errors it raises.
         """
         return self._result(self.run(edit.edit(self.builder, text, instruction, **keywords), drafts=False))
 

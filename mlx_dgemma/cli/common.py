@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..desktop.user_config import default_model
-from ..distributed.watched import watched
 from ..errors import PromptError, count
 from ..prompt.paths import local_path
 from .terminal import Terminal, details, segments, summary, told_warnings
@@ -77,7 +76,7 @@ class ModelChoice:
 
     def find(self, terminal: Terminal) -> Remote | None:
         """The server on this machine that has loaded this, unless there is none or the user forbids it."""
-        if not self.server or watched() is not None:
+        if not self.server:
             return None
         from .local import find_server
 
@@ -118,27 +117,23 @@ class ModelChoice:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         terminal.draw([], f"loading {self.name or 'the demo'}")
         try:
-            rank, keywords = watched(), self._keywords()
-            if rank is not None and not whole:
-                from ..ranks.leading import lead
-
-                engine: Engine = lead(rank, self.name, tokenizer=opened and opened.tokenizer, **keywords)
-            else:
+            if whole:
                 from ..engine import load
+            else:
+                from ..ranks.start import load
 
-                engine = load(self.name, tokenizer=opened and opened.tokenizer, **keywords)
+            engine = load(
+                self.name,
+                dtype=self.dtype,
+                adapter=self.adapter,
+                ignore_memory=self.ignore_memory,
+                compute_dtype=self.compute_dtype,
+                tokenizer=opened and opened.tokenizer,
+            )
         finally:
             terminal.erase()
         self._tell(engine.notes, terminal)
         return engine
-
-    def _keywords(self) -> dict[str, Any]:
-        return {
-            "dtype": self.dtype,
-            "adapter": self.adapter,
-            "ignore_memory": self.ignore_memory,
-            "compute_dtype": self.compute_dtype,
-        }
 
     def _tell(self, notes: Sequence[str], terminal: Terminal) -> None:
         """Print what was chosen while loading, for people at a terminal, and that this is the demo."""

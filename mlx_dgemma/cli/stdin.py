@@ -19,12 +19,15 @@ from pathlib import Path
 
 import click
 
+from ..distributed.watched import watched
+from ..errors import CircumstanceError
 from .common import decode_argument, decode_utf8
 from .terminal import Terminal
 
 # Programs that run another one with their own stdin. What they have is what was given to the command.
 WRAPPERS = frozenset("caffeinate doas env nice nohup pipx stdbuf sudo time timeout uv uvx xcrun".split())
 NO_PROMPT = "There is no prompt: give it as an argument, with --file, or on stdin."
+ENDLESS = "mlx.launch passes stdin on without its end, so it cannot be read here: give a text as an argument or a file."
 SILENT_SECONDS = 2.0  # after which a pipe that says nothing is told
 UNREAD = (
     "stdin was not read, since the loop or script around this command has it too: -f - reads it, "
@@ -77,7 +80,13 @@ def _without_mark(data: bytes, source: str) -> str:
 
 
 def read_stdin(terminal: Terminal | None = None) -> bytes:
-    """All of stdin. A terminal is told once if a pipe says nothing for a while."""
+    """All of stdin. A terminal is told once if a pipe says nothing for a while.
+
+    Raises:
+        CircumstanceError: it is that of `mlx.launch`, which has no end.
+    """
+    if watched() is not None and _is_pipe():
+        raise CircumstanceError(ENDLESS)
     if terminal is not None and _is_pipe() and not _has_data(SILENT_SECONDS):
         terminal.warn(
             "Waiting for stdin, which is a pipe that says nothing yet; Ctrl-C stops, </dev/null leaves it out."

@@ -23,7 +23,7 @@ from .lines import MOST, Lines
 from .meeting import Peer, meet, this_host
 
 TICK_SECONDS = 1.0
-SILENT_TICKS = 10  # without a word, or in which a rank is stopped, after which it is lost
+SILENT_TICKS = 8  # without a word, or in which a rank is stopped, after which it is lost
 NEWS_SECONDS = 1.0  # within which a better reason may come: a rank that lost a peer tells of it before the peer's end
 END_SECONDS = 2.0  # that a rank gets to end by itself, a server to tell its clients
 REPEAT_SECONDS = 0.5  # one Ctrl-C reaches every rank of a terminal
@@ -107,7 +107,7 @@ class Supervisor:
                 stderr=subprocess.PIPE,
                 env={**os.environ, CHILD: str(theirs.fileno())},
                 pass_fds=[theirs.fileno()],
-                preexec_fn=os.setpgrp if apart else None,  # Ctrl-C then comes from here, once
+                start_new_session=apart,  # Ctrl-C then comes from here, once
             )
         self._alone_in_group = apart
         for peer in self._peers:
@@ -187,6 +187,8 @@ class Supervisor:
         self._exit = self._child.returncode = os.waitstatus_to_exitcode(status)
         self._relay()
         rank, who = self._place.rank, f"Rank {self._place.rank} (process {self._child.pid} on {_host()})"
+        if rank == 0 and self._exit == -signal.SIGINT:
+            raise _Ended(128 + signal.SIGINT)
         if self._exit < 0 and not (self._told_to_end and rank == 0):
             self._suspect(f"{who} was killed by {signal.Signals(-self._exit).name}.", sure=True)
         elif rank == 0:
@@ -262,6 +264,7 @@ class Supervisor:
                 self._child.kill()
                 self._exit = self._child.wait()
         if self._place.rank == 0:
+            self._kill_there([peer for peer in self._peers if not peer.lines.open])  # whose rank may be left
             for peer in self._peers:
                 peer.lines.send(end=ended.code)
             deadline = time.monotonic() + END_SECONDS + NEWS_SECONDS

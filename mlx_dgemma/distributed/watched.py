@@ -30,7 +30,7 @@ class Watched:
         link: to the process that watches it.
 
     Attributes:
-        on_loss: called with a sentence when the group has lost a rank, before this process ends; on a thread of its own.
+        on_loss: called with a sentence on a thread of its own when the group has lost a rank and this process ends.
     """
 
     def __init__(self, place: Place, link: Lines):

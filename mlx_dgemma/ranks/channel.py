@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import pickle
 import secrets
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import version
 from io import BytesIO
 from multiprocessing import AuthenticationError
@@ -41,11 +40,7 @@ OWN: dict[str, tuple[type, Callable[[Engine], Any]]] = {
     "token bytes": (TokenBytes, lambda engine: engine.builder.token_bytes),
 }
 
-
-@cache
-def _name_of(kind: Hashable) -> str | None:
-    assert isinstance(kind, type)
-    return next((name for name, (own, _) in OWN.items() if issubclass(kind, own)), None)
+_PLAIN = {int, str, float, bool, bytes, tuple, list, dict, type(None)}  # what a message has thousands of
 
 
 class Pickler(pickle.Pickler):
@@ -53,7 +48,9 @@ class Pickler(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> str | None:
         """A name for what is left out."""
-        return _name_of(type(value))
+        if type(value) in _PLAIN:
+            return None
+        return next((name for name, (kind, _) in OWN.items() if isinstance(value, kind)), None)
 
     def reducer_override(self, value: Any) -> Any:
         """Arrays travel by way of NumPy."""

@@ -14,7 +14,7 @@ from ..decoding.costs import Costs
 from ..decoding.loop import Loop
 from ..decoding.request import Request
 from ..decoding.session import Session
-from ..distributed.group import init
+from ..distributed.group import Group, init
 from ..distributed.watched import Watched
 from ..engine import Engine, load
 from ..errors import DgemmaError
@@ -30,10 +30,15 @@ class Apart(Exception):
 
 
 class Follower:
-    """What a rank knows that follows: an engine, and the objects that rank 0 told of, by their numbers."""
+    """What a rank knows that follows: an engine, and the objects that rank 0 told of, by their numbers.
 
-    def __init__(self) -> None:
+    Args:
+        group: the ranks.
+    """
+
+    def __init__(self, group: Group) -> None:
         self.engine: Engine | None = None
+        self._group = group
         self._keywords: dict[str, Any] = {}
         self._name: str | None = None
         self._known: dict[int, Any] = {}
@@ -63,7 +68,7 @@ class Follower:
             return str(error)
 
     def _on_go(self) -> bool:
-        self.engine = load(self._name, **self._keywords)
+        self.engine = load(self._name, group=self._group, **self._keywords)
         return True
 
     def _on_costs(self, costs: Costs) -> None:
@@ -132,9 +137,10 @@ def follow(me: Watched) -> int:
     os.environ.pop("MLX_DGEMMA_MODEL", None)  # rank 0 names the model
     rank = me.place.rank
     try:
-        connection = call(me.place, init())
+        group = init()
+        connection = call(me.place, group)
         with device.wired_limit():
-            _obey(connection, Follower())
+            _obey(connection, Follower(group))
     except Apart:
         me.fail(
             f"Rank {rank} has computed something else than rank 0; give all ranks the same chip, macOS and versions, "

@@ -14,7 +14,6 @@ import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -160,8 +159,8 @@ class LeadingEngine(Engine):
     @classmethod
     def of(cls, engine: Engine, leader: Leader) -> LeadingEngine:
         """The same engine, leading."""
-        leading = cls(**{one.name: getattr(engine, one.name) for one in fields(engine)})
-        leading.leader = leader
+        leading = object.__new__(cls)
+        vars(leading).update(vars(engine), leader=leader)
         return leading
 
     def loop(self) -> LeadingLoop:
@@ -202,7 +201,7 @@ def lead(me: Watched, name: str | None, **keywords: Any) -> LeadingEngine:
         if (difference := told_apart(mine, other)) is not None:
             raise CircumstanceError(f"Rank {rank} {difference}")
     leader.tell("go")
-    engine = LeadingEngine.of(load(name, tokenizer=tokenizer, **keywords), leader)
+    engine = LeadingEngine.of(load(name, tokenizer=tokenizer, group=group, **keywords), leader)
     leader.hear()
     known = _costs(engine)
     engine.costs = lambda: known  # type: ignore[assignment]

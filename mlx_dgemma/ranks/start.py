@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
 from ..distributed.launched import CHILD, place_of
+from ..distributed.watched import watched
+
+if TYPE_CHECKING:
+    from ..engine import Engine
 
 ALIKE = ("tune",)  # commands that every rank runs by itself
 
@@ -17,10 +22,9 @@ def take_part() -> int | None:
         CircumstanceError: the launcher's variables cannot be used.
     """
     if CHILD in os.environ:
-        from ..distributed.watched import watched
-
         command = next((one for one in sys.argv[1:] if not one.startswith("-")), "")
         if (me := watched()) is None or me.place.rank == 0 or command in ALIKE:
+            os.environ["MLX_DGEMMA_NO_SERVER"] = "1"  # who asks for ranks does not want another process to answer
             return None
         from .following import follow
 
@@ -31,3 +35,18 @@ def take_part() -> int | None:
     from ..distributed.supervisor import supervise
 
     return supervise(place)
+
+
+def load(name: str | None, **keywords: Any) -> Engine:
+    """An engine of this process, or of all ranks together; takes what `mlx_dgemma.load` takes and raises the same.
+
+    Raises:
+        CircumstanceError: the ranks do not find each other, or differ in versions or checkpoints.
+    """
+    if (me := watched()) is None:
+        from ..engine import load as load_alone
+
+        return load_alone(name, **keywords)
+    from .leading import lead
+
+    return lead(me, name, **keywords)

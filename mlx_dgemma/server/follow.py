@@ -14,6 +14,7 @@ from ..decoding.events import Block, Draft, Finished
 from ..decoding.request import Request
 from ..errors import DgemmaError, RangeError
 from ..serving.scheduler import Busy, Event, Failed, Scheduler, Stopping
+from ..serving.tickets import Lost
 from .errors import ApiError
 
 
@@ -85,6 +86,8 @@ async def follow(
 def _api_error(error: Exception) -> Exception:
     if isinstance(error, Busy):
         return ApiError(str(error), status=429, code="busy", headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, Lost):
+        return ApiError(str(error), status=503, code="stopping")
     if isinstance(error, Stopping):
         return ApiError("The server is stopping; ask again later.", status=503, code="stopping")
     if isinstance(error, RangeError):  # not the request's fault

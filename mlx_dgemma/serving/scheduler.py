@@ -22,7 +22,7 @@ from ..errors import as_exception
 from ..model import device
 from .prefix_cache import PrefixCache
 from .preparation import Preparation
-from .tickets import COUNTERS, Accepted, Broken, Busy, Event, Failed, Health, Load, Stopping, Ticket
+from .tickets import COUNTERS, Accepted, Broken, Busy, Event, Failed, Health, Load, Lost, Stopping, Ticket
 
 if TYPE_CHECKING:
     from ..decoding.events import Stats
@@ -123,10 +123,10 @@ class Scheduler:
         """What the scheduler's thread has died of, or None."""
         return self._broken
 
-    def give_up(self, error: Exception) -> None:
-        """Answer all requests with an error, and take no more; any thread may call this while a step hangs."""
+    def give_up(self, sentence: str) -> None:
+        """Tell all requests why they end, and take no more; any thread may call this while a step hangs."""
         with self._condition:
-            self._broken = Broken(error)
+            self._broken = Lost(sentence)
         self._refuse_all(self._broken)
 
     def close(self, seconds: float = 0.0) -> None:

@@ -58,6 +58,13 @@ class Broken(Stopping):
         )
 
 
+class Lost(Broken):
+    """Another process that computes the model with this one is gone."""
+
+    def __init__(self, sentence: str):
+        Stopping.__init__(self, f"{sentence} The server ends; ask again when it has been started anew.")
+
+
 @dataclass(eq=False)
 class Ticket:
     """Handle of a submitted request."""

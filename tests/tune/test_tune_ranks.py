@@ -65,7 +65,7 @@ def test_two_ranks_train_as_two_processes_bit_for_bit(told, monkeypatch):
 
 def test_a_run_over_ranks_resumes_exactly_and_with_as_many_ranks(folder, told):
     for rank in told:
-        assert rank["rest"] == rank["losses"][rank_program.STEPS // 2 :] and rank["same"]
+        assert rank["rest"] == rank["losses"][rank_program.SAVED :] and rank["same"]
     message = refusal(DataError, lambda: trainer(**rank_program.SETTINGS).resume(folder, {"ranks": 1}))
     assert message.endswith(
         "was trained with ranks 2, and now it is 1; resume with the same value, or start a new run."

@@ -294,7 +294,7 @@ def _run(
 
 def _refuse_all(scheduler: Scheduler, sentence: str) -> None:
     """Tell all clients that a rank is lost, and give the server a moment to send it."""
-    scheduler.give_up(DgemmaError(sentence))
+    scheduler.give_up(sentence)
     time.sleep(REFUSE_SECONDS)
 
 
