@@ -117,13 +117,11 @@ class ModelChoice:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         terminal.draw([], f"loading {self.name or 'the demo'}")
         try:
-            if whole:
-                from ..engine import load
-            else:
-                from ..ranks.start import load
+            from ..ranks.start import load
 
             engine = load(
                 self.name,
+                whole=whole,
                 dtype=self.dtype,
                 adapter=self.adapter,
                 ignore_memory=self.ignore_memory,

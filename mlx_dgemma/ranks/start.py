@@ -37,13 +37,15 @@ def take_part() -> int | None:
     return supervise(place)
 
 
-def load(name: str | None, **keywords: Any) -> Engine:
+def load(name: str | None, whole: bool = False, **keywords: Any) -> Engine:
     """An engine of this process, or of all ranks together; takes what `mlx_dgemma.load` takes and raises the same.
+
+    With `whole` it is this process's own even if there are other ranks.
 
     Raises:
         CircumstanceError: the ranks do not find each other, or differ in versions or checkpoints.
     """
-    if (me := watched()) is None:
+    if (me := watched()) is None or whole:
         from ..engine import load as load_alone
 
         return load_alone(name, **keywords)
