@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import mlx.core as mx
 
 from .adapters.loading import load_model
-from .checkpoint.find import find
 from .checkpoint.folder import Checkpoint
+from .checkpoint.together import open_together
 from .checkpoint.tokenizer import load_tokenizer
 from .decoding.costs import KnownCosts
 from .decoding.events import Event, Finished, Result
@@ -293,7 +293,7 @@ def load(
         MemoryLimitError: the machine has too little memory. OptionError: an unknown dtype.
     """
     started = time.perf_counter()
-    checkpoint = Checkpoint.open(find(path))
+    checkpoint = open_together(path, group)
     tokenizer = load_tokenizer(checkpoint) if tokenizer is None else tokenizer
     model, folder, notes = load_model(checkpoint, dtype, adapter, dequantize, ignore_memory, compute_dtype, group)
     options, more = own_options(checkpoint, tokenizer, model.config.text.vocab_size, folder)

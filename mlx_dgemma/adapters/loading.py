@@ -10,6 +10,7 @@ from ..checkpoint import memory
 from ..checkpoint.build import build
 from ..checkpoint.folder import Checkpoint
 from ..convert.recipes import RECIPES
+from ..distributed.agreement import together
 from ..distributed.group import ALONE, Group
 from ..errors import OptionError
 from ..model.device import on_cpu
@@ -34,7 +35,7 @@ def load_model(
         OptionError: an unknown dtype; a DoRA where products are computed in float16.
     """
     notes = list(checkpoint.notes)
-    dtype, dequantize = memory.resolve_dtype(checkpoint, dtype, dequantize)
+    dtype, dequantize = group.share(memory.resolve_dtype(checkpoint, dtype, dequantize, group.size))
     if on_cpu():
         how = f"{'dequantized to' if dequantize else 'computed in'} {dtype}"
         how += ", the fastest there" if dtype == "float32" else ""
@@ -53,10 +54,14 @@ def load_model(
             f"{folder} is a DoRA, whose products follow the dtype of activations; "
             "leave out --compute-dtype (compute_dtype), or fuse it into the checkpoint first."
         )
-    if not ignore_memory:
-        needed = memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize)
+
+    def check_memory() -> None:
+        needed = memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize, group.size)
         needed = replace(needed, weights=needed.weights + (changes.nbytes if changes else 0))
         memory.check(checkpoint, needed, lambda: {n: one.nbytes(checkpoint.shapes) for n, one in RECIPES.items()})
+
+    if not ignore_memory:
+        together(group, check_memory)
     model = build(checkpoint, dtype, dequantize, compute_dtype, group)
     if compute_dtype is not None:
         activations = str(model.dtype).removeprefix("mlx.core.")

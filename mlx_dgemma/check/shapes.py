@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
-from ..checkpoint.build import choose_kernels, suit_device
+from ..checkpoint.build import choose_kernels, deal_modules, slices_of, suit_device
+from ..checkpoint.folder import parameter_shapes
+from ..checkpoint.slices import held
 from ..convert.recipes import RECIPES
+from ..distributed.group import Group
 from ..model.config import ModelConfig
 from ..model.diffusion_gemma import DiffusionGemma
 
@@ -59,21 +63,21 @@ def random_model(raw: dict[str, Any], dtype: mx.Dtype, recipe: str | None) -> Di
 def fill(module: nn.Module, dtype: mx.Dtype) -> None:
     """Give a module random matrices of deviation 1 / sqrt(inputs), and ones in its vectors; nothing is computed yet."""
     keys = iter(mx.random.split(mx.random.key(0), 4096))
+    module.update(tree_map_with_path(lambda path, a: drawn(a.shape, dtype, next(keys)), module.parameters()))
 
-    def weights_of(path: str, a: mx.array) -> mx.array:
-        key = next(keys)
-        if a.ndim < 2:
-            return mx.ones(a.shape, dtype)
-        count = min(-(-a.size // AT_ONCE), a.shape[0])
-        ends = [a.shape[0] * i // count for i in range(count + 1)]
-        pieces: list[mx.array] = []
-        for own, start, end in zip(mx.random.split(key, count), ends, ends[1:]):
-            later = mx.depends(own, pieces[-1:]) if pieces else own
-            drawn = mx.random.normal((end - start, *a.shape[1:]), key=later) * a.shape[-1] ** -0.5
-            pieces.append(drawn.astype(dtype))
-        return mx.concatenate(pieces)
 
-    module.update(tree_map_with_path(weights_of, module.parameters()))
+def drawn(shape: tuple[int, ...], dtype: mx.Dtype, key: mx.array) -> mx.array:
+    """A random matrix of deviation 1 / sqrt(inputs), or a vector of ones."""
+    if len(shape) < 2:
+        return mx.ones(shape, dtype)
+    count = min(-(-prod(shape) // AT_ONCE), shape[0])
+    ends = [shape[0] * i // count for i in range(count + 1)]
+    pieces: list[mx.array] = []
+    for own, start, end in zip(mx.random.split(key, count), ends, ends[1:]):
+        later = mx.depends(own, pieces[-1:]) if pieces else own
+        piece = mx.random.normal((end - start, *shape[1:]), key=later) * shape[-1] ** -0.5
+        pieces.append(piece.astype(dtype))
+    return mx.concatenate(pieces)
 
 
 def quantize(model: nn.Module, recipe: str | None, prefix: str = "") -> None:
@@ -88,6 +92,35 @@ def quantize(model: nn.Module, recipe: str | None, prefix: str = "") -> None:
         return rules.quantization(prefix + path, module.weight.shape[-1]) or False
 
     nn.quantize(model, class_predicate=choose)
+
+
+def sliced_model(raw: dict[str, Any], dtype: mx.Dtype, recipe: str | None, group: Group) -> DiffusionGemma:
+    """As `random_model`, of which a rank holds its slices alone: one parameter is whole at a time.
+
+    The weights that are dealt are the same for every number of ranks.
+    """
+    model = DiffusionGemma(ModelConfig.from_dict(raw))
+    shapes = parameter_shapes(model)
+    quantize(model, recipe)
+    mine = slices_of(model, group.rank, group.size)
+    keys, found = mx.random.split(mx.random.key(0), len(shapes)), []
+    for key, (name, shape) in zip(keys, shapes.items()):
+        path, _, kind = name.rpartition(".")
+        parts = {kind: drawn(shape, dtype, key)}
+        cut, stored = mine.cut(name), mine.quantized.get(path)
+        if stored is not None:
+            arrays = mx.quantize(parts[kind], stored.group_size, stored.bits, mode=stored.mode)
+            parts = dict(zip(("weight", "scales", "biases"), arrays))
+        for part, array in parts.items():
+            made = held(array, cut, part, stored, mine.group_size(path) if stored else 0)
+            mx.eval(made)
+            found.append((f"{path}.{part}" if path else part, made))
+        del parts
+        mx.clear_cache()
+    deal_modules(model, mine, dict(found))
+    if group.size > 1:
+        model.join(group)
+    return model
 
 
 def shared_model(raw: dict[str, Any], dtype: mx.Dtype, recipe: str | None) -> DiffusionGemma:

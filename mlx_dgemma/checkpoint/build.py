@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from ..distributed.agreement import together
 from ..distributed.group import ALONE, Group
 from ..errors import CheckpointError, OptionError
 from ..model.attention import LayerContext
@@ -56,6 +57,14 @@ def build(
         raise OptionError(f"dtype is {dtype!r}; it should be one of {', '.join(DTYPES)}.")
     if compute_dtype not in (None, "float16"):
         raise OptionError(f"compute_dtype is {compute_dtype!r}; it should be float16 or None.")
+    model = together(group, lambda: _built(checkpoint, dtype, dequantize, compute_dtype, group))
+    choose_kernels(model)
+    return model
+
+
+def _built(
+    checkpoint: Checkpoint, dtype: str | None, dequantize: bool, compute_dtype: str | None, group: Group
+) -> DiffusionGemma:
     checkpoint.require_native()
     model = empty_model(checkpoint)
     shapes = parameter_shapes(model)
@@ -72,7 +81,6 @@ def build(
         compute_in_float16(model)
     suit_device(model)
     mx.eval(model.parameters())
-    choose_kernels(model)
     return model
 
 
@@ -212,11 +220,16 @@ def _load_slices(
             array = array.astype(cast)
         mx.eval(array)
         found.append((target, array))
+    deal_modules(model, mine, dict(found))
+    model.join(group)
+
+
+def deal_modules(model: DiffusionGemma, mine: slices.Slices, arrays: dict[str, mx.array]) -> None:
+    """Put a rank's arrays, by parameter, in place of a whole model's."""
     for path, module in model.named_modules():
         if path in mine.quantized:
             module.group_size = mine.group_size(path)
-    model.update(tree_unflatten(found))
-    model.join(group)
+    model.update(tree_unflatten(list(arrays.items())))
 
 
 def _arrays(

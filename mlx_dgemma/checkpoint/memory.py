@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
+from ..distributed.dealing import deal, kv_heads_of
 from ..errors import MemoryLimitError
 from ..model import device
 from ..model.attention import SCORE_BYTES
 from ..model.config import ModelConfig
 from ..model.device import on_cpu
 from ..model.kv_cache import BUFFER_STEP
+from .build import empty_model, slices_of
 from .folder import Checkpoint
+from .headers import FLOATS
 
 GB = 1e9
 
@@ -32,19 +38,26 @@ class Need:
         return self.weights + self.prefix + self.workspace
 
 
-def prefix_bytes(config: ModelConfig, context: int, itemsize: int, batch_size: int = 1) -> int:
-    """Bytes of the KV of `context` positions: full layers hold all of them, sliding layers those in the window."""
+def prefix_bytes(config: ModelConfig, context: int, itemsize: int, batch_size: int = 1, ranks: int = 1) -> int:
+    """Bytes of the KV of `context` positions: full layers hold all of them, sliding layers those in the window.
+
+    Of several ranks, those of the one that holds most.
+    """
     text, total = config.text, 0
     for kind in text.layer_types:
-        heads, dim = text.kv_shape(kind)
+        kv_heads, dim = text.kv_shape(kind)
+        dealt = deal(text.num_attention_heads, ranks)
+        heads = max(len(kv_heads_of(span, text.num_attention_heads // kv_heads)) for span in dealt)
         positions = context if kind == "full_attention" else min(context, text.sliding_window - 1)
         slots = -(-(positions + config.canvas_length) // BUFFER_STEP) * BUFFER_STEP
         total += 2 * heads * dim * slots * itemsize * batch_size
     return total
 
 
-def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False) -> Need:
-    """Estimate from the headers what loading and a prompt of `context` tokens take.
+def need(
+    checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False, ranks: int = 1
+) -> Need:
+    """Estimate from the headers what loading and a prompt of `context` tokens take; of several ranks one alone.
 
     The workspace is the larger of two bounds of peaks, which were measured at the release's size (bench/RESULTS.md):
     a denoising step takes at most eight float32 arrays of [canvas, vocabulary] (exact mode; other modes take less), and
@@ -52,7 +65,9 @@ def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequant
     rows of the experts are counted in.
     """
     itemsize = 4 if dtype == "float32" else 2
-    if dequantize or (not checkpoint.quantization and dtype is not None):
+    if ranks > 1:
+        weights = max(one.total for one in rank_weights(checkpoint, ranks, dtype, dequantize))
+    elif dequantize or (not checkpoint.quantization and dtype is not None):
         weights = checkpoint.parameters * itemsize
     else:
         weights = checkpoint.nbytes
@@ -60,7 +75,65 @@ def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequant
     step = 8 * 4 * config.canvas_length * config.text.vocab_size
     scores = 8 * min(itemsize * config.text.num_attention_heads * min(1024, context) * context, SCORE_BYTES)
     workspace = max(step, scores)
-    return Need(weights, prefix_bytes(config, context, itemsize), workspace)
+    return Need(weights, prefix_bytes(config, context, itemsize, ranks=ranks), workspace)
+
+
+@dataclass(frozen=True)
+class RankWeights:
+    """Bytes of the weights that one rank holds: its slices, and by part what every rank holds."""
+
+    slices: int
+    replicated: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.slices + sum(self.replicated.values())
+
+
+REPLICATED = {
+    "vision": r"model\.encoder\.(vision_tower|embed_vision)\..+",
+    "self-conditioning": r"model\.decoder\.self_conditioning\..+",
+    "routers": r".+\.router\..+",
+    "norms and scalars": r".+",
+}
+
+
+def rank_weights(
+    checkpoint: Checkpoint, ranks: int, dtype: str | None = None, dequantize: bool = False
+) -> list[RankWeights]:
+    """What each of so many ranks holds of the weights.
+
+    Raises:
+        CheckpointError: the model cannot be dealt to so many ranks.
+    """
+    model, shapes = empty_model(checkpoint), checkpoint.shapes
+    stored = dict(tree_flatten(model.parameters()))
+    found = []
+    for rank in range(ranks):
+        mine, slices, replicated = slices_of(model, rank, ranks), 0, dict.fromkeys(REPLICATED, 0)
+        for name, array in stored.items():
+            path, _, part = name.rpartition(".")
+            cut, packed = mine.cut(name), mine.quantized.get(path)
+            whole = shapes[f"{path}.weight" if packed else name]
+            size = array.nbytes
+            if packed is None or dequantize:
+                size = 0 if packed and part != "weight" else prod(whole) * itemsize_of(checkpoint, name, dtype)
+            if cut is None:
+                replicated[next(kind for kind, names in REPLICATED.items() if re.fullmatch(names, name))] += size
+                continue
+            if packed and not dequantize and part != "weight":
+                size *= packed.group_size // mine.group_size(path)
+            slices += size * cut.size // whole[cut.axis]
+        found.append(RankWeights(slices, replicated))
+    return found
+
+
+def itemsize_of(checkpoint: Checkpoint, name: str, dtype: str | None) -> int:
+    """Bytes of an unquantized number of a parameter: as it is loaded, else as most of the checkpoint is stored."""
+    if dtype is not None:
+        return 4 if dtype == "float32" else 2
+    return FLOATS[checkpoint.tensors[name].dtype].size if name in checkpoint.tensors else 2
 
 
 def context(checkpoint: Checkpoint) -> int:
@@ -69,7 +142,7 @@ def context(checkpoint: Checkpoint) -> int:
 
 
 def resolve_dtype(
-    checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool | None = None
+    checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool | None = None, ranks: int = 1
 ) -> tuple[str | None, bool]:
     """The (dtype, dequantize) that loading uses; None leaves the choice to this function.
 
@@ -80,7 +153,8 @@ def resolve_dtype(
         dtype = "float32"
     if dequantize is None:
         slow = on_cpu() and checkpoint.quantization is not None
-        dequantize = slow and need(checkpoint, context(checkpoint), dtype, True).total <= device.available()
+        needed = need(checkpoint, context(checkpoint), dtype, True, ranks).total if slow else 0
+        dequantize = slow and needed <= device.available()
     return dtype, dequantize
 
 

@@ -213,6 +213,19 @@ def read(info: TensorInfo, cut: Cut | None = None) -> mx.array:
     return array.view(mx.bfloat16) if info.dtype == "BF16" else array
 
 
+def held(array: mx.array, cut: Cut | None, part: str, stored: Stored | None, group_size: int) -> mx.array:
+    """What is kept of a whole array; arguments as `stored_cut` and `regroup` take them."""
+    if cut is None:
+        return array
+    own = stored_cut(cut, part, stored, array.shape[-1])
+    assert own is not None
+    ahead = (slice(None),) * (cut.axis % array.ndim)
+    kept = mx.concatenate([array[(*ahead, slice(*span))] for span in own.spans], axis=cut.axis)
+    if stored is not None and cut.axis == -1 and part != "weight":
+        kept = regroup(kept, cut, stored, group_size)
+    return mx.contiguous(kept)
+
+
 def regroup(scales: mx.array, cut: Cut, stored: Stored, group_size: int) -> mx.array:
     """Scales or biases of stored groups as those of smaller groups, of which only the cut's are kept.
 

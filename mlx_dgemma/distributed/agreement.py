@@ -1,48 +1,70 @@
-"""What ranks must agree on: that all have succeeded, that all have the same, whether any of them wants to stop."""
+"""What all ranks must agree on before they compute together: versions, and that none of them has failed.
+
+A rank that raised by itself would leave the others waiting in their next message, so that errors are told to all first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from .. import __version__, errors
 from ..errors import CircumstanceError, DgemmaError
 from .group import Group
 
-T = TypeVar("T")
+Made = TypeVar("Made")
 
 
-def together(group: Group, work: Callable[[], T]) -> T:
-    """What `work` returns on this rank, once it has succeeded on all. It must not wait for other ranks.
+def together(group: Group, make: Callable[[], Made]) -> Made:
+    """What `make` returns here, once it has returned on every rank. `make` sends no messages.
 
     Raises:
-        DgemmaError: this rank's own error; CircumstanceError: that of the first rank that failed, with its number.
+        DgemmaError: that of the first rank where it failed, on every rank.
     """
-    own: DgemmaError | None = None
-    result: Any = None
+    if group.size == 1:
+        return make()
+    made: list[Made] = []
+    told = None
     try:
-        result = work()
+        made.append(make())
     except DgemmaError as error:
-        own = error
-    failed = group.gather_values(None if own is None else str(own))
-    if own is not None:
-        raise own
-    for rank, message in enumerate(failed):
-        if message is not None:
-            raise CircumstanceError(f"Rank {rank} of {group.size} failed: {message}")
-    return result
+        told = [type(error).__name__, str(error)]
+    for rank, one in enumerate(group.gather_values(told)):
+        if one is not None:
+            kind, text = one
+            raise getattr(errors, kind)(text if rank == 0 else f"Rank {rank}: {text}")
+    return made[0]
+
+
+def check_versions(group: Group) -> None:
+    """Refuse ranks that compute with other versions, or on another kind of device, than rank 0.
+
+    Raises:
+        CircumstanceError: on every rank, about the first such one.
+    """
+    kind = "the CPU" if mx.default_device() == mx.cpu else "a GPU"
+    ranks = group.gather_values([f"mlx-dgemma {__version__}", f"MLX {metadata.version('mlx')}", kind])
+    for rank, found in enumerate(ranks):
+        if found != ranks[0]:
+            mine, theirs = (f"{one[0]} and {one[1]} on {one[2]}" for one in (found, ranks[0]))
+            raise CircumstanceError(
+                f"Rank {rank} has {mine}, but rank 0 has {theirs}; install the same versions on every machine, and let "
+                "all compute on the same kind of device."
+            )
 
 
 def check_equal(group: Group, told: Mapping[str, Any]) -> None:
-    """Check that all ranks tell the same.
+    """Refuse ranks that tell something else than rank 0.
 
     Args:
         group: the ranks.
-        told: names, which a sentence can hold, with values as JSON knows them.
+        told: names, as a sentence holds them, with values as JSON knows them.
 
     Raises:
-        CircumstanceError: on every rank, where one tells something else than rank 0.
+        CircumstanceError: on every rank, about the first such one.
     """
     first, *others = group.gather_values(dict(told))
     for rank, other in enumerate(others, 1):

@@ -10,7 +10,6 @@ import pickle
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import version
 from io import BytesIO
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
@@ -20,12 +19,10 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .. import __version__
 from ..constraints.tokens import TokenBytes
 from ..distributed.group import Group
 from ..distributed.launched import Place
 from ..engine import Engine
-from ..errors import CircumstanceError
 from ..model.diffusion_gemma import DiffusionGemma
 from ..prompt.builder import PromptBuilder
 from ..prompt.vocabulary import Vocabulary, vocabulary_of
@@ -79,17 +76,8 @@ def pickled(message: Any) -> bytes:
     return file.getvalue()
 
 
-def facts() -> dict[str, str]:
-    """What must be alike on all ranks."""
-    return {"mlx-dgemma": __version__, "mlx": version("mlx")}
-
-
 def listen(place: Place, group: Group) -> list[Connection]:
-    """Connections to the other ranks, in their order; rank 0 calls it while they call `call`.
-
-    Raises:
-        CircumstanceError: a rank has another version.
-    """
+    """Connections to the other ranks, in their order; rank 0 calls it while they call `call`."""
     key = secrets.token_bytes(32)
     with Listener((place.meeting[0], 0), backlog=place.size, authkey=key) as listener:
         group.share([*listener.address, key.hex()])
@@ -97,14 +85,7 @@ def listen(place: Place, group: Group) -> list[Connection]:
         while len(found) < place.size - 1:
             with suppress(AuthenticationError, EOFError, ConnectionError):
                 connection = listener.accept()
-                rank, theirs = connection.recv()
-                found[rank] = connection
-                for name, mine in facts().items():
-                    if theirs[name] != mine:
-                        raise CircumstanceError(
-                            f"Rank {rank} has {name} {theirs[name]} and rank 0 has {mine}; install one version on "
-                            "every machine."
-                        )
+                found[connection.recv()] = connection
     return [found[rank] for rank in sorted(found)]
 
 
@@ -112,5 +93,5 @@ def call(place: Place, group: Group) -> Connection:
     """The connection to rank 0."""
     host, port, key = group.share()
     connection = Client((host, port), authkey=bytes.fromhex(key))
-    connection.send((place.rank, facts()))
+    connection.send(place.rank)
     return connection

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ..checkpoint.find import find
 from ..decoding.costs import Costs
 from ..decoding.loop import Loop
 from ..decoding.request import Request
@@ -20,9 +20,10 @@ from ..engine import Engine, load
 from ..errors import DgemmaError
 from ..model import device
 from ..serving.prefix_cache import PrefixCache
-from .alike import Digests, digest_of
 from .channel import Unpickler, call
 from .leading import failure_in, outcome_of
+
+TOLD_SECONDS = 3.0  # in which rank 0 ends by itself where it has the same error, as while a checkpoint is opened
 
 
 class Apart(Exception):
@@ -39,37 +40,26 @@ class Follower:
     def __init__(self, group: Group) -> None:
         self.engine: Engine | None = None
         self._group = group
-        self._keywords: dict[str, Any] = {}
-        self._name: str | None = None
         self._known: dict[int, Any] = {}
         self._cache: PrefixCache | None = None
         self._found: tuple[Session | None, int] = None, 0
         self._outcomes: dict[int, int] = {}  # of the last step of each loop
 
-    def do(self, data: bytes) -> Any:
-        """Do what a message says. Returns what rank 0 is to hear, or None.
+    def do(self, data: bytes) -> None:
+        """Do what a message says.
 
         Raises:
             Apart: rank 0 came to something else.
         """
         what, *arguments, gone = Unpickler(data, self.engine).load()
         action: Callable[..., Any] = getattr(self, f"_on_{what}")
-        answer = action(*arguments)
+        action(*arguments)
         for number in gone:
             self._known.pop(number, None)
             self._outcomes.pop(number, None)
-        return answer
 
-    def _on_load(self, name: str | None, keywords: dict[str, Any]) -> Digests | str:
-        self._name, self._keywords = name, keywords
-        try:
-            return digest_of(find(name), keywords.get("adapter"))
-        except (DgemmaError, OSError) as error:
-            return str(error)
-
-    def _on_go(self) -> bool:
-        self.engine = load(self._name, group=self._group, **self._keywords)
-        return True
+    def _on_load(self, name: str | None, keywords: dict[str, Any]) -> None:
+        self.engine = load(name, group=self._group, **keywords)
 
     def _on_costs(self, costs: Costs) -> None:
         self._engine.costs = lambda: costs  # type: ignore[assignment]
@@ -147,6 +137,7 @@ def follow(me: Watched) -> int:
             "or one of them the whole model."
         )
     except DgemmaError as error:
+        time.sleep(TOLD_SECONDS)
         me.fail(f"Rank {rank}: {error}")
     except Exception as error:
         me.fail(f"Rank {rank} has failed ({type(error).__name__}: {error}).")
@@ -159,6 +150,4 @@ def _obey(connection: Connection, follower: Follower) -> None:
             data = connection.recv_bytes()
         except (EOFError, OSError):
             return  # rank 0 has ended
-        answer = follower.do(data)
-        if answer is not None:
-            connection.send(answer)
+        follower.do(data)

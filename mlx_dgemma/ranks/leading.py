@@ -20,7 +20,6 @@ from typing import Any, NoReturn, TypeVar
 
 import mlx.core as mx
 
-from ..checkpoint.find import find
 from ..decoding import costs
 from ..decoding.events import Block, Event, Finished
 from ..decoding.loop import Loop
@@ -31,7 +30,6 @@ from ..distributed.watched import Watched
 from ..engine import Engine, load
 from ..errors import CircumstanceError, DgemmaError
 from ..serving.prefix_cache import PrefixCache
-from .alike import digest_of, told_apart
 from .channel import listen, pickled
 
 T = TypeVar("T")
@@ -62,13 +60,6 @@ class Leader:
                 for connection in self._connections:
                     connection.send_bytes(data)
         except OSError as error:
-            self.fail(error)
-
-    def hear(self) -> list[Any]:
-        """An answer of each of the others."""
-        try:
-            return [connection.recv() for connection in self._connections]
-        except (EOFError, OSError) as error:
             self.fail(error)
 
     def introduce(self, value: Any) -> int:
@@ -194,15 +185,8 @@ def lead(me: Watched, name: str | None, **keywords: Any) -> LeadingEngine:
     """
     group = init()
     leader = Leader(me, listen(me.place, group))
-    tokenizer = keywords.pop("tokenizer", None)
-    leader.tell("load", name, keywords)
-    mine, theirs = digest_of(find(name), keywords.get("adapter")), leader.hear()
-    for rank, other in enumerate(theirs, 1):
-        if (difference := told_apart(mine, other)) is not None:
-            raise CircumstanceError(f"Rank {rank} {difference}")
-    leader.tell("go")
-    engine = LeadingEngine.of(load(name, tokenizer=tokenizer, group=group, **keywords), leader)
-    leader.hear()
+    leader.tell("load", name, {key: value for key, value in keywords.items() if key != "tokenizer"})
+    engine = LeadingEngine.of(load(name, group=group, **keywords), leader)
     known = _costs(engine)
     engine.costs = lambda: known  # type: ignore[assignment]
     leader.tell("costs", known)

@@ -14,10 +14,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import __version__
 from ..adapters import deltas, peft
 from ..adapters.fuse import write_checkpoint
 from ..checkpoint.folder import Checkpoint
+from ..checkpoint.together import digest_of
 from ..distributed.agreement import check_equal, is_any, together
 from ..distributed.group import ALONE, Group
 from ..engine import Engine
@@ -26,7 +26,6 @@ from ..files import check_name, sweep_folder, told_errors
 from ..model import device
 from ..model.layers import Layer
 from ..prompt.images import open_file
-from ..ranks.alike import digest_of
 from .batches import Batches
 from .config import RunConfig, TrainerConfig
 from .curves import MetricsLog, draw_curves
@@ -90,7 +89,7 @@ def tune(
 
     Raises:
         OptionError, DataError, PromptError, MemoryLimitError: most of them before the first step.
-        CircumstanceError: another rank has failed, or has other data, another model or another version.
+        CircumstanceError: another rank has failed, or has other data or another checkpoint.
         DgemmaError: a file cannot be written; what was saved before is kept.
     """
     check_before(run_config, resume, group)
@@ -219,11 +218,10 @@ class _Run:
         config = {**vars(self.config), **vars(self.trainer.config)}
         del config["data"], config["output"], config["fill"]
         return {
-            "version": __version__,
             "fill token": self.properties["fill"],
             "training data": self.properties["data"],
             "validation data": data_digest(self.valid),
-            **{f"file {name}": digest[:16] for name, digest in digest_of(self.engine.checkpoint.path).items()},
+            "checkpoint": digest_of(self.engine.checkpoint)[:16],
             "dtype": self.properties["dtype"],
             "options": json.dumps(config),
         }

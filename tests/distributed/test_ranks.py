@@ -14,7 +14,6 @@ from support import RED, engine_of, strip
 
 import mlx_dgemma
 from mlx_dgemma.errors import CircumstanceError
-from mlx_dgemma.ranks.alike import digest_of, told_apart
 from mlx_dgemma.ranks.following import Apart, Follower
 from mlx_dgemma.ranks.leading import Leader, LeadingCache, LeadingEngine
 from mlx_dgemma.serving.scheduler import Scheduler
@@ -174,15 +173,3 @@ def test_errors_of_one_rank_end_the_group_and_those_of_all_do_not(ranks, monkeyp
         list(leading.run(broken))
     wire.kept.clear()
     wire.hold = False
-
-
-def test_checkpoints_are_told_apart(demo, tmp_path):
-    mine = digest_of(demo)
-    assert told_apart(mine, dict(mine)) is None
-    name = next(one for one in mine if one.endswith(".safetensors"))
-    data = bytearray((demo / name).read_bytes())
-    data[-1] ^= 1
-    for file in demo.iterdir():
-        (tmp_path / file.name).write_bytes(data if file.name == name else file.read_bytes())
-    assert told_apart(mine, digest_of(tmp_path)).startswith(f"has another {name} than rank 0")
-    assert "no such" in told_apart(mine, "no such")

@@ -7,7 +7,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +168,7 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
 
 
 def _tune(data: str, model: ModelChoice, resume: bool, options: dict[str, Any], terminal: Terminal) -> None:
+    from ...checkpoint.together import open_together
     from ...distributed.agreement import together
     from ...distributed.group import init
     from ...tune.config import RunConfig, TrainerConfig
@@ -183,6 +184,8 @@ def _tune(data: str, model: ModelChoice, resume: bool, options: dict[str, Any], 
     method = TrainerConfig(**{one.name: chosen[one.name] for one in fields(TrainerConfig) if one.name in chosen})
     plan = RunConfig(data, **{one.name: chosen[one.name] for one in fields(RunConfig) if one.name in chosen})
     check_before(plan, resume, group)
+    if group.size > 1:  # a rank without the checkpoint gets rank 0's
+        model = replace(model, name=str(open_together(model.name, group).path))
     engine = together(group, lambda: model.load(terminal, model.open(terminal), whole=True))
     with warnings.catch_warnings(record=True) as caught, stop_on_interrupt(terminal) as interrupts:
         warnings.simplefilter("always", UserWarning)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ...ranks.alike import digest_of
+from ...adapters import peft
+from ...checkpoint.together import digest_of
 from ..settings import Settings
 
 if TYPE_CHECKING:
@@ -149,6 +150,8 @@ def marks_of(body: Any) -> tuple[list[str], bool]:
 
 def digest_of_served(engine: Engine, settings: Settings) -> str:
     """A digest of what is served: two servers with the same one give the same answers to the same seeds."""
-    files = digest_of(engine.checkpoint.path, getattr(engine, "adapter", None))
-    dtypes = settings.identity.split("\n")[2:]
-    return hashlib.sha256(json.dumps([files, dtypes]).encode()).hexdigest()[:32]
+    found = hashlib.sha256("".join([digest_of(engine.checkpoint), *settings.identity.split("\n")[2:]]).encode())
+    if adapter := getattr(engine, "adapter", None):
+        for name in (peft.CONFIG, peft.WEIGHTS):
+            found.update((adapter / name).read_bytes())
+    return found.hexdigest()[:32]
