@@ -34,7 +34,8 @@ class Link(NamedTuple):
 LINKS = {
     # 1 MiB in 0.15 ms and 16 MiB in 1.85 ms over RDMA on Thunderbolt 5: github.com/pytorch/pytorch/pull/181087
     "JACCL": Link(9.25, 0.037, True),
-    # 1460 of each 1538 bytes are payload; 300 us: jeffgeerling.com/blog/2025/15-tb-vram-on-mac-studio-rdma-over-thunderbolt-5
+    # 1460 of each 1538 bytes are payload; 300 us:
+    # jeffgeerling.com/blog/2025/15-tb-vram-on-mac-studio-rdma-over-thunderbolt-5
     "10 Gb Ethernet": Link(1.187, 0.3, False),
 }
 

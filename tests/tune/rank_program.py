@@ -89,9 +89,7 @@ def agree(group):
             raise DataError("It is so.")
 
     return {
-        "failed": refusal(
-            DataError if group.rank == 1 else CircumstanceError, lambda: together(group, lambda: fail(1))
-        ),
+        "failed": refusal(DataError, lambda: together(group, lambda: fail(1))),
         "any": [is_any(group, group.rank == 1), is_any(group, False)],
         "equal": refusal(CircumstanceError, lambda: check_equal(group, {"version": "1", "data": group.rank})),
         "dropout": refusal(OptionError, lambda: trainer(group, dropout=0.1, recompute=False)),
