@@ -108,8 +108,8 @@ class ModelChoice:
         finally:
             terminal.erase()
 
-    def load(self, terminal: Terminal, opened: Opened | None = None) -> Engine:
-        """Load the checkpoint and the adapter. Without a name, load the demo and print a notice."""
+    def load(self, terminal: Terminal, opened: Opened | None = None, whole: bool = False) -> Engine:
+        """Load checkpoint and adapter; of several ranks each its part, or the `whole`. The demo comes with a notice."""
         if not terminal.hints:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         terminal.draw([], f"loading {self.name or 'the demo'}")
@@ -117,13 +117,9 @@ class ModelChoice:
             from ..ranks.start import load
 
             engine = load(
-                self.name,
-                dtype=self.dtype,
-                adapter=self.adapter,
-                ignore_memory=self.ignore_memory,
-                compute_dtype=self.compute_dtype,
-                tokenizer=opened and opened.tokenizer,
-            )
+                self.name, whole=whole, dtype=self.dtype, adapter=self.adapter, ignore_memory=self.ignore_memory,
+                compute_dtype=self.compute_dtype, tokenizer=opened and opened.tokenizer,
+            )  # fmt: skip
         finally:
             terminal.erase()
         self._tell(engine.notes, terminal)

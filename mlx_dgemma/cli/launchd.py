@@ -176,8 +176,10 @@ def plist(agent: Agent, home: Path, environment: Mapping[str, str]) -> dict[str,
     return {**content, "EnvironmentVariables": variables} if variables else content
 
 
-def arguments_of(ctx: click.Context) -> list[str]:
+def arguments_of(ctx: click.Context, only: Sequence[str] = ()) -> list[str]:
     """The options that a command was given, on its command line or in the environment, valid in any folder.
+
+    With `only`, of these names.
 
     Raises:
         OptionError: a model or an adapter that is neither a folder nor a Hub id.
@@ -187,6 +189,8 @@ def arguments_of(ctx: click.Context) -> list[str]:
         source = ctx.get_parameter_source(param.name or "")
         is_default = source in (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
         if param.name is None or param.name in LEFT_OUT or source is None or is_default:
+            continue
+        if only and param.name not in only:
             continue
         flag, value = max(param.opts, key=len), ctx.params[param.name]
         if isinstance(value, bool):

@@ -44,7 +44,7 @@ COMMANDS = {
 }
 
 
-TOGETHER = ("generate", "chat", "infill", "edit", "choose", "serve", "evaluate")  # what several ranks do as one
+TOGETHER = ("generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "tune")  # what several ranks do
 
 
 class Commands(click.Group):

@@ -5,9 +5,9 @@ A rank that raised by itself would leave the others waiting in their next messag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -54,3 +54,27 @@ def check_versions(group: Group) -> None:
                 f"Rank {rank} has {mine}, but rank 0 has {theirs}; install the same versions on every machine, and let "
                 "all compute on the same kind of device."
             )
+
+
+def check_equal(group: Group, told: Mapping[str, Any]) -> None:
+    """Refuse ranks that tell something else than rank 0.
+
+    Args:
+        group: the ranks.
+        told: names, as a sentence holds them, with values as JSON knows them.
+
+    Raises:
+        CircumstanceError: on every rank, about the first such one.
+    """
+    first, *others = group.gather_values(dict(told))
+    for rank, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other.get(name) != value:
+                raise CircumstanceError(
+                    f"Rank {rank} has the {name} {other.get(name)!r}, and rank 0 has {value!r}; give both the same."
+                )
+
+
+def is_any(group: Group, flag: bool) -> bool:
+    """Whether the flag is true on any rank."""
+    return bool(flag) if group.size == 1 else group.sum(mx.array([int(flag)])).item() > 0  # type: ignore[operator]

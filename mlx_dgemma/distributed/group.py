@@ -10,7 +10,7 @@ import json
 import os
 import random
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,7 @@ class Group:
     def __init__(self, handle: mx.distributed.Group | None = None):
         self._handle = handle
         self.rank, self.size = (0, 1) if handle is None else (handle.rank(), handle.size())
-        self._draw: Callable[[], int] = lambda: secrets.randbits(32)
-        if self.size > 1:
-            drawn = random.Random(self.share(secrets.randbits(128)))
-            self._draw = lambda: drawn.getrandbits(32)
+        self._drawn = random.Random(self.share(secrets.randbits(128))) if self.size > 1 else None
 
     def __repr__(self) -> str:
         return f"Group(rank={self.rank}, size={self.size})"
@@ -97,7 +94,7 @@ class Group:
 
     def draw_seed(self) -> int:
         """A random seed below 2**32; ranks that ask equally often get equal ones."""
-        return self._draw()
+        return secrets.randbits(32) if self._drawn is None else self._drawn.getrandbits(32)
 
     def _share_bytes(self, data: bytes) -> bytes:
         first = np.zeros(FRAME, np.uint8)

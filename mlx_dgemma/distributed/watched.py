@@ -48,6 +48,11 @@ class Watched:
         time.sleep(PATIENCE)
         os._exit(1)
 
+    def wait(self) -> NoReturn:
+        """Wait for the end of the group, with rank 0: this rank has done its part, or has told of its error."""
+        while True:
+            time.sleep(PATIENCE)
+
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
         """Let Ctrl-C wait: what ranks do together is done by all of them or by none.

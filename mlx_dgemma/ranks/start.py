@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ..distributed.launched import CHILD, place_of
@@ -11,15 +12,18 @@ from ..distributed.watched import watched
 if TYPE_CHECKING:
     from ..engine import Engine
 
+ALIKE = ("tune",)  # commands that every rank runs by itself
+
 
 def take_part() -> int | None:
-    """Do the part of a rank; returns its exit code. None: run the command, alone or as rank 0.
+    """Do the part of a rank; returns its exit code. None: run the command, alone, as rank 0, or as all ranks do.
 
     Raises:
         CircumstanceError: the launcher's variables cannot be used.
     """
     if CHILD in os.environ:
-        if (me := watched()) is None or me.place.rank == 0:
+        command = next((one for one in sys.argv[1:] if not one.startswith("-")), "")
+        if (me := watched()) is None or me.place.rank == 0 or command in ALIKE:
             os.environ["MLX_DGEMMA_NO_SERVER"] = "1"  # who asks for ranks does not want another process to answer
             return None
         from .following import follow
@@ -33,13 +37,15 @@ def take_part() -> int | None:
     return supervise(place)
 
 
-def load(name: str | None, **keywords: Any) -> Engine:
+def load(name: str | None, whole: bool = False, **keywords: Any) -> Engine:
     """An engine of this process, or of all ranks together; takes what `mlx_dgemma.load` takes and raises the same.
+
+    With `whole` it is this process's own even if there are other ranks.
 
     Raises:
         CircumstanceError: the ranks do not find each other, or differ in versions or checkpoints.
     """
-    if (me := watched()) is None:
+    if (me := watched()) is None or whole:
         from ..engine import load as load_alone
 
         return load_alone(name, **keywords)

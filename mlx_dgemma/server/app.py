@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache, partial
 
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
@@ -15,6 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from .. import __version__
 from ..serving.scheduler import Scheduler
 from . import local
 from .endpoints import models, ollama
@@ -30,6 +32,8 @@ from .errors import ApiError
 from .metrics import Histograms, metrics_text
 from .page import page_routes
 from .pipeline import endpoint
+from .replicas.forward import Forward
+from .replicas.spread import Spread, digest_of_served
 from .schemas.openapi import openapi_document
 from .security import SecurityMiddleware, error_response
 from .settings import Settings
@@ -39,12 +43,16 @@ PARSED_AT_ONCE = 2  # large bodies
 VERSIONED = ("chat", "completions", "responses", "messages", "models")  # first parts of paths behind /v1
 
 
-def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
+def create_app(scheduler: Scheduler, settings: Settings, spread: Spread | None = None) -> Starlette:
     """Create the application. It closes the scheduler when it shuts down.
+
+    `spread` chooses who answers a request where there are other replicas.
 
     Its `state` has these attributes:
         scheduler, settings: the arguments.
         facts: what the server tells of its model.
+        digest: a function that returns a digest of the model, adapter and dtypes.
+        spread: the argument.
         counts: number of requests by route and status.
         histograms: how long answers took.
         parse_limiter: allows `PARSED_AT_ONCE` large bodies to be parsed at a time.
@@ -87,13 +95,18 @@ def create_app(scheduler: Scheduler, settings: Settings) -> Starlette:
     counts: Counter[tuple[str, int]] = Counter()
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(WithVersion), Middleware(SecurityMiddleware, settings=settings, counts=counts)],
+        middleware=[
+            Middleware(WithVersion),
+            Middleware(SecurityMiddleware, settings=settings, counts=counts),
+            *([Middleware(Forward, spread=spread)] if spread else []),
+        ],
         exception_handlers=dict.fromkeys((ApiError, HTTPException, ClientDisconnected, Exception), _failed),
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     app.state.scheduler, app.state.settings, app.state.counts = scheduler, settings, counts
-    app.state.histograms = Histograms()
+    app.state.histograms, app.state.spread = Histograms(), spread
+    app.state.digest = cache(partial(digest_of_served, scheduler.engine, settings))
     app.state.parse_limiter = CapacityLimiter(PARSED_AT_ONCE)
     app.state.facts, app.state.stopping = ModelFacts.of(scheduler.engine, settings), lambda: False
     return app
@@ -120,10 +133,16 @@ async def health(request: Request) -> Response:
     body = {
         "status": status,
         "model": state.settings.model,
+        "version": __version__,
+        "digest": state.digest(),
         "running": load.running,
         "waiting": load.waiting,
         "seconds_since_step": round(health.seconds_since_pass, 3),
     }
+    if state.spread:
+        body["replicas"] = [
+            {"name": one.name, "alive": one.alive, "requests": one.requests} for one in state.spread.replicas
+        ]
     return JSONResponse(body, 200 if status == "ok" else 503)
 
 

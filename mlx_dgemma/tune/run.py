@@ -17,6 +17,9 @@ import numpy as np
 from ..adapters import deltas, peft
 from ..adapters.fuse import write_checkpoint
 from ..checkpoint.folder import Checkpoint
+from ..checkpoint.together import digest_of
+from ..distributed.agreement import check_equal, is_any, together
+from ..distributed.group import ALONE, Group
 from ..engine import Engine
 from ..errors import CircumstanceError, DataError, MemoryLimitError, OptionError, count
 from ..files import check_name, sweep_folder, told_errors
@@ -68,8 +71,11 @@ def tune(
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda line: None,
     ignore_memory: bool = False,
+    group: Group = ALONE,
 ) -> Iterator[Progress]:
     """Train step by step. Whenever this generator ends, `run_config.output` contains the last save.
+
+    Of a group each rank computes its share of every batch, and rank 0 alone writes. All ranks need the same data.
 
     Args:
         engine: a loaded checkpoint; its model is changed.
@@ -79,14 +85,57 @@ def tune(
         stop: called after every step; if it returns True, the run is saved and ends.
         say: called with a line about the data and the memory that is needed.
         ignore_memory: start even if the memory does not seem to be enough.
+        group: the ranks; `engine` holds the whole model on each.
 
     Raises:
         OptionError, DataError, PromptError, MemoryLimitError: most of them before the first step.
+        CircumstanceError: another rank has failed, or has other data or another checkpoint.
         DgemmaError: a file cannot be written; what was saved before is kept.
     """
-    objective, output = run_config.objective, run_config.output
+    check_before(run_config, resume, group)
+    run = together(group, lambda: _read(engine, trainer_config, run_config, group))
+    trainer = run.trainer
+    check_equal(group, run.compared)
+    try:
+        together(group, lambda: run.begin(resume, say, ignore_memory))
+        trainer.share_state()
+        if resume and trainer.step == trainer_config.steps:
+            run.save()  # the earlier run may have ended between writing two files
+        yield from run.steps(stop)
+    finally:
+        trainer.close()
+
+
+def check_before(run_config: RunConfig, resume: bool = False, group: Group = ALONE) -> None:
+    """Check what needs no model: the objective, the folder to make, and that the data are there.
+
+    Raises:
+        OptionError: the name of the folder is not UTF-8, or it holds something else, or the ranks do not divide the
+            batch.
+        DataError: there are no such data.
+    """
+    output, size = run_config.output, run_config.batch_size
+    _ = run_config.objective
+    if size % group.size:
+        raise OptionError(f"batch_size is {size}, which {group.size} ranks do not divide; give a multiple of theirs.")
+
+    def check() -> None:
+        find(run_config.data, ("train",))
+        if group.rank == 0:
+            check_name(output)
+            sweep_folder(output)
+            if not resume and output.exists() and any(output.iterdir()):
+                raise CircumstanceError(
+                    f"{output} is not empty; give another --output, or continue its run with --resume."
+                )
+
+    together(group, check)
+
+
+def _read(engine: Engine, trainer_config: TrainerConfig, run_config: RunConfig, group: Group) -> _Run:
+    """Read the data, and prepare the model."""
+    objective = run_config.objective
     _check_trainable(engine, trainer_config)
-    check_before(run_config, resume)
     splits = load(engine, run_config.data, run_config.turns, run_config.max_length, run_config.skip_long)
     train, valid = splits["train"], splits["valid"]
     if not train:
@@ -96,10 +145,9 @@ def tune(
         fill = infer_fill_token(engine, train, objective, seed)
     if not 0 <= fill < engine.config.text.vocab_size:
         raise OptionError(f"fill is {fill}; it should be a token id below {engine.config.text.vocab_size}.")
-    trainer = Trainer(engine.model, trainer_config, objective)
-    run = _Run(
+    return _Run(
         engine,
-        trainer,
+        Trainer(engine.model, trainer_config, objective, group),
         run_config,
         train,
         valid,
@@ -112,37 +160,9 @@ def tune(
             "batch_size": run_config.batch_size,
             "objective": vars(objective),
             "fill": fill,
+            "ranks": group.size,
         },
     )
-    try:
-        if resume:
-            trainer.resume(output, run.properties)
-        run.check_memory(say, ignore_memory)
-        with told_errors(output):
-            output.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            run.save_state()  # so that --resume works from the very start
-        elif trainer.step == trainer_config.steps:
-            run.save()  # the earlier run may have ended between writing two files
-        yield from run.steps(stop)
-    finally:
-        trainer.close()
-
-
-def check_before(run_config: RunConfig, resume: bool = False) -> None:
-    """Check what needs no model: the objective, the folder to make, and that the data are there.
-
-    Raises:
-        OptionError: the name of the folder is not UTF-8, or it holds something else.
-        DataError: there are no such data.
-    """
-    output = run_config.output
-    _ = run_config.objective
-    check_name(output)
-    sweep_folder(output)
-    if not resume and output.exists() and any(output.iterdir()):
-        raise CircumstanceError(f"{output} is not empty; give another --output, or continue its run with --resume.")
-    find(run_config.data, ("train",))
 
 
 def _check_trainable(engine: Engine, config: TrainerConfig) -> None:
@@ -192,13 +212,40 @@ class _Run:
     valid_batches: Batches
     properties: dict[str, Any]
 
+    @property
+    def compared(self) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        config = {**vars(self.config), **vars(self.trainer.config)}
+        del config["data"], config["output"], config["fill"]
+        return {
+            "fill token": self.properties["fill"],
+            "training data": self.properties["data"],
+            "validation data": data_digest(self.valid),
+            "checkpoint": digest_of(self.engine.checkpoint)[:16],
+            "dtype": self.properties["dtype"],
+            "options": json.dumps(config),
+        }
+
+    def begin(self, resume: bool, say: Callable[[str], None], ignore_memory: bool) -> None:
+        """Load the state, or make the folder and the first state; of a group rank 0 does that. Check the memory."""
+        output, is_writer = self.config.output, self.trainer.group.rank == 0
+        if resume and is_writer:
+            self.trainer.resume(output, self.properties)
+        self.check_memory(say, ignore_memory)
+        if is_writer:
+            with told_errors(output):
+                output.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                self.save_state()  # so that --resume works from the very start
+
     def check_memory(self, say: Callable[[str], None], ignore_memory: bool) -> None:
         """Tell what will be trained and how much memory it needs.
 
         Raises:
             MemoryLimitError: the machine does not have enough memory.
         """
-        engine, trainer, rows = self.engine, self.trainer, self.config.batch_size
+        engine, trainer = self.engine, self.trainer
+        rows = self.config.batch_size // trainer.group.size
         longest = max(len(target.prompt) + len(target.answer) for example in self.train for target in example.targets)
         weights = sum(a.nbytes for a in flatten(engine.model.parameters()).values())
         processes = trainer.process_count(rows, longest)
@@ -206,11 +253,12 @@ class _Run:
             engine.checkpoint, trainer.config, rows, longest, trainer.trainable, weights, processes
         ).total
         available = device.available()
+        each = f" on each of {trainer.group.size} ranks" if trainer.group.size > 1 else ""
         say(
             f"Training {trainer.trainable:,} weights on {count(len(self.train), 'sample')}, validating on "
             f"{len(self.valid)}; canvases are filled with "
             f"{engine.tokenizer.convert_ids_to_tokens(self.properties['fill'])} after an answer. "
-            f"At most about {need / GIB:.2f} GiB of memory is needed, {available / GIB:.1f} GiB is available."
+            f"At most about {need / GIB:.2f} GiB of memory is needed{each}, {available / GIB:.1f} GiB is available."
         )
         if need > available and not ignore_memory:
             raise MemoryLimitError(
@@ -220,29 +268,30 @@ class _Run:
 
     def steps(self, stop: Callable[[], bool]) -> Iterator[Progress]:
         """Train to the last step, or until `stop` returns True."""
-        trainer, config = self.trainer, self.config
-        log = MetricsLog(config.output / "log.csv", trainer.step)
-        earlier = (log.rows[-1]["seconds"] or 0.0) if log.rows else 0.0
+        trainer, config, group = self.trainer, self.config, self.trainer.group
+        log = together(group, lambda: MetricsLog(config.output / "log.csv", trainer.step) if group.rank == 0 else None)
+        earlier = (log.rows[-1]["seconds"] or 0.0) if log and log.rows else 0.0
         mx.reset_peak_memory()
         start, peak = time.perf_counter(), 0
         while trainer.step < trainer.config.steps:
             metrics = trainer.update(self._next_batches())
             peak = max(peak, trainer.peak_bytes)  # generating answers resets MLX's peak
-            last, stopping = trainer.step == trainer.config.steps, stop()
+            last, stopping = trainer.step == trainer.config.steps, is_any(group, stop())
             regular = config.validate_every and (last or trainer.step % config.validate_every == 0)
             validating = bool(self.valid and regular and not stopping)
             saving = last or stopping or validating or trainer.step % config.save_every == 0
             seconds = earlier + time.perf_counter() - start
             # Before the state, so that a run that is killed and resumed has a row for each step.
-            log.add(
-                step=trainer.step, seconds=round(seconds, 3), learning_rate=metrics.learning_rate, loss=metrics.total,
-                **metrics.parts, norm=metrics.norm, peak_bytes=peak,
-            )  # fmt: skip
+            if log:
+                log.add(
+                    step=trainer.step, seconds=round(seconds, 3), learning_rate=metrics.learning_rate,
+                    loss=metrics.total, **metrics.parts, norm=metrics.norm, peak_bytes=peak,
+                )  # fmt: skip
             if saving:
                 self.save()
             validation = self.validate() if validating else {}
-            ending = last or stopping or (validating and stop())
-            if saving:
+            ending = last or stopping or (validating and is_any(group, stop()))
+            if saving and log:
                 seconds = earlier + time.perf_counter() - start
                 scores = {name: validation.get(name) for name in ("valid_loss", "valid_right")}
                 log.complete(seconds=round(seconds, 3), **scores)
@@ -259,6 +308,8 @@ class _Run:
     def validate(self) -> dict[str, Any]:
         """The loss on validation data, always with the same noise, and the share of generated answers that are right.
 
+        Of a group rank 0 alone generates answers.
+
         Returns:
             The fields `valid_loss`, `valid_right` and `sample` of `Progress`.
         """
@@ -271,7 +322,7 @@ class _Run:
             losses += [total.item()] * len(numbers)
         result: dict[str, Any] = {"valid_loss": float(np.mean(losses))}
         asked = [example for example in self.valid if example.chat][: config.generate]
-        if asked:
+        if asked and trainer.group.rank == 0:
             with generating(trainer):
                 outcome = evaluate(self.engine, asked, batch_size=size, seed=trainer.config.seed)
             first = outcome.answers[0]
@@ -279,7 +330,16 @@ class _Run:
         return result
 
     def save(self) -> None:
-        """Write the adapter, or with full training the checkpoint, and the state. Each file is replaced atomically."""
+        """Write the adapter, or with full training the checkpoint, and the state. Each file is replaced atomically.
+
+        Of a group rank 0 writes. All go on from what it wrote, so that a resumed run does the same.
+        """
+        self.trainer.share_state()
+        together(self.trainer.group, self._write)
+
+    def _write(self) -> None:
+        if self.trainer.group.rank:
+            return
         model, checkpoint, output = self.trainer.model, self.engine.checkpoint, self.config.output
         if self.trainer.config.kind == "full":
             write_checkpoint(model, checkpoint, output / "model")

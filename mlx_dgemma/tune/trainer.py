@@ -15,6 +15,9 @@ from mlx.optimizers import AdamW, Muon, clip_grad_norm, cosine_decay, join_sched
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..adapters import deltas
+from ..distributed.agreement import together
+from ..distributed.group import ALONE, Group
+from ..distributed.trees import share_tree, sum_tree
 from ..errors import DataError, OptionError
 from ..files import atomic_file
 from ..model.device import on_cpu
@@ -73,6 +76,7 @@ class Trainer:
         model: changed in place: an adapter is added and all other weights are frozen.
         config: what is trained, and how.
         objective: the loss.
+        group: the ranks that share each batch; all of them call the same methods.
 
     Attributes:
         step: number of steps done.
@@ -81,13 +85,18 @@ class Trainer:
         OptionError: the configuration does not fit the model.
     """
 
-    def __init__(self, model: DiffusionGemma, config: TrainerConfig, objective: Trainable):
-        self.model, self.config, self.objective = model, config, objective
+    def __init__(self, model: DiffusionGemma, config: TrainerConfig, objective: Trainable, group: Group = ALONE):
+        if group.size > 1 and config.dropout:
+            raise OptionError(
+                f"dropout is {config.dropout}, but {group.size} ranks would draw another one than a single machine; "
+                "leave it out."
+            )
+        self.model, self.config, self.objective, self.group = model, config, objective, group
         self.step = 0
         self._select_trainable()
         small = sum(a.nbytes for a in flatten(model.parameters()).values()) <= MAX_MODEL_BYTES
-        # Dropout uses MLX's global random state, so it needs a single process.
-        self._cores = usable_cores() if on_cpu() and small and not config.dropout else 1
+        # Dropout uses MLX's global random state, so it needs a single process. Ranks are processes themselves.
+        self._cores = usable_cores() if on_cpu() and small and not config.dropout and group.size == 1 else 1
         self._workers = GradientWorkers(model, objective)
         model.train()
         if config.recompute:
@@ -149,10 +158,13 @@ class Trainer:
             scalars, gradients = self._gradients(batch, number)
             sums = gradients if sums is None else tree_map(lambda a, b: a + b, sums, gradients)
             mx.eval(sums, scalars)
-            losses.append([scalar.item() for scalar in scalars])
+            losses.append(scalars)
+        if self.group.size > 1:
+            sums, losses = sum_tree(self.group, (sums, losses))
+            mx.eval(sums, losses)
         count = len(batches)
         clipped, norm = clip_grad_norm(tree_map(lambda a: a / count, sums), config.clip or math.inf)
-        total, *parts = (sum(column) / count for column in zip(*losses))
+        total, *parts = (sum(column) / count for column in zip(*([scalar.item() for scalar in one] for one in losses)))
         if not math.isfinite(total + float(norm)):
             raise DataError(
                 f"The loss is {total} and the norm of the gradients {float(norm)} at step {self.step + 1}; "
@@ -165,14 +177,16 @@ class Trainer:
         return StepMetrics(total, named, float(norm), self.optimizer.learning_rate.item())
 
     def _gradients(self, batch: Any, number: int) -> tuple[tuple[mx.array, ...], Any]:
-        """Losses and gradients of the batch with this number in the run."""
+        """Losses and gradients of the batch with this number in the run; of several ranks, this one's share of them."""
         key = mx.random.key((self.config.seed << 32) + number)
         model, objective = self.model, self.objective
         noise = objective.draw(batch, model.config.text.vocab_size, key)
         count = self.process_count(*batch.tokens.shape)
-        if count == 1:
+        if max(count, self.group.size) == 1:
             return loss_and_gradients(model, objective, batch, noise)
-        parts = objective.split(batch, noise, model.config.image_token_id, count)
+        parts = objective.split(batch, noise, model.config.image_token_id, max(count, self.group.size))
+        if self.group.size > 1:
+            return loss_and_gradients(model, objective, *parts[self.group.rank])
         return self._workers.gradients(model.trainable_parameters(), parts)
 
     def process_count(self, rows: int, prefix: int) -> int:
@@ -191,10 +205,29 @@ class Trainer:
         key = mx.random.key((1 << 63) + number)
         self.model.eval()
         noise = self.objective.draw(batch, self.model.config.text.vocab_size, key)
-        losses = self.objective.loss(self.model, batch, noise, (1.0, 1.0))
-        mx.eval(*losses)
+        losses = self._own_losses(batch, noise)
+        mx.eval(losses)
         self.model.train()
         return losses
+
+    def _own_losses(self, batch: Any, noise: Any) -> tuple[mx.array, ...]:
+        """The losses of a batch, to which each rank adds those of its share."""
+        group, model, objective = self.group, self.model, self.objective
+        if group.size == 1:
+            return objective.loss(model, batch, noise, (1.0, 1.0))
+        parts = objective.split(batch, noise, model.config.image_token_id, min(group.size, len(batch.tokens)))
+        own: tuple[mx.array, ...] = (mx.array(0.0),) * (1 + len(objective.parts))
+        if group.rank < len(parts):
+            own = tuple(objective.loss(model, *parts[group.rank]))
+        return sum_tree(group, own)
+
+    def share_state(self) -> None:
+        """Give all ranks rank 0's weights and optimizer: from files that it alone has, or after other roundings."""
+        if self.group.size > 1:
+            self.step = self.group.share(self.step)
+            weights, state = share_tree(self.group, (self.model.trainable_parameters(), self.optimizer.state))
+            self.model.update(weights)
+            self.optimizer.state = state
 
     def save(self, folder: Path, run: dict[str, Any], options: dict[str, Any] | None = None) -> None:
         """Write the state that `resume` needs into one file, which is replaced atomically.
@@ -235,14 +268,16 @@ class Trainer:
         self.step = saved["step"]
 
 
-def saved_options(folder: Path) -> dict[str, Any]:
+def saved_options(folder: Path, group: Group = ALONE) -> dict[str, Any]:
     """All options of the run that was saved in a folder, by the names of `TrainerConfig` and `RunConfig`.
+
+    Of a group rank 0 alone has the folder.
 
     Raises:
         DataError: there is no state, or it is broken.
     """
-    _, saved = _read_state(folder)
-    options = {**saved["method"], **saved["options"]}
+    saved = together(group, lambda: _read_state(folder)[1] if group.rank == 0 else None)
+    options = group.share({**saved["method"], **saved["options"]} if saved else None)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 

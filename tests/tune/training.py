@@ -4,6 +4,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from support import random_tokens, small_model
 
+from mlx_dgemma.distributed.group import ALONE
 from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.objective import VARIANTS, Batch
 from mlx_dgemma.tune.trainer import Trainer
@@ -16,8 +17,8 @@ def batch_of(number, rows=2):
     return Batch(tokens, np.ones(tokens.shape, bool), canvas, np.ones(canvas.shape, bool))
 
 
-def trainer(**changes):
-    return Trainer(small_model(0), TrainerConfig(**{**QUICK, **changes}), VARIANTS["google"])
+def trainer(group=ALONE, **changes):
+    return Trainer(small_model(0), TrainerConfig(**{**QUICK, **changes}), VARIANTS["google"], group)
 
 
 def weights(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...distributed.watched import watched
-from ...errors import DgemmaError, OptionError
+from ...errors import DgemmaError, OptionError, count
 from ...installation import add_extra
 from ...server.settings import Settings, model_name
 from ...serving.rendezvous import listening, locked, running, socket_path
@@ -27,9 +28,15 @@ from ..local import health_of
 from ..terminal import Terminal
 
 if TYPE_CHECKING:
+    from ...server.replicas.spread import Replica
     from ...serving.scheduler import Scheduler
 
 MAX_DEFAULT_CACHE = 4 * 2**30  # bytes
+FOR_CHILDREN = (  # options that replicas on this machine share
+    *("model", "dtype", "compute_dtype", "ignore_memory", "adapter"),
+    *("rows", "waiting", "cache_size", "shutdown_seconds"),
+)
+STOP_SECONDS = 5.0  # that replicas get to end, beyond those of running answers
 REFUSE_SECONDS = 1.0  # that a waiting command gets to send its request
 LOG_BYTES, LOG_FILES = 5 * 2**20, 3  # of the log: where a new file is begun, and how many old ones are kept
 
@@ -121,6 +128,20 @@ class Duration(click.ParamType):
     metavar="TIME",
     help="End after so long without a request, such as 90s, 15m or 2h.  [default: never]",
 )
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Processes that each hold the model and share the requests: one for each GPU of this machine.",
+)
+@click.option(
+    "--replica", "servers", multiple=True, metavar="URL",
+    help="Another machine's server of the same model that shares the requests, such as http://mac2.local:8080; it "
+    "takes this one's API key. Repeatable.",
+)  # fmt: skip
+@click.option("--lifeline", is_flag=True, hidden=True)  # of a replica: it ends when its stdin does
 @click.option("--socket-only", is_flag=True, help="Answer the commands of this machine alone: open no port.")
 @click.option(
     "--log-file",
@@ -175,13 +196,55 @@ def serve(ctx: click.Context, model: ModelChoice, **given: Any) -> None:
         _install(ctx, settings, given, terminal)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once the server has stopped
+    _check_replicas(given)
     with ExitStack() as stack:
+        if given["lifeline"]:
+            from ...server.replicas.processes import end_with_stdin
+
+            end_with_stdin()
+            nothing = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            terminal = Terminal(nothing, nothing)  # what it would say, the first replica says
         sockets = _open_sockets(stack, settings, given, terminal)
-        _run(sockets, model, settings, given, terminal)
+        replicas = _replicas(stack, ctx, settings, given, terminal)
+        _run(sockets, replicas, model, settings, given, terminal)
+
+
+def _check_replicas(given: dict[str, Any]) -> None:
+    """Refuse what does not go with several replicas."""
+    if given["replicas"] == 1 and not given["servers"]:
+        return
+    if watched() is not None:
+        raise click.UsageError(
+            "--replicas starts its processes by itself, and --replica names servers that run; leave out mlx.launch."
+        )
+    if given["idle_exit"] is not None:
+        raise click.UsageError("--idle-exit is for a server alone; leave it out, or --replicas and --replica.")
+    for url in given["servers"]:
+        if not re.fullmatch(r"https?://[^/\s]+(/v1)?/?", url):
+            raise click.UsageError(f"--replica is {url!r}; it should be like http://mac2.local:8080.")
+
+
+def _replicas(
+    stack: ExitStack, ctx: click.Context, settings: Settings, given: dict[str, Any], terminal: Terminal
+) -> list[Replica]:
+    """The other replicas, which may still be loading the model."""
+    if given["replicas"] == 1 and not given["servers"]:
+        return []
+    from ...server.replicas.processes import children, servers
+    from ..launchd import arguments_of
+
+    arguments, stop = arguments_of(ctx, FOR_CHILDREN), settings.shutdown_seconds + STOP_SECONDS
+    started = children(given["replicas"] - 1, arguments, settings.identity, stop, terminal.warn)
+    return [*stack.enter_context(started), *servers(given["servers"], settings.api_key)]
 
 
 def _run(
-    sockets: Sequence[socket.socket], model: ModelChoice, settings: Settings, given: dict[str, Any], terminal: Terminal
+    sockets: Sequence[socket.socket],
+    replicas: Sequence[Replica],
+    model: ModelChoice,
+    settings: Settings,
+    given: dict[str, Any],
+    terminal: Terminal,
 ) -> None:
     """Load the model and serve until the end."""
     try:
@@ -194,6 +257,8 @@ def _run(
     from ...server.connections import Server
     from ...server.idle import Idle
     from ...server.local import collect_warnings
+    from ...server.replicas.processes import check
+    from ...server.replicas.spread import Spread
     from ...serving.scheduler import Scheduler
 
     rows, cache_size = given["rows"], given["cache_size"]
@@ -207,13 +272,21 @@ def _run(
 
         scheduler = Scheduler(engine, **keywords, make_cache=LeadingCache)
         rank.on_loss = lambda sentence: _refuse_all(scheduler, sentence)
-    app = create_app(scheduler, settings)
+    app = create_app(scheduler, settings, Spread(replicas, rows) if replicas else None)
+    try:
+        check(replicas, app.state.digest())
+    except DgemmaError:
+        scheduler.close()
+        raise
     _start_log(given["log_file"], given["agent"] is not None)
+    if given["lifeline"]:
+        logging.getLogger("mlx_dgemma").setLevel(logging.WARNING)
     collect_warnings()
     server = Server(app, None if given["idle_exit"] is None else Idle(given["idle_exit"]))
     scheduler.on_death = lambda: setattr(server, "should_exit", True)
     with_adapter = f" with the adapter {engine.adapter}" if engine.adapter else ""
-    terminal.warn(f"Listening on {_address(sockets, settings.host)}{with_adapter}; Ctrl-C stops it.")
+    over = f" over {count(1 + len(replicas), 'replica')}" if replicas else ""
+    terminal.warn(f"Listening on {_address(sockets, settings.host)}{with_adapter}{over}; Ctrl-C stops it.")
     server.run(sockets=list(sockets))
     if scheduler.broken is not None:
         raise DgemmaError(str(scheduler.broken))

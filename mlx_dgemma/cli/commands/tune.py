@@ -6,14 +6,15 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from ...distributed.watched import Watched, watched
 from ...errors import DgemmaError, count, human
 from ..common import ModelChoice, model_options, number_option
 from ..terminal import Terminal
@@ -150,38 +151,49 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
     DATA is a folder with train.jsonl and, for validation, valid.jsonl; one .jsonl file; or the id of a data set on
     the Hub. Each line is an object with messages (and tools, thinking), with prompt and completion, or with text. The
     objective is block diffusion: random tokens replace tokens of a canvas, and the model learns to restore them.
-    Ctrl-C saves and stops; --resume continues with exactly the same results.
+    Ctrl-C saves and stops; --resume continues with exactly the same results. Under mlx.launch every process takes its
+    share of each batch.
 
     \b
     mlx-dgemma tune data --model mlx_model --output adapter
     mlx-dgemma tune data --model mlx_model --output adapter --resume
     mlx-dgemma generate --model mlx_model --adapter adapter "..."
     """
-    terminal = Terminal()
     if model.compute_dtype is not None:
         raise click.UsageError(
             "--compute-dtype is for answers, and gradients need the model's own dtype; leave it out."
         )
+    with first_rank_speaks(watched()) as terminal:
+        _tune(data, model, resume, options, terminal)
+
+
+def _tune(data: str, model: ModelChoice, resume: bool, options: dict[str, Any], terminal: Terminal) -> None:
+    from ...checkpoint.together import open_together
+    from ...distributed.agreement import together
+    from ...distributed.group import init
     from ...tune.config import RunConfig, TrainerConfig
     from ...tune.run import check_before, tune
     from ...tune.trainer import saved_options
 
+    group = init()
     if resume:
         source = click.get_current_context().get_parameter_source
-        earlier = saved_options(options["output"])
+        earlier = saved_options(options["output"], group)
         options |= {n: value for n, value in earlier.items() if source(n) in (None, ParameterSource.DEFAULT)}
     chosen = {name: value for name, value in options.items() if value is not None}
     method = TrainerConfig(**{one.name: chosen[one.name] for one in fields(TrainerConfig) if one.name in chosen})
     plan = RunConfig(data, **{one.name: chosen[one.name] for one in fields(RunConfig) if one.name in chosen})
-    check_before(plan, resume)
-    engine = model.load(terminal, model.open(terminal))
+    check_before(plan, resume, group)
+    if group.size > 1:  # a rank without the checkpoint gets rank 0's
+        model = replace(model, name=str(open_together(model.name, group).path))
+    engine = together(group, lambda: model.load(terminal, model.open(terminal), whole=True))
     with warnings.catch_warnings(record=True) as caught, stop_on_interrupt(terminal) as interrupts:
         warnings.simplefilter("always", UserWarning)
         terminal.draw([], f"reading {data}")
         last = None
         try:
             for last in tune(
-                engine, method, plan, resume, lambda: bool(interrupts), terminal.warn, model.ignore_memory
+                engine, method, plan, resume, lambda: bool(interrupts), terminal.warn, model.ignore_memory, group
             ):
                 for warning in caught:
                     terminal.warn(f"Warning: {warning.message}")
@@ -217,6 +229,17 @@ def _print_progress(progress: Progress, terminal: Terminal) -> None:
         if progress.sample:
             terminal.warn("  answered: {!r:.80}, expected: {!r:.80}".format(*progress.sample))
     terminal.draw([], f"[{'#' * done}{'.' * (20 - done)}] {line}")
+
+
+@contextmanager
+def first_rank_speaks(rank: Watched | None) -> Iterator[Terminal]:
+    """The terminal, which is silent on all ranks but the first. That tells their errors, and they end with it."""
+    if rank is None or rank.place.rank == 0:
+        yield Terminal()
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nothing, suppress(DgemmaError):
+        yield Terminal(nothing, nothing)
+    rank.wait()
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Data parallel: requests spread over servers that each hold the model."""
