@@ -6,9 +6,10 @@ A layer is needed once, for all trajectories, so a stack that does not fit into 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_dgemma.model.attention import LayerContext
 from mlx_dgemma.model.config import TextConfig
@@ -64,9 +65,7 @@ def embed(model: DiffusionGemma, trajectory: Trajectory) -> Hidden:
     return rows[0][None], model.model.decoder.self_conditioning(rows[1], conditioning)
 
 
-def through(
-    model: DiffusionGemma, layers: Iterable[Layer], hidden: Sequence[Hidden]
-) -> Iterator[tuple[Layer, list[Hidden]]]:
+def through(model: DiffusionGemma, layers: Iterable[Layer], hidden: Sequence[Hidden]) -> Iterator[list[Hidden]]:
     """Run trajectories through layers, one after the other.
 
     Args:
@@ -75,7 +74,7 @@ def through(
         hidden: the inputs of the first, from `embed`.
 
     Yields:
-        A layer and its outputs, evaluated.
+        Each layer's outputs, evaluated.
     """
     text, states = model.config.text, list(hidden)
     encoder = model.model.encoder.language_model.layers
@@ -85,18 +84,39 @@ def through(
         for j, one in enumerate(states):
             states[j] = passage(layer, one, scalars)
             mx.eval(states[j])
-        yield layer, states
+        yield list(states)
 
 
-def logits(model: DiffusionGemma, hidden: Hidden, trajectory: Trajectory) -> Iterator[mx.array]:
-    """The processed logits of a trajectory's states, some positions at a time: [n, V] float32."""
+def positions_at_once(model: DiffusionGemma) -> int:
+    """Positions whose logits take `HEAD_BYTES`."""
+    return max(HEAD_BYTES // (4 * model.config.text.vocab_size), 1)
+
+
+def logits(
+    model: DiffusionGemma, hidden: Hidden, trajectory: Trajectory, table: nn.Module | None = None
+) -> Iterator[mx.array]:
+    """The processed logits of a trajectory's states, some positions at a time: [n, V] float32.
+
+    Args:
+        model: for its final norm and head.
+        hidden: outputs of the last layer.
+        trajectory: theirs.
+        table: an embedding to take in place of the model's.
+    """
     states = model.model.decoder.norm(hidden[1])
     warm = mx.array(trajectory.temperatures)[:, None]
     flat = states.reshape(-1, states.shape[-1])
     temperatures = mx.broadcast_to(warm, states.shape[:2]).reshape(-1, 1)
-    size = max(HEAD_BYTES // (4 * model.config.text.vocab_size), 1)
+    head = model.head if table is None else replace(model.head, table=table)
+    size = positions_at_once(model)
     for start in range(0, flat.shape[0], size):
-        yield model.logits(flat[None, start : start + size])[0] / temperatures[start : start + size]
+        yield head.logits(flat[None, start : start + size])[0] / temperatures[start : start + size]
+
+
+def kl(expected: mx.array, found: mx.array) -> mx.array:
+    """KL(expected || found) of logits [n, V], in nats, [n]."""
+    p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (expected, found))
+    return (mx.exp(p) * (p - q)).sum(axis=-1)
 
 
 def divergence(
@@ -121,10 +141,8 @@ def divergence(
     count = 0
     for a, b, one in zip(expected, found, trajectories):
         for p, q in zip(logits(source, a, one), logits(candidate, b, one)):
-            p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (p, q))
-            kl = (mx.exp(p) * (p - q)).sum(axis=-1)
-            same = p.argmax(axis=-1) == q.argmax(axis=-1)
-            total, agreed, count = total + float(kl.sum()), agreed + float(same.sum()), count + kl.size
+            far, same = kl(p, q), p.argmax(axis=-1) == q.argmax(axis=-1)
+            total, agreed, count = total + float(far.sum()), agreed + float(same.sum()), count + far.size
     return total / count, agreed / count
 
 
@@ -138,6 +156,6 @@ def outputs(model: DiffusionGemma, layer: Callable[[int], Layer], trajectories: 
     """
     states = [embed(model, one) for one in trajectories]
     mx.eval(states)
-    for _, states in through(model, map(layer, range(len(model.config.text.layer_types))), states):
-        pass
+    for found in through(model, map(layer, range(len(model.config.text.layer_types))), states):
+        states = found
     return states
