@@ -17,7 +17,7 @@ from mlx_dgemma.model.layers import MLP, Layer, SelfConditioning
 
 from ..recipes import Quantization
 from .gptq import Rounded, gptq
-from .replay import Inputs, Replay
+from .replay import Replay, by_rows
 
 EXPERT_BYTES = 512 * 2**20  # of second moments and their factors at once
 SHARED_ROWS = 512  # of all positions, for experts that few of them choose
@@ -56,10 +56,6 @@ class LayerRounding:
     rounded: dict[str, Rounded] = field(default_factory=dict)
     modules: list[Module] = field(default_factory=list)
 
-    def linear(self, path: str, module: nn.Module, rows: mx.array) -> None:
-        """Round the weight [O, I] of a linear map on its inputs [N, I]."""
-        self.weight(path, module, rows.T @ rows)
-
     def weight(self, path: str, module: nn.Module, moment: mx.array) -> None:
         """Round the weight [O, I] of a linear map by the second moment [I, I] of its inputs."""
         quantization = self.choose(path, module.weight.shape[-1])
@@ -74,35 +70,57 @@ class LayerRounding:
         mx.eval(made, module.weight)
 
 
-def round_layer(replay: Replay, layer: Layer, index: int, scalars: tuple[mx.array, mx.array], work: LayerRounding) -> None:
-    """Round a layer's weights in place, and take the states behind it."""
+def round_layer(
+    replay: Replay, layer: Layer, index: int, scalars: tuple[mx.array, mx.array], work: LayerRounding
+) -> None:
+    """Round a layer's weights in place, and take the states behind it as the layer itself would.
+
+    Args:
+        replay: the states in front of it.
+        layer: float32.
+        index: its place in the stack.
+        scalars: its factor as encoder and as decoder.
+        work: takes the result.
+    """
     path, attention = f"model.decoder.layers.{index}", layer.self_attn
-    (rows,) = _inputs(replay, layer, index, scalars, attention, "q_proj")
-    moment = rows.T @ rows
+    moment = second_moment(layer.input_layernorm(replay.h))
     for name in ("q_proj", "k_proj", "v_proj"):
         if name in attention:
             work.weight(f"{path}.self_attn.{name}", attention[name], moment)
-    (rows,) = _inputs(replay, layer, index, scalars, attention, "o_proj")
-    work.linear(f"{path}.self_attn.o_proj", attention.o_proj, rows)
-    kept = {"mlp": Inputs(layer.mlp), "experts": Inputs(layer.experts)}
-    proj = layer.router.proj = Inputs(layer.router.proj)
-    own = {name: layer[name] for name in kept}
-    layer.update_modules(kept)
-    replay.run(layer, index, scalars, keep=False)
-    layer.update_modules(own)
-    layer.router.proj = proj._module
-    work.linear(f"{path}.router.proj", layer.router.proj, *proj.rows())
-    round_mlp(f"{path}.mlp", layer.mlp, *kept["mlp"].rows(), work)
-    round_experts(f"{path}.experts", layer.experts, kept["experts"].rows(), work)
-    replay.run(layer, index, scalars, keep=True)
+    output, attention.o_proj = attention.o_proj, nn.Identity()
+    rows = replay.attend(index, lambda x, context: attention(layer.input_layernorm(x), context))
+    attention.o_proj = output
+    work.weight(f"{path}.self_attn.o_proj", output, second_moment(rows))
+    h = replay.h + by_rows(lambda some: layer.post_attention_layernorm(output(some)), rows)
+    dense = round_mlp(f"{path}.mlp", layer.mlp, layer.pre_feedforward_layernorm(h), work)
+    router, proj = layer.router, layer.router.proj
+    router.proj = kept = Inputs(proj)
+    mx.eval(router(h))
+    router.proj = proj
+    work.weight(f"{path}.router.proj", proj, second_moment(kept.rows))
+    chosen, x = router(h), layer.pre_feedforward_layernorm_2(h)
+    round_experts(f"{path}.experts", layer.experts, (x, *chosen), work)
+    sparse = by_rows(layer.experts, x, *chosen)
+    both = layer.post_feedforward_layernorm_1(dense) + layer.post_feedforward_layernorm_2(sparse)
+    replay.h = (h + layer.post_feedforward_layernorm(both)) * replay.factors(*scalars)
+    mx.eval(replay.h)
 
 
-def round_mlp(path: str, mlp: MLP | SelfConditioning, rows: mx.array, work: LayerRounding) -> None:
-    """Round a GeGLU's three maps on its inputs [N, H]."""
+def second_moment(rows: mx.array) -> mx.array:
+    """[I, I], the sum of x x^T over rows [N, I]."""
     moment = rows.T @ rows
+    mx.eval(moment)
+    return moment
+
+
+def round_mlp(path: str, mlp: MLP | SelfConditioning, rows: mx.array, work: LayerRounding) -> mx.array:
+    """Round a GeGLU's three maps on its inputs [N, H]; returns its outputs [N, H]."""
+    moment = second_moment(rows)
     for name in ("gate_proj", "up_proj"):
         work.weight(f"{path}.{name}", mlp[name], moment)
-    work.linear(f"{path}.down_proj", mlp.down_proj, geglu(mlp.gate_proj(rows), mlp.up_proj(rows)))
+    inner = by_rows(lambda some: geglu(mlp.gate_proj(some), mlp.up_proj(some)), rows)
+    work.weight(f"{path}.down_proj", mlp.down_proj, second_moment(inner))
+    return by_rows(mlp.down_proj, inner)
 
 
 def round_experts(path: str, experts: nn.Module, rows: tuple[mx.array, ...], work: LayerRounding) -> None:
@@ -188,12 +206,13 @@ def _losses(weight: mx.array, plain: mx.array, made: mx.array, moment: mx.array)
     return [float(((one @ moment) * one).sum()) for one in (weight, plain - weight, made - weight)]
 
 
-def _inputs(
-    replay: Replay, layer: Layer, index: int, scalars: tuple[mx.array, mx.array], parent: nn.Module, name: str
-) -> tuple[mx.array, ...]:
-    """The inputs of a module inside a layer."""
-    own = parent[name]
-    parent[name] = kept = Inputs(own)
-    replay.run(layer, index, scalars, keep=False)
-    parent[name] = own
-    return kept.rows()
+class Inputs(nn.Module):
+    """Keeps the rows that a map gets, and hands them on to it."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._module, self.rows = module, mx.zeros(0)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.rows = x
+        return self._module(x)

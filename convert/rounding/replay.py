@@ -2,86 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_dgemma.model.attention import LayerContext
 from mlx_dgemma.model.config import TextConfig
-from mlx_dgemma.model.functions import rms_norm
 from mlx_dgemma.model.kv_cache import Prefix
-from mlx_dgemma.model.layers import Layer, SelfConditioning
+from mlx_dgemma.model.layers import SelfConditioning
 
 from .states import Trajectory
 
-Embed = Callable[[mx.array], mx.array]
+ROWS = 4096  # taken through a map at once
 
 
 class Replay:
-    """The hidden states of recorded trajectories in front of a layer, encoder's and decoder's.
+    """The hidden states of recorded trajectories in front of a layer, as the encoder and the decoder have them.
 
     Args:
         config: the text stack's sizes.
         trajectories: what is taken through it.
-        embed: tokens [...] to their scaled embeddings [..., H] float32.
+        embed: tokens [N] to their scaled embeddings [N, H] float32.
 
     Attributes:
-        prefixes: [1, L, H] of each trajectory.
-        canvases: [S, C, H] of each trajectory.
+        h: [T, H] float32: for one trajectory after the other, the states of its prompt, then those of its canvases.
     """
 
-    def __init__(self, config: TextConfig, trajectories: Sequence[Trajectory], embed: Embed):
-        self.config = config
-        self.conditioning = [mx.array(one.conditioning).astype(mx.float32) for one in trajectories]
-        self.prefixes = [embed(mx.array([one.prefix], mx.int32)) for one in trajectories]
-        self.canvases = [embed(mx.array(one.canvases)) for one in trajectories]
-        mx.eval(self.prefixes, self.canvases)
+    def __init__(self, config: TextConfig, trajectories: Sequence[Trajectory], embed: Callable[[mx.array], mx.array]):
+        self._config = config
+        self._shapes = [(len(one.prefix), *one.canvases.shape) for one in trajectories]
+        self._conditioning = [one.conditioning for one in trajectories]
+        parts = [part for one in trajectories for part in (mx.array(one.prefix), mx.array(one.canvases).reshape(-1))]
+        self.h = embed(mx.concatenate(parts))
+        mx.eval(self.h)
 
     def condition(self, module: SelfConditioning) -> None:
         """Add the conditioning to the canvases."""
-        for i, conditioning in enumerate(self.conditioning):
-            self.canvases[i] = module(self.canvases[i], conditioning)
-            mx.eval(self.canvases[i])
-        self.conditioning = []
+        parts = []
+        for (start, middle, end), (_, count, length), known in zip(self._spans(), self._shapes, self._conditioning):
+            canvases = self.h[middle:end].reshape(count, length, -1)
+            made = module(canvases, mx.array(known).astype(mx.float32))
+            parts += [self.h[start:middle], made.reshape(end - middle, -1)]
+            mx.eval(made)
+        self.h, self._conditioning = mx.concatenate(parts), []
+        mx.eval(self.h)
 
-    def run(self, layer: Layer, index: int, scalars: tuple[mx.array, mx.array], keep: bool) -> None:
-        """Take all states through a layer.
+    def conditioning(self) -> mx.array:
+        """[N, H] float32, the rows that condition canvases; those of first steps are left out."""
+        kept = [one[one.any(axis=(1, 2))] for one in self._conditioning]
+        return mx.concatenate([mx.array(one).reshape(-1, one.shape[-1]).astype(mx.float32) for one in kept])
+
+    def attend(self, index: int, attention: Callable[[mx.array, LayerContext], mx.array]) -> mx.array:
+        """What a layer's attention makes of the states.
 
         Args:
-            layer: the layer.
-            index: its place in the stack.
-            scalars: its factor as encoder and as decoder.
-            keep: whether the states go on behind the layer, or only modules in it look at their inputs.
+            index: the layer's place in the stack.
+            attention: of states [B, L, H] in a context, to [B, L, D].
+
+        Returns:
+            [T, D].
         """
-        kind = self.config.layer_types[index]
-        for i, (h, canvas) in enumerate(zip(self.prefixes, self.canvases)):
-            prefix = Prefix(self.config)
-            cache = prefix.layers[index]
-            mask = prefix.encode_masks(h.shape[1])[kind]
-            encoded = layer(h, scalars[0], LayerContext([cache], [0], [mask], 0, False))
-            prefix.offset = h.shape[1]
-            count, length = canvas.shape[:2]
-            mask = prefix.denoise_masks(length)[kind]
-            context = LayerContext([cache] * count, [prefix.offset] * count, [mask] * count, prefix.offset, True)
-            denoised = layer(canvas, scalars[1], context)
-            mx.eval(encoded, denoised)
-            if keep:
-                self.prefixes[i], self.canvases[i] = encoded, denoised
+        kind, parts = self._config.layer_types[index], []
+        for (start, middle, end), (length, count, size) in zip(self._spans(), self._shapes):
+            prefix = Prefix(self._config)
+            cache, mask = prefix.layers[index], prefix.encode_masks(length)[kind]
+            encoded = attention(self.h[None, start:middle], LayerContext([cache], [0], [mask], 0, False))
+            prefix.offset = length
+            mask = prefix.denoise_masks(size)[kind]
+            context = LayerContext([cache] * count, [length] * count, [mask] * count, length, True)
+            denoised = attention(self.h[middle:end].reshape(count, size, -1), context)
+            parts += [encoded[0], denoised.reshape(count * size, -1)]
+            mx.eval(parts[-2:])
+        return mx.concatenate(parts)
+
+    def factors(self, encoder: mx.array, decoder: mx.array) -> mx.array:
+        """[T, 1], the encoder's layer scalar for prompts and the decoder's for canvases."""
+        parts = []
+        for start, middle, end in self._spans():
+            parts += [mx.broadcast_to(encoder, (middle - start,)), mx.broadcast_to(decoder, (end - middle,))]
+        return mx.concatenate(parts)[:, None]
+
+    def _spans(self) -> Iterator[tuple[int, int, int]]:
+        """Where the prompt of each trajectory begins, where its canvases do, and where they end."""
+        start = 0
+        for length, count, size in self._shapes:
+            yield start, start + length, (end := start + length + count * size)
+            start = end
 
 
-class Inputs(nn.Module):
-    """Keeps the rows that a module gets, and hands them on to it."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self._module, self._rows = module, []
-
-    def __call__(self, x: mx.array, *more: mx.array) -> mx.array:
-        """The module's result."""
-        self._rows.append((x.reshape(-1, x.shape[-1]), *more))
-        return self._module(x, *more)
-
-    def rows(self) -> tuple[mx.array, ...]:
-        """All rows, [N, ...] each."""
-        return tuple(mx.concatenate(part) for part in zip(*self._rows))
+def by_rows(function: Callable[..., mx.array], *rows: mx.array) -> mx.array:
+    """A function of rows [T, ...], of some at a time."""
+    parts = []
+    for start in range(0, rows[0].shape[0], ROWS):
+        parts.append(function(*(one[start : start + ROWS] for one in rows)))
+        mx.eval(parts[-1])
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
