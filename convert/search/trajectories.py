@@ -1,0 +1,162 @@
+"""Denoising trajectories of a model: the states that its own sampler visits, recorded once and replayed.
+
+A state is what one step sees: a canvas, what conditions it, its temperature, and the tokens of the prefix. The prefix
+is kept as tokens, so that whatever is measured encodes it by itself.
+
+L is a prefix's length, S the states of a trajectory, C the canvas length, H the hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.decoding import sampler
+from mlx_dgemma.decoding.canvas import CanvasBatch
+from mlx_dgemma.decoding.lookahead import advance
+from mlx_dgemma.decoding.options import GenerationOptions
+from mlx_dgemma.decoding.session import PromptTokens, Session
+from mlx_dgemma.decoding.step import inputs
+from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.files import atomic_file
+from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
+
+FORMAT = "1"
+TOGETHER = 8  # canvases denoised together: a layer that is read from the disk serves all of them
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Some states of one canvas.
+
+    Attributes:
+        prefix: [L] int32, the tokens before the canvas.
+        canvases: [S, C] int32, what each step sees.
+        conditioning: [S, C, H] float16, zeros where there was none.
+        steps: [S] int, 0 for a canvas's first step, which has no conditioning.
+        temperatures: [S] float32, of each step's logits.
+        text: [C] bool, the positions that belong to the answer in the end.
+    """
+
+    prefix: np.ndarray
+    canvases: np.ndarray
+    conditioning: np.ndarray
+    steps: np.ndarray
+    temperatures: np.ndarray
+    text: np.ndarray
+
+
+def record(
+    model: DiffusionGemma,
+    options: GenerationOptions,
+    prompts: Sequence[Sequence[int]],
+    states: int = 4,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Trajectory]:
+    """Denoise the first canvas of each prompt's answer and keep some of the states.
+
+    Args:
+        model: the source; `Shelf.trunk` gives one whose layers are read when they are needed.
+        options: of its sampler.
+        prompts: token ids, with the generation prompt.
+        states: of each canvas, spread evenly from its first step to its last.
+        seed: of the noise.
+        progress: called with the prompts done and in total.
+
+    Returns:
+        A trajectory for each prompt.
+    """
+    found: list[Trajectory] = []
+    options = options.override(exact=False, fast=False, canvas="full")
+    for start in range(0, len(prompts), TOGETHER):
+        some = prompts[start : start + TOGETHER]
+        keys = mx.stack([mx.random.key((seed << 32) + start + i) for i in range(len(some))])
+        found += _together(model, options, some, keys, states)
+        if progress:
+            progress(len(found), len(prompts))
+    return found
+
+
+def _together(
+    model: DiffusionGemma, options: GenerationOptions, prompts: Sequence[Sequence[int]], keys: mx.array, states: int
+) -> list[Trajectory]:
+    prefixes = []
+    for prompt in prompts:
+        session = Session(model, len(prompt) + model.config.canvas_length)
+        prefixes.append(session.encode_all(PromptTokens(list(prompt), list(prompt)), options.prefill_chunk))
+    rooms = [options.max_tokens] * len(prompts)
+    batch = CanvasBatch(model, prefixes, options, keys, rooms)
+    seen: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in prompts]
+    while not all(batch.finished) and max(batch.steps) < options.max_denoising_steps:
+        canvas, conditioning = inputs(batch, batch.rows.last, batch.steps, batch.dense)
+        if conditioning is None:
+            conditioning = mx.zeros((*canvas.shape, model.config.text.hidden_size))
+        on_host, conditions = np.asarray(canvas), np.asarray(conditioning.astype(mx.float16))
+        for i, over in enumerate(batch.finished):
+            if not over:
+                seen[i].append((on_host[i], conditions[i]))
+        step = advance(batch, ahead=False)
+        if step.overflowed:
+            raise model.range_error()
+    ends, stops = mx.array(np.asarray(step.argmax)), mx.array(options.end_tokens, mx.int32)
+    text = np.asarray(sampler.text(ends, stops, mx.array(rooms, mx.int32)))
+    return [_thinned(prompt, one, own, options, states) for prompt, one, own in zip(prompts, seen, text)]
+
+
+def _thinned(
+    prompt: Sequence[int],
+    seen: list[tuple[np.ndarray, np.ndarray]],
+    text: np.ndarray,
+    options: GenerationOptions,
+    states: int,
+) -> Trajectory:
+    """A trajectory of at most so many of these states, the first and the last among them."""
+    count, total = len(seen), options.max_denoising_steps
+    steps = np.unique(np.round(np.linspace(0, count - 1, min(states, count))).astype(int))
+    warm = [sampler.temperature(total - step, total, options.t_min, options.t_max) for step in steps.tolist()]
+    return Trajectory(
+        prefix=np.array(prompt, np.int32),
+        canvases=np.stack([seen[step][0] for step in steps]).astype(np.int32),
+        conditioning=np.stack([seen[step][1] for step in steps]),
+        steps=steps,
+        temperatures=np.array(warm, np.float32),
+        text=text,
+    )
+
+
+def save(file: Path, trajectories: Sequence[Trajectory]) -> None:
+    """Write trajectories into one safetensors file.
+
+    Raises:
+        DgemmaError: the file cannot be written.
+    """
+    arrays = {
+        f"{i}.{name}": mx.array(value.astype(np.int32) if value.dtype == np.int64 else value)
+        for i, one in enumerate(trajectories)
+        for name, value in vars(one).items()
+    }
+    with atomic_file(file) as draft:
+        mx.save_safetensors(str(draft), arrays, {"trajectories": FORMAT, "count": str(len(trajectories))})
+
+
+def load(file: Path) -> list[Trajectory]:
+    """Read what `save` wrote.
+
+    Raises:
+        CheckpointError: it is no such file.
+    """
+    try:
+        arrays, told = mx.load(str(file), return_metadata=True)  # type: ignore[misc]
+        if told.get("trajectories") != FORMAT:
+            raise ValueError
+        names = list(Trajectory.__dataclass_fields__)
+        return [
+            Trajectory(**{name: np.array(arrays[f"{i}.{name}"]) for name in names}) for i in range(int(told["count"]))
+        ]
+    except (RuntimeError, ValueError, KeyError):
+        raise CheckpointError(f"{file} holds no trajectories; remove it, so that they are recorded again.") from None
