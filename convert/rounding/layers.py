@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dgemma.model.experts import Experts
 from mlx_dgemma.model.functions import geglu
 from mlx_dgemma.model.layers import MLP, Layer, SelfConditioning
 
@@ -21,7 +23,7 @@ from .replay import Replay, by_rows
 
 EXPERT_BYTES = 512 * 2**20  # of second moments and their factors at once
 SHARED_ROWS = 512  # of all positions, for experts that few of them choose
-Choose = Callable[[str, int], Quantization | None]
+Choose = Callable[[str], Quantization | None]
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,13 @@ class Module:
 
     Attributes:
         path: of the module.
-        plain: error of the nearest codes, as a share of the squared outputs.
+        nearest: squared error of the outputs with the nearest codes, as a share of the squared outputs.
         error: the same as it was rounded.
-        few: experts that had fewer rows than inputs, and were rounded on rows of all positions as well.
+        few: experts that fewer positions chose than they have inputs, rounded on positions of others as well.
     """
 
     path: str
-    plain: float
+    nearest: float
     error: float
     few: int = 0
 
@@ -45,10 +47,11 @@ class Module:
 class LayerRounding:
     """Rounds modules, puts what they have become in their place, and keeps it.
 
-    Args:
-        choose: the quantization of a module by its path and inputs, None where it stays as it is or takes its nearest
-            codes.
+    Attributes:
+        choose: the quantization of the module at a path, None where it stays as it is.
         dtype: of scales and biases.
+        rounded: {module path: its new weight}. Modes other than affine take their nearest codes and are not in it.
+        modules: what was done with them.
     """
 
     choose: Choose
@@ -56,18 +59,26 @@ class LayerRounding:
     rounded: dict[str, Rounded] = field(default_factory=dict)
     modules: list[Module] = field(default_factory=list)
 
-    def weight(self, path: str, module: nn.Module, moment: mx.array) -> None:
+    def weight(self, path: str, module: Any, moment: mx.array) -> None:
         """Round the weight [O, I] of a linear map by the second moment [I, I] of its inputs."""
-        quantization = self.choose(path, module.weight.shape[-1])
+        quantization = self.choose(path)
         if quantization is None:
+            return
+        near = nearest(module.weight, quantization, self.dtype)
+        if quantization.mode != "affine":
+            module.weight = near
             return
         made = gptq(module.weight, moment, quantization, self.dtype)
         found = values(made, quantization)
-        losses = _losses(module.weight, plain(module.weight, quantization, self.dtype), found, moment)
+        self.keep(path, made, losses(module.weight, near, found, moment))
         module.weight = found
+
+    def keep(self, path: str, made: Rounded, squares: np.ndarray, few: int = 0) -> None:
+        """Keep a result; `squares` are the outputs', and those of both errors."""
+        mx.eval(made)
         self.rounded[path] = made
-        self.modules.append(Module(path, losses[1] / losses[0], losses[2] / losses[0]))
-        mx.eval(made, module.weight)
+        shares = (squares[1:] / max(squares[0], 1e-30)).tolist()
+        self.modules.append(Module(path, *shares, few))
 
 
 def round_layer(
@@ -77,7 +88,7 @@ def round_layer(
 
     Args:
         replay: the states in front of it.
-        layer: float32.
+        layer: its weights are replaced.
         index: its place in the stack.
         scalars: its factor as encoder and as decoder.
         work: takes the result.
@@ -106,13 +117,6 @@ def round_layer(
     mx.eval(replay.h)
 
 
-def second_moment(rows: mx.array) -> mx.array:
-    """[I, I], the sum of x x^T over rows [N, I]."""
-    moment = rows.T @ rows
-    mx.eval(moment)
-    return moment
-
-
 def round_mlp(path: str, mlp: MLP | SelfConditioning, rows: mx.array, work: LayerRounding) -> mx.array:
     """Round a GeGLU's three maps on its inputs [N, H]; returns its outputs [N, H]."""
     moment = second_moment(rows)
@@ -123,10 +127,38 @@ def round_mlp(path: str, mlp: MLP | SelfConditioning, rows: mx.array, work: Laye
     return by_rows(mlp.down_proj, inner)
 
 
-def round_experts(path: str, experts: nn.Module, rows: tuple[mx.array, ...], work: LayerRounding) -> None:
-    """Round the experts, some at a time, each on the positions that chose it, which count by the square of its share.
+@dataclass
+class _Chosen:
+    """The rows of one expert: [n, I] its inputs, [n] its shares of them, and some of all positions' [m, I]."""
 
-    An expert that fewer positions chose than it has inputs is rounded on some of all positions as well.
+    own: mx.array
+    shares: mx.array
+    others: mx.array
+
+    def through(self, weight: mx.array) -> _Chosen:
+        """The rows behind gate and up."""
+        own, others = (geglu(*mx.split(rows @ weight.T, 2, axis=-1)) for rows in (self.own, self.others))
+        return _Chosen(own, self.shares, others)
+
+    @property
+    def few(self) -> bool:
+        return self.own.shape[0] < self.own.shape[1]
+
+    def moment(self) -> mx.array:
+        """[I, I], rows weighed by the squares of their shares; where they are few, others fill them up."""
+        weighed = self.own * self.shares[:, None]
+        moment = weighed.T @ weighed
+        if self.few:
+            missing, count = self.own.shape[1] - self.own.shape[0], self.own.shape[0]
+            share = (self.shares * self.shares).mean() if count else 1.0
+            moment = moment + (self.others.T @ self.others) * (share * missing / self.others.shape[0])
+        return moment
+
+
+def round_experts(path: str, experts: Experts, rows: tuple[mx.array, mx.array, mx.array], work: LayerRounding) -> None:
+    """Round the experts, some at a time, each on the positions that chose it.
+
+    An expert that fewer positions chose than it has inputs is rounded on positions of others as well.
 
     Args:
         path: of the module.
@@ -134,76 +166,40 @@ def round_experts(path: str, experts: nn.Module, rows: tuple[mx.array, ...], wor
         rows: [N, H] inputs, [N, K] experts and [N, K] their shares.
         work: takes the result.
     """
-    x, chosen, shares = rows
-    up, down = experts.gate_up_proj, experts.down_proj
-    how = [work.choose(f"{path}.{name}_proj", one.weight.shape[-1]) for name, one in (("gate_up", up), ("down", down))]
-    chosen, shares = np.asarray(chosen), np.asarray(shares.astype(mx.float32))
-    count, width = up.weight.shape[0], x.shape[-1]
-    step = max(1, EXPERT_BYTES // (4 * 4 * width * width))
-    some = x[mx.array(np.linspace(0, len(x) - 1, min(len(x), SHARED_ROWS)).astype(np.int32))]
-    made: list[list[Rounded]] = [[], []]
-    losses = np.zeros((2, 3))
-    few = np.zeros(2, int)
-    for first in range(0, count, step):
-        part = slice(first, min(first + step, count))
-        found = [_chosen_by(expert, x, chosen, shares, some) for expert in range(part.start, part.stop)]
-        for i, (one, quantization) in enumerate(zip((up, down), how)):
-            weight = one.weight[part]
-            pairs = found if i == 0 else [
-                tuple(geglu(*mx.split(r @ w.T, 2, axis=-1)) for r in own[:2]) + own[2:]
-                for own, w in zip(found, up.weight[part])
-            ]
+    x, chosen, shares = rows[0], np.asarray(rows[1]), np.asarray(rows[2].astype(mx.float32))
+    maps = {"gate_up_proj": experts.gate_up_proj, "down_proj": experts.down_proj}
+    how = {name: work.choose(f"{path}.{name}") for name in maps}
+    made: dict[str, list[Rounded]] = {name: [] for name in maps}
+    squares, few = {name: np.zeros(3) for name in maps}, dict.fromkeys(maps, 0)
+    others = x[mx.array(np.linspace(0, len(x) - 1, min(len(x), SHARED_ROWS)).astype(np.int32))]
+    count, step = maps["gate_up_proj"].weight.shape[0], max(1, EXPERT_BYTES // (16 * x.shape[-1] ** 2))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        found = []
+        for expert in range(start, stop):
+            where, place = np.nonzero(chosen == expert)
+            found.append(_Chosen(x[mx.array(where.astype(np.int32))], mx.array(shares[where, place]), others))
+        for name, one in maps.items():
+            weight, quantization = one.weight[start:stop], how[name]
+            if name == "down_proj":
+                found = [rows.through(w) for rows, w in zip(found, maps["gate_up_proj"].weight[start:stop])]
             if quantization is None:
                 continue
-            size = weight.shape[-1]
-            moments = mx.stack([_moment(own, share, everything, size) for own, everything, share in pairs])
-            few[i] += sum(own.shape[0] < size for own, _, _ in pairs)
-            made[i].append(gptq(weight, moments, quantization, work.dtype))
-            new = values(made[i][-1], quantization)
-            losses[i] += _losses(weight, plain(weight, quantization, work.dtype), new, moments)
-            one.weight[part] = new
-            mx.eval(made[i][-1], one.weight)
-    for i, name in enumerate(("gate_up_proj", "down_proj")):
-        if how[i] is not None:
-            work.rounded[f"{path}.{name}"] = Rounded(*(mx.concatenate(part) for part in zip(*made[i])))
-            own = losses[i]
-            work.modules.append(Module(f"{path}.{name}", own[1] / own[0], own[2] / own[0], int(few[i])))
-
-
-def _chosen_by(
-    expert: int, x: mx.array, chosen: np.ndarray, shares: np.ndarray, some: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """(inputs of an expert [n, H], some of all inputs, its shares [n])."""
-    where, place = np.nonzero(chosen == expert)
-    return x[mx.array(where.astype(np.int32))], some, mx.array(shares[where, place])
-
-
-def _moment(own: mx.array, share: mx.array, everything: mx.array, size: int) -> mx.array:
-    """The second moment [I, I] of an expert's inputs, with some of all positions' where there are few."""
-    weighted = own * share[:, None]
-    moment = weighted.T @ weighted
-    missing = max(size - own.shape[0], 0)
-    if missing:
-        mean = (share * share).mean() if own.shape[0] else 1.0
-        moment = moment + (everything.T @ everything) * (mean * missing / everything.shape[0])
-    return moment
-
-
-def plain(weight: mx.array, quantization: Quantization, dtype: mx.Dtype) -> mx.array:
-    """The values of the nearest codes."""
-    made = mx.quantize(weight.astype(dtype), **quantization.as_dict)
-    return values(Rounded(*made), quantization)
-
-
-def values(made: Rounded, quantization: Quantization) -> mx.array:
-    """The float32 values that a quantized weight stands for."""
-    scales, biases = (one.astype(mx.float32) for one in made[1:])
-    return mx.dequantize(made.weight, scales, biases, **quantization.as_dict)
-
-
-def _losses(weight: mx.array, plain: mx.array, made: mx.array, moment: mx.array) -> list[float]:
-    """Squared outputs, and their squared errors with the nearest codes and as rounded."""
-    return [float(((one @ moment) * one).sum()) for one in (weight, plain - weight, made - weight)]
+            new = near = nearest(weight, quantization, work.dtype)
+            if quantization.mode == "affine":
+                moments = mx.stack([rows.moment() for rows in found])
+                few[name] += sum(rows.few for rows in found)
+                made[name].append(gptq(weight, moments, quantization, work.dtype))
+                new = values(made[name][-1], quantization)
+                squares[name] += losses(weight, near, new, moments)
+                mx.eval(made[name][-1])
+            one.weight[start:stop] = new
+            mx.eval(one.weight)
+        mx.clear_cache()
+    for name, parts in made.items():
+        if parts:
+            whole = Rounded(*(mx.concatenate(part) for part in zip(*parts)))
+            work.keep(f"{path}.{name}", whole, squares[name], few[name])
 
 
 class Inputs(nn.Module):
@@ -214,5 +210,32 @@ class Inputs(nn.Module):
         self._module, self.rows = module, mx.zeros(0)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """As the map itself."""
         self.rows = x
         return self._module(x)
+
+
+def second_moment(rows: mx.array) -> mx.array:
+    """[I, I] float32, the sum of x x^T over rows [N, I]."""
+    rows = rows.astype(mx.float32)
+    moment = rows.T @ rows
+    mx.eval(moment)
+    return moment
+
+
+def nearest(weight: mx.array, quantization: Quantization, dtype: mx.Dtype) -> mx.array:
+    """The float32 values of the nearest codes, as a conversion rounds otherwise."""
+    made = mx.quantize(weight.astype(dtype), **quantization.as_dict)
+    return mx.dequantize(*made, **quantization.as_dict).astype(mx.float32)
+
+
+def values(made: Rounded, quantization: Quantization) -> mx.array:
+    """The float32 values that a quantized weight stands for."""
+    scales, biases = made.scales.astype(mx.float32), made.biases.astype(mx.float32)
+    return mx.dequantize(made.weight, scales, biases, **quantization.as_dict)
+
+
+def losses(weight: mx.array, near: mx.array, made: mx.array, moment: mx.array) -> np.ndarray:
+    """Squared outputs of inputs with a second moment, and the squared errors of two roundings; [3]."""
+    weight = weight.astype(mx.float32)
+    return np.array([float(((one @ moment) * one).sum()) for one in (weight, near - weight, made - weight)])

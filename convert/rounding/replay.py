@@ -11,7 +11,7 @@ from mlx_dgemma.model.config import TextConfig
 from mlx_dgemma.model.kv_cache import Prefix
 from mlx_dgemma.model.layers import SelfConditioning
 
-from .states import Trajectory
+from ..search.trajectories import Trajectory
 
 ROWS = 4096  # taken through a map at once
 
