@@ -6,16 +6,19 @@ import re
 import signal
 import sys
 from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dgemma.errors import DgemmaError, human
+from mlx_dgemma.errors import DgemmaError, count, human
 
 from . import recipes
+from .rounding.methods import METHODS, NEAREST
 
 if TYPE_CHECKING:
     from .report import Report
+    from .rounding.run import Rounding
 
 EPILOG = f"""Recipes: {", ".join(recipes.RECIPES)}. The number is the bits per weight of the experts, which hold nine
 tenths of the weights. The rest of the text model is stored at 8 bits, and the vision tower stays in floats."""
@@ -42,6 +45,13 @@ tenths of the weights. The rest of the text model is stored at 8 bits, and the v
 @click.option(
     "--verify", is_flag=True, help="Compare the logits of source and result; look for NaN or infinite weights."
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(list(METHODS)),
+    default=NEAREST,
+    show_default=True,
+    help="How codes and scales are chosen at the recipe's bits: " + "; ".join(f"{k}: {v}" for k, v in METHODS.items()) + ".",
+)
 @click.option("--upload-repo", metavar="ID", help="Upload the result to this Hub repository.")
 def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bool, recipe: str | None, **options: Any):
     """Convert a DiffusionGemma checkpoint to MLX, quantized or not.
@@ -66,7 +76,7 @@ def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
         from .conversion import convert as convert_
 
         with sigterm_exits(), progress_bar("Converting") as progress:
-            report = convert_(origin, mlx_path, chosen, progress=progress, **options)
+            report = convert_(origin, mlx_path, chosen, progress=progress, stage=_stage(), **options)
     except DgemmaError as error:
         if error.exit_code == 2:
             raise click.UsageError(re.sub(r"^(recipe|q-[a-z-]+)(?= is )", r"--\1", str(error))) from None
@@ -113,6 +123,36 @@ def progress_bar(label: str):
             shown.__exit__(None, None, None)
 
 
+def _stage() -> Callable[[str, int, int], None] | None:
+    """Says on stderr what rounding does, one line for each part of it; None if stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def told(what: str, done: int, total: int) -> None:
+        click.echo(f"\r{what}: {done} of {total}", err=True, nl=done == total)
+
+    return told
+
+
+def _print_rounding(rounding: Rounding) -> None:
+    """What was done for better rounding: by kind of module, the mean over layers."""
+    click.echo(
+        f"Rounded by {rounding.method}, on {count(rounding.positions, 'position')} of "
+        f"{count(rounding.prompts, 'prompt')}; about {human(rounding.memory)} of memory."
+    )
+    for path, before, after, few in rounding.by_kind():
+        rest = f", {count(few, 'expert')} with few positions of their own" if few else ""
+        click.echo(f"  {path}: error of the outputs {before:.2g}, with nearest codes {after:.2g}{rest}")
+    if rounding.others:
+        click.echo(f"  nearest codes: {', '.join(_merge_layers(dict.fromkeys(rounding.others, '')))}")
+    if tuned := rounding.tuned:
+        said = "" if tuned.kept else ", so that it was not kept"
+        click.echo(
+            f"  scales trained for {count(tuned.steps, 'step')}: KL {tuned.before:.3g} nats before, "
+            f"{tuned.after:.3g} after, on states that were held back{said}"
+        )
+
+
 def _print_report(report: Report) -> None:
     """Print what was converted, and how."""
     click.echo(f"{report.source} -> {report.target}")
@@ -133,6 +173,8 @@ def _print_report(report: Report) -> None:
     click.echo(f"{report.bits_per_weight:.2f} bits per weight, {size}, {report.seconds:.1f} s.")
     if not report.quantized:
         click.echo("Nothing was quantized; use -q to quantize.")
+    if report.rounding:
+        _print_rounding(report.rounding)
     for note in report.notes:
         click.echo(note)
     for name in report.nonfinite:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_dgemma.model.attention import LayerContext
 from mlx_dgemma.model.config import TextConfig
@@ -49,8 +50,8 @@ class Replay:
 
     def conditioning(self) -> mx.array:
         """[N, H] float32, the rows that condition canvases; those of first steps are left out."""
-        kept = [one[one.any(axis=(1, 2))] for one in self._conditioning]
-        return mx.concatenate([mx.array(one).reshape(-1, one.shape[-1]).astype(mx.float32) for one in kept])
+        kept = np.concatenate([one[one.any(axis=(1, 2))] for one in self._conditioning])
+        return mx.array(kept).reshape(-1, self._config.hidden_size).astype(mx.float32)
 
     def attend(self, index: int, attention: Callable[[mx.array, LayerContext], mx.array]) -> mx.array:
         """What a layer's attention makes of the states.
@@ -93,7 +94,7 @@ class Replay:
 def by_rows(function: Callable[..., mx.array], *rows: mx.array) -> mx.array:
     """A function of rows [T, ...], of some at a time."""
     parts = []
-    for start in range(0, rows[0].shape[0], ROWS):
+    for start in range(0, max(rows[0].shape[0], 1), ROWS):
         parts.append(function(*(one[start : start + ROWS] for one in rows)))
         mx.eval(parts[-1])
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)

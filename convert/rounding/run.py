@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -59,6 +60,17 @@ class Rounding:
     others: tuple[str, ...] = ()
     tuned: Tuned | None = None
     memory: int = 0
+
+    def by_kind(self) -> list[tuple[str, float, float, int]]:
+        """(module path without its layer, mean error of nearest codes, mean error as rounded, experts with few rows)."""
+        kinds: dict[str, list[Module]] = {}
+        for one in self.modules:
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", one.path), []).append(one)
+        return [
+            (path, *(sum(values) / len(some) for values in ([one.nearest for one in some], [one.error for one in some])),
+             sum(one.few for one in some))
+            for path, some in kinds.items()
+        ]
 
 
 class Calibrated:
