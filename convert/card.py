@@ -109,7 +109,8 @@ def _rounding(rounding: Rounding | None) -> str:
     if rounding is None:
         return ""
     told = f"""
-Rounded by {rounding.method} on denoising steps of the source: {rounding.positions:,} positions of {rounding.prompts} prompts.
+Rounded by {rounding.method} on denoising steps of the source:
+{rounding.positions:,} positions of {rounding.prompts} prompts.
 """
     if tuned := rounding.tuned:
         said = "were kept" if tuned.kept else "were not kept"
@@ -117,7 +118,9 @@ Rounded by {rounding.method} on denoising steps of the source: {rounding.positio
 held back {tuned.before:.3g} nats before, {tuned.after:.3g} after.
 """
     if rounding.modules:
-        rows = "\n".join(f"| {one.path} | {one.nearest:.2g} | {one.error:.2g} | {one.few or ''} |" for one in rounding.modules)
+        rows = "\n".join(
+            f"| {one.path} | {one.nearest:.2g} | {one.error:.2g} | {one.few or ''} |" for one in rounding.modules
+        )
         told += f"""
 <details><summary>Squared error of each module's outputs, as a share of the squared outputs</summary>
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from contextlib import contextmanager
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -50,7 +50,7 @@ tenths of the weights. The rest of the text model is stored at 8 bits, and the v
     type=click.Choice(list(METHODS)),
     default=NEAREST,
     show_default=True,
-    help="How codes and scales are chosen at the recipe's bits: " + "; ".join(f"{k}: {v}" for k, v in METHODS.items()) + ".",
+    help=f"How codes and scales are chosen: {'; '.join(': '.join(one) for one in METHODS.items())}.",
 )
 @click.option("--upload-repo", metavar="ID", help="Upload the result to this Hub repository.")
 def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bool, recipe: str | None, **options: Any):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -35,7 +34,7 @@ from .jobs import (
 from .recipes import PARTS, Quantization, Recipe, part_of, recipe_named
 from .report import Report
 from .rounding.methods import NEAREST
-from .rounding.run import Calibrated, Stage, is_plain
+from .rounding.run import SCRATCH, Calibrated, Stage, is_plain
 from .sources.opened import STALE, Source, find_source, open_source
 from .sources.parts import Decoded
 from .verify import Verification, check_decoded_fits, verify_conversion
@@ -59,8 +58,8 @@ def convert(
 ) -> Report:
     """Convert a checkpoint to MLX's layout.
 
-    Peak memory stays below 1 GB for checkpoints of any size (without `verify` and `rounding`). The folder `target` only appears when
-    it is complete: an interruption or an error leaves nothing behind.
+    Peak memory stays below 1 GB for checkpoints of any size (without `verify` and `rounding`). The folder `target` only
+    appears when it is complete: an interruption or an error leaves nothing behind.
 
     Args:
         source: a folder or a Hub id, laid out as by Hugging Face, MLX, ModelOpt or compressed-tensors, or a GGUF file,
@@ -118,8 +117,8 @@ def _convert(
     decoded = work.jobs if origin.decode else None
     if verify and decoded:
         check_decoded_fits(checkpoint)
-    with atomic_folder(target, work.nbytes, OPTION) as folder, TemporaryDirectory(dir=target.parent) as scratch:
-        calibrated = wanted(origin, work.jobs, Path(scratch)) if wanted else None
+    with atomic_folder(target, work.nbytes, OPTION) as folder:
+        calibrated = wanted(origin, work.jobs, folder / SCRATCH) if wanted else None
         if work.unchanged:
             _copy(checkpoint, folder, progress)
             nonfinite = _find_nonfinite(work.jobs) if verify else ()
@@ -133,6 +132,7 @@ def _convert(
         result = Checkpoint.open(folder)
         if calibrated:
             calibrated.tune(result)
+            calibrated.close()
         verification = verify_conversion(checkpoint, result, work.exact, decoded) if verify else None
         report = _report(source, target, checkpoint, chosen, work, nonfinite, verification, start)
         report = replace(report, rounding=calibrated.rounding if calibrated else None)

@@ -45,7 +45,7 @@ def gptq(weight: mx.array, moment: mx.array, quantization: Quantization, dtype: 
     codes = []
     for start in range(0, shape[-1], BLOCK):
         stop = min(start + BLOCK, shape[-1])
-        rest, errors = weight[..., :stop - start], []
+        rest, errors = weight[..., : stop - start], []
         for k in range(start, stop):
             now, group = rest[..., 0], k // size
             scale, bias = scales[..., group], biases[..., group]

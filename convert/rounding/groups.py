@@ -56,15 +56,12 @@ def fit(weight: mx.array, importance: mx.array, bits: int, group_size: int, dtyp
     share = share / (share.sum(axis=-1, keepdims=True) + 1e-30) + 1e-6
     low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
     _, own, bias = mx.quantize(weight.astype(dtype), group_size=group_size, bits=bits)
-    candidates = [(own[..., None].astype(mx.float32), bias[..., None].astype(mx.float32), 0)]
-    candidates += [((high - low) * p / levels, low * p, REFITS) for p in SHRINKS]
+    own, bias = own[..., None].astype(mx.float32), bias[..., None].astype(mx.float32)
+    candidates = [(own, bias), *(((high - low) * p / levels, low * p) for p in SHRINKS)]
     best: tuple[mx.array, ...] | None = None
-    for scale, offset, refits in candidates:
-        for _ in range(refits):
-            scale = _at_least(scale)
-            scale, offset = _least_squares(groups, encode(groups, scale, offset, levels), share, scale)
-        scale, offset = (_at_least(scale).astype(dtype), offset.astype(dtype))
-        scale, offset = scale.astype(mx.float32), offset.astype(mx.float32)
+    for i, candidate in enumerate(candidates):
+        scale, offset = candidate if i == 0 else _refitted(groups, *candidate, share, levels)
+        scale, offset = (one.astype(dtype).astype(mx.float32) for one in (_at_least(scale), offset))
         wrong = groups - (encode(groups, scale, offset, levels) * scale + offset)
         error = (wrong * wrong * share).sum(axis=-1, keepdims=True)
         if best is None:
@@ -75,6 +72,16 @@ def fit(weight: mx.array, importance: mx.array, bits: int, group_size: int, dtyp
         mx.eval(best)
     assert best is not None
     return best[1][..., 0], best[2][..., 0]
+
+
+def _refitted(
+    groups: mx.array, scale: mx.array, offset: mx.array, share: mx.array, levels: int
+) -> tuple[mx.array, mx.array]:
+    """Scale and bias fitted to the nearest codes, `REFITS` times."""
+    for _ in range(REFITS):
+        held = _at_least(scale)
+        scale, offset = _least_squares(groups, encode(groups, held, offset, levels), share, held)
+    return scale, offset
 
 
 def _least_squares(groups: mx.array, codes: mx.array, share: mx.array, scale: mx.array) -> tuple[mx.array, mx.array]:

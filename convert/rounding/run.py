@@ -1,14 +1,14 @@
-"""Rounding during a conversion: states are recorded, weights rounded a layer at a time, and scales trained at the end."""
+"""Rounding in a conversion: states are recorded, weights rounded a layer at a time, scales trained at the end."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -16,6 +16,7 @@ from mlx_dgemma.checkpoint.build import build, suit_device
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.checkpoint.tokenizer import load_tokenizer
 from mlx_dgemma.errors import CheckpointError, MemoryLimitError, OptionError, human
+from mlx_dgemma.files import told_errors
 from mlx_dgemma.model import device
 from mlx_dgemma.prompt.endings import own_options
 
@@ -35,7 +36,8 @@ from .replay import Replay
 from .targets import write_targets
 
 STATES = 4  # of each trajectory
-PREFIX = "model.decoder.self_conditioning"
+SCRATCH = "rounding"  # folder in the new checkpoint, while it is written
+SELF_CONDITIONING = "model.decoder.self_conditioning"
 Stage = Callable[[str, int, int], None]  # called with what is done, how far it is, and of how much
 
 
@@ -62,15 +64,18 @@ class Rounding:
     memory: int = 0
 
     def by_kind(self) -> list[tuple[str, float, float, int]]:
-        """(module path without its layer, mean error of nearest codes, mean error as rounded, experts with few rows)."""
+        """(path without its layer's number, error of the nearest codes, error as rounded, experts with few positions).
+
+        Errors are means over layers.
+        """
         kinds: dict[str, list[Module]] = {}
         for one in self.modules:
             kinds.setdefault(re.sub(r"\.\d+\.", ".*.", one.path), []).append(one)
-        return [
-            (path, *(sum(values) / len(some) for values in ([one.nearest for one in some], [one.error for one in some])),
-             sum(one.few for one in some))
-            for path, some in kinds.items()
-        ]
+        found = []
+        for path, some in kinds.items():
+            near, error = (sum(values) / len(some) for values in zip(*((one.nearest, one.error) for one in some)))
+            found.append((path, near, error, sum(one.few for one in some)))
+        return found
 
 
 class Calibrated:
@@ -80,7 +85,7 @@ class Calibrated:
         method: a name of `METHODS`, not the nearest codes.
         source: what is converted.
         jobs: of the conversion.
-        folder: for what is kept on the disk meanwhile.
+        folder: to be made, for what is kept on the disk meanwhile.
         prompt_file: the user's prompts; None takes the bundled ones.
         stage: told how far it is.
 
@@ -120,6 +125,12 @@ class Calibrated:
                 f"{human(device.available())}; give fewer prompts{'' if method == 'gptq' else ', or take gptq alone'}."
             )
         self.rounding = Rounding(method, len(self._prompts), 0, memory=self._needed)
+        with told_errors(folder):
+            folder.mkdir()
+
+    def close(self) -> None:
+        """Remove what was kept on the disk."""
+        shutil.rmtree(self._folder)
 
     def round(self) -> dict[str, Path]:
         """Record states, and round the weights of one layer after the other.
@@ -156,7 +167,7 @@ class Calibrated:
             work = LayerRounding(self._how.get, self._dtype)
             if index < 0:
                 conditioning, own = replay.conditioning(), decoder.self_conditioning
-                layers.round_mlp(PREFIX, own, own.pre_norm(conditioning), work)
+                layers.round_mlp(SELF_CONDITIONING, own, own.pre_norm(conditioning), work)
                 replay.condition(own)
             else:
                 layer = self._shelf.layer(index)

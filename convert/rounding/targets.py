@@ -16,7 +16,9 @@ KEPT = 2048  # tokens of a position, the most probable ones
 FLOOR = -20.0  # log-probability below which nothing is told apart
 
 
-def write_targets(folder: Path, model: DiffusionGemma, found: Sequence[Hidden], trajectories: Sequence[Trajectory]) -> None:
+def write_targets(
+    folder: Path, model: DiffusionGemma, found: Sequence[Hidden], trajectories: Sequence[Trajectory]
+) -> None:
     """Write a file for each trajectory.
 
     Args:
