@@ -71,13 +71,13 @@ def make_source(folder: Path, layers: int, form: str) -> tuple[Path, int]:
         shutil.copy(DEMO / name, folder)
     if form in FORMATS:
         return folder, make_foreign(folder, form, release_model(layers))
-    return folder, make_checkpoint(folder, layers)
+    return folder, make_checkpoint(folder, release_model(layers))
 
 
-def make_checkpoint(folder: Path, layers: int) -> int:
+def make_checkpoint(folder: Path, model: DiffusionGemma) -> int:
     """Write random bfloat16 weights in Hugging Face's layout; returns their bytes."""
     entries = []
-    for name, array in tree_flatten(release_model(layers).parameters()):
+    for name, array in tree_flatten(model.parameters()):
         release = name.removesuffix(".weight") if ".experts." in name else name
         entries.append(Entry(release, "BF16", array.shape))
     noise = np.random.default_rng(0).normal(0, 0.02, BLOCK).astype(np.float32).view(np.uint32)

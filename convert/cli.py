@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,7 +34,15 @@ tenths of the weights. The rest of the text model is stored at 8 bits, and the v
 )
 @click.option("--mlx-path", default="mlx_model", show_default=True, help="Folder to make; it must not exist yet.")
 @click.option("-q", "--quantize", is_flag=True, help=f"Quantize with the default recipe, {recipes.DEFAULT}.")
-@click.option("--recipe", metavar="NAME", help="Quantize with this recipe (see below).")
+@click.option("--recipe", metavar="NAME", help="Quantize with this recipe (see below), or with a plan's file.")
+@click.option("--target-size", metavar="SIZE", help="Search the widths of all modules for this size, such as 11.5GB.")
+@click.option("--target-bits", type=float, metavar="BITS", help="The same in bits a weight, everything counted.")
+@click.option("--prompts", metavar="FILE", help="With a target: prompts of your own, one a line, or .jsonl.")
+@click.option(
+    "--search-path",
+    metavar="FOLDER",
+    help="With a target: where the search keeps its files and its report; default: beside the result, with .search.",
+)
 @click.option("--q-bits", type=int, help="With -q: bits per weight of the experts; the rest stays at 8 bits.")
 @click.option("--q-group-size", type=int, help="With -q: group size of the experts.")
 @click.option("--q-mode", type=click.Choice(list(recipes.MODES)), help="With -q: quantization mode of the experts.")
@@ -61,30 +70,90 @@ def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
     \b
     mlx-dgemma convert -q google/diffusiongemma-26B-A4B-it --mlx-path FOLDER
     mlx-dgemma convert --recipe 6bit FOLDER --mlx-path ANOTHER --verify
+    mlx-dgemma convert --target-size 11.5GB FOLDER --mlx-path SMALL
     """
     if (source and hf_path) or not (origin := source or hf_path):
         raise click.UsageError("Give one checkpoint: --hf-path or the argument SOURCE.")
+    target = {key: options.pop(key) for key in ("target_size", "target_bits", "prompts", "search_path")}
+    searched = _checked_target(target, quantize, recipe)
     experts = {key: options.pop(f"q_{key}") for key in ("bits", "group_size", "mode")}
     given = [f"--q-{key.replace('_', '-')}" for key, value in experts.items() if value is not None]
+    if given and searched:
+        raise click.UsageError(f"{given[0]} and a target cannot be combined.")
     if given and recipe:
         raise click.UsageError(f"--recipe and {given[0]} cannot be combined.")
     if given and not quantize:
         raise click.UsageError(f"{given[0]} needs -q.")
     try:
-        chosen: Any = recipe or (recipes.DEFAULT if quantize else None)
-        chosen = recipes.custom_recipe(**experts) if given else chosen and recipes.recipe_named(chosen)
+        chosen = (
+            _searched(origin, options["mlx_path"], target) if searched else _chosen(recipe, quantize, given, experts)
+        )
         from .conversion import convert as convert_
 
         with sigterm_exits(), progress_bar("Converting") as progress:
             report = convert_(origin, mlx_path, chosen, progress=progress, stage=_stage(), **options)
     except DgemmaError as error:
         if error.exit_code == 2:
-            raise click.UsageError(re.sub(r"^(recipe|q-[a-z-]+)(?= is )", r"--\1", str(error))) from None
+            raise click.UsageError(re.sub(r"^(recipe|target-size|q-[a-z-]+)(?= is )", r"--\1", str(error))) from None
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
-        click.echo("Interrupted; no files were left behind.", err=True)
+        click.echo(
+            "Interrupted; no files were left behind" + (", but the search's own." if searched else "."), err=True
+        )
         raise click.exceptions.Exit(130) from None
     _print_report(report)
+
+
+def _checked_target(target: dict[str, Any], quantize: bool, recipe: str | None) -> bool:
+    """Whether widths are to be searched; options that contradict each other are refused."""
+    given = [f"--{key.replace('_', '-')}" for key in target if target[key] is not None]
+    both = target["target_size"] is not None, target["target_bits"] is not None
+    if all(both):
+        raise click.UsageError("--target-size and --target-bits cannot be combined.")
+    if given and not any(both):
+        raise click.UsageError(f"{given[0]} needs --target-size or --target-bits.")
+    if any(both) and (quantize or recipe):
+        raise click.UsageError(f"{given[0]} and {'--recipe' if recipe else '-q'} cannot be combined.")
+    if both[1] and not target["target_bits"] > 0:
+        raise click.UsageError(f"--target-bits is {target['target_bits']}; it should be above 0, such as 3.6.")
+    return any(both)
+
+
+def _chosen(recipe: str | None, quantize: bool, given: list[str], experts: dict[str, Any]) -> Any:
+    """The recipe that the options name, or None."""
+    if given:
+        return recipes.custom_recipe(**experts)
+    if recipe and recipe.endswith(".json"):
+        from .search import plan
+
+        return plan.load(Path(recipe))
+    name = recipe or (recipes.DEFAULT if quantize else None)
+    return name and recipes.recipe_named(name)
+
+
+def _searched(origin: str, mlx_path: str, target: dict[str, Any]) -> Any:
+    """Search a plan, and say what was found and where its report lies."""
+    from mlx_dgemma.files import require_absent
+
+    from .search.search import search, size_of
+    from .sources.opened import find_source, open_source
+
+    size = None if target["target_size"] is None else size_of(target["target_size"])
+    result = require_absent(mlx_path, "--mlx-path")
+    folder = Path(target["search_path"] or f"{result}.search").expanduser()
+    with open_source(find_source(origin)) as source, sigterm_exits():
+        found = search(source, folder, size, target["target_bits"], target["prompts"], progress=_say_progress)
+    click.echo(
+        f"Plan of {human(found.nbytes)}, {found.bits_per_weight:.2f} bits per weight: KL {found.divergence:.3g} nats a "
+        f"position, same top token at {found.agreement:.1%}; at most {human(found.peak)} of arrays, "
+        f"{found.seconds:.0f} s. Its report is {folder / 'report.md'}."
+    )
+    return found.plan
+
+
+def _say_progress(what: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{what}: {done} of {total}", err=True, nl=done == total)
 
 
 @contextmanager

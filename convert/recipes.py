@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 from mlx_dgemma.errors import OptionError
+
+from .macs import MACS
 
 # {mode: (bits, group sizes)} that MLX supports; the first of each is the default.
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -93,6 +95,41 @@ class Quantization:
         return {**tensors, f"{path}.scales": ("U8", scales)}
 
 
+FLOAT = "float"  # the name of no quantization
+
+
+def width_name(width: Quantization | None) -> str:
+    """A short name: "4g64", "mxfp4", "float"."""
+    if width is None:
+        return FLOAT
+    return f"{width.bits}g{width.group_size}" if width.mode == "affine" else width.mode
+
+
+def width_named(name: str) -> Quantization | None:
+    """What `width_name` named.
+
+    Raises:
+        OptionError: there is no such width.
+    """
+    if name == FLOAT:
+        return None
+    if found := re.fullmatch(r"(\d)g(\d+)", name):
+        return Quantization(int(found[1]), int(found[2]))
+    if name in MODES and name != "affine":
+        (bits, *_), (size, *_) = MODES[name]
+        return Quantization(bits, size, name)
+    raise OptionError(f"{name} is no width; write such as 4g64, mxfp4 or {FLOAT}.")
+
+
+def unfolded(kinds: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Widths by layer from their short form: "4g64*2 3g64" is 4g64, 4g64, 3g64."""
+    found: dict[str, tuple[str, ...]] = {}
+    for kind, text in kinds.items():
+        runs = [one.partition("*") for one in text.split()]
+        found[kind] = tuple(name for name, _, times in runs for _ in range(int(times or 1)))
+    return found
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A quantization for every part of the model; None keeps floats."""
@@ -137,6 +174,26 @@ class Recipe:
         return total
 
 
+@dataclass(frozen=True)
+class ByLayer(Recipe):
+    """A recipe that names a width for every module of every layer.
+
+    Attributes:
+        kinds: {path of a module in its layer, or in the decoder: its widths, layer by layer}, as `macs` has them; a
+            model with more layers takes the last for them.
+    """
+
+    kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def requested(self, path: str) -> Quantization | None:
+        """The recipe's quantization for the module at `path`."""
+        found = re.fullmatch(r"model\.decoder\.(?:layers\.(\d+)\.)?(.+)", path)
+        if found is None or found[2] not in self.kinds:
+            return super().requested(path)
+        names = self.kinds[found[2]]
+        return width_named(names[min(int(found[1] or 0), len(names) - 1)])
+
+
 DEFAULT = "4bit"
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -148,6 +205,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("mxfp4", Quantization(4, 32, "mxfp4")),
         Recipe("mxfp8", Quantization(8, 32, "mxfp8")),
         Recipe("nvfp4", Quantization(4, 16, "nvfp4")),
+        *(ByLayer(name, Quantization(4), kinds=unfolded(kinds)) for name, kinds in MACS.items()),
     )
 }
 

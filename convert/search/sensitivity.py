@@ -12,8 +12,9 @@ Errors of different rows are taken to be independent. One layer is in memory at 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,13 +25,14 @@ from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.files import atomic_file
 from mlx_dgemma.model.layers import Layer
 
-from ..recipes import Quantization, part_of
+from ..recipes import Quantization, part_of, width_name
 from . import replay
+from .candidate import rounded
 from .replay import Hidden
 from .shelf import LAYERS, Shelf
 from .taps import Seen, calls, pulled_back, tapped
 from .trajectories import Trajectory
-from .widths import ALL, allowed, name_of
+from .widths import ALL, allowed
 
 SAMPLES = 4  # draws of each position's token
 PIECE_BYTES = 256 * 2**20  # of an expert tensor in float32 that is rounded at once
@@ -96,7 +98,7 @@ class Sensitivity:
             if progress:
                 progress(done, total)
 
-        costs = self._known()
+        costs = known_costs(self.folder)
         for _ in self._forward():
             tell()
         if costs.layers is None:
@@ -153,13 +155,13 @@ class Sensitivity:
         found: dict[str, float] = {}
         for width in allowed(table.weight.shape, self.widths):
             other = nn.Embedding(1, 1)
-            other.weight = _rounded(table.weight, width, self.shelf.stored)
+            other.weight = rounded(table.weight, width, self.shelf.stored)
             mx.eval(other.weight)
             total = 0.0
             for one, hidden in zip(self.trajectories, states):
                 pairs = zip(replay.logits(model, hidden, one), replay.logits(model, hidden, one, other))
                 total += sum(float(replay.kl(p, q).sum()) for p, q in pairs)
-            found[name_of(width)] = total / self.positions
+            found[width_name(width)] = total / self.positions
             del other
             mx.clear_cache()
         costs.modules[EMBEDDING] = found
@@ -169,7 +171,8 @@ class Sensitivity:
         model = self.shelf.trunk()
         flat = hidden[1].reshape(-1, hidden[1].shape[-1])
         warm = np.repeat(one.temperatures, one.canvases.shape[1])[:, None]
-        size, parts = replay.positions_at_once(model) // 2, [[] for _ in range(self.samples)]
+        size = max(replay.positions_at_once(model) // 2, 1)
+        parts: list[list[mx.array]] = [[] for _ in range(self.samples)]
         for start in range(0, flat.shape[0], size):
             t = mx.array(warm[start : start + size])
 
@@ -220,12 +223,12 @@ class Sensitivity:
         weight, before = proj.weight, [run(*one) for one in inputs]
         mx.eval(before)
         for width in allowed(weight.shape, self.widths):
-            proj.weight = _rounded(weight, width, self.shelf.stored).astype(weight.dtype)
+            proj.weight = rounded(weight, width, self.shelf.stored)
             total = 0.0
             for hidden, old, some in zip(inputs, before, gradients):
                 changes = [(a - b).astype(mx.float32) for a, b in zip(run(*hidden), old)]
-                total += sum(_weighed(d, g).sum() for k in some for d, g in zip(changes, k)).item()
-            own[name_of(width)] = total / (2 * self.samples * self.positions)
+                total += _sum(_weighed(d, g) for k in some for d, g in zip(changes, k))
+            own[width_name(width)] = total / (2 * self.samples * self.positions)
         proj.weight, costs.modules[path] = weight, own
 
     def _inputs(self, costs: Costs) -> None:
@@ -248,12 +251,12 @@ class Sensitivity:
         flat = self._backward(costs, decoder.self_conditioning, prefix, names, conditioned, rows, self._gradients(0))
         gradients = [flat[i : i + self.samples] for i in range(0, len(flat), self.samples)]
         for width in allowed(decoder.embed_tokens.weight.shape, self.widths):
-            error = _rounded(decoder.embed_tokens.weight, width, self.shelf.stored) - decoder.embed_tokens.weight
+            error = rounded(decoder.embed_tokens.weight, width, self.shelf.stored) - decoder.embed_tokens.weight
             total = 0.0
             for j, one in enumerate(self.trajectories):
                 seen = [(error[mx.array(t)] * scale).astype(mx.float32) for t in (one.prefix[None], one.canvases)]
-                total += sum(_weighed(d, g).sum() for k in gradients[j] for d, g in zip(seen, k)).item()
-            costs.modules[EMBEDDING][name_of(width)] += total / (2 * self.samples * self.positions)
+                total += _sum(_weighed(d, g) for k in gradients[j] for d, g in zip(seen, k))
+            costs.modules[EMBEDDING][width_name(width)] += total / (2 * self.samples * self.positions)
             del error
             mx.clear_cache()
 
@@ -272,7 +275,7 @@ class Sensitivity:
         kept: dict[str, list[tuple[Seen, list[mx.array]]]] = {name: [] for name in names}
         with tapped(module, names) as taps:
             for hidden, some in zip(inputs, gradients):
-                seen = calls(taps, lambda hidden=hidden: function(*hidden))
+                seen = calls(taps, partial(function, *hidden))
                 weighed: list[dict[str, list[mx.array]]] = []
                 for cotangents in some:
                     found, back = pulled_back(taps, seen, function, hidden, cotangents)
@@ -296,30 +299,32 @@ class Sensitivity:
         own: dict[str, float] = {}
         if weight.ndim == 2:
             for width in allowed(weight.shape, self.widths):
-                error = _rounded(weight, width, self.shelf.stored) - weight
-                total = mx.zeros(())
+                error = (rounded(weight, width, self.shelf.stored) - weight).astype(mx.float32)
+                total = 0.0
                 for seen, some in kept:
                     given = seen.x.astype(mx.float32) @ error.T
-                    total = total + sum(_weighed(given, g).sum() for g in some)
-                    mx.eval(total)
-                own[name_of(width)] = scale * total.item()
+                    total += _sum(_weighed(given, g) for g in some)
+                own[width_name(width)] = scale * total
         else:
-            shares = {name_of(one): np.zeros(len(weight)) for one in allowed(weight.shape, self.widths)}
+            shares = {width_name(one): np.zeros(len(weight)) for one in allowed(weight.shape, self.widths)}
             size = max(PIECE_BYTES // (4 * weight[0].size), 1)
             owners = [np.asarray(seen.indices) for seen, _ in kept]
             for start in range(0, len(weight), size):
                 piece = weight[start : start + size]
                 places = [np.flatnonzero((one >= start) & (one < start + size)) for one in owners]
                 for width in allowed(weight.shape, self.widths):
-                    error = _rounded(piece, width, self.shelf.stored) - piece
+                    name = width_name(width)
+                    error = (rounded(piece, width, self.shelf.stored) - piece).astype(mx.float32)
                     for (seen, some), where, owner in zip(kept, places, owners):
                         if len(where):
-                            shares[name_of(width)] += _of_experts(error, seen, some, where, owner, start, len(weight))
+                            shares[name] += _of_experts(
+                                error, seen, some, where, owner, start, len(weight)
+                            )
                     del error
                 mx.clear_cache()
             own = {name: scale * float(one.sum()) for name, one in shares.items()}
             costs.experts[path] = {name: (scale * one).tolist() for name, one in shares.items()}
-            costs.rows[path] = sum(np.bincount(one, minlength=len(weight)) for one in owners).tolist()
+            costs.rows[path] = np.bincount(np.concatenate(owners), minlength=len(weight)).tolist()
         costs.modules[path] = own
 
     def _kind(self, index: int) -> str:
@@ -354,31 +359,30 @@ class Sensitivity:
             draft.write_text(json.dumps(asdict(costs)), encoding="utf-8")
         self._file(self._place(layers + 1)).unlink(missing_ok=True)
 
-    def _known(self) -> Costs:
-        """What an earlier run came to.
 
-        Raises:
-            CheckpointError: its file is broken.
-        """
-        file = self.folder / COSTS
-        if not file.exists():
-            return Costs()
-        try:
-            return Costs(**json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise CheckpointError(f"{file} is broken; remove {self.folder}, so that the search begins again.") from None
+def known_costs(folder: Path) -> Costs:
+    """What a search in this folder has measured so far.
 
-
-def _rounded(weight: mx.array, width: Quantization, stored: mx.Dtype) -> mx.array:
-    """What a weight becomes at a width, float32."""
-    parts = mx.quantize(weight.astype(stored), **width.as_dict)
-    return mx.dequantize(*parts, **width.as_dict).astype(mx.float32)
+    Raises:
+        CheckpointError: its file is broken.
+    """
+    file = folder / COSTS
+    if not file.exists():
+        return Costs()
+    try:
+        return Costs(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise CheckpointError(f"{file} is broken; remove {folder}, so that the search begins again.") from None
 
 
 def _weighed(error: mx.array, gradient: mx.array) -> mx.array:
     """Squares of what each row's error changes: both [..., out] -> [...]."""
     changed = (error * gradient.astype(mx.float32)).sum(axis=-1)
     return changed * changed
+
+
+def _sum(arrays: Iterable[mx.array]) -> float:
+    return float(mx.stack([one.sum() for one in arrays]).sum())
 
 
 def _flat(call: Seen, gradients: Sequence[mx.array], dtype: mx.Dtype) -> tuple[Seen, list[mx.array]]:

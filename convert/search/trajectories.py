@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -151,7 +152,8 @@ def load(file: Path) -> list[Trajectory]:
         CheckpointError: it is no such file.
     """
     try:
-        arrays, told = mx.load(str(file), return_metadata=True)  # type: ignore[misc]
+        loaded: Any = mx.load(str(file), return_metadata=True)
+        arrays, told = loaded
         if told.get("trajectories") != FORMAT:
             raise ValueError
         names = list(Trajectory.__dataclass_fields__)

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from mlx_dgemma.errors import OptionError
+from ..recipes import FLOAT, MODES, Quantization, part_of
 
-from ..recipes import MODES, Quantization, part_of
-
-FLOAT = "float"  # the name of no quantization
 ALL: tuple[Quantization, ...] = (
     *(Quantization(bits, size) for bits in sorted(MODES["affine"][0]) for size in sorted(MODES["affine"][1])),
     Quantization(4, 32, "mxfp4"),
     Quantization(4, 16, "nvfp4"),
 )
-
-
-def name_of(width: Quantization | None) -> str:
-    """A short name: "4g64", "mxfp4", "float"."""
-    if width is None:
-        return FLOAT
-    return f"{width.bits}g{width.group_size}" if width.mode == "affine" else width.mode
-
-
-def width_named(name: str) -> Quantization | None:
-    """What `name_of` named.
-
-    Raises:
-        OptionError: there is no such width.
-    """
-    if name == FLOAT:
-        return None
-    if found := re.fullmatch(r"(\d)g(\d+)", name):
-        return Quantization(int(found[1]), int(found[2]))
-    if name in MODES and name != "affine":
-        (bits, *_), (size, *_) = MODES[name]
-        return Quantization(bits, size, name)
-    raise OptionError(f"{name} is no width; write such as 4g64, mxfp4 or {FLOAT}.")
 
 
 def modules_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
