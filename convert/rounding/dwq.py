@@ -27,6 +27,7 @@ from .targets import divergence, read_targets
 
 BITS = 8  # modules with as many have little to gain
 HELD_BACK = 8  # one of so many trajectories judges the result
+EPOCHS = 3
 RATE = 3e-3  # of Adam, in shares of a scale
 Values = dict[str, list[mx.array]]  # {module path: changes of its scales and biases, in scales}
 
@@ -71,7 +72,7 @@ def tune(
     trajectories: Sequence[Trajectory],
     targets: Path,
     dtype: mx.Dtype,
-    epochs: int = 3,
+    epochs: int,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tuned:

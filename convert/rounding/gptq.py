@@ -24,22 +24,21 @@ class Rounded(NamedTuple):
     biases: mx.array  # the same
 
 
-def gptq(weight: mx.array, moment: mx.array, quantization: Quantization, dtype: mx.Dtype) -> Rounded:
+def gptq(weight: mx.array, root: mx.array, quantization: Quantization, dtype: mx.Dtype) -> Rounded:
     """Round weights so that the products with the inputs change little.
 
     What is made small is the sum over the inputs x of |(W - W') x|^2, where W' is `mx.dequantize` of the result.
 
     Args:
         weight: [..., O, I].
-        moment: [..., I, I] float32, the sum of x x^T over the inputs of each matrix; its scale does not matter.
+        root: [..., I, I], from `inverse_root` of the sum of x x^T over the inputs of each matrix.
         quantization: affine.
         dtype: of scales and biases.
     """
     levels, size = 2**quantization.bits - 1, quantization.group_size
     shape = weight.shape
     weight = weight.astype(mx.float32).reshape(-1, *shape[-2:])
-    moment = moment.reshape(-1, shape[-1], shape[-1])
-    upper = inverse_root(moment)
+    upper = root.reshape(-1, shape[-1], shape[-1])
     diagonal = mx.diagonal(upper, axis1=-2, axis2=-1)[:, None]
     scales, biases = fit(weight, 1 / (diagonal * diagonal), quantization.bits, size, dtype)
     codes = []
@@ -61,7 +60,10 @@ def gptq(weight: mx.array, moment: mx.array, quantization: Quantization, dtype: 
 
 
 def inverse_root(moment: mx.array) -> mx.array:
-    """The upper triangular U with U^T U = moment^-1, [..., I, I], of a second moment that is damped first."""
+    """The upper triangular U with U^T U = moment^-1, [..., I, I], of a float32 moment that is damped first.
+
+    The moment's scale does not matter to what is rounded by it.
+    """
     width = moment.shape[-1]
     mean = mx.diagonal(moment, axis1=-2, axis2=-1).mean(axis=-1)[..., None, None]
     damped = moment / mx.maximum(mean, 1e-30) + DAMPING * mx.eye(width)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from mlx_dgemma.model.functions import geglu
 from mlx_dgemma.model.layers import MLP, Layer, SelfConditioning
 
 from ..recipes import Quantization
-from .gptq import Rounded, gptq
+from .gptq import Rounded, gptq, inverse_root
 from .replay import Replay, by_rows
 
 EXPERT_BYTES = 512 * 2**20  # of second moments and their factors at once
@@ -43,6 +44,26 @@ class Module:
     few: int = 0
 
 
+@dataclass(frozen=True)
+class Moment:
+    """The second moment of inputs, which maps share: `matrix` [I, I] float32, the sum of x x^T."""
+
+    matrix: mx.array
+
+    @classmethod
+    def of(cls, rows: mx.array) -> Moment:
+        """Of rows [N, I]."""
+        rows = rows.astype(mx.float32)
+        matrix = rows.T @ rows
+        mx.eval(matrix)
+        return cls(matrix)
+
+    @cached_property
+    def root(self) -> mx.array:
+        """What `gptq` takes."""
+        return inverse_root(self.matrix)
+
+
 @dataclass
 class LayerRounding:
     """Rounds modules, puts what they have become in their place, and keeps it.
@@ -59,8 +80,8 @@ class LayerRounding:
     rounded: dict[str, Rounded] = field(default_factory=dict)
     modules: list[Module] = field(default_factory=list)
 
-    def weight(self, path: str, module: Any, moment: mx.array) -> None:
-        """Round the weight [O, I] of a linear map by the second moment [I, I] of its inputs."""
+    def weight(self, path: str, module: Any, moment: Moment) -> None:
+        """Round the weight [O, I] of a linear map by the second moment of its inputs."""
         quantization = self.choose(path)
         if quantization is None:
             return
@@ -68,9 +89,9 @@ class LayerRounding:
         if quantization.mode != "affine":
             module.weight = near
             return
-        made = gptq(module.weight, moment, quantization, self.dtype)
+        made = gptq(module.weight, moment.root, quantization, self.dtype)
         found = values(made, quantization)
-        self.keep(path, made, losses(module.weight, near, found, moment))
+        self.keep(path, made, losses(module.weight, near, found, moment.matrix))
         module.weight = found
 
     def keep(self, path: str, made: Rounded, squares: np.ndarray, few: int = 0) -> None:
@@ -94,21 +115,21 @@ def round_layer(
         work: takes the result.
     """
     path, attention = f"model.decoder.layers.{index}", layer.self_attn
-    moment = second_moment(layer.input_layernorm(replay.h))
+    moment = Moment.of(layer.input_layernorm(replay.h))
     for name in ("q_proj", "k_proj", "v_proj"):
         if name in attention:
             work.weight(f"{path}.self_attn.{name}", attention[name], moment)
     output, attention.o_proj = attention.o_proj, nn.Identity()
     rows = replay.attend(index, lambda x, context: attention(layer.input_layernorm(x), context))
     attention.o_proj = output
-    work.weight(f"{path}.self_attn.o_proj", output, second_moment(rows))
+    work.weight(f"{path}.self_attn.o_proj", output, Moment.of(rows))
     h = replay.h + by_rows(lambda some: layer.post_attention_layernorm(output(some)), rows)
     dense = round_mlp(f"{path}.mlp", layer.mlp, layer.pre_feedforward_layernorm(h), work)
     router, proj = layer.router, layer.router.proj
     router.proj = kept = Inputs(proj)
     mx.eval(router(h))
     router.proj = proj
-    work.weight(f"{path}.router.proj", proj, second_moment(kept.rows))
+    work.weight(f"{path}.router.proj", proj, Moment.of(kept.rows))
     chosen, x = router(h), layer.pre_feedforward_layernorm_2(h)
     round_experts(f"{path}.experts", layer.experts, (x, *chosen), work)
     sparse = by_rows(layer.experts, x, *chosen)
@@ -119,11 +140,11 @@ def round_layer(
 
 def round_mlp(path: str, mlp: MLP | SelfConditioning, rows: mx.array, work: LayerRounding) -> mx.array:
     """Round a GeGLU's three maps on its inputs [N, H]; returns its outputs [N, H]."""
-    moment = second_moment(rows)
+    moment = Moment.of(rows)
     for name in ("gate_proj", "up_proj"):
         work.weight(f"{path}.{name}", mlp[name], moment)
     inner = by_rows(lambda some: geglu(mlp.gate_proj(some), mlp.up_proj(some)), rows)
-    work.weight(f"{path}.down_proj", mlp.down_proj, second_moment(inner))
+    work.weight(f"{path}.down_proj", mlp.down_proj, Moment.of(inner))
     return by_rows(mlp.down_proj, inner)
 
 
@@ -189,7 +210,7 @@ def round_experts(path: str, experts: Experts, rows: tuple[mx.array, mx.array, m
             if quantization.mode == "affine":
                 moments = mx.stack([rows.moment() for rows in found])
                 few[name] += sum(rows.few for rows in found)
-                made[name].append(gptq(weight, moments, quantization, work.dtype))
+                made[name].append(gptq(weight, inverse_root(moments), quantization, work.dtype))
                 new = values(made[name][-1], quantization)
                 squares[name] += losses(weight, near, new, moments)
                 mx.eval(made[name][-1])
@@ -213,14 +234,6 @@ class Inputs(nn.Module):
         """As the map itself."""
         self.rows = x
         return self._module(x)
-
-
-def second_moment(rows: mx.array) -> mx.array:
-    """[I, I] float32, the sum of x x^T over rows [N, I]."""
-    rows = rows.astype(mx.float32)
-    moment = rows.T @ rows
-    mx.eval(moment)
-    return moment
 
 
 def nearest(weight: mx.array, quantization: Quantization, dtype: mx.Dtype) -> mx.array:

@@ -111,6 +111,11 @@ class Calibrated:
         self._how = {job.target.removesuffix(".weight"): job.quantization for job in jobs if job.quantization}
         if not any(one.mode == "affine" for one in self._how.values()):
             raise OptionError(f"rounding is {method}, which needs affine quantization; give a recipe such as 4bit.")
+        if "dwq" in method and not any(one.mode == "affine" and one.bits < dwq.BITS for one in self._how.values()):
+            raise OptionError(
+                f"rounding is {method}, which trains affine weights of fewer than {dwq.BITS} bits; give a recipe such "
+                "as 4bit."
+            )
         self._method, self._folder, self._stage = method, folder, stage or (lambda what, done, total: None)
         self._dtype: mx.Dtype = getattr(mx, DTYPES[float_dtype(jobs)])
         self._shelf = Shelf(source)
@@ -201,6 +206,7 @@ class Calibrated:
             self._trajectories,
             self._folder,
             self._dtype,
+            dwq.EPOCHS,
             progress=lambda done, total: self._stage("Training scales", done, total),
         )
         if tuned.kept:

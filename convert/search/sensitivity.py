@@ -317,9 +317,7 @@ class Sensitivity:
                     error = (rounded(piece, width, self.shelf.stored) - piece).astype(mx.float32)
                     for (seen, some), where, owner in zip(kept, places, owners):
                         if len(where):
-                            shares[name] += _of_experts(
-                                error, seen, some, where, owner, start, len(weight)
-                            )
+                            shares[name] += _of_experts(error, seen, some, where, owner, start, len(weight))
                     del error
                 mx.clear_cache()
             own = {name: scale * float(one.sum()) for name, one in shares.items()}
