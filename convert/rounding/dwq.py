@@ -17,9 +17,10 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_dgemma.checkpoint.build import suit_device, unpacked
 from mlx_dgemma.model.device import on_cpu
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
-from mlx_dgemma.upstream import QuantizedSwitchLinear
+from mlx_dgemma.upstream import QuantizedSwitchLinear, SwitchLinear
 
 from ..search.replay import Passage, embed, logits
 from ..search.trajectories import Trajectory
@@ -134,12 +135,23 @@ def training_bytes(model: DiffusionGemma) -> int:
 
 
 def unpack_for_training(model: DiffusionGemma) -> None:
-    """On the CPU, put modules that are unpacked in every pass in place of quantized ones."""
+    """On the CPU, unpack quantized modules for good, and those that are trained anew in every pass."""
     if not on_cpu():
         return
-    kinds = nn.QuantizedLinear, QuantizedSwitchLinear
-    found = [(path, Unpacked(one)) for path, one in model.named_modules() if isinstance(one, kinds) and _affine(one)]
+    trained = _tuned_modules(model)
+    found: list[tuple[str, nn.Module]] = []
+    for path, one in model.named_modules():
+        if path in trained:
+            found.append((path, Unpacked(one)))
+        elif isinstance(one, (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)):
+            experts = isinstance(one, QuantizedSwitchLinear)
+            kind = nn.Embedding if isinstance(one, nn.QuantizedEmbedding) else nn.Linear
+            new = SwitchLinear(1, 1, 1, False) if experts else kind(1, 1)
+            new.pop("bias", None)
+            new.weight = unpacked(one)
+            found.append((path, new))
     model.update_modules(tree_unflatten(found))
+    suit_device(model)
 
 
 def _tuned_modules(model: DiffusionGemma) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint.build import build, suit_device
+from mlx_dgemma.checkpoint.build import build
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.checkpoint.tokenizer import load_tokenizer
 from mlx_dgemma.errors import CheckpointError, MemoryLimitError, OptionError, human
@@ -199,7 +199,6 @@ class Calibrated:
         mx.clear_cache()
         model = build(result, "float32" if device.on_cpu() else None)
         dwq.unpack_for_training(model)
-        suit_device(model)
         model.train()
         tuned = dwq.tune(
             model,
