@@ -116,7 +116,7 @@ def answers(source, args: argparse.Namespace) -> dict:
             if recipe is not None:
                 model = Path(folder) / str(number)
                 convert(source.checkpoint.path, model, recipe)
-            engine = mlx_dgemma.load(model)
+            engine = mlx_dgemma.load(model, dequantize=True)
             found[name] = attempt(quality.run, quality.ours(engine, "default", {}), args)
             print(json.dumps({name: found[name].get("groups", found[name])}), flush=True)
     quality.print_results(found)
@@ -176,7 +176,7 @@ def shape(args: argparse.Namespace) -> dict:
         tried = [width_named(one) for one in args.widths]
         where = Path(folder) / "search"
         with open_source(path) as source:
-            found = search(source, where, None, args.bits, args.prompts, tried, args.states, args.samples, note)
+            found = search(source, where, None, args.bits, args.prompts, tried, args.states, args.samples, note, False)
     return {"peak": found.peak, "seconds": found.seconds, "marks": marks}
 
 

@@ -26,7 +26,7 @@ from .sensitivity import COSTS, SAMPLES, Costs, Sensitivity
 from .shelf import Shelf
 from .trajectories import Trajectory
 
-STATES = 4  # of each trajectory
+STATES = 3  # of each trajectory
 TRAJECTORIES, RUN, PLAN = "trajectories.safetensors", "search.json", "plan.json"
 Progress = Callable[[str, int, int], None]  # called with what is done, how far it is, and of how much
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -55,6 +55,7 @@ def search(
     states: int = STATES,
     samples: int = SAMPLES,
     progress: Progress | None = None,
+    keep: bool | None = None,
 ) -> Found:
     """Search a plan, and write it with a report into a folder.
 
@@ -69,6 +70,7 @@ def search(
         states: of each trajectory.
         samples: draws of each position's token.
         progress: told how far the search is.
+        keep: hold all layers in memory; None: if they fit into half of it.
 
     Raises:
         OptionError: nothing fits the size.
@@ -79,7 +81,7 @@ def search(
     if source.decode is None and checkpoint.quantization:
         raise CheckpointError(f"{checkpoint.path} is quantized already; search on the original weights.")
     target = nbytes if nbytes is not None else int((bits or 0) * checkpoint.parameters / 8)
-    shapes, shelf = checkpoint.shapes, Shelf(source)
+    shapes, shelf = checkpoint.shapes, Shelf(source, keep)
     float_bytes = shelf.stored.size
     planned("check", shapes, _free(shapes, tried), target, float_bytes)
     mx.reset_peak_memory()
@@ -124,7 +126,10 @@ def search(
 def _free(shapes: Mapping[str, tuple[int, ...]], tried: Sequence[Quantization]) -> dict[str, dict[str, float]]:
     """Costs of nothing, to see whether a size can be met at all."""
     modules = widths.modules_of(shapes)
-    return {path: {width_name(one): 0.0 for one in widths.allowed(shape, tried)} for path, shape in modules.items()}
+    found = {}
+    for path, shape in modules.items():
+        found[path] = {width_name(one): 0.0 for one in widths.allowed(path, shape, tried)}
+    return found
 
 
 def expected_of(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], costs: Costs) -> float | None:

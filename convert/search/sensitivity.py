@@ -23,7 +23,6 @@ import numpy as np
 
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.files import atomic_file
-from mlx_dgemma.model.layers import Layer
 
 from ..recipes import Quantization, part_of, width_name
 from . import replay
@@ -35,6 +34,7 @@ from .trajectories import Trajectory
 from .widths import ALL, allowed
 
 SAMPLES = 4  # draws of each position's token
+HELD = 4096  # positions whose inputs and gradients are held before they are measured
 PIECE_BYTES = 256 * 2**20  # of an expert tensor in float32 that is rounded at once
 EMBEDDING, CONDITIONING = "model.decoder.embed_tokens", "model.decoder.self_conditioning"
 COSTS = "costs.json"
@@ -153,7 +153,7 @@ class Sensitivity:
             gradients += self._head_gradients(hidden, one, own)
         self._write(self._place(self.depth), gradients)
         found: dict[str, float] = {}
-        for width in allowed(table.weight.shape, self.widths):
+        for width in allowed(EMBEDDING, table.weight.shape, self.widths):
             other = nn.Embedding(1, 1)
             other.weight = rounded(table.weight, width, self.shelf.stored)
             mx.eval(other.weight)
@@ -209,28 +209,6 @@ class Sensitivity:
         )
         self._write(self._place(index), back)
 
-    def _router(
-        self,
-        costs: Costs,
-        layer: Layer,
-        path: str,
-        run: Callable[..., Hidden],
-        inputs: Sequence[Hidden],
-        gradients: Sequence[Sequence[Hidden]],
-    ) -> None:
-        """The router, whose errors change which experts are chosen: by what they make of the layer's outputs."""
-        proj, own = layer.router.proj, {}
-        weight, before = proj.weight, [run(*one) for one in inputs]
-        mx.eval(before)
-        for width in allowed(weight.shape, self.widths):
-            proj.weight = rounded(weight, width, self.shelf.stored)
-            total = 0.0
-            for hidden, old, some in zip(inputs, before, gradients):
-                changes = [(a - b).astype(mx.float32) for a, b in zip(run(*hidden), old)]
-                total += _sum(_weighed(d, g) for k in some for d, g in zip(changes, k))
-            own[width_name(width)] = total / (2 * self.samples * self.positions)
-        proj.weight, costs.modules[path] = weight, own
-
     def _inputs(self, costs: Costs) -> None:
         """Self-conditioning, and the embedding as input of both modes."""
         model = self.shelf.trunk()
@@ -250,7 +228,7 @@ class Sensitivity:
 
         flat = self._backward(costs, decoder.self_conditioning, prefix, names, conditioned, rows, self._gradients(0))
         gradients = [flat[i : i + self.samples] for i in range(0, len(flat), self.samples)]
-        for width in allowed(decoder.embed_tokens.weight.shape, self.widths):
+        for width in allowed(EMBEDDING, decoder.embed_tokens.weight.shape, self.widths):
             error = rounded(decoder.embed_tokens.weight, width, self.shelf.stored) - decoder.embed_tokens.weight
             total = 0.0
             for j, one in enumerate(self.trajectories):
@@ -273,46 +251,50 @@ class Sensitivity:
         """Measure these maps of a module; returns the gradients of its inputs, draw by draw of each trajectory."""
         before: list[Hidden] = []
         kept: dict[str, list[tuple[Seen, list[mx.array]]]] = {name: [] for name in names}
-        with tapped(module, names) as taps:
-            for hidden, some in zip(inputs, gradients):
+        weights, held = {name: one.weight for name, one in module.named_modules() if name in names}, 0
+        for number, (hidden, some) in enumerate(zip(inputs, gradients), 1):
+            with tapped(module, names) as taps:
                 seen = calls(taps, partial(function, *hidden))
                 weighed: list[dict[str, list[mx.array]]] = []
                 for cotangents in some:
                     found, back = pulled_back(taps, seen, function, hidden, cotangents)
                     before.append((back[0], back[1]))
                     weighed.append(found)
-                for name in names:
-                    for i, call in enumerate(seen[name]):
-                        kept[name].append(_flat(call, [one[name][i] for one in weighed], self.shelf.stored))
-                        mx.eval(kept[name][-1][0].x, kept[name][-1][1])
-                del seen, weighed, found
-                mx.clear_cache()
-        inner = dict(module.named_modules())
-        for name in names:
-            self._measure(costs, prefix + name, inner[name].weight, kept.pop(name))
+            for name in names:
+                for i, call in enumerate(seen[name]):
+                    kept[name].append(_flat(call, [one[name][i] for one in weighed], self.shelf.stored))
+                    mx.eval(kept[name][-1][0].x, kept[name][-1][1])
+            held += sum(one.shape[0] * one.shape[1] for one in hidden)
+            del seen, weighed, found
             mx.clear_cache()
+            if held >= HELD or number == len(inputs):
+                for name, weight in weights.items():
+                    self._measure(costs, prefix + name, weight, kept[name])
+                    kept[name].clear()
+                    mx.clear_cache()
+                held = 0
         return before
 
     def _measure(self, costs: Costs, path: str, weight: mx.array, kept: Sequence[tuple[Seen, list[mx.array]]]) -> None:
-        """The costs of a map's widths."""
+        """Add what some trajectories tell of the costs of a map's widths."""
         scale = 1 / (2 * self.samples * self.positions)
-        own: dict[str, float] = {}
+        own = costs.modules.setdefault(path, {})
         if weight.ndim == 2:
-            for width in allowed(weight.shape, self.widths):
+            for width in allowed(path, weight.shape, self.widths):
                 error = (rounded(weight, width, self.shelf.stored) - weight).astype(mx.float32)
                 total = 0.0
                 for seen, some in kept:
                     given = seen.x.astype(mx.float32) @ error.T
                     total += _sum(_weighed(given, g) for g in some)
-                own[width_name(width)] = scale * total
+                own[width_name(width)] = own.get(width_name(width), 0.0) + scale * total
         else:
-            shares = {width_name(one): np.zeros(len(weight)) for one in allowed(weight.shape, self.widths)}
+            shares = {width_name(one): np.zeros(len(weight)) for one in allowed(path, weight.shape, self.widths)}
             size = max(PIECE_BYTES // (4 * weight[0].size), 1)
             owners = [np.asarray(seen.indices) for seen, _ in kept]
             for start in range(0, len(weight), size):
                 piece = weight[start : start + size]
                 places = [np.flatnonzero((one >= start) & (one < start + size)) for one in owners]
-                for width in allowed(weight.shape, self.widths):
+                for width in allowed(path, weight.shape, self.widths):
                     name = width_name(width)
                     error = (rounded(piece, width, self.shelf.stored) - piece).astype(mx.float32)
                     for (seen, some), where, owner in zip(kept, places, owners):
@@ -320,10 +302,12 @@ class Sensitivity:
                             shares[name] += _of_experts(error, seen, some, where, owner, start, len(weight))
                     del error
                 mx.clear_cache()
-            own = {name: scale * float(one.sum()) for name, one in shares.items()}
-            costs.experts[path] = {name: (scale * one).tolist() for name, one in shares.items()}
-            costs.rows[path] = np.bincount(np.concatenate(owners), minlength=len(weight)).tolist()
-        costs.modules[path] = own
+            count = np.bincount(np.concatenate(owners), minlength=len(weight))
+            costs.rows[path] = (count + costs.rows.get(path, 0)).tolist()
+            shared = costs.experts.setdefault(path, {})
+            for name, one in shares.items():
+                own[name] = own.get(name, 0.0) + scale * float(one.sum())
+                shared[name] = (scale * one + shared.get(name, 0.0)).tolist()
 
     def _kind(self, index: int) -> str:
         return self.shelf.config.text.layer_types[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -102,9 +103,20 @@ class Shelf:
         return model.encoder.language_model.layers[index].layer_scalar, model.decoder.layers[index].layer_scalar
 
     def _array(self, name: str) -> mx.array:
-        array = self.jobs[name].whole()
+        array = _read(self.jobs[name])
         if not mx.issubdtype(array.dtype, mx.floating):
             return array
         array = array.astype(self.stored).astype(self.dtype)
         mx.eval(array)
         return array
+
+
+def _read(job: Job | Decoded) -> mx.array:
+    """A parameter as the source holds it; MLX reads what is stored as it is."""
+    if isinstance(job, Decoded):
+        return job.whole()
+    parts = []
+    for name, info in zip(job.names, job.sources):
+        loaded: Any = mx.load(str(info.file))  # lazy: of the file only this tensor is read
+        parts.append(loaded[name])
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)

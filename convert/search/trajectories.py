@@ -20,14 +20,15 @@ from mlx_dgemma.decoding import sampler
 from mlx_dgemma.decoding.canvas import CanvasBatch
 from mlx_dgemma.decoding.lookahead import advance
 from mlx_dgemma.decoding.options import GenerationOptions
-from mlx_dgemma.decoding.session import PromptTokens, Session
+from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.decoding.step import inputs
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.files import atomic_file
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_dgemma.model.kv_cache import Prefix
 
 FORMAT = "1"
-TOGETHER = 8  # canvases denoised together: a layer that is read from the disk serves all of them
+TOGETHER = 16  # canvases denoised together: a layer that is read from the disk serves all of them
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,8 @@ def record(
 def _together(
     model: DiffusionGemma, options: GenerationOptions, prompts: Sequence[Sequence[int]], keys: mx.array, states: int
 ) -> list[Trajectory]:
-    prefixes = []
-    for prompt in prompts:
-        session = Session(model, len(prompt) + model.config.canvas_length)
-        prefixes.append(session.encode_all(PromptTokens(list(prompt), list(prompt)), options.prefill_chunk))
-    rooms = [options.max_tokens] * len(prompts)
-    batch = CanvasBatch(model, prefixes, options, keys, rooms)
+    prefix, rooms = _encoded(model, prompts, options), [options.max_tokens] * len(prompts)
+    batch = CanvasBatch(model, prefix, options, keys, rooms)
     seen: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in prompts]
     while not all(batch.finished) and max(batch.steps) < options.max_denoising_steps:
         canvas, conditioning = inputs(batch, batch.rows.last, batch.steps, batch.dense)
@@ -107,6 +104,17 @@ def _together(
     ends, stops = mx.array(np.asarray(step.argmax)), mx.array(options.end_tokens, mx.int32)
     text = np.asarray(sampler.text(ends, stops, mx.array(rooms, mx.int32)))
     return [_thinned(prompt, one, own, options, states) for prompt, one, own in zip(prompts, seen, text)]
+
+
+def _encoded(model: DiffusionGemma, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Prefix:
+    """The prompts as rows of one prefix, padded on the left."""
+    longest = max(map(len, prompts))
+    tokens, mask = np.zeros((len(prompts), longest), np.int32), np.zeros((len(prompts), longest), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, True
+    prefix = model.new_prefix(len(prompts), longest + model.config.canvas_length)
+    prefill(model, prefix, tokens, options.prefill_chunk, mask)
+    return prefix
 
 
 def _thinned(

@@ -13,6 +13,10 @@ ALL: tuple[Quantization, ...] = (
     Quantization(4, 16, "nvfp4"),
 )
 
+# A router's errors change which experts are chosen: seldom and by much, which no gradient shows. It takes a thousandth
+# of the weights.
+LEAST_ROUTER_BITS = 8
+
 
 def modules_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """{path: shape of its weight} of the modules that a conversion quantizes."""
@@ -20,9 +24,10 @@ def modules_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ..
     return {path: shape for path, shape in paths.items() if part_of(path)}
 
 
-def allowed(shape: tuple[int, ...], widths: Sequence[Quantization] = ALL) -> list[Quantization]:
+def allowed(path: str, shape: tuple[int, ...], widths: Sequence[Quantization] = ALL) -> list[Quantization]:
     """The widths that a module can have: its input size is a multiple of the group."""
-    return [one for one in widths if shape[-1] % one.group_size == 0]
+    least = LEAST_ROUTER_BITS if part_of(path) == "router" else 0
+    return [one for one in widths if shape[-1] % one.group_size == 0 and one.bits >= least]
 
 
 def nbytes(shape: tuple[int, ...], width: Quantization | None, float_bytes: int = 2) -> int:

@@ -82,7 +82,8 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
             "loaded_as": loaded[0] or "stored",
             "by_context": {str(one): memory.need(checkpoint, one, *loaded).total for one in table},
         },
-        "recipes": None if checkpoint.quantization else _recipes(checkpoint, need.total - need.weights),
+        "recipes": (recipes := None if checkpoint.quantization else _recipes(checkpoint, need.total - need.weights)),
+        "best_recipe": recipes and _best(recipes),
     }
 
 
@@ -147,6 +148,12 @@ def _recipes(checkpoint: Checkpoint, other_bytes: int) -> dict[str, dict[str, An
     }
 
 
+def _best(recipes: dict[str, dict[str, Any]]) -> str | None:
+    """The largest recipe that fits, or None."""
+    fitting = {name: one["weights"] for name, one in recipes.items() if one["fits"]}
+    return max(fitting, key=fitting.__getitem__) if fitting else None
+
+
 def lines(about: dict[str, Any]) -> list[str]:
     """The result of `describe` as lines of text."""
     arch, params, needed = about["architecture"], about["parameters"], about["memory"]
@@ -196,6 +203,8 @@ def lines(about: dict[str, Any]) -> list[str]:
         for name, one in about["recipes"].items():
             fits = _fits(one["total"], machine["available"])
             output.append(f"{name:>14}{human(one['weights']):>12}{human(one['total']):>12}  {fits}")
+        best = about["best_recipe"]
+        output.append(f"{'best fit':14}{best or 'none; `convert --target-size SIZE` searches a smaller one'}")
     return [line.rstrip() for line in output]
 
 

@@ -18,7 +18,7 @@ from mlx_dgemma.errors import DgemmaError, OptionError
 
 ROOT = Path(__file__).parent.parent.parent
 RELEASE = "google/diffusiongemma-26B-A4B-it"
-RECIPES = "3bit, 4bit, 6bit, 8bit, mxfp4, mxfp8, nvfp4"
+RECIPES = "3bit, 4bit, 6bit, 8bit, mxfp4, mxfp8, nvfp4, mac-16gb, mac-24gb, mac-36gb"
 
 
 def run(*arguments):

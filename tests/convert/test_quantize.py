@@ -84,7 +84,7 @@ def test_the_default_recipe(demo, quantized):
     assert not any(".experts." in path for path in overrides)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("mac-")])
 def test_every_recipe_loads_and_stays_close(demo, tmp_path, name):
     report = convert(demo, tmp_path / "out", name, verify=True)
     checkpoint = Checkpoint.open(tmp_path / "out")
