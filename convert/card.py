@@ -13,6 +13,7 @@ from mlx_dgemma.errors import human
 
 from .recipes import RECIPES, Recipe
 from .report import Report
+from .rounding.run import Rounding
 
 COPIED_KEYS = ("license", "license_name", "license_link", "language")  # front matter that also holds for the result
 PART_NAMES = {
@@ -87,7 +88,7 @@ Made with `{command}{_flags(report, recipe)}`.
 | part | stored as |
 |---|---|
 {table}
-{_quality(report)}"""
+{_rounding(report.rounding)}{_quality(report)}"""
 
 
 def _flags(report: Report, recipe: Recipe | None) -> str:
@@ -95,10 +96,41 @@ def _flags(report: Report, recipe: Recipe | None) -> str:
     dtype = f" --dtype {report.dtype}"
     if recipe is None or recipe.experts is None:
         return dtype
+    if report.rounding:
+        dtype = f" --rounding {report.rounding.method}{dtype}"
     if recipe.name in RECIPES:
         return f" --recipe {recipe.name}{dtype}"
     bits, group_size, mode = recipe.experts.bits, recipe.experts.group_size, recipe.experts.mode
     return f" -q --q-bits {bits} --q-group-size {group_size} --q-mode {mode}{dtype}"
+
+
+def _rounding(rounding: Rounding | None) -> str:
+    """What was done for better rounding, module by module."""
+    if rounding is None:
+        return ""
+    told = f"""
+Rounded by {rounding.method} on denoising steps of the source:
+{rounding.positions:,} positions of {rounding.prompts} prompts.
+"""
+    if tuned := rounding.tuned:
+        said = "were kept" if tuned.kept else "were not kept"
+        told += f"""Scales and biases trained for {tuned.steps} steps {said}: KL(source || result) on states that were
+held back {tuned.before:.3g} nats before, {tuned.after:.3g} after.
+"""
+    if rounding.modules:
+        rows = "\n".join(
+            f"| {one.path} | {one.nearest:.2g} | {one.error:.2g} | {one.few or ''} |" for one in rounding.modules
+        )
+        told += f"""
+<details><summary>Squared error of each module's outputs, as a share of the squared outputs</summary>
+
+| module | nearest codes | as rounded | experts with few positions of their own |
+|---|---|---|---|
+{rows}
+
+</details>
+"""
+    return told
 
 
 def _quality(report: Report) -> str:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_dgemma.errors import DgemmaError, human
+from mlx_dgemma.errors import DgemmaError, count, human
 
 from . import recipes
+from .rounding.methods import METHODS, NEAREST
 
 if TYPE_CHECKING:
     from .report import Report
+    from .rounding.run import Rounding
 
 EPILOG = f"""Recipes: {", ".join(recipes.RECIPES)}. The number is the bits per weight of the experts, which hold nine
 tenths of the weights. The rest of the text model is stored at 8 bits, and the vision tower stays in floats."""
@@ -34,7 +36,9 @@ tenths of the weights. The rest of the text model is stored at 8 bits, and the v
 @click.option("--recipe", metavar="NAME", help="Quantize with this recipe (see below), or with a plan's file.")
 @click.option("--target-size", metavar="SIZE", help="Search the widths of all modules for this size, such as 11.5GB.")
 @click.option("--target-bits", type=float, metavar="BITS", help="The same in bits a weight, everything counted.")
-@click.option("--prompts", metavar="FILE", help="With a target: prompts of your own, one a line, or .jsonl.")
+@click.option(
+    "--prompts", metavar="FILE", help="With a target or a rounding: prompts of your own, one a line, or .jsonl."
+)
 @click.option(
     "--search-path",
     metavar="FOLDER",
@@ -51,21 +55,30 @@ tenths of the weights. The rest of the text model is stored at 8 bits, and the v
 @click.option(
     "--verify", is_flag=True, help="Compare the logits of source and result; look for NaN or infinite weights."
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(list(METHODS)),
+    default=NEAREST,
+    show_default=True,
+    help=f"How codes and scales are chosen: {'; '.join(': '.join(one) for one in METHODS.items())}.",
+)
 @click.option("--upload-repo", metavar="ID", help="Upload the result to this Hub repository.")
 def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bool, recipe: str | None, **options: Any):
     """Convert a DiffusionGemma checkpoint to MLX, quantized or not.
 
-    Memory use stays below 1 GB (--verify needs a few layers in float32). The folder only appears when it is complete.
+    Memory use stays below 1 GB (--verify needs a few layers in float32, --rounding tells what it needs). The folder
+    only appears when it is complete.
 
     \b
     mlx-dgemma convert -q google/diffusiongemma-26B-A4B-it --mlx-path FOLDER
     mlx-dgemma convert --recipe 6bit FOLDER --mlx-path ANOTHER --verify
+    mlx-dgemma convert --recipe 3bit --rounding gptq FOLDER --mlx-path BETTER
     mlx-dgemma convert --target-size 11.5GB FOLDER --mlx-path SMALL
     """
     if (source and hf_path) or not (origin := source or hf_path):
         raise click.UsageError("Give one checkpoint: --hf-path or the argument SOURCE.")
     target = {key: options.pop(key) for key in ("target_size", "target_bits", "prompts", "search_path")}
-    searched = _checked_target(target, quantize, recipe)
+    searched = _checked_target(target, quantize, recipe, options["rounding"])
     experts = {key: options.pop(f"q_{key}") for key in ("bits", "group_size", "mode")}
     given = [f"--q-{key.replace('_', '-')}" for key, value in experts.items() if value is not None]
     if given and searched:
@@ -80,11 +93,16 @@ def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
         )
         from .conversion import convert as convert_
 
+        of_rounding = None if options["rounding"] == NEAREST else target["prompts"]
         with sigterm_exits(), progress_bar("Converting") as progress:
-            report = convert_(origin, mlx_path, chosen, progress=progress, **options)
+            report = convert_(
+                origin, mlx_path, chosen, progress=progress, stage=_say_progress, prompts=of_rounding, **options
+            )
     except DgemmaError as error:
         if error.exit_code == 2:
-            raise click.UsageError(re.sub(r"^(recipe|target-size|q-[a-z-]+)(?= is )", r"--\1", str(error))) from None
+            raise click.UsageError(
+                re.sub(r"^(recipe|rounding|target-size|q-[a-z-]+)(?= is )", r"--\1", str(error))
+            ) from None
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         click.echo(
@@ -94,14 +112,17 @@ def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
     _print_report(report)
 
 
-def _checked_target(target: dict[str, Any], quantize: bool, recipe: str | None) -> bool:
+def _checked_target(target: dict[str, Any], quantize: bool, recipe: str | None, rounding: str) -> bool:
     """Whether widths are to be searched; options that contradict each other are refused."""
     given = [f"--{key.replace('_', '-')}" for key in target if target[key] is not None]
     both = target["target_size"] is not None, target["target_bits"] is not None
     if all(both):
         raise click.UsageError("--target-size and --target-bits cannot be combined.")
-    if given and not any(both):
-        raise click.UsageError(f"{given[0]} needs --target-size or --target-bits.")
+    if given and not any(both) and (given != ["--prompts"] or rounding == NEAREST):
+        needed = (
+            "--target-size, --target-bits or --rounding" if given == ["--prompts"] else "--target-size or --target-bits"
+        )
+        raise click.UsageError(f"{given[0]} needs {needed}.")
     if any(both) and (quantize or recipe):
         raise click.UsageError(f"{given[0]} and {'--recipe' if recipe else '-q'} cannot be combined.")
     if both[1] and not target["target_bits"] > 0:
@@ -182,6 +203,25 @@ def progress_bar(label: str):
             shown.__exit__(None, None, None)
 
 
+def _print_rounding(rounding: Rounding) -> None:
+    """What was done for better rounding: by kind of module, the mean over layers."""
+    click.echo(
+        f"Rounded by {rounding.method}, on {count(rounding.positions, 'position')} of "
+        f"{count(rounding.prompts, 'prompt')}; about {human(rounding.memory)} of memory."
+    )
+    for path, near, error, few in rounding.by_kind():
+        rest = f", {count(few, 'expert')} with few positions of their own" if few else ""
+        click.echo(f"  {path}: error of the outputs {error:.2g}, with the nearest codes {near:.2g}{rest}")
+    if rounding.others:
+        click.echo(f"  nearest codes: {', '.join(_merge_layers(dict.fromkeys(rounding.others, '')))}")
+    if tuned := rounding.tuned:
+        said = "" if tuned.kept else ", so that it was not kept"
+        click.echo(
+            f"  scales trained for {count(tuned.steps, 'step')}: KL {tuned.before:.3g} nats before, "
+            f"{tuned.after:.3g} after, on states that were held back{said}"
+        )
+
+
 def _print_report(report: Report) -> None:
     """Print what was converted, and how."""
     click.echo(f"{report.source} -> {report.target}")
@@ -202,6 +242,8 @@ def _print_report(report: Report) -> None:
     click.echo(f"{report.bits_per_weight:.2f} bits per weight, {size}, {report.seconds:.1f} s.")
     if not report.quantized:
         click.echo("Nothing was quantized; use -q to quantize.")
+    if report.rounding:
+        _print_rounding(report.rounding)
     for note in report.notes:
         click.echo(note)
     for name in report.nonfinite:

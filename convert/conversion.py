@@ -6,8 +6,9 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from .jobs import (
 )
 from .recipes import PARTS, Quantization, Recipe, part_of, recipe_named
 from .report import Report
+from .rounding.methods import NEAREST
+from .rounding.run import SCRATCH, Calibrated, Stage, is_plain
 from .sources.opened import STALE, Source, find_source, open_source
 from .sources.parts import Decoded
 from .verify import Verification, check_decoded_fits, verify_conversion
@@ -49,11 +52,14 @@ def convert(
     verify: bool = False,
     upload_repo: str | None = None,
     progress: Progress | None = None,
+    rounding: str = NEAREST,
+    prompts: str | os.PathLike | None = None,
+    stage: Stage | None = None,
 ) -> Report:
     """Convert a checkpoint to MLX's layout.
 
-    Peak memory stays below 1 GB for checkpoints of any size (without `verify`). The folder `target` only appears when
-    it is complete: an interruption or an error leaves nothing behind.
+    Peak memory stays below 1 GB for checkpoints of any size (without `verify` and `rounding`). The folder `target` only
+    appears when it is complete: an interruption or an error leaves nothing behind.
 
     Args:
         source: a folder or a Hub id, laid out as by Hugging Face, MLX, ModelOpt or compressed-tensors, or a GGUF file,
@@ -64,10 +70,14 @@ def convert(
         verify: compare the logits of source and result, and look for weights that are NaN or infinite.
         upload_repo: a Hub id to upload the result to.
         progress: called with the bytes done so far and in total.
+        rounding: a name in `rounding.METHODS`: how codes and scales are chosen. Others than "nearest" run the source.
+        prompts: a file of prompts whose answers' denoising steps rounding looks at; None takes the bundled ones.
+        stage: called with what rounding does, how far it is, and of how much.
 
     Raises:
-        OptionError: an unknown recipe or dtype, or a target that exists.
+        OptionError: an unknown recipe, dtype or rounding, or a target that exists.
         CheckpointError: a source that is broken, of another model, or already quantized in another way.
+        MemoryLimitError: rounding needs more memory than there is.
         DgemmaError: a target that cannot be written, a full disk, or a failed upload.
     """
     start = time.perf_counter()
@@ -77,8 +87,11 @@ def convert(
     target = require_absent(target, OPTION)
     if upload_repo:
         hub.check(upload_repo)
+    wanted = None if is_plain(rounding) else partial(Calibrated, rounding, prompt_file=prompts, stage=stage)
+    if prompts is not None and wanted is None:
+        raise OptionError(f"prompts is {os.fspath(prompts)!r}, but rounding is {rounding}, which looks at none.")
     with open_source(find_source(source)) as origin:
-        report = _convert(origin, str(source), target, chosen, dtype, verify, progress, start)
+        report = _convert(origin, str(source), target, chosen, dtype, verify, progress, start, wanted)
     url = hub.upload(target, upload_repo) if upload_repo else None
     return replace(report, url=url)
 
@@ -92,8 +105,9 @@ def _convert(
     verify: bool,
     progress: Progress | None,
     start: float,
+    wanted: Callable[..., Calibrated] | None = None,
 ) -> Report:
-    """Convert what was opened; `source` is what the user calls it."""
+    """Convert what was opened; `source` is what the user calls it, `wanted` rounds if nearest codes will not do."""
     checkpoint = origin.checkpoint
     if not (checkpoint.path / "tokenizer.json").exists():
         raise CheckpointError(
@@ -104,18 +118,24 @@ def _convert(
     if verify and decoded:
         check_decoded_fits(checkpoint)
     with atomic_folder(target, work.nbytes, OPTION) as folder:
+        calibrated = wanted(origin, work.jobs, folder / SCRATCH) if wanted else None
         if work.unchanged:
             _copy(checkpoint, folder, progress)
             nonfinite = _find_nonfinite(work.jobs) if verify else ()
         else:
-            nonfinite = _write(work.jobs, folder, verify, progress)
+            rounded = calibrated.round() if calibrated else {}
+            nonfinite = _write(work.jobs, folder, verify, progress, rounded)
         copy_metadata(checkpoint, folder, work.dtype, work.quantized)
         if decoded:
             for name in STALE:
                 (folder / name).unlink(missing_ok=True)
         result = Checkpoint.open(folder)
+        if calibrated:
+            calibrated.tune(result)
+            calibrated.close()
         verification = verify_conversion(checkpoint, result, work.exact, decoded) if verify else None
         report = _report(source, target, checkpoint, chosen, work, nonfinite, verification, start)
+        report = replace(report, rounding=calibrated.rounding if calibrated else None)
         card.write(folder, report, chosen, checkpoint.path / "README.md")
     return report
 
@@ -197,8 +217,14 @@ def _find_nonfinite(jobs: list[Job | Decoded]) -> tuple[str, ...]:
     )
 
 
-def _write(jobs: list[Job | Decoded], folder: Path, scan: bool, progress: Progress | None) -> tuple[str, ...]:
-    """Convert every job slice by slice.
+def _write(
+    jobs: list[Job | Decoded],
+    folder: Path,
+    scan: bool,
+    progress: Progress | None,
+    rounded: Mapping[str, Path] | None = None,
+) -> tuple[str, ...]:
+    """Convert every job slice by slice; `rounded` are files that hold what modules have become already.
 
     Returns:
         With `scan`, the parameters that contain NaN or infinity.
@@ -228,6 +254,12 @@ def _write(jobs: list[Job | Decoded], folder: Path, scan: bool, progress: Progre
     with Writer(folder, [job.entries for job in jobs]) as writer:
         for job in jobs:
             offsets = dict.fromkeys((entry.name for entry in job.entries), 0)
+            if rounded and (file := rounded.get(job.target.removesuffix(".weight"))):
+                known: Any = mx.load(str(file))
+                for name in offsets:
+                    writer.write(name, 0, to_bytes(known[name]))
+                advance(job.nbytes)
+                continue
             for piece in job.slices():
                 data: Any = job.read(piece)
                 if job.unchanged and not (scan and job.dtype in DTYPES):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .rounding.run import Rounding
 from .verify import Verification
 
 
@@ -29,6 +30,7 @@ class Report:
         verification: the comparison of logits, with `verify` only.
         url: where the result was uploaded, or None.
         notes: what of the source is not used, one sentence each.
+        rounding: what was done for better rounding; None where weights take their nearest codes.
     """
 
     source: str
@@ -47,3 +49,4 @@ class Report:
     verification: Verification | None = None
     url: str | None = None
     notes: tuple[str, ...] = ()
+    rounding: Rounding | None = None

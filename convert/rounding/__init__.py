@@ -1,0 +1,1 @@
+"""Better rounding at given bits: codes, scales and biases chosen for what the source model computes."""
