@@ -5,6 +5,7 @@
     python bench/causal.py quality --modes speculative --costs h200  # drafts as long as pay on another machine
     python bench/causal.py speed                                      # a small shape, for a CPU
     python bench/causal.py speed --shape 26b --recipe 4bit --prefix 1024 --rows 1 8       # a GPU
+    python bench/causal.py speed --shape 26b --tokens 1 --traces no yes                   # what traces save
 
 `speed` times what `TokenLoop` does for a token, the next pass under way before this one is read, and passes that
 verify drafts.
@@ -22,7 +23,7 @@ import peers
 import quality
 import score
 from meter import settle
-from report import finish, machine, spread, table
+from report import finish, machine, on_cpu, show, spread, table
 from shapes import add_arguments, from_arguments
 
 import mlx_dgemma
@@ -106,12 +107,24 @@ def print_answers(found: dict[str, dict]) -> None:
     table(header, rows)
 
 
-def seconds_a_token(model: DiffusionGemma, prompt: mx.array, rows: int, length: int, runs: int) -> list[float]:
-    """Seconds of a pass over so many tokens of each row and of their draws, at temperature 0.
+def trace(model: DiffusionGemma, wanted: bool) -> None:
+    """Replay traces of passes over one token, or build every pass anew; on a CPU there are none."""
+    model.token_pass = None
+    if wanted and not on_cpu():
+        model.trace_tokens()
+
+
+def seconds_a_token(
+    model: DiffusionGemma, prompt: mx.array, rows: int, length: int, runs: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of a pass over so many tokens of each row and of their draws, at temperature 0; and the host's before it
+    waits: what it takes to build the graph and to hand it over.
 
     Passes over one token overlap as in generation; of longer ones the host reads each.
     """
-    prefixes, taken = [model.new_prefix(capacity=prompt.shape[1] + 512) for _ in range(rows)], []
+    prefixes = [model.new_prefix(capacity=prompt.shape[1] + 512) for _ in range(rows)]
+    taken: list[float] = []
+    host: list[float] = []
     for prefix in prefixes:
         prefill(model, prefix, np.asarray(prompt), None)
     tokens, before = mx.zeros((rows, length), mx.int32), None
@@ -122,12 +135,13 @@ def seconds_a_token(model: DiffusionGemma, prompt: mx.array, rows: int, length: 
             [mx.argmax(model.logits(hidden[:, i : i + 16]), axis=-1) for i in range(0, length, 16)], axis=1
         ).astype(mx.int32)
         mx.async_eval(drawn, [prefix.state for prefix in prefixes])
+        host.append(time.perf_counter() - started)
         mx.eval(before if length == 1 and before is not None else drawn)
         for prefix in prefixes:
             prefix.accept(1)
         before = tokens = drawn
         taken.append(time.perf_counter() - started)
-    return taken[4:]
+    return taken[4:], host[4:]
 
 
 def speed(args: argparse.Namespace) -> list[dict]:
@@ -139,22 +153,27 @@ def speed(args: argparse.Namespace) -> list[dict]:
     for prefix in args.prefix:
         prompt = random_prompt(raw, prefix)
         for rows in args.rows:
-            for length in (1, 16, 64, 256):
+            for length, traces in ((one, other) for one in args.tokens for other in args.traces):
+                trace(model, traces == "yes")
                 mx.reset_peak_memory()
                 held = mx.get_active_memory()
-                taken = spread([1000 * one for one in seconds_a_token(model, prompt, rows, length, args.runs * 8)])
-                peak = (mx.get_peak_memory() - held) / 2**30
-                found.append({"prefix": prefix, "rows": rows, "tokens": length, "ms": taken, "peak_gib": peak})
+                seconds, host = seconds_a_token(model, prompt, rows, length, args.runs * 8)
+                taken, host = (spread([1000 * one for one in some]) for some in (seconds, host))
+                found.append({"prefix": prefix, "rows": rows, "tokens": length, "ms": taken, "host_ms": host})
+                found[-1]["peak_gib"] = (mx.get_peak_memory() - held) / 2**30
+                found[-1]["traced"] = model.token_pass is not None and model.token_pass.trusted
                 settle()
         if args.mlx_lm:
             seconds = peers.mlx_lm_seconds(raw, DTYPES[dtype], args.recipe, prompt, args.runs * 8 + 4)
             taken = spread([1000 * one for one in seconds])
-            found.append({"prefix": prefix, "rows": "mlx-lm, 1", "tokens": 1, "ms": taken, "peak_gib": None})
+            found.append({"prefix": prefix, "rows": "mlx-lm, 1", "tokens": 1, "ms": taken})
             settle()
     body = [
-        [one["prefix"], one["rows"], one["tokens"], one["ms"]["median"], f"{one['peak_gib'] or 0:.2f}"] for one in found
-    ]
-    table(["prefix", "rows", "tokens a row", "ms", "GiB above the weights"], body)
+        [one["prefix"], one["rows"], one["tokens"], "yes" if one.get("traced") else "no", show(one["ms"]),
+         show(one.get("host_ms")), f"{one.get('peak_gib', 0):.2f}"]
+        for one in found
+    ]  # fmt: skip
+    table(["prefix", "rows", "tokens a row", "traced", "ms", "host's ms", "GiB above the weights"], body)
     return found
 
 
@@ -173,6 +192,8 @@ def main() -> None:
     add_arguments(other)
     other.add_argument("--mlx-lm", action="store_true", help="plain Gemma 4 of the same shape beside it, by mlx-lm")
     other.add_argument("--rows", type=int, nargs="+", default=[1])
+    other.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256], help="of a row in a pass")
+    other.add_argument("--traces", choices=["no", "yes"], nargs="+", default=["yes"], help="of passes over one token")
     args = parser.parse_args()
     found = machine()
     if args.command == "quality":
