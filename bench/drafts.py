@@ -5,7 +5,8 @@
     python bench/drafts.py valid --prompts 200                            # ten schemas, and 100 patterns
     python bench/drafts.py memory --tokens 10000
 
-All but `valid` take small models of random weights, whose next tokens are as uncertain as can be. Each prints as it goes.
+All but `valid` take small models of random weights, whose next tokens are as uncertain as can be.
+Each prints as it goes.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
     python bench/primitives.py --shape 26b --plain                    # without custom kernels
     python bench/primitives.py --shape 26b --token --recipe none      # a token of causal mode, on CUDA too
 
-Nothing is computed. The graph is built on the CPU backend with every question about the device answered as Metal answers it. Weights are
-zeros that take no memory. Primitives that only describe another view of their input launch nothing and are not
-counted; a reshape, a slice or a product of an array that is not contiguous may still copy it, which a graph does not
-tell.
+Nothing is computed. The graph is built on the CPU backend with every question about the device answered as Metal
+answers it. Weights are zeros that take no memory. Primitives that only describe another view of their input launch
+nothing and are not counted; a reshape, a slice or a product of an array that is not contiguous may still copy it, which
+a graph does not tell.
 """
 
 import argparse

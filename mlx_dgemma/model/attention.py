@@ -76,7 +76,7 @@ def attend_by_kernel(
         return _unfused(queries, keys, values, leading=(count, step))
     per_query = batch * heads * keys.shape[2] * queries.dtype.size
     size = length if length * per_query <= SCORE_BYTES else queries_at_once(per_query)
-    if size < length and on_metal() and (fused := _fused_in_blocks(queries, keys, values, leading)) is not None:
+    if size < length and on_metal() and (fused := _fused_in_blocks(queries, keys, values, (count, step))) is not None:
         return fused
 
     def of_group(some: mx.array, rows: slice) -> mx.array:

@@ -180,7 +180,7 @@ class DiffusionGemma(nn.Module):
         """From now on replay traces of passes over one token."""
         self.token_pass = TokenPass(self._run_ahead, self.config.text.layer_types)
 
-    def train(self, mode: bool = True) -> DiffusionGemma:
+    def train(self, mode: bool = True) -> nn.Module:
         """As of any module; traces are dropped with the weights that they hold."""
         if self.token_pass is not None:
             self.token_pass.forget()

@@ -133,7 +133,7 @@ def rounded(count: int) -> int:
 
 
 def agree(expected: mx.array, found: mx.array) -> bool:
-    """Whether hidden states are equal up to roundings, of which layers make more; a wrong pass differs in everything."""
+    """Whether hidden states are equal up to roundings, which grow from layer to layer."""
     if expected.dtype != found.dtype or expected.shape != found.shape:
         return False
     a, b = (one.astype(mx.float32) for one in (expected, found))
