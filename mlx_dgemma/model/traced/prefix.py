@@ -42,12 +42,11 @@ class TracedKV(LayerKV):
         assert self.keys is not None and self.values is not None
         seen = self._slots.seen
         if self._slots.ring_full and self.window_slots is not None:
-            at = mx.array([self.window_slots], mx.int32)
+            self._write(keys, values, self.window_slots)
             seen += -seen % alignment
-        else:
-            at = self._offset
-        self.keys = mx.slice_update(self.keys, keys, at, (2,))
-        self.values = mx.slice_update(self.values, values, at, (2,))
+        else:  # a launch more, which computes where this is in memory
+            self.keys = mx.slice_update(self.keys, keys, self._offset, (2,))
+            self.values = mx.slice_update(self.values, values, self._offset, (2,))
         return self.keys[:, :, :seen], self.values[:, :, :seen]
 
 
