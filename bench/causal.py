@@ -41,6 +41,7 @@ from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.tasks.answer import answer
+from mlx_dgemma.tasks.mode import SETTLED, Kind, choose_mode
 
 MODES: dict[str, dict] = {
     "default": {},
@@ -155,7 +156,15 @@ def auto(args: argparse.Namespace) -> list[list]:
         each = [f"{right:.0f}; {spent / max(count, 1):.1f}" for right, spent in total.values()]
         rows.append([name, f"{count:.0f}", took, *each])
     table(["costs", "answers", "families' modes", *(f"{kind}: right; time" for kind in total)], rows)
-    return rows
+    print("\nwith the release's canvas of 256 tokens:")
+    kinds_of_text = [Kind(tokens, text) for text in SETTLED for tokens in (16, 64, 256, 1024)]
+    machines = {name: costs_of(name, engine.model) for name in MACHINES[1:]}
+    taken_for = [
+        [one.text, one.tokens, *(choose_mode(costs, one, 256).mode for costs in machines.values())]
+        for one in kinds_of_text
+    ]
+    table(["text", "tokens", *machines], taken_for)
+    return rows + taken_for
 
 
 def time_of(sums: dict, costs: Costs) -> float:
