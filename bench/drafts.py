@@ -6,6 +6,7 @@
     python bench/drafts.py memory --tokens 10000
 
 All but `valid` take small models of random weights, whose next tokens are as uncertain as can be.
+Each prints as it goes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import resource
 import sys
+import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -38,25 +42,33 @@ from mlx_dgemma.decoding.session import PromptTokens, Session
 from mlx_dgemma.model import device
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from loop import Reader
-
 GREEDY = {"temperature": 0.0}
 DRAWN = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}
 
 
-class Counting(Reader):
-    """Takes so many tokens."""
+class Counting:
+    """Takes so many tokens, at a cost that does not grow with them."""
 
-    @property
-    def finish_reason(self):
-        """Why it has ended, if it has."""
-        return "length" if len(self.tokens) >= self.blocks else None
+    text, thinking, tool_calls, log_probs = "", "", (), ()
 
-    @property
-    def left(self):
-        """Tokens to come."""
-        return self.blocks - len(self.tokens)
+    def __init__(self, count: int):
+        self.tokens: list[int] = []
+        self.left, self.finish_reason = count, None
+
+    def feed(self, tokens: list[int], log_probs: list[float]) -> str | None:
+        """Take tokens; returns "length" with the last."""
+        self.tokens += tokens
+        self.left -= len(tokens)
+        self.finish_reason = "length" if self.left <= 0 else None
+        return self.finish_reason
+
+    def cut(self, reason: str) -> None:
+        """End here."""
+        self.finish_reason = reason
+
+    def take(self) -> tuple[str, str]:
+        """No text: tokens are all that counts."""
+        return "", ""
 
 
 def generate(model: DiffusionGemma, asked: list[tuple[list[int], int, int]], mode: str, options: dict) -> list[list]:
@@ -73,8 +85,8 @@ def generate(model: DiffusionGemma, asked: list[tuple[list[int], int, int]], mod
     return [one.reader.tokens for one in requests]
 
 
-def model_of(recipe: str, layers: int, vocab: int) -> DiffusionGemma:
-    raw = raw_config("small", layers=layers, hidden=128, vocab=vocab)
+def model_of(recipe: str, layers: int, vocab: int, hidden: int = 128) -> DiffusionGemma:
+    raw = raw_config("small", layers=layers, hidden=hidden, vocab=vocab)
     dtype = mx.bfloat16 if recipe == "bfloat16" or (not device.on_cpu() and recipe != "float32") else mx.float32
     model = random_model(raw, dtype, None if recipe in ("float32", "bfloat16") else recipe)
     suit_device(model)
@@ -103,6 +115,7 @@ def equal(args: argparse.Namespace) -> list[list]:
                 pairs = [zip(a, b) for a, b in zip(texts, [*alone, *alone])]
                 first = min((i for pair in pairs for i, (a, b) in enumerate(pair) if a != b), default="")
                 rows.append([recipe, name, length, f"{sum(same[:4])} of 4", f"{sum(same[4:])} of 4", first])
+                print(*rows[-1], sep=" | ", flush=True)
     table(["", "", "draft", "alone", "batch of 4", "first difference"], rows)
     return rows
 
@@ -169,39 +182,55 @@ def valid(args: argparse.Namespace) -> list[list]:
                 except (mlx_dgemma.DgemmaError, ValueError) as error:
                     good = print(f"{kind} {name if kind == 'schema' else pattern!r}, {options}: {error}")
                 found[mode, kind, bool(good)] += 1
+        if seed % 10 == 9:
+            wrong = sum(count for (*_, good), count in found.items() if not good)
+            print(f"{seed + 1} prompts, {found.total()} texts, {wrong} not valid", flush=True)
     rows = [[mode, kind, f"{found[mode, kind, True]} of {len(cases)}"] for mode, kind in sorted({k[:2] for k in found})]
     table(["", "", "valid"], rows)
     return rows
 
 
 def memory(args: argparse.Namespace) -> list[list]:
-    """Memory in use and its peak while tokens are generated, without the keys and values that they leave."""
-    model, rows = model_of("float32", 3, 512), []
-    for mode in ("causal", "speculative"):
-        loop, session = Loop(model), Session(model)
+    """Memory after every thousand tokens of one text: MLX's arrays without the keys and values, and the process.
+
+    A mode that kept something of every token, or of every pass, would show it by a figure that grows.
+    """
+    model, rows = model_of("float32", 2, 256, hidden=64), []
+    header = ["", "tokens", "seconds", "MiB in use", "peak", "freed buffers", "keys and values", "process"]
+    print(*header, sep=" | ", flush=True)
+    for mode in args.modes:
+        loop, session, done, mark, began = Loop(model), Session(model), 0, 1000, time.perf_counter()
         prompt = list(range(2, 66))
         options = GenerationOptions(mode=mode, temperature=1.0, end_tokens=())
         loop.add(Request(PromptTokens(prompt, list(prompt)), 0, options, Counting(args.tokens)), session)
-        marks = iter([args.tokens * i // 5 for i in range(1, 5)])
-        mark, done = next(marks), 0
         mx.reset_peak_memory()
         while loop.requests:
             for _, event in loop.step():
                 done += len(event.tokens) if isinstance(event, mlx_dgemma.Block) else 0
-            if mark is not None and done >= mark:
-                held = session.nbytes
-                figures = [mx.get_active_memory() - held, mx.get_peak_memory() - held, mx.get_cache_memory()]
-                rows.append([mode, done, *(f"{one / 2**20:.1f}" for one in figures), f"{held / 2**20:.1f}"])
-                mark = next(marks, None)
+            if done >= mark:
+                held, mark = session.nbytes, mark + 1000
+                figures = [mx.get_active_memory() - held, mx.get_peak_memory() - held, mx.get_cache_memory(), held]
+                figures.append(resident())
+                seconds = f"{time.perf_counter() - began:.0f}"
+                rows.append([mode, done, seconds, *(f"{one / 2**20:.2f}" for one in figures)])
+                print(*rows[-1], sep=" | ", flush=True)
                 mx.reset_peak_memory()
-    table(["", "tokens", "MiB in use", "peak", "freed buffers", "keys and values"], rows)
     return rows
+
+
+def resident() -> int:
+    """Bytes of this process in memory now; where the system does not tell, the most that it ever had."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["equal", "frequencies", "valid", "memory"])
     parser.add_argument("--recipes", nargs="+", default=["float32", "bfloat16", "8bit", "4bit"])
+    parser.add_argument("--modes", nargs="+", default=["causal", "speculative"], help="of memory")
     parser.add_argument("--draws", type=int, default=20_000)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, help="to generate (equal 48, memory 10000)")

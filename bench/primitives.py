@@ -1,21 +1,24 @@
-"""How many of MLX's primitives one denoising step launches on Metal, counted from its graph; nothing is computed.
+"""How many of MLX's primitives one denoising step, or one token, launches on Metal, counted from its graph.
 
     python bench/primitives.py --shape 26b                            # the release's shape, 4bit
     python bench/primitives.py --shape 26b --recipe none --canvas 64 --dense 64
     python bench/primitives.py --shape 26b --plain                    # without custom kernels
+    python bench/primitives.py --shape 26b --token --recipe none      # a token of causal mode, on CUDA too
 
-The graph is built on the CPU backend with every question about the device answered as Metal answers it. Weights are
-zeros that take no memory. Primitives that only describe another view of their input launch nothing and are not
-counted; a reshape, a slice or a product of an array that is not contiguous may still copy it, which a graph does not
-tell.
+Nothing is computed. The graph is built on the CPU backend with every question about the device answered as Metal
+answers it. Weights are zeros that take no memory. Primitives that only describe another view of their input launch
+nothing and are not counted; a reshape, a slice or a product of an array that is not contiguous may still copy it, which
+a graph does not tell.
 """
 
 import argparse
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +34,8 @@ from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.step import fast_step, inputs, plain_step, predict
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_dgemma.model.functions import finite
+from mlx_dgemma.model.kv_cache import BUFFER_STEP
 
 # MLX's backend/gpu/primitives.cpp: these share their input's buffer.
 VIEWS = frozenset(
@@ -96,10 +101,12 @@ def as_primitives() -> Iterator[None]:
             return mx.depends(mx.cumprod(q, axis=-1), [k, v])
         return attention(q, k, v, scale=scale, mask=mask)
 
+    held = cache(constant)
+
     def metal_kernel(**_):
         def call(inputs, output_shapes, output_dtypes, **_):
             ran = mx.logcumsumexp(mx.depends(mx.array([0.0]), [a for a in inputs if isinstance(a, mx.array)]))
-            made = [constant(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
+            made = [held(tuple(shape), dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
             return [mx.depends(one, [ran]) for one in made]
 
         return call
@@ -208,6 +215,77 @@ class Pass:
         return predict(self.batch, constant(shape, self.model.dtype), self.batch.steps, self.dense)
 
 
+class Token:
+    """A token of causal mode as a graph, its draw and its place in the prefix included; rings are full.
+
+    Args:
+        model: from `model_of_zeros`.
+        prefix: positions that are encoded.
+        traced: by the trace of an earlier token.
+    """
+
+    def __init__(self, model: DiffusionGemma, prefix: int, traced: bool):
+        self.model, self.prefix, self.tokens = model, model.new_prefix(), constant((1, 1), mx.int32)
+        self.prefix.offset = prefix
+        for layer, kind in zip(self.prefix.layers, model.config.text.layer_types):
+            heads, dim = model.config.text.kv_shape(kind)
+            slots = -(-(layer.used(prefix) + 2) // BUFFER_STEP) * BUFFER_STEP
+            layer.keys, layer.values = (constant((1, heads, slots, dim), model.dtype) for _ in range(2))
+        if traced:
+            model.trace_tokens()
+            assert model.token_pass is not None
+            model.token_pass.trusted = True  # nothing is computed, so nothing can be compared
+
+    def __call__(self) -> list[mx.array]:
+        """All that is evaluated of it."""
+        prefix = self.prefix.fork()
+        hidden = self.model.encode_ahead(self.tokens, [prefix])
+        prefix.accept(1)
+        return [mx.argmax(self.model.logits(hidden), axis=-1), finite(hidden), *prefix.state]
+
+    def host_seconds(self, count: int = 10) -> float:
+        """Of this process, to build the graph: the least of some runs."""
+        taken = []
+        for _ in range(count):
+            began = time.process_time()
+            self()
+            taken.append(time.process_time() - began)
+        return min(taken)
+
+
+@contextmanager
+def answering_as_cuda() -> Iterator[None]:
+    """As `answering_as_metal`, for a GPU of NVIDIA."""
+    new_stream = mx.new_stream
+    with (
+        as_primitives(),
+        patch.object(mx, "new_stream", lambda _: new_stream(mx.cpu)),
+        patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)),
+        patch.object(mx, "device_info", lambda *_: {"device_name": "NVIDIA H200", "total_memory": 141 * 2**30}),
+        patch.object(mx.fast, "cuda_kernel", mx.fast.metal_kernel),
+    ):
+        yield
+
+
+@contextmanager
+def answering_as(device: str) -> Iterator[None]:
+    with answering_as_cuda() if device == "CUDA" else answering_as_metal(), as_primitives():
+        yield
+
+
+def count_token(raw: dict, dtype: mx.Dtype, recipe: str | None, plain: bool, prefix: int) -> None:
+    """Print a token's primitives, and what building its graph takes this processor, with a trace and without."""
+    for device in ("CUDA", "Metal"):
+        for traced in (False, True):
+            model = model_of_zeros(raw, dtype, recipe, plain)
+            with answering_as(device):
+                one = Token(model, prefix, traced)
+                one()  # makes the trace
+                counts, seconds = primitives(one()), one.host_seconds()
+            name = "a replayed trace" if traced else "one token"
+            table(f"{device}, {name}, {1e3 * seconds:.1f} ms of this processor", counts)
+
+
 def constants_like(array: mx.array) -> mx.array:
     return constant(array.shape, array.dtype)
 
@@ -238,8 +316,14 @@ def main() -> None:
     parser.add_argument("--dense", type=int, default=8, help="positions that need the whole vocabulary")
     parser.add_argument("--mode", choices=["default", "exact", "fast"], default="default")
     parser.add_argument("--plain", action="store_true", help="without custom kernels")
+    parser.add_argument("--token", action="store_true", help="a token of causal mode")
     args = parser.parse_args()
     recipe = None if args.recipe == "none" else args.recipe
+
+    if args.token:
+        raw = raw_config(args.shape, args.layers, canvas=args.canvas)
+        count_token(raw, DTYPES[args.dtype], recipe, args.plain, args.prefix)
+        return
 
     def counted(part: str, layers: int | None) -> Counter:
         raw = raw_config(args.shape, layers, canvas=args.canvas)

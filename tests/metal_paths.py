@@ -252,6 +252,11 @@ def custom_kernels(dtype: str, folder: Path) -> None:
         model.denoise(random_tokens(2, 1, 5), [prefix, prefix.fork()], narrow=Narrow((2, 3), 4))
     finally:
         attention.SCORE_BYTES = bytes_before
+    model.trace_tokens()
+    for length in (2, 40):  # the window is 5
+        prefix = model.new_prefix()
+        model.encode(random_tokens(0, 1, length), prefix)
+        model.encode_ahead(random_tokens(1, 1, 1), [prefix])
     model.config = replace(model.config, image_token_id=3)
     features = mx.zeros((2, model.config.text.hidden_size), model.dtype)
     model.encode(mx.array([[1, 2, 3, 3, 4, 5, 6]]), model.new_prefix(), features=features)

@@ -131,6 +131,8 @@ def choose_kernels(model: DiffusionGemma) -> None:
     """
     model.eval()
     text = model.config.text
+    if not on_cpu():
+        model.trace_tokens()
     if on_cpu() or text.num_experts > kernels.LAYOUT_THREADS or text.top_k_experts > kernels.MAX_TOP_K:
         return
     rows = min(model.config.canvas_length, 64)

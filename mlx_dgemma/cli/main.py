@@ -21,11 +21,12 @@ from ..errors import DgemmaError
 from ..ranks.start import take_part
 from .terminal import Terminal
 
-# In the order of --help: each command's module, which holds it under its own name, - as _.
+# In the order of --help: each command's module, which holds it under its own name, - as _, or under the one behind :.
 COMMANDS = {
     "generate": ".commands.generate",
     "chat": ".commands.chat",
     "infill": ".commands.text",
+    "continue": ".commands.text:continue_text",
     "edit": ".commands.text",
     "choose": ".commands.choose",
     "serve": ".commands.serve",
@@ -79,7 +80,8 @@ class Commands(click.Group):
         """Return a command by name."""
         if cmd_name not in COMMANDS:
             return None
-        return getattr(import_module(COMMANDS[cmd_name], __package__), cmd_name.replace("-", "_"))
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        return getattr(import_module(module, __package__), name or cmd_name.replace("-", "_"))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""

@@ -57,7 +57,7 @@ def attend_by_kernel(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    leading: tuple[int, int],
+    leading: tuple[int | mx.array, int],
     stages: list[mx.array] | None = None,
 ) -> mx.array:
     """As `attend`, with a custom kernel for the softmax, where each query sees the first keys.
@@ -66,14 +66,17 @@ def attend_by_kernel(
         queries: [B, heads, L, D].
         keys: [B, kv_heads, N, D], where N is a multiple of `ALIGNMENT`.
         values: [B, kv_heads, N, D].
-        leading: as `Mask.leading`; what lies behind these keys is not looked at, but must be finite.
+        leading: as `Mask.leading`; what lies behind these keys is not looked at, but must be finite. Of one query in a
+            traced pass, which does not know a number, the first is [3] as `kernels.softmax` takes it.
         stages: as in `attend`.
     """
     batch, heads, length, _ = queries.shape
     count, step = leading
+    if isinstance(count, mx.array):
+        return _unfused(queries, keys, values, leading=(count, step))
     per_query = batch * heads * keys.shape[2] * queries.dtype.size
     size = length if length * per_query <= SCORE_BYTES else queries_at_once(per_query)
-    if size < length and on_metal() and (fused := _fused_in_blocks(queries, keys, values, leading)) is not None:
+    if size < length and on_metal() and (fused := _fused_in_blocks(queries, keys, values, (count, step))) is not None:
         return fused
 
     def of_group(some: mx.array, rows: slice) -> mx.array:
@@ -117,7 +120,7 @@ def _unfused(
     keys: mx.array,
     values: mx.array,
     visible: mx.array | None = None,
-    leading: tuple[int, int] | None = None,
+    leading: tuple[int | mx.array, int] | None = None,
 ) -> mx.array:
     """As MLX computes it for heads of this size, but in one matrix of queries per KV head and without the scale.
 
@@ -131,7 +134,7 @@ def _unfused(
         masked = slots - visible.shape[-1]
         grouped[..., masked:] = mx.where(visible[:, :, None], grouped[..., masked:], -mx.inf)
         scores = grouped.reshape(scores.shape)
-    if leading is None or leading == (slots, 0):
+    if leading is None or (isinstance(leading[0], int) and leading == (slots, 0)):
         shares = mx.softmax(scores, axis=-1, precise=True)
     else:
         shares = kernels.softmax(scores, *leading, length)

@@ -10,6 +10,7 @@ Formulas follow Transformers' diffusion_gemma. Names of submodules are the check
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +25,7 @@ from .head import Head
 from .kv_cache import Prefix
 from .layers import Layer, SelfConditioning
 from .masks import Narrow
+from .traced.token import TokenPass
 from .vision import Projector, VisionTower
 
 PATCHES_AT_ONCE = 10240  # patches that the vision tower encodes at once
@@ -86,6 +88,7 @@ class DiffusionGemma(nn.Module):
         self.model = Backbone(config)
         self._apply: Callable[..., mx.array] = Layer.__call__  # called with (layer, h, scalar, context)
         self.uses_kernels = False  # custom kernels, which have no gradient; training mode computes without them
+        self.token_pass: TokenPass | None = None  # replays traces of passes over one token; None: none are made
         self._dtype: mx.Dtype | None = None  # of activations; set where the embedding's weights do not tell it
         self._group: Group = ALONE
         self._encoder_layers: tuple[Layer, ...] | None = None  # set where an adapter changes the two modes differently
@@ -179,7 +182,25 @@ class DiffusionGemma(nn.Module):
         Returns:
             Hidden states [B, L, H] after the final norm.
         """
+        if self.token_pass is not None and not self.training:
+            hidden = self.token_pass(tokens, prefixes)
+            if hidden is not None:
+                return hidden
         masks = [one.encode_masks(tokens.shape[1]) for one in prefixes]
+        return self._run(self._embed(tokens), prefixes, masks, encoder=True, canvas=True)
+
+    def trace_tokens(self) -> None:
+        """From now on replay traces of passes over one token."""
+        self.token_pass = TokenPass(self._run_ahead, self.config.text.layer_types)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As of any module; traces are dropped with the weights that they hold."""
+        if self.token_pass is not None:
+            self.token_pass.forget()
+        return super().train(mode)
+
+    def _run_ahead(self, tokens: mx.array, prefixes: Sequence[Any], masks: list[dict]) -> mx.array:
+        """As `encode_ahead`, with masks that were made."""
         return self._run(self._embed(tokens), prefixes, masks, encoder=True, canvas=True)
 
     def encode_images(self, images: tuple[mx.array, mx.array]) -> mx.array:
@@ -290,7 +311,7 @@ class DiffusionGemma(nn.Module):
     def _run(
         self,
         h: mx.array,
-        prefixes: Sequence[Prefix],
+        prefixes: Sequence[Any],
         masks: list[dict],
         encoder: bool,
         canvas: bool,

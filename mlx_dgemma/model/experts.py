@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from ..upstream import SwitchLinear
+from ..upstream import QuantizedSwitchLinear, SwitchLinear
 from .config import TextConfig
 from .device import fused
 from .functions import geglu, rms_norm
@@ -77,24 +79,28 @@ class Experts(nn.Module):
 
         Args:
             x: [N, H].
-            chosen: [N, K] int32.
+            chosen: [N, K] uint32.
 
         Returns:
             What the experts make of the rows, [S, H] in order of slots, and the slots of each row, [N, K] int32.
         """
         experts, size = self.gate_up_proj.num_experts, x.shape[-1]
-        if uses_padded_runs():
+        if uses_padded_runs() and 2 * chosen.size > experts:
             length = self._run_length(chosen.size)
             runs = kernels.lay_out(chosen, experts, length)
             y = self._mlp(kernels.take_rows(x, runs.source, length), runs.owners, activate=kernels.geglu)
         elif chosen.size < PAD_FROM * experts:
-            y = self._mlp(x[:, None, None], chosen, activate=kernels.geglu)
-            slots = mx.arange(chosen.size, dtype=mx.int32)
-            return y.reshape(-1, size), slots.reshape(chosen.shape)
+            return self._few_rows(x, chosen).reshape(-1, size), places(chosen.shape, np.int32)
         else:
             runs = kernels.lay_out(chosen, experts, 1, GROUPED_FROM * experts)
             y = self._mlp(kernels.take_rows(x, runs.source, 1), runs.owners, True, kernels.geglu)
         return y.reshape(-1, size), runs.slots
+
+    def _few_rows(self, x: mx.array, chosen: mx.array) -> mx.array:
+        """[N, K, 1, H], what each chosen expert makes of its row; all numbers of rows are arrays of the host."""
+        up, down = self.gate_up_proj, self.down_proj
+        both = gather(up, x[:, None, None], places((len(x), 1), np.uint32), chosen)
+        return gather(down, kernels.geglu(both), places(chosen.shape, np.uint32), chosen).astype(x.dtype)
 
     def _run_length(self, count: int) -> int:
         # CUDA compiles gather_qmm for every length, which takes a minute: quantized weights use a single length.
@@ -132,6 +138,26 @@ class Experts(nn.Module):
 def mix_rows(rows: mx.array, slots: mx.array, shares: mx.array) -> mx.array:
     """The rows of each position by their shares: rows [S, H], slots and shares [N, K] -> [N, H]."""
     return (shares[:, None] @ rows[slots])[:, 0]
+
+
+def places(shape: tuple[int, ...], dtype: type[np.integer]) -> mx.array:
+    """0, 1, 2, ... in an array of the host; `mx.arange` is a launch."""
+    return mx.array(np.arange(np.prod(shape), dtype=dtype).reshape(shape))
+
+
+def gather(module: Any, x: mx.array, rows: mx.array, experts: mx.array) -> mx.array:
+    """Rows of x [..., 1, I] through experts, both given by numbers of one shape or broadcast to it: [..., 1, O].
+
+    A module's own call lets MLX number the rows, which is a launch.
+    """
+    if type(module) is SwitchLinear and "bias" not in module:
+        return mx.gather_mm(x, module.weight.swapaxes(-1, -2), rows, experts)
+    if type(module) is QuantizedSwitchLinear and "bias" not in module and module.get("global_scale") is None:
+        return mx.gather_qmm(
+            x, module.weight, module.scales, module.get("biases"), rows, experts,
+            transpose=True, group_size=module.group_size, bits=module.bits, mode=module.mode,
+        )  # fmt: skip
+    return module(x, experts)
 
 
 def _without_adapter(module: nn.Module) -> nn.Module:

@@ -8,8 +8,8 @@ import pytest
 from commands import python, run
 
 COMMANDS = (
-    "generate chat infill edit choose serve launch tune distill calibrate evaluate fuse info check setup quick-actions "
-    "shortcut convert"
+    "generate chat infill continue edit choose serve launch tune distill calibrate evaluate fuse info check setup "
+    "quick-actions shortcut convert"
 ).split()
 BIG_SEED = f"seed is {2**64}; it should be a whole number from 0 to 2**64 - 1."
 NO_FOLDER = "./none does not exist; give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it."

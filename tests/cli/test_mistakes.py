@@ -140,6 +140,10 @@ MISTAKES = [
         2,
         "--mode is 'causal' and --patience is",
     ),
+    # continue
+    (["continue", "none.txt"], 2, "'[FILE]': File 'none.txt' does not exist."),
+    (["continue"], 1, "stdin is empty; there is nothing to continue."),
+    (["continue", "a.txt", "--mode", "causal", "--patience", 1], 2, "--mode is 'causal' and --patience is"),
     # edit
     (["edit"], 2, "Missing argument 'INSTRUCTION'."),
     (["edit", " ", "a.txt"], 2, "INSTRUCTION is empty; say what is to be done with the text."),
@@ -265,7 +269,7 @@ def test_the_table_of_exit_codes_holds(folder, weights):
         assert done.exit_code == code, (command, done.stderr)
 
 
-LOADING = "generate x|chat|infill a.txt --at 1:4|edit x a.txt|choose x a b|tune data.jsonl --output out"
+LOADING = "generate x|chat|infill a.txt --at 1:4|continue a.txt|edit x a.txt|choose x a b|tune data.jsonl --output out"
 LOADING += "|evaluate data.jsonl|serve --port 0"
 
 

@@ -246,6 +246,25 @@ def test_kernels_with_masks_of_their_own(monkeypatch, length):
         assert mx.abs(a - b).max() < 1e-4
 
 
+def test_a_traced_pass_with_kernels(monkeypatch):
+    """Its softmax is told the number of keys by an array."""
+    monkeypatch.setattr(mx, "compile", lambda function: function)
+    model = small_model(4, layers=(SLIDING, FULL))
+    model.eval()
+
+    def states():
+        prefix, found = model.new_prefix(), []
+        model.encode(random_tokens(0, 1, 2), prefix)
+        for _ in range(6):  # the window is 5
+            found.append(model.encode_ahead(random_tokens(3, 1, 1), [prefix]))
+            prefix.accept(1)
+        return mx.concatenate(found)
+
+    expected, model.uses_kernels = states(), True
+    model.trace_tokens()
+    assert mx.abs(states() - expected).max() < 1e-4 and model.token_pass.trusted
+
+
 def test_kernels_are_used_where_they_agree_and_else_refused_aloud(monkeypatch):
     model = small_model(4, layers=(SLIDING, FULL))
     build.choose_kernels(model)

@@ -1,4 +1,4 @@
-"""`mlx-dgemma infill` and `edit`: change an existing text. Heavy modules are imported when they run."""
+"""`mlx-dgemma infill`, `continue` and `edit`: change an existing text. Heavy modules are imported when they run."""
 
 from __future__ import annotations
 
@@ -103,6 +103,65 @@ def infill(
         _write(prefix + text + suffix if whole else text, output, terminal)
 
 
+@click.command("continue", epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
+@click.argument("file", required=False, type=existing_file)
+@click.option("--prompt", metavar="TEXT", help="A prompt that the whole text answers.")
+@click.option("--whole", is_flag=True, help="Print the whole text instead of what is added.")
+@number_option("--seed", 0, "The same seed gives the same text.", "random")
+@number_option("--max-tokens", 1, "Maximum length of what is added.")
+@json_option
+@output_options
+@verbose_option
+@model_options
+@adapter_option
+@server_option
+@sampler_options
+@click.pass_context
+def continue_text(
+    ctx: click.Context,
+    file: str | None,
+    prompt: str | None,
+    whole: bool,
+    as_json: bool,
+    output: Output,
+    verbose: bool,
+    model: ModelChoice,
+    **options: Any,
+) -> None:
+    """Go on with a text until it ends.
+
+    The text is FILE; without one, or for -, it is stdin. It stays byte for byte. What is added comes token by token, as
+    with --mode causal, unless another mode or an option of canvases is given. A line break is added only if stdout is a
+    terminal.
+
+    \b
+    mlx-dgemma continue story.txt --max-tokens 100
+    mlx-dgemma continue draft.md --prompt "A letter to a friend." --whole --output letter.md
+    """
+
+    terminal, options = Terminal(), explicit_options(options)
+    output.check()
+    name, asked = file or "-", decode_argument(prompt, "--prompt")
+    text = _read(name, terminal)
+    if not text.strip():
+        raise PromptError(f"{'stdin' if name == '-' else name} is empty; there is nothing to continue.")
+    engine, stream = find_task(model, terminal, "infill", text, "", prompt=asked, **_in_mode(options))
+    printed = sys.stdout.isatty() and not (as_json or output.path)
+    if printed and whole:
+        terminal.say(text)
+    answer = stream_answer(engine, stream, terminal, silent=not printed)
+    if answer.result is None:
+        ctx.exit(130)
+    if verbose:
+        print_details(engine, answer.result, options, terminal)
+    if as_json:
+        whole_text = {"whole": text + answer.result.text} if whole else {}
+        output.write(json.dumps({**answer.as_dict(), **whole_text}, ensure_ascii=False) + "\n", terminal)
+    else:
+        done = text + answer.result.text if whole else answer.result.text
+        output.write(done, terminal, said=printed, copied=done)
+
+
 @click.command(epilog="`mlx-dgemma info` shows the checkpoint's own settings.")
 @click.argument("instruction")
 @click.argument("file", required=False, type=existing_file)
@@ -188,6 +247,16 @@ def edit(
         output.write(_diff(draft, text, file or "-"), terminal)
     else:
         _write(text, output, terminal)
+
+
+def _in_mode(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with causal mode, unless one of them is of another mode."""
+    from ...decoding.options import CANVAS_OPTIONS
+
+    chosen = {"mode", "exact", "fast", *CANVAS_OPTIONS} & {
+        name for name, value in options.items() if value not in (None, False)
+    }
+    return options if chosen else {**options, "mode": "causal"}
 
 
 def _check_edit(file: str | None, in_place: bool, diff: bool, as_json: bool, output: Output) -> None:

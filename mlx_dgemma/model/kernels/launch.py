@@ -152,7 +152,7 @@ def split_heads(
 
 
 def route(scores: mx.array, scales: mx.array, top_k: int) -> list[mx.array]:
-    """The best `top_k` experts of each row, [N, K] int32 in descending order, and their weights [N, K].
+    """The best `top_k` experts of each row, [N, K] uint32 in descending order, and their weights [N, K].
 
     Args:
         scores: [N, experts].
@@ -163,7 +163,7 @@ def route(scores: mx.array, scales: mx.array, top_k: int) -> list[mx.array]:
     return _launch(
         "ROUTE",
         {"scores": scores, "scales": scales},
-        {"chosen": ((rows, top_k), mx.int32), "shares": ((rows, top_k), scores.dtype)},
+        {"chosen": ((rows, top_k), mx.uint32), "shares": ((rows, top_k), scores.dtype)},
         rows, 32, {"T": scores.dtype, "EXPERTS": experts, "K": top_k}, LOWEST=LOWEST,
     )  # fmt: skip
 
@@ -180,7 +180,7 @@ def lay_out(chosen: mx.array, experts: int, length: int, least: int = 0) -> Runs
     """Lay rows out in runs.
 
     Args:
-        chosen: [N, K] int32, the experts of each row.
+        chosen: [N, K] uint32, the experts of each row.
         experts: how many there are.
         length: slots of a run; 1 for rows that are only sorted.
         least: runs of length 1 at least; the surplus belongs to the last expert.
@@ -204,12 +204,12 @@ def take_rows(x: mx.array, source: mx.array, length: int) -> mx.array:
     )[0]  # fmt: skip
 
 
-def softmax(scores: mx.array, count: int, step: int = 0, length: int = 1) -> mx.array:
+def softmax(scores: mx.array, count: int | mx.array, step: int = 0, length: int = 1) -> mx.array:
     """The softmax over the first scores of each row, and zeros behind them.
 
     Args:
         scores: [..., P], where P is a multiple of four.
-        count: scores of the first row.
+        count: scores of the first row; or all three numbers as an array, [3] int32.
         step: how many more the next row has, from the first of `length` rows to the last; then it begins anew.
         length: see `step`.
 
@@ -217,7 +217,9 @@ def softmax(scores: mx.array, count: int, step: int = 0, length: int = 1) -> mx.
         [..., P].
     """
     width = scores.shape[-1]
-    flat, shape = scores.reshape(-1, width), mx.array([count, step, length], mx.int32)
+    flat, shape = scores.reshape(-1, width), count
+    if not isinstance(shape, mx.array):
+        shape = mx.array([count, step, length], mx.int32)
     return _launch(
         "SOFTMAX", {"scores": flat, "shape": shape}, {"shares": (flat.shape, flat.dtype)}, flat.shape[0], THREADS,
         {"T": scores.dtype, "THREADS": THREADS, "SHORT": width <= 8 * THREADS}, LOWEST=LOWEST,

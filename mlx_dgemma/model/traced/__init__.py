@@ -1,0 +1,1 @@
+"""Passes that are traced once and replayed, which saves the host from building their graphs."""

@@ -1,0 +1,117 @@
+"""Traced passes over one token against passes that are built anew: the same numbers, whatever the prefix holds."""
+
+import weakref
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support import random_tokens, small_model
+
+from mlx_dgemma.model import kv_cache
+from mlx_dgemma.model.traced import token
+from mlx_dgemma.model.traced.prefix import TracedKV
+
+
+@pytest.fixture(autouse=True)
+def as_it_is(monkeypatch):
+    """Functions that compile nothing, since the CPU needs a compiler for that, and buffers that grow often."""
+    monkeypatch.setattr(mx, "compile", lambda function: function)
+    for module in (kv_cache, token):
+        monkeypatch.setattr(module, "BUFFER_STEP", 8)
+
+
+def model_of(traced):
+    model = small_model(3, scale=0.2)
+    model.eval()
+    if traced:
+        model.trace_tokens()
+    return model
+
+
+def states(model, length, count):
+    """Hidden states of so many tokens behind a prompt, and what the prefix holds in the end."""
+    prefix = model.new_prefix()
+    mx.eval(model.encode(random_tokens(1, 1, length), prefix), prefix.state)
+    found = []
+    for one in np.array(random_tokens(2, count, 1)):
+        found.append(model.encode_ahead(mx.array(one[None]), [prefix]))
+        prefix.accept(1)
+    return mx.concatenate(found, axis=1), [a for layer in prefix.layers for a in (layer.keys, layer.values)], prefix
+
+
+@pytest.mark.parametrize("length, count", [(1, 30), (21, 12)])  # the window is 5
+def test_a_trace_serves_many_lengths_and_changes_no_bit(length, count):
+    model = model_of(True)
+    found, arrays, prefix = states(model, length, count)
+    expected, plain_arrays, other = states(model_of(False), length, count)
+    assert mx.array_equal(found, expected)
+    slots = [layer.used(prefix.offset) for layer in prefix.layers for _ in range(2)]
+    for a, b, used in zip(arrays, plain_arrays, slots):
+        assert a.shape == b.shape and mx.array_equal(a[:, :, :used], b[:, :, :used])
+    assert prefix.offset == other.offset == length + count
+    assert model.token_pass.trusted and 1 < len(model.token_pass._traces) <= token.KEPT
+
+
+def test_a_trace_is_made_once_for_its_slots():
+    model, made = model_of(True), []
+    build = token.TokenPass._traced
+    token.TokenPass._traced = lambda *given: made.append(1) or build(*given)
+    try:
+        states(model, 9, 6)  # 8 slots are full, so the first token makes room; the others have 16
+    finally:
+        token.TokenPass._traced = build
+    assert len(made) == 1
+
+
+def test_other_passes_have_no_trace(monkeypatch):
+    model = model_of(True)
+    monkeypatch.setattr(model.token_pass, "_replay", lambda *_: pytest.fail("traced"))
+    prefixes = [model.new_prefix(), model.new_prefix()]
+    for prefix in prefixes:
+        model.encode(random_tokens(1, 1, 6), prefix)
+    padded = model.new_prefix()
+    model.encode(random_tokens(1, 1, 6), padded, mask=np.arange(6)[None] > 1)
+    model.encode_ahead(random_tokens(2, 2, 1), prefixes)  # of two rows
+    model.encode_ahead(random_tokens(2, 1, 2), prefixes[:1])  # over two tokens
+    model.encode_ahead(random_tokens(2, 1, 1), [padded])
+    model.train()
+    model.encode_ahead(random_tokens(2, 1, 1), prefixes[:1])
+
+
+def test_a_wrong_trace_is_refused_aloud(monkeypatch):
+    expected, *_ = states(model_of(False), 6, 4)
+    right = TracedKV.with_canvas
+    monkeypatch.setattr(TracedKV, "with_canvas", lambda self, k, v, *rest: right(self, -k, 3 * v, *rest))
+    model = model_of(True)
+    with pytest.warns(UserWarning, match=r"^Traced passes are not used, .* \(they compute something else here\)"):
+        found, *_ = states(model, 6, 4)
+    assert mx.array_equal(found, expected) and not model.token_pass.usable
+
+    def broken(*_):
+        raise RuntimeError("no such kernel\nin detail")
+
+    monkeypatch.setattr(TracedKV, "with_canvas", broken)
+    model = model_of(True)
+    with pytest.warns(UserWarning, match=r"\(no such kernel\)"):
+        found, *_ = states(model, 6, 4)
+    assert mx.array_equal(found, expected)
+
+
+def test_traces_keep_neither_the_model_nor_old_weights():
+    model = model_of(True)
+    states(model, 6, 4)
+    assert model.token_pass._traces
+    model.train()
+    assert not model.token_pass._traces
+    model.eval()
+    states(model, 6, 4)
+    held = weakref.ref(model)
+    del model
+    assert held() is None
+
+
+def test_slots_are_at_most_an_eighth_more(monkeypatch):
+    for count in (1, 8, 9, 100, 1000, 65_000):
+        assert count <= token.rounded(count) <= max(count * 9 // 8 + 8, 8)
+    monkeypatch.setattr(token, "BUFFER_STEP", 256)
+    assert len({token.rounded(count) for count in range(1, 2**18, 16)}) < 110
