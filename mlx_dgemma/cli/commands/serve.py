@@ -189,6 +189,7 @@ def _run(
     from ...server.connections import Server
     from ...server.idle import Idle
     from ...server.local import collect_warnings
+    from ...serving.process_memory import bound_memory
     from ...serving.scheduler import Scheduler
 
     rows, cache_size = given["rows"], given["cache_size"]
@@ -200,6 +201,7 @@ def _run(
     app = create_app(scheduler, settings)
     _start_log(given["log_file"], given["agent"] is not None)
     collect_warnings()
+    bound_memory()
     server = Server(app, None if given["idle_exit"] is None else Idle(given["idle_exit"]))
     scheduler.on_death = lambda: setattr(server, "should_exit", True)
     with_adapter = f" with the adapter {engine.adapter}" if engine.adapter else ""
