@@ -20,11 +20,14 @@ from .endings import with_hand_off
 from .images import digest, open_image, patchify
 from .lanes import HERE, LANES
 from .languages import Languages
-from .messages import SYSTEM_ROLES, Message, joined, parts_of
-from .template import apply_template, opens_thought, render
+from .messages import SYSTEM_ROLES, Message, joined, parts_of, reject_surrogates
+from .template import apply_template, opens_thought, render, texts_of
 from .video import sample_frames, stamp
+from .vocabulary import vocabulary_of
 
 VIDEO = "<|video|>"  # Gemma 4's marker in chat templates; it never reaches the model
+FEW_CHARACTERS = 4  # a token, on average: of longer texts the tokens are counted before the template sees them
+PIECE = 2**16  # characters whose tokens are counted at a time
 
 
 class PromptBuilder:
@@ -84,8 +87,7 @@ class PromptBuilder:
         vocab_size = self.config.text.vocab_size
         if outside := [token for token in options.end_tokens if token >= vocab_size]:
             raise OptionError(f"end_tokens has {outside[0]}, but the vocabulary has {vocab_size} tokens; leave it out.")
-        contents = [message["content"] for message in messages if isinstance(message["content"], str)]
-        self.check_characters(sum(map(len, [*contents, *(part["text"] for part in parts_of(messages, "text"))])))
+        self.check_texts(messages, tools)
         prompt = self.prompt_tokens(messages, thinking, tools, options, self.check_characters)
         self.check_room(len(prompt.tokens))
         thinks = opens_thought(self.tokenizer, prompt.tokens)
@@ -221,6 +223,28 @@ class PromptBuilder:
                 f"The prompt has {count} tokens, but the context leaves room for {room} "
                 f"beside a canvas of {self.config.canvas_length}; shorten it."
             )
+
+    def check_texts(self, messages: Sequence[Message], tools: Sequence[dict] | None = None) -> None:
+        """Refuse messages and tools that cannot fit, before the template makes several copies of them.
+
+        Raises:
+            PromptError: the context has no room for their texts.
+        """
+        contents = [message["content"] for message in messages if isinstance(message["content"], str)]
+        texts = [*contents, *(part["text"] for part in parts_of(messages, "text")), *texts_of(tools)]
+        count, tokens = sum(map(len, texts)), 0
+        self.check_characters(count)
+        room, longest = self.config.text.max_position_embeddings - self.config.canvas_length, self._longest_token
+        if count <= room * FEW_CHARACTERS:
+            return
+        for piece in (text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE)):
+            reject_surrogates("The prompt", piece)
+            tokens += max(len(vocabulary_of(self.tokenizer).encode(piece)) - longest, 0)  # seams may need fewer
+            if tokens > room:
+                raise PromptError(
+                    f"The prompt has more than {room} tokens, but the context leaves room for {room} "
+                    f"beside a canvas of {self.config.canvas_length}; shorten it."
+                )
 
     def check_characters(self, count: int) -> None:
         """Refuse texts that no tokens could make fit, before they are cut into tokens, which takes a second a MB.

@@ -102,28 +102,28 @@ def opens_thought(tokenizer: Any, tokens: Sequence[int]) -> bool:
     return bool(opened) and tail.rstrip().endswith(tokenizer.decode(list(opened)))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_of(value: Any) -> Iterator[str]:
     """Every text in messages and tools, keys too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _texts(key)
-            yield from _texts(inner)
+            yield from texts_of(key)
+            yield from texts_of(inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _texts(inner)
+            yield from texts_of(inner)
 
 
 def _needs_blinding(tokenizer: Any, given: Any) -> bool:
     """Whether messages or tools hold what looks like a marker, or a key that needs quotes."""
-    suspects = [one for one in _texts(given) if "<" in one or "[" in one]
+    suspects = [one for one in texts_of(given) if "<" in one or "[" in one]
     return (bool(suspects) and any(map(vocabulary_of(tokenizer).has_marker, suspects))) or _has_odd_keys(given[0])
 
 
 def _unused(value: Any) -> str:
     """A private character that stands in none of the texts."""
-    used = {char for text in _texts(value) for char in set(text) if ord(char) in _PRIVATE}
+    used = {char for text in texts_of(value) for char in set(text) if ord(char) in _PRIVATE}
     return next(chr(code) for code in _PRIVATE if chr(code) not in used)
 
 

@@ -204,7 +204,8 @@ class Scheduler:
                     self._counters["cancelled" if ticket.cancelled.is_set() else "failed"] += 1
         for ticket in tickets:
             if ticket.request is None:
-                self._notify(ticket, Failed(ticket.error or Stopping()))
+                error, ticket.error = ticket.error, None  # its traceback knows the ticket: else both wait for the gc
+                self._notify(ticket, Failed(error or Stopping()))
             else:
                 self._notify(ticket, Accepted(len(ticket.request.prompt.tokens), ticket.request.seed))
 

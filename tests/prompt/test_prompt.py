@@ -6,6 +6,7 @@ import pytest
 from support import engine_of, feed
 
 import mlx_dgemma
+from mlx_dgemma.errors import PromptError
 from mlx_dgemma.prompt.answer import Answer
 
 OSLO = '<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>}<tool_call|>'
@@ -242,3 +243,23 @@ def test_a_thought_that_the_prompt_has_opened_is_one(monkeypatch):
     answer.cut("stop")
     assert (answer.text, answer.thinking) == ("Four.", "So.")
     assert not engine.prepare("a").reader.thinks
+
+
+@pytest.mark.parametrize("where", ["message", "part", "tool"])
+def test_texts_of_too_many_tokens_are_refused_before_the_template_copies_them(demo, monkeypatch, where):
+    builder, room = engine_of(demo).builder, 4096 - 64
+    words = [one.replace("▁", " ") for one in builder.tokenizer.get_vocab() if one.startswith("▁") and len(one) > 6]
+    word = min(words, key=lambda one: len(ids(builder.tokenizer, one * 9)) / len(one))
+    rendered = []
+    monkeypatch.setattr("mlx_dgemma.prompt.builder.render", lambda *given: rendered.append(given) or [1])
+
+    def ask(text):
+        content = [{"type": "text", "text": text}] if where == "part" else "Hi." if where == "tool" else text
+        tools = [{"type": "function", "function": {"name": "f", "description": text}}] if where == "tool" else None
+        builder.request([{"role": "user", "content": content}], 0, builder.options, tools=tools)
+
+    with pytest.raises(PromptError, match=f"has more than {room} tokens, but the context leaves room for {room} "):
+        ask("a b " * (room + 100))
+    assert not rendered
+    ask(word * (5 * room // len(word)))  # as many characters, and fewer tokens
+    assert rendered

@@ -259,6 +259,7 @@ def _run(
     from ...server.local import collect_warnings
     from ...server.replicas.processes import check
     from ...server.replicas.spread import Spread
+    from ...serving.process_memory import bound_memory
     from ...serving.scheduler import Scheduler
 
     rows, cache_size = given["rows"], given["cache_size"]
@@ -282,6 +283,7 @@ def _run(
     if given["lifeline"]:
         logging.getLogger("mlx_dgemma").setLevel(logging.WARNING)
     collect_warnings()
+    bound_memory()
     server = Server(app, None if given["idle_exit"] is None else Idle(given["idle_exit"]))
     scheduler.on_death = lambda: setattr(server, "should_exit", True)
     with_adapter = f" with the adapter {engine.adapter}" if engine.adapter else ""
