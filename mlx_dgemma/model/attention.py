@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..upstream import ProportionalRoPE
+from .cache.quantized import Part, QuantizedKV
 from .config import TextConfig
-from .device import on_metal
+from .device import fused, on_metal
 from .functions import rms_norm
 from .kernels import launch as kernels
-from .kv_cache import LayerKV
+from .kv_cache import BUFFER_STEP, LayerKV
 from .masks import Mask, Narrow
 
 SCORE_BYTES = 256 * 2**20  # of attention scores at once; a pass that has more takes its queries group by group
@@ -82,6 +83,72 @@ def attend_by_kernel(
         return _unfused(some, keys[:, :, :last], values[:, :, :last], leading=(count + step * rows.start, step))
 
     return _in_groups(queries, size, of_group, stages)
+
+
+def attend_to_parts(
+    queries: mx.array, parts: Iterable[Part], mask: Mask, stages: list[mx.array] | None = None
+) -> mx.array:
+    """As `attend`, to keys and values that come part by part: one part and its scores are in memory at a time.
+
+    Args:
+        queries: [B, heads, L, D].
+        parts: of the N keys, from the first to the last.
+        mask: as in `attend`.
+        stages: one small array per part is appended to it.
+    """
+    batch, heads, length, dim = queries.shape
+    level = total = found = None
+    for start, keys, values in parts:
+        count = keys.shape[2]
+        visible = mask.of_keys(start, start + count)
+        if free := -count % ALIGNMENT:
+            more = [(0, 0), (0, 0), (0, free), (0, 0)]
+            keys, values = mx.pad(keys, more), mx.pad(values, more)
+            hidden = mx.zeros((1, 1, 1, free), mx.bool_)
+            visible = mx.ones((1, 1, 1, count), mx.bool_) if visible is None else visible
+            visible = mx.concatenate([visible, mx.broadcast_to(hidden, (*visible.shape[:3], free))], axis=-1)
+        scores = queries.reshape(batch, keys.shape[1], -1, dim) @ keys.swapaxes(-1, -2)
+        if visible is not None:
+            grouped = scores.reshape(batch, keys.shape[1], -1, length, count + free)
+            # The lowest number and not -inf: a query may see nothing in this part, which later parts make up for.
+            lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
+            scores = mx.where(visible[:, :, None], grouped, lowest).reshape(scores.shape)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = _weights(scores, top)
+        sums = weights @ mx.ones((count + free, 1), weights.dtype)  # a product adds in float32
+        part = weights @ values
+        level, total, found = (
+            _added(level, total, found, top, sums, part)
+            if found is not None
+            else tuple(one.astype(mx.float32) for one in (top, sums, part))
+        )
+        queries = mx.depends(queries, [found])  # the next part waits for this one
+        if stages is not None:
+            stages.append(found[..., :1])
+    return (found / total).astype(queries.dtype).reshape(batch, heads, length, dim)
+
+
+@fused
+def _weights(scores: mx.array, top: mx.array) -> mx.array:
+    return mx.exp(scores.astype(mx.float32) - top.astype(mx.float32)).astype(scores.dtype)
+
+
+@fused
+def _added(
+    level: mx.array, total: mx.array, found: mx.array, top: mx.array, sums: mx.array, part: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Sums of weighted values and of weights over one part more, relative to the highest score so far."""
+    top = top.astype(mx.float32)
+    highest = mx.maximum(level, top)
+    old, new = mx.exp(level - highest), mx.exp(top - highest)
+    return highest, total * old + sums.astype(mx.float32) * new, found * old + part.astype(mx.float32) * new
+
+
+def keys_at_once(queries: mx.array, kv_heads: int) -> int:
+    """Keys of a part whose scores fit into `SCORE_BYTES`, and whose keys and values do."""
+    batch, heads, length, dim = queries.shape
+    per_key = max(heads * length, 2 * kv_heads * dim) * batch * queries.dtype.size
+    return max(SCORE_BYTES // per_key // BUFFER_STEP, 1) * BUFFER_STEP
 
 
 def queries_at_once(per_query: int) -> int:
@@ -210,17 +277,32 @@ class Attention(nn.Module):
             leading = mask.leading if context.turn is not None else None
             # Without a kernel there are as many keys as the mask has, which counts the slots in front of a full ring.
             alignment = 1 if leading is None and len(mask.keys) % ALIGNMENT else ALIGNMENT
-            if context.canvas:
+            canvas = context.canvas and mask.queries is None
+            if canvas:
                 k, v = cache.with_canvas(k, v, offset, alignment, context.narrow and context.narrow.length)
+            elif context.canvas:
+                k, v = cache.ahead(k, v, offset, alignment)
             else:
                 k, v = cache.extend(k, v, offset, alignment)
             cache.stages = []
-            if leading is None:
+            if isinstance(cache, QuantizedKV) and len(mask.keys) > (size := keys_at_once(q, k.shape[1])):
+                held = offset if canvas else len(mask.keys)
+                rows.append(attend_to_parts(q, cache.parts(held, canvas, size), mask, cache.stages))
+            elif leading is None:
                 rows.append(attend(q, k, v, mask, cache.stages))
             else:
                 rows.append(attend_by_kernel(q, k, v, leading, cache.stages))
         out = rows[0] if len(rows) == 1 else mx.concatenate(rows, axis=0 if context.narrow is None else 2)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def keys_of(self, values: mx.array, position: int | mx.array) -> mx.array:
+        """The keys of a full layer's values: both are normed outputs of `k_proj`, the values without a weight.
+
+        Args:
+            values: [B, heads, N, D].
+            position: of the first, [B] where it differs by row.
+        """
+        return self._rope((values * self.k_norm.weight).astype(values.dtype), offset=position)
 
     def _turned(self, x: mx.array, context: LayerContext) -> mx.array:
         """x [B, heads, L, D], rotated by its positions."""

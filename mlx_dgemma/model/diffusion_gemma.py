@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import PromptError, RangeError
 from .attention import ALIGNMENT, LayerContext
+from .cache.quantized import QuantizedKV
 from .config import ModelConfig
 from .device import Queue
 from .head import Head
@@ -85,6 +86,7 @@ class DiffusionGemma(nn.Module):
         self.model = Backbone(config)
         self._apply: Callable[..., mx.array] = Layer.__call__  # called with (layer, h, scalar, context)
         self.uses_kernels = False  # custom kernels, which have no gradient; training mode computes without them
+        self.kv_bits: int | None = None  # of the prefix in full layers; None: not quantized
         self._dtype: mx.Dtype | None = None  # of activations; set where the embedding's weights do not tell it
         self._encoder_layers: tuple[Layer, ...] | None = None  # set where an adapter changes the two modes differently
 
@@ -115,7 +117,13 @@ class DiffusionGemma(nn.Module):
 
     def new_prefix(self, batch_size: int = 1, capacity: int = 0) -> Prefix:
         """An empty prefix of `batch_size` rows; `capacity` positions are allocated at once."""
-        return Prefix(self.config.text, batch_size, capacity)
+        prefix = Prefix(self.config.text, batch_size, capacity)
+        if self.kv_bits is not None:
+            layers = self._encoder_layers or self.model.decoder.layers
+            for i, layer in enumerate(layers):
+                if layer._layer_type == "full_attention":
+                    prefix.layers[i] = QuantizedKV(capacity, self.kv_bits, layer.self_attn.keys_of)
+        return prefix
 
     def encode(
         self,
