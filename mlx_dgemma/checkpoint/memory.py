@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..errors import MemoryLimitError
 from ..model import device
 from ..model.attention import SCORE_BYTES
+from ..model.cache.quantized import bytes_per_position
 from ..model.config import ModelConfig
 from ..model.device import on_cpu
 from ..model.kv_cache import BUFFER_STEP
@@ -32,18 +33,31 @@ class Need:
         return self.weights + self.prefix + self.workspace
 
 
-def prefix_bytes(config: ModelConfig, context: int, itemsize: int, batch_size: int = 1) -> int:
+def prefix_bytes(
+    config: ModelConfig, context: int, itemsize: int, batch_size: int = 1, kv_bits: int | None = None
+) -> int:
     """Bytes of the KV of `context` positions: full layers hold all of them, sliding layers those in the window."""
-    text, total = config.text, 0
+    text, canvas, total = config.text, config.canvas_length, 0
     for kind in text.layer_types:
         heads, dim = text.kv_shape(kind)
-        positions = context if kind == "full_attention" else min(context, text.sliding_window - 1)
-        slots = -(-(positions + config.canvas_length) // BUFFER_STEP) * BUFFER_STEP
-        total += 2 * heads * dim * slots * itemsize * batch_size
+        full = kind == "full_attention"
+        if full and kv_bits is not None:
+            slots = -(-context // BUFFER_STEP) * BUFFER_STEP
+            held = slots * bytes_per_position(heads, dim, kv_bits, itemsize) + 2 * heads * dim * canvas * itemsize
+        else:
+            positions = context if full else min(context, text.sliding_window - 1)
+            held = 2 * heads * dim * itemsize * (-(-(positions + canvas) // BUFFER_STEP) * BUFFER_STEP)
+        total += held * batch_size
     return total
 
 
-def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False) -> Need:
+def need(
+    checkpoint: Checkpoint,
+    context: int,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    kv_bits: int | None = None,
+) -> Need:
     """Estimate from the headers what loading and a prompt of `context` tokens take.
 
     The workspace is the larger of two bounds of peaks, which were measured at the release's size (bench/RESULTS.md):
@@ -60,7 +74,7 @@ def need(checkpoint: Checkpoint, context: int, dtype: str | None = None, dequant
     step = 8 * 4 * config.canvas_length * config.text.vocab_size
     scores = 8 * min(itemsize * config.text.num_attention_heads * min(1024, context) * context, SCORE_BYTES)
     workspace = max(step, scores)
-    return Need(weights, prefix_bytes(config, context, itemsize), workspace)
+    return Need(weights, prefix_bytes(config, context, itemsize, kv_bits=kv_bits), workspace)
 
 
 def context(checkpoint: Checkpoint) -> int:
@@ -84,10 +98,10 @@ def resolve_dtype(
     return dtype, dequantize
 
 
-def free_bytes_beside(checkpoint: Checkpoint, rows: int) -> int:
+def free_bytes_beside(checkpoint: Checkpoint, rows: int, kv_bits: int | None = None) -> int:
     """Bytes left beside a loaded checkpoint and `rows` prompts of `context` tokens, at least 0."""
     dtype, dequantize = resolve_dtype(checkpoint)
-    needed = need(checkpoint, context(checkpoint), dtype, dequantize)
+    needed = need(checkpoint, context(checkpoint), dtype, dequantize, kv_bits)
     return max(device.available() - needed.total - (rows - 1) * needed.prefix, 0)
 
 

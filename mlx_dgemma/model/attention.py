@@ -96,36 +96,40 @@ def attend_to_parts(
         mask: as in `attend`.
         stages: one small array per part is appended to it.
     """
-    batch, heads, length, dim = queries.shape
-    level = total = found = None
-    for start, keys, values in parts:
-        count = keys.shape[2]
-        visible = mask.of_keys(start, start + count)
-        if free := -count % ALIGNMENT:
-            more = [(0, 0), (0, 0), (0, free), (0, 0)]
-            keys, values = mx.pad(keys, more), mx.pad(values, more)
-            hidden = mx.zeros((1, 1, 1, free), mx.bool_)
-            visible = mx.ones((1, 1, 1, count), mx.bool_) if visible is None else visible
-            visible = mx.concatenate([visible, mx.broadcast_to(hidden, (*visible.shape[:3], free))], axis=-1)
-        scores = queries.reshape(batch, keys.shape[1], -1, dim) @ keys.swapaxes(-1, -2)
-        if visible is not None:
-            grouped = scores.reshape(batch, keys.shape[1], -1, length, count + free)
-            # The lowest number and not -inf: a query may see nothing in this part, which later parts make up for.
-            lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
-            scores = mx.where(visible[:, :, None], grouped, lowest).reshape(scores.shape)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = _weights(scores, top)
-        sums = weights @ mx.ones((count + free, 1), weights.dtype)  # a product adds in float32
-        part = weights @ values
-        level, total, found = (
-            _added(level, total, found, top, sums, part)
-            if found is not None
-            else tuple(one.astype(mx.float32) for one in (top, sums, part))
-        )
-        queries = mx.depends(queries, [found])  # the next part waits for this one
+    sums: tuple[mx.array, ...] = ()
+    for part in parts:
+        found = _of_part(queries, part, mask)
+        sums = _added(*sums, *found) if sums else tuple(one.astype(mx.float32) for one in found)
+        queries = mx.depends(queries, [sums[-1]])  # the next part waits for this one
         if stages is not None:
-            stages.append(found[..., :1])
-    return (found / total).astype(queries.dtype).reshape(batch, heads, length, dim)
+            stages.append(sums[-1][..., :1])
+    _, weights, values = sums
+    return (values / weights).astype(queries.dtype).reshape(queries.shape)
+
+
+def _of_part(queries: mx.array, part: Part, mask: Mask) -> tuple[mx.array, mx.array, mx.array]:
+    """Of each query's attention to a part: its highest score, and relative to that the sums of weights and values.
+
+    Returns:
+        [B, kv_heads, heads / kv_heads * L, 1 or D].
+    """
+    (batch, _, length, dim), (start, keys, values) = queries.shape, part
+    kv_heads, count = keys.shape[1:3]
+    visible, free = mask.of_keys(start, start + count), -count % ALIGNMENT
+    if free:
+        keys, values = (mx.pad(one, [(0, 0), (0, 0), (0, free), (0, 0)]) for one in (keys, values))
+        visible = mx.ones((1, 1, 1, count), mx.bool_) if visible is None else visible
+        visible = mx.pad(visible, [(0, 0), (0, 0), (0, 0), (0, free)])
+    scores = queries.reshape(batch, kv_heads, -1, dim) @ keys.swapaxes(-1, -2)
+    if visible is not None:
+        grouped = scores.reshape(batch, kv_heads, -1, length, count + free)
+        # The lowest number and not -inf: what a query sees may all lie in other parts.
+        lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
+        scores = mx.where(visible[:, :, None], grouped, lowest).reshape(scores.shape)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = _weights(scores, top)
+    # A product adds in float32, a sum of an array in the array's own dtype.
+    return top, weights @ mx.ones((count + free, 1), weights.dtype), weights @ values
 
 
 @fused
@@ -135,13 +139,13 @@ def _weights(scores: mx.array, top: mx.array) -> mx.array:
 
 @fused
 def _added(
-    level: mx.array, total: mx.array, found: mx.array, top: mx.array, sums: mx.array, part: mx.array
+    level: mx.array, weights: mx.array, values: mx.array, top: mx.array, more: mx.array, others: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Sums of weighted values and of weights over one part more, relative to the highest score so far."""
+    """What `_of_part` returns, of earlier parts and of one more."""
     top = top.astype(mx.float32)
     highest = mx.maximum(level, top)
     old, new = mx.exp(level - highest), mx.exp(top - highest)
-    return highest, total * old + sums.astype(mx.float32) * new, found * old + part.astype(mx.float32) * new
+    return highest, weights * old + more.astype(mx.float32) * new, values * old + others.astype(mx.float32) * new
 
 
 def keys_at_once(queries: mx.array, kv_heads: int) -> int:

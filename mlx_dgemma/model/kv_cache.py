@@ -192,11 +192,13 @@ class Prefix:
     Attributes:
         offset: positions that are encoded, left padding included.
         padding: left padding of each row, [B] int32, or None where no row has any.
+        low_memory: whether less may be in flight.
     """
 
     def __init__(self, config: TextConfig, batch_size: int = 1, capacity: int = 0):
         self.window = config.sliding_window
         self.batch_size = batch_size
+        self.low_memory = False
         self.offset = 0
         self.padding: mx.array | None = None
         self.layers = [
@@ -219,7 +221,8 @@ class Prefix:
     @property
     def in_flight(self) -> int:
         """Bytes that a `device.Queue` of these stages may have in flight: more where attention goes by groups."""
-        return device.GROUPS_LIMIT if any(layer.stages for layer in self.layers) else device.SOFT_LIMIT
+        limit = device.GROUPS_LIMIT if any(layer.stages for layer in self.layers) else device.SOFT_LIMIT
+        return limit // device.LOW_MEMORY if self.low_memory else limit
 
     @property
     def nbytes(self) -> int:
@@ -402,7 +405,9 @@ class Prefix:
         for i, layer in enumerate(self.layers):
             layer.arrays = tuple(arrays[f"{i}.{kind}"] for kind in layer.kept)
         rings = [i for i, layer in enumerate(self.layers) if layer.window_slots]
-        saved = [tuple(arrays[f"mark.{i}.{kind}"] for kind in LayerKV.kept) for i in rings] if mark else []
+        saved: list[Handles] = (
+            [tuple(arrays[f"mark.{i}.{kind}"] for kind in LayerKV.kept) for i in rings] if mark else []
+        )
         self._rewind_point = (mark, saved) if mark else None
 
     def select_rows(self, rows: list[int]) -> None:

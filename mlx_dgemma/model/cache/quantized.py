@@ -135,16 +135,15 @@ class QuantizedKV(LayerKV):
         starts = range(0, offset, size)
         for start in starts[:-1]:
             yield self.part(start, start + size)
-        last = [self.part(starts[-1], offset)] if offset else []
+        last = self.part(starts[-1], offset) if offset else None
         if canvas:
             assert self.keys is not None and self.values is not None
-            last.append(Part(offset, self.keys, self.values))
-            zeros = mx.zeros((*self.keys.shape[:2], free, self.keys.shape[3]), self.keys.dtype)
-            last += [Part(offset, zeros, zeros)] * (free > 0)
-        first = last[0]
-        if len(last) > 1:
-            first = Part(first.start, *(mx.concatenate([one[i] for one in last], axis=2) for i in (1, 2)))
-        yield first
+            zeros = [mx.zeros((*self.keys.shape[:2], free, self.keys.shape[3]), self.keys.dtype)] * (free > 0)
+            before = ([], []) if last is None else ([last.keys], [last.values])
+            own = zip(before, (self.keys, self.values))
+            last = Part(last.start if last else offset, *(mx.concatenate([*a, b, *zeros], axis=2) for a, b in own))
+        if last is not None:
+            yield last
 
     def _room(self, held: mx.array | None, new: mx.array, slots: int) -> mx.array:
         """What is held, with at least so many slots."""
@@ -154,4 +153,3 @@ class QuantizedKV(LayerKV):
         total = -(-max(slots, self.capacity) // BUFFER_STEP) * BUFFER_STEP
         more = mx.zeros((*new.shape[:2], total - have, new.shape[3]), new.dtype)
         return more if held is None else mx.concatenate([held, more], axis=2)
-
