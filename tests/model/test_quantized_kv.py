@@ -56,7 +56,7 @@ def rope(x, positions, rotated):
 @pytest.mark.parametrize("parts", [False, True])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_attention_is_that_to_the_dequantized_values_and_their_keys(model, monkeypatch, parts, padding):
-    """A full layer's attention, of a prompt and of a canvas, against one in float64 with numbers of its own rounding."""
+    """A full layer's attention, of a prompt and of a canvas, against one in float64."""
     layer = model.model.decoder.layers[2].self_attn
     if parts:
         monkeypatch.setattr(attention, "keys_at_once", lambda queries, kv_heads: 7)
@@ -96,7 +96,7 @@ def test_attention_is_that_to_the_dequantized_values_and_their_keys(model, monke
     shares /= shares.sum(-1, keepdims=True)
     expected = (shares @ seen_values).transpose(1, 0, 2).reshape(27, -1) @ np.array(layer.o_proj.weight, np.float64).T
     found = np.array(mx.concatenate(outs, axis=1)[0])
-    assert np.abs(found - expected)[padding:].max() < ROUNDING
+    assert np.abs(found - expected)[padding:].max() < 1e-4
     assert len(cache.stages) == (4 if parts else 0)
 
 
