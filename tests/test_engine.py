@@ -326,7 +326,7 @@ def test_padding_does_not_count_as_context(demo):
 def test_low_memory_changes_chunks_and_limits_and_not_the_tokens(demo, monkeypatch):
     """A long prompt comes in chunks of 256, no step is built ahead, and few freed buffers are kept meanwhile."""
     engine, prompt, limits, built, chunks = engine_of(demo), "one two three " * 80 + "Spell the word frog.", [], [], []
-    expected = engine.generate(prompt, seed=0, max_tokens=9, max_denoising_steps=4).tokens
+    expected = engine.generate(prompt, seed=0, max_tokens=9, max_denoising_steps=2).tokens
     real_step, real_encode = lookahead.plain_step, type(engine.model).encode
 
     def plain_step(batch, *arguments):
@@ -345,7 +345,7 @@ def test_low_memory_changes_chunks_and_limits_and_not_the_tokens(demo, monkeypat
     monkeypatch.setattr(lookahead, "plain_step", plain_step)
     monkeypatch.setattr(type(engine.model), "encode", encode)
     monkeypatch.setattr(engine.model, "low_memory", True)
-    result = engine.generate(prompt, seed=0, max_tokens=9, max_denoising_steps=4)
+    result = engine.generate(prompt, seed=0, max_tokens=9, max_denoising_steps=2)
     assert result.tokens == expected
     assert max(chunks) == 256 and sum(chunks) >= result.stats.prompt_tokens
     assert len(built) == result.stats.denoising_steps
