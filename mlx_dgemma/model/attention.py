@@ -86,7 +86,11 @@ def attend_by_kernel(
 
 
 def attend_to_parts(
-    queries: mx.array, parts: Iterable[Part], mask: Mask, stages: list[mx.array] | None = None
+    queries: mx.array,
+    parts: Iterable[Part],
+    mask: Mask,
+    stages: list[mx.array] | None = None,
+    by_kernel: bool = False,
 ) -> mx.array:
     """As `attend`, to keys and values that come part by part: one part and its scores are in memory at a time.
 
@@ -95,23 +99,25 @@ def attend_to_parts(
         parts: of the N keys, from the first to the last.
         mask: as in `attend`.
         stages: one small array per part is appended to it.
+        by_kernel: take a custom kernel for the softmax.
     """
-    sums: tuple[mx.array, ...] = ()
+    sums: tuple[mx.array, mx.array] | None = None
     for part in parts:
-        found = _of_part(queries, part, mask)
-        sums = _added(*sums, *found) if sums else tuple(one.astype(mx.float32) for one in found)
-        queries = mx.depends(queries, [sums[-1]])  # the next part waits for this one
+        found = _of_part(queries, part, mask, by_kernel)
+        sums = found if sums is None else _merged(*sums, *found)
+        queries = mx.depends(queries, [sums[1]])  # the next part waits for this one
         if stages is not None:
-            stages.append(sums[-1][..., :1])
-    _, weights, values = sums
-    return (values / weights).astype(queries.dtype).reshape(queries.shape)
+            stages.append(sums[1][..., :1])
+    assert sums is not None
+    return sums[1].astype(queries.dtype).reshape(queries.shape)
 
 
-def _of_part(queries: mx.array, part: Part, mask: Mask) -> tuple[mx.array, mx.array, mx.array]:
-    """Of each query's attention to a part: its highest score, and relative to that the sums of weights and values.
+def _of_part(queries: mx.array, part: Part, mask: Mask, by_kernel: bool) -> tuple[mx.array, mx.array]:
+    """Attention to a part.
 
     Returns:
-        [B, kv_heads, heads / kv_heads * L, 1 or D].
+        level: [B, kv_heads, heads / kv_heads * L, 1] float32, the logarithm of the sum of each query's exp(scores).
+        values: [B, kv_heads, heads / kv_heads * L, D] float32.
     """
     (batch, _, length, dim), (start, keys, values) = queries.shape, part
     kv_heads, count = keys.shape[1:3]
@@ -126,26 +132,18 @@ def _of_part(queries: mx.array, part: Part, mask: Mask) -> tuple[mx.array, mx.ar
         # The lowest number and not -inf: what a query sees may all lie in other parts.
         lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
         scores = mx.where(visible[:, :, None], grouped, lowest).reshape(scores.shape)
-    top = scores.max(axis=-1, keepdims=True)
-    weights = _weights(scores, top)
-    # A product adds in float32, a sum of an array in the array's own dtype.
-    return top, weights @ mx.ones((count + free, 1), weights.dtype), weights @ values
+    shares = kernels.softmax(scores, count + free) if by_kernel else mx.softmax(scores, axis=-1, precise=True)
+    # One key's score and share tell the sum. Two passes over all scores would cost more.
+    best = mx.argmax(scores, axis=-1, keepdims=True)
+    score, share = (mx.take_along_axis(one, best, axis=-1).astype(mx.float32) for one in (scores, shares))
+    return score - mx.log(share), (shares @ values).astype(mx.float32)
 
 
 @fused
-def _weights(scores: mx.array, top: mx.array) -> mx.array:
-    return mx.exp(scores.astype(mx.float32) - top.astype(mx.float32)).astype(scores.dtype)
-
-
-@fused
-def _added(
-    level: mx.array, weights: mx.array, values: mx.array, top: mx.array, more: mx.array, others: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
+def _merged(level: mx.array, values: mx.array, other: mx.array, more: mx.array) -> tuple[mx.array, mx.array]:
     """What `_of_part` returns, of earlier parts and of one more."""
-    top = top.astype(mx.float32)
-    highest = mx.maximum(level, top)
-    old, new = mx.exp(level - highest), mx.exp(top - highest)
-    return highest, weights * old + more.astype(mx.float32) * new, values * old + others.astype(mx.float32) * new
+    both = mx.logaddexp(level, other)
+    return both, values * mx.exp(level - both) + more * mx.exp(other - both)
 
 
 def keys_at_once(queries: mx.array, kv_heads: int) -> int:
@@ -291,7 +289,9 @@ class Attention(nn.Module):
             cache.stages = []
             if isinstance(cache, QuantizedKV) and len(mask.keys) > (size := keys_at_once(q, k.shape[1])):
                 held = offset if canvas else len(mask.keys)
-                rows.append(attend_to_parts(q, cache.parts(held, canvas, size), mask, cache.stages))
+                rows.append(
+                    attend_to_parts(q, cache.parts(held, canvas, size), mask, cache.stages, context.turn is not None)
+                )
             elif leading is None:
                 rows.append(attend(q, k, v, mask, cache.stages))
             else:
