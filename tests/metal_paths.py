@@ -262,6 +262,11 @@ def custom_kernels(dtype: str, folder: Path) -> None:
         model.encode(random_tokens(1, 1, 1), prefix)
         model.denoise(random_tokens(2, 1, 4), prefix)
         model.denoise(random_tokens(2, 1, 5), [prefix, prefix.fork()], narrow=Narrow((2, 3), 4))
+        model.kv_bits = 8
+        prefix = model.new_prefix()
+        model.encode(random_tokens(0, 1, 300), prefix)
+        mx.eval(model.denoise(random_tokens(2, 1, 4), prefix))
+        model.kv_bits = None
     finally:
         attention.SCORE_BYTES = bytes_before
     model.config = replace(model.config, image_token_id=3)

@@ -132,11 +132,15 @@ def _of_part(queries: mx.array, part: Part, mask: Mask, by_kernel: bool) -> tupl
         # The lowest number and not -inf: what a query sees may all lie in other parts.
         lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
         scores = mx.where(visible[:, :, None], grouped, lowest).reshape(scores.shape)
-    shares = kernels.softmax(scores, count + free) if by_kernel else mx.softmax(scores, axis=-1, precise=True)
-    # One key's score and share tell the sum. Two passes over all scores would cost more.
-    best = mx.argmax(scores, axis=-1, keepdims=True)
-    score, share = (mx.take_along_axis(one, best, axis=-1).astype(mx.float32) for one in (scores, shares))
-    return score - mx.log(share), (shares @ values).astype(mx.float32)
+    if by_kernel:
+        shares, level = kernels.softmax_with_sums(scores, count + free)
+    else:
+        shares = mx.softmax(scores, axis=-1, precise=True)
+        # One key's score and share tell the sum; two passes over all scores would cost more.
+        best = mx.argmax(scores, axis=-1, keepdims=True)
+        score, share = (mx.take_along_axis(one, best, axis=-1).astype(mx.float32) for one in (scores, shares))
+        level = score - mx.log(share)
+    return level, (shares @ values).astype(mx.float32)
 
 
 @fused
