@@ -26,6 +26,7 @@ from mlx_dgemma.checkpoint.build import DTYPES, choose_kernels, suit_device
 from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.prefill import prefill
+from mlx_dgemma.model import device
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
 
@@ -67,6 +68,7 @@ def ceilings(model: DiffusionGemma, prefixes: list[int], dtype: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.add_argument("--low-memory", action="store_true", help="as the command line's flag of this name")
     args = parser.parse_args()
     found = machine()
     raw, dtype, model = from_arguments(args)
@@ -76,14 +78,16 @@ def main() -> None:
     suit_device(model)
     mx.eval(model.parameters())
     choose_kernels(model)
+    model.low_memory = args.low_memory
     results = []
     for length in args.prefix:
         prompt = random_prompt(raw, length)
         rows = {}
         for mode in args.mode:
-            warm = attempt(measure, model, prompt, 3, mode)  # kernels, allocator
-            count = 0 if "failure" in warm else args.runs
-            runs = [attempt(measure, model, prompt, args.steps, mode) for _ in range(count)]
+            with device.wired_limit(model.low_memory):
+                warm = attempt(measure, model, prompt, 3, mode)  # kernels, allocator
+                count = 0 if "failure" in warm else args.runs
+                runs = [attempt(measure, model, prompt, args.steps, mode) for _ in range(count)]
             rows[mode] = summary(runs or [warm])
             settle()
         print_rows(length, rows)
@@ -93,7 +97,16 @@ def main() -> None:
                     row["over_floor"] = round(row["step_ms"]["median"] / floor, 2)
                     print(f"{mode} takes {row['over_floor']:.2f} times the floor")
         results.append({"prefix": length, "ceiling": limits[length], "modes": rows})
-    finish("step", **found, config=raw, recipe=args.recipe, dtype=dtype, weights=weights, rows=results)
+    finish(
+        "step",
+        **found,
+        config=raw,
+        recipe=args.recipe,
+        dtype=dtype,
+        weights=weights,
+        low_memory=args.low_memory,
+        rows=results,
+    )
 
 
 if __name__ == "__main__":

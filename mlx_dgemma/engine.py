@@ -137,11 +137,9 @@ class Engine:
             prompt, session, keywords: as `generate` takes them.
             drafts: yield a `Draft` after each step; the answer is the same without.
 
-        Yields:
-            `Draft` per denoising step, `Block` per settled canvas, and `Finished` with the result.
+        Yields: `Draft` per denoising step, `Block` per settled canvas, and `Finished` with the result.
 
-        Raises:
-            PromptError, OptionError: at once, before anything is computed.
+        Raises: PromptError, OptionError at once, before anything is computed.
         """
         if session is not None:
             session.check(self.model)
@@ -156,7 +154,7 @@ class Engine:
         request.drafts = drafts
         loop = self.loop()
         mx.reset_peak_memory()
-        with device.wired_limit(), closing(loop):
+        with device.wired_limit(self.model.low_memory), closing(loop):
             loop.add(request, session)
             while loop.requests:
                 for _, event in loop.step():
@@ -172,7 +170,7 @@ class Engine:
         loop, results = self.loop(), {}
         features: dict[str, mx.array] = {}
         mx.reset_peak_memory()
-        with device.wired_limit(), closing(loop):
+        with device.wired_limit(self.model.low_memory), closing(loop):
             for request in requests:
                 loop.add(request)
                 request.session.features = features  # a picture in several prompts is encoded once
@@ -211,8 +209,7 @@ class Engine:
 
         Args:
             prefix, suffix: the texts around the hole; without a suffix the prefix is continued until its end.
-            prompt: a request before it, a text or messages, to which prefix, hole and suffix are the answer; without
-                one the model is asked to fill the gap.
+            prompt: a request before it, a text or messages, which is answered; None asks to fill the gap.
             context: texts that the request without a prompt shows before this one, such as other files.
             length: tokens of the hole, pieces of words at its ends included; without one the likely lengths up to
                 `infill.LONGEST`, or `max_tokens` if that is less, are tried. A hole longer than a canvas is filled
@@ -228,7 +225,7 @@ class Engine:
             template: as for str.format, with a name in every pair of braces.
             holes: for each name a number of characters that it has at most, a list of texts, or a regular expression.
             prompt: a request before it; without one the model is asked to fill in the template.
-            keywords: `seed` as in `generate`, and any field of `GenerationOptions` but exact and stop.
+            seed, keywords: as in `infill`.
 
         Raises:
             PromptError, OptionError: as `generate`; a hole that only one of template and `holes` has.
@@ -271,6 +268,8 @@ def load(
     dequantize: bool | None = None,
     ignore_memory: bool = False,
     compute_dtype: str | None = None,
+    kv_bits: int | None = None,
+    low_memory: bool = False,
     tokenizer: Any = None,
     group: Group = ALONE,
 ) -> Engine:
@@ -278,23 +277,24 @@ def load(
 
     Args:
         path: a folder or a Hub id; None takes $MLX_DGEMMA_MODEL, else the bundled demo.
-        dtype: of activations and unquantized weights: "float32", "bfloat16", "float16"; None: as stored, on the CPU
-            float32.
-        adapter: a LoRA or DoRA in PEFT's layout, a folder or a Hub id, to put into the model.
-        dequantize: unpack quantized weights; None does so on the CPU where they fit: packed products are slow there.
+        dtype: "float32", "bfloat16", "float16" for activations and plain weights; None: as stored, on the CPU float32.
+        adapter: a LoRA or DoRA in PEFT's layout, a folder or a Hub id.
+        dequantize: unpack quantized weights; None does so on the CPU, where packed ones are slow, if they fit.
         ignore_memory: load even what does not seem to fit.
-        compute_dtype: "float16" computes matrix products in it, which is faster on M1 and M2; the rest keeps its dtype.
-            Numbers that leave its range end a request with a `RangeError`.
+        compute_dtype: "float16" for matrix products, faster on M1 and M2; beyond its range lies a `RangeError`.
+        kv_bits: 8 or 4 keeps the prefix so in full layers, whose keys and values grow with it; None: not quantized.
+        low_memory: smaller chunks of a prompt, no step ahead and few freed buffers: less memory, slower.
         tokenizer: the checkpoint's, if it is loaded already.
         group: ranks that compute the model together (`distributed.group.init`); each makes the same calls.
 
     Raises:
         CheckpointError: nothing there, something broken, another model's; weights that do not fit `compute_dtype`.
-        MemoryLimitError: the machine has too little memory. OptionError: an unknown dtype.
+        MemoryLimitError: the machine has too little memory. OptionError: an unknown dtype or `kv_bits`.
     """
     started = time.perf_counter()
     checkpoint = open_together(path, group)
     tokenizer = load_tokenizer(checkpoint) if tokenizer is None else tokenizer
-    model, folder, notes = load_model(checkpoint, dtype, adapter, dequantize, ignore_memory, compute_dtype, group)
+    choices = dtype, adapter, dequantize, ignore_memory, compute_dtype, kv_bits, low_memory, group
+    model, folder, notes = load_model(checkpoint, *choices)
     options, more = own_options(checkpoint, tokenizer, model.config.text.vocab_size, folder)
     return Engine(checkpoint, model, tokenizer, options, (*notes, *more), time.perf_counter() - started, folder)

@@ -32,6 +32,7 @@ from mlx_dgemma.engine import Engine
 from mlx_dgemma.model import attention
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
+from mlx_dgemma.model.kv_cache import Prefix
 from mlx_dgemma.model.masks import Narrow
 from mlx_dgemma.tasks import hole
 from mlx_dgemma.tune.config import TrainerConfig
@@ -165,13 +166,25 @@ def float16_products(dtype: str, folder: Path) -> None:
 
 
 def long_prefixes(dtype: str, folder: Path) -> None:
-    """Attention to more keys than fit at once, buffers that grow, and prefixes that are rewound."""
+    """Attention to more keys than fit at once, buffers that grow, prefixes that are rewound, and quantized ones."""
     engine, bytes_before = loaded(dtype, folder), attention.SCORE_BYTES
+    model = small(dtype).eval()
     attention.SCORE_BYTES = 2**15
     try:
         engine.generate("one two three " * 120, prefill_chunk=64, **FEW)
+        for model.kv_bits in (8, 4):
+            prefix = model.new_prefix()
+            model.encode(random_tokens(0, 1, 300), prefix)
+            mx.eval(model.denoise(random_tokens(1, 1, 4), prefix), model.encode_ahead(random_tokens(2, 1, 1), [prefix]))
+            mx.eval(model.denoise(random_tokens(1, 1, 4), encoded_briefly(model)))
     finally:
         attention.SCORE_BYTES = bytes_before
+
+
+def encoded_briefly(model: DiffusionGemma) -> Prefix:
+    prefix = model.new_prefix()
+    model.encode(random_tokens(0, 1, 9), prefix)
+    return prefix
 
 
 def padded(dtype: str, folder: Path) -> None:
@@ -250,6 +263,11 @@ def custom_kernels(dtype: str, folder: Path) -> None:
         model.encode(random_tokens(1, 1, 1), prefix)
         model.denoise(random_tokens(2, 1, 4), prefix)
         model.denoise(random_tokens(2, 1, 5), [prefix, prefix.fork()], narrow=Narrow((2, 3), 4))
+        model.kv_bits = 8
+        prefix = model.new_prefix()
+        model.encode(random_tokens(0, 1, 300), prefix)
+        mx.eval(model.denoise(random_tokens(2, 1, 4), prefix))
+        model.kv_bits = None
     finally:
         attention.SCORE_BYTES = bytes_before
     model.trace_tokens()

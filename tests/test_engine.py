@@ -6,13 +6,16 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 
+import mlx.core as mx
 import pytest
 from support import engine_of
 
 import mlx_dgemma
 from mlx_dgemma import Block, Draft, Engine, Finished, GenerationOptions, OptionError, PromptError, Result
+from mlx_dgemma.decoding import lookahead
 from mlx_dgemma.decoding.events import Stats
 from mlx_dgemma.decoding.options import OptionKeywords
+from mlx_dgemma.model import device
 from mlx_dgemma.tasks import answer, choose, edit, fill, infill
 
 JSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
@@ -318,3 +321,46 @@ def test_padding_does_not_count_as_context(demo):
     assert [r.tokens for r in together] == [r.tokens for r in alone]
     assert [r.finish_reason for r in together] == [r.finish_reason for r in alone]
     assert together[0].stats.prompt_tokens + 40 < together[1].stats.prompt_tokens
+
+
+def test_low_memory_changes_chunks_and_limits_and_not_the_tokens(demo, monkeypatch):
+    """A long prompt comes in chunks of 256, no step is built ahead, and few freed buffers are kept meanwhile."""
+    engine, prompt, limits, built, chunks = engine_of(demo), "one two three " * 80 + "Spell the word frog.", [], [], []
+    expected = engine.generate(prompt, seed=0, max_tokens=9, max_denoising_steps=2).tokens
+    real_step, real_encode = lookahead.plain_step, type(engine.model).encode
+
+    def plain_step(batch, *arguments):
+        built.append(len(batch.steps))
+        before = mx.set_cache_limit(2**40)
+        mx.set_cache_limit(before)
+        limits.append(before)
+        return real_step(batch, *arguments)
+
+    def encode(self, tokens, *arguments, **keywords):
+        chunks.append(tokens.shape[1])
+        return real_encode(self, tokens, *arguments, **keywords)
+
+    usual = mx.set_cache_limit(2**40)
+    mx.set_cache_limit(usual)
+    monkeypatch.setattr(lookahead, "plain_step", plain_step)
+    monkeypatch.setattr(type(engine.model), "encode", encode)
+    monkeypatch.setattr(engine.model, "low_memory", True)
+    result = engine.generate(prompt, seed=0, max_tokens=9, max_denoising_steps=2)
+    assert result.tokens == expected
+    assert max(chunks) == 256 and sum(chunks) >= result.stats.prompt_tokens
+    assert len(built) == result.stats.denoising_steps
+    assert set(limits) == {device.LOW_CACHE_LIMIT} != {usual}
+    assert mx.set_cache_limit(usual) == usual
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_answers_with_quantized_keys_and_values_are_right(demo, bits):
+    """In both loops, alone, together and turn after turn."""
+    engine = mlx_dgemma.load(demo, dtype="float32", kv_bits=bits)
+    prompts = ["Spell the word frog.", "Which is larger, 51 or 23?"]
+    assert [one.text for one in engine.generate_batch(prompts, seeds=[0, 1])] == ["f r o g", "51 is larger than 23."]
+    session = engine.session()
+    for mode in ("diffusion", "speculative", "causal"):
+        more = {} if mode == "diffusion" else {"temperature": 0}
+        assert engine.generate(prompts[0], seed=0, session=session, mode=mode, **more).text == "f r o g"
+    assert session.reused_tokens > 0

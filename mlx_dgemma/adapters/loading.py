@@ -13,6 +13,7 @@ from ..convert.recipes import RECIPES
 from ..distributed.agreement import together
 from ..distributed.group import ALONE, Group
 from ..errors import OptionError
+from ..model.cache.quantized import check as check_kv_bits
 from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
 from . import deltas, peft
@@ -25,6 +26,8 @@ def load_model(
     dequantize: bool | None = None,
     ignore_memory: bool = False,
     compute_dtype: str | None = None,
+    kv_bits: int | None = None,
+    low_memory: bool = False,
     group: Group = ALONE,
 ) -> tuple[DiffusionGemma, Path | None, list[str]]:
     """The model, the adapter's folder, and what was chosen, one sentence each; takes what `mlx_dgemma.load` takes.
@@ -32,9 +35,10 @@ def load_model(
     Raises:
         CheckpointError: something broken; an adapter of another model.
         MemoryLimitError: the machine has too little memory.
-        OptionError: an unknown dtype; a DoRA where products are computed in float16.
+        OptionError: an unknown dtype; a DoRA where products are computed in float16; a prefix that cannot be quantized.
     """
     notes = list(checkpoint.notes)
+    check_kv_bits(checkpoint.config.text, kv_bits)
     dtype, dequantize = group.share(memory.resolve_dtype(checkpoint, dtype, dequantize, group.size))
     if on_cpu():
         how = f"{'dequantized to' if dequantize else 'computed in'} {dtype}"
@@ -56,13 +60,16 @@ def load_model(
         )
 
     def check_memory() -> None:
-        needed = memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize, group.size)
+        needed = memory.need(checkpoint, memory.context(checkpoint), dtype, dequantize, kv_bits, group.size)
         needed = replace(needed, weights=needed.weights + (changes.nbytes if changes else 0))
         memory.check(checkpoint, needed, lambda: {n: one.nbytes(checkpoint.shapes) for n, one in RECIPES.items()})
 
     if not ignore_memory:
         together(group, check_memory)
     model = build(checkpoint, dtype, dequantize, compute_dtype, group)
+    model.kv_bits, model.low_memory = kv_bits, low_memory
+    if kv_bits is not None:
+        notes.append(f"Keys and values of full layers are kept in {kv_bits} bits.")
     if compute_dtype is not None:
         activations = str(model.dtype).removeprefix("mlx.core.")
         notes.append(f"Matrix products are computed in {compute_dtype}, the rest in {activations}.")

@@ -251,6 +251,8 @@ def _arrays(
         array = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
         if cast is not None and mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(cast)
+        if len(parts) > 1 or array.dtype != parts[0].dtype:
+            mx.eval(array)  # now, or what all of them are made of would be in memory together
         yield target, array
 
 

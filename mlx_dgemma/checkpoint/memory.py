@@ -14,6 +14,7 @@ from ..distributed.dealing import deal, kv_heads_of
 from ..errors import MemoryLimitError
 from ..model import device
 from ..model.attention import SCORE_BYTES
+from ..model.cache.quantized import bytes_per_position
 from ..model.config import ModelConfig
 from ..model.device import on_cpu
 from ..model.kv_cache import BUFFER_STEP
@@ -38,24 +39,41 @@ class Need:
         return self.weights + self.prefix + self.workspace
 
 
-def prefix_bytes(config: ModelConfig, context: int, itemsize: int, batch_size: int = 1, ranks: int = 1) -> int:
+def prefix_bytes(
+    config: ModelConfig,
+    context: int,
+    itemsize: int,
+    batch_size: int = 1,
+    kv_bits: int | None = None,
+    ranks: int = 1,
+) -> int:
     """Bytes of the KV of `context` positions: full layers hold all of them, sliding layers those in the window.
 
     Of several ranks, those of the one that holds most.
     """
-    text, total = config.text, 0
+    text, canvas, total = config.text, config.canvas_length, 0
+    dealt = deal(text.num_attention_heads, ranks)
     for kind in text.layer_types:
         kv_heads, dim = text.kv_shape(kind)
-        dealt = deal(text.num_attention_heads, ranks)
         heads = max(len(kv_heads_of(span, text.num_attention_heads // kv_heads)) for span in dealt)
-        positions = context if kind == "full_attention" else min(context, text.sliding_window - 1)
-        slots = -(-(positions + config.canvas_length) // BUFFER_STEP) * BUFFER_STEP
-        total += 2 * heads * dim * slots * itemsize * batch_size
+        full = kind == "full_attention"
+        if full and kv_bits is not None:
+            slots = -(-context // BUFFER_STEP) * BUFFER_STEP
+            held = slots * bytes_per_position(heads, dim, kv_bits, itemsize) + 2 * heads * dim * canvas * itemsize
+        else:
+            positions = context if full else min(context, text.sliding_window - 1)
+            held = 2 * heads * dim * itemsize * (-(-(positions + canvas) // BUFFER_STEP) * BUFFER_STEP)
+        total += held * batch_size
     return total
 
 
 def need(
-    checkpoint: Checkpoint, context: int, dtype: str | None = None, dequantize: bool = False, ranks: int = 1
+    checkpoint: Checkpoint,
+    context: int,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    kv_bits: int | None = None,
+    ranks: int = 1,
 ) -> Need:
     """Estimate from the headers what loading and a prompt of `context` tokens take; of several ranks one alone.
 
@@ -75,7 +93,7 @@ def need(
     step = 8 * 4 * config.canvas_length * config.text.vocab_size
     scores = 8 * min(itemsize * config.text.num_attention_heads * min(1024, context) * context, SCORE_BYTES)
     workspace = max(step, scores)
-    return Need(weights, prefix_bytes(config, context, itemsize, ranks=ranks), workspace)
+    return Need(weights, prefix_bytes(config, context, itemsize, kv_bits=kv_bits, ranks=ranks), workspace)
 
 
 @dataclass(frozen=True)
@@ -158,10 +176,10 @@ def resolve_dtype(
     return dtype, dequantize
 
 
-def free_bytes_beside(checkpoint: Checkpoint, rows: int) -> int:
+def free_bytes_beside(checkpoint: Checkpoint, rows: int, kv_bits: int | None = None) -> int:
     """Bytes left beside a loaded checkpoint and `rows` prompts of `context` tokens, at least 0."""
     dtype, dequantize = resolve_dtype(checkpoint)
-    needed = need(checkpoint, context(checkpoint), dtype, dequantize)
+    needed = need(checkpoint, context(checkpoint), dtype, dequantize, kv_bits)
     return max(device.available() - needed.total - (rows - 1) * needed.prefix, 0)
 
 

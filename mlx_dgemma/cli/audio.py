@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from ..prompt.messages import Message, messages_of
-from .common import MediaPath, combine
+from .common import combine
+from .options.kinds import MediaPath
 from .terminal import Terminal
 
 SHOWN = 400  # characters of a transcript on stderr; the result has all of it

@@ -15,7 +15,7 @@ import click
 
 from ..desktop.user_config import default_model
 from ..errors import PromptError, count
-from ..prompt.paths import local_path
+from .options.kinds import CanvasSize, IntegerRange, MediaPath, NumberRange
 from .terminal import Terminal, details, segments, summary, told_warnings
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class ModelChoice:
         ignore_memory: whether to skip the check of memory.
         adapter: folder or Hub id of an adapter.
         compute_dtype: type of matrix products; None is that of activations.
+        kv_bits: bits of the prefix in full layers; None does not quantize it.
+        low_memory: whether to save memory at the price of time.
         server: whether a server that has loaded this may do the work.
     """
 
@@ -65,6 +67,8 @@ class ModelChoice:
     ignore_memory: bool
     adapter: str | None = None
     compute_dtype: str | None = None
+    kv_bits: int | None = None
+    low_memory: bool = False
     server: bool = False
 
     @property
@@ -72,7 +76,7 @@ class ModelChoice:
         """By which commands find a server that has loaded this."""
         from ..serving.rendezvous import identity
 
-        return identity(self.name, self.adapter, self.dtype, self.compute_dtype)
+        return identity(self.name, self.adapter, self.dtype, self.compute_dtype, self.kv_bits)
 
     def find(self, terminal: Terminal) -> Remote | None:
         """The server on this machine that has loaded this, unless there is none or the user forbids it."""
@@ -118,7 +122,8 @@ class ModelChoice:
 
             engine = load(
                 self.name, whole=whole, dtype=self.dtype, adapter=self.adapter, ignore_memory=self.ignore_memory,
-                compute_dtype=self.compute_dtype, tokenizer=opened and opened.tokenizer,
+                compute_dtype=self.compute_dtype, kv_bits=self.kv_bits, low_memory=self.low_memory,
+                tokenizer=opened and opened.tokenizer,
             )  # fmt: skip
         finally:
             terminal.erase()
@@ -160,6 +165,14 @@ def find_task(
     return engine, partial(engine.run, request)
 
 
+kv_bits_option = click.option(
+    "--kv-bits",
+    type=click.Choice(["8", "4"]),
+    show_default="not quantized",
+    help="Bits of the prompt's keys and values in full layers, which grow with it.",
+)
+
+
 def model_options(command: Command) -> Command:
     """Options that choose the model; the command gets them as `model: ModelChoice`."""
 
@@ -170,11 +183,14 @@ def model_options(command: Command) -> Command:
         dtype: str | None,
         compute_dtype: str | None,
         ignore_memory: bool,
+        kv_bits: str | None,
+        low_memory: bool,
         adapter: str | None = None,
         no_server: bool = True,
         **options: Any,
     ) -> Any:
-        choice = ModelChoice(model, dtype, ignore_memory, adapter, compute_dtype, server=not no_server)
+        bits = None if kv_bits is None else int(kv_bits)
+        choice = ModelChoice(model, dtype, ignore_memory, adapter, compute_dtype, bits, low_memory, not no_server)
         return command(model=choice, **options)
 
     return combine(
@@ -190,6 +206,10 @@ def model_options(command: Command) -> Command:
             type=click.Choice(["float16"]),
             show_default="that of activations",
             help="Type of matrix products: float16 is faster on M1 and M2.",
+        ),
+        kv_bits_option,
+        click.option(
+            "--low-memory", is_flag=True, help="Save memory at the price of time: smaller chunks, less ahead."
         ),
         click.option("--ignore-memory", is_flag=True, help="Load the model even if it seems too large for memory."),
     )(with_model)
@@ -207,32 +227,6 @@ server_option = click.option(
     show_envvar=True,
     help="Load the model here, even if a server on this machine (`mlx-dgemma serve`) has loaded it.",
 )
-
-
-class IntegerRange(click.IntRange):
-    """`click.IntRange` that calls its values whole numbers in error messages."""
-
-    name = "whole number"
-
-
-class NumberRange(click.FloatRange):
-    """`click.FloatRange` that calls its values numbers in error messages."""
-
-    name = "number"
-
-
-class CanvasSize(click.ParamType):
-    """auto, full or a number of tokens."""
-
-    name = "canvas"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A word as it is, a number as an integer."""
-        if value in ("auto", "full"):
-            return value
-        if not str(value).isdecimal() or not 1 <= int(value) < 2**31:
-            self.fail(f"{value} is not auto, full or a whole number, at least 1.", param, ctx)
-        return int(value)
 
 
 def number_option(name: str, low: float, help: str, default: str = "the checkpoint's") -> Callable[[Command], Command]:
@@ -309,16 +303,6 @@ files_option = click.option(
     multiple=True,
     help="Read the prompt from a UTF-8 file, - for stdin; repeatable.",
 )
-
-
-class MediaPath(click.Path):
-    """A path, also a `file:` address or one as a terminal writes it, that explains why a web address is refused."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Check the path."""
-        if isinstance(value, str) and value.lower().startswith(("http://", "https://")):
-            self.fail(f"{value} is a web address; download the file and give its path.", param, ctx)
-        return super().convert(local_path(value) if isinstance(value, str) else value, param, ctx)
 
 
 media_options = combine(

@@ -19,6 +19,7 @@ from ..checkpoint.folder import Checkpoint
 from ..convert.recipes import RECIPES
 from ..errors import CheckpointError, OptionError, count, human
 from ..model import device
+from ..model.cache import quantized
 
 CONTEXTS = (4096, 16384, 65536, 131072, 262144)  # tokens, for the memory table
 
@@ -38,25 +39,29 @@ def open_local(name: str | None) -> Checkpoint:
     return Checkpoint.open(find(name))
 
 
-def describe(checkpoint: Checkpoint, context: int | None = None, ranks: int = 1) -> dict[str, Any]:
+def describe(
+    checkpoint: Checkpoint, context: int | None = None, ranks: int = 1, kv_bits: int | None = None
+) -> dict[str, Any]:
     """Describe a checkpoint as JSON values, with sizes in bytes and contexts in tokens.
 
     Args:
         checkpoint: the checkpoint.
         context: tokens of prompt and answer together; None takes 4096, or the model's maximum if that is less.
         ranks: machines, or GPUs, that compute the model together.
+        kv_bits: bits of the prefix, as `load` takes them.
 
     Raises:
-        OptionError: the context is longer than the model's maximum.
+        OptionError: the context is longer than the model's maximum, or its prefix cannot be quantized.
         CheckpointError: the model cannot be dealt to so many ranks.
     """
+    quantized.check(checkpoint.config.text, kv_bits)
     text = checkpoint.config.text
     longest = text.max_position_embeddings
     context = memory.context(checkpoint) if context is None else context
     if not 1 <= context <= longest:
         raise OptionError(f"context is {context}; it should be from 1 to {longest}, this model's longest.")
     loaded = memory.resolve_dtype(checkpoint)
-    need = memory.need(checkpoint, context, *loaded)
+    need = memory.need(checkpoint, context, *loaded, kv_bits)
     available = device.available()
     sampler = asdict(checkpoint.generation)
     sampler["max_tokens"] = sampler.pop("max_new_tokens")  # the option's name
@@ -78,13 +83,14 @@ def describe(checkpoint: Checkpoint, context: int | None = None, ranks: int = 1)
         },
         "memory": {
             "context": context,
+            "kv_bits": kv_bits,
             **asdict(need),
             "total": need.total,
             "fits": need.total <= available,
             "loaded_as": loaded[0] or "stored",
-            "by_context": {str(one): memory.need(checkpoint, one, *loaded).total for one in table},
+            "by_context": {str(one): memory.need(checkpoint, one, *loaded, kv_bits).total for one in table},
         },
-        "ranks": _ranks(checkpoint, context, ranks, loaded) if ranks > 1 else None,
+        "ranks": _ranks(checkpoint, context, ranks, loaded, kv_bits) if ranks > 1 else None,
         "recipes": (recipes := None if checkpoint.quantization else _recipes(checkpoint, need.total - need.weights)),
         "best_recipe": recipes and _best(recipes),
     }
@@ -130,10 +136,12 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {**common, "overrides": sum(isinstance(one, dict) for one in checkpoint.quantization.values())}
 
 
-def _ranks(checkpoint: Checkpoint, context: int, ranks: int, loaded: tuple[str | None, bool]) -> dict[str, Any]:
+def _ranks(
+    checkpoint: Checkpoint, context: int, ranks: int, loaded: tuple[str | None, bool], kv_bits: int | None
+) -> dict[str, Any]:
     """What each of several ranks needs; the parts that every rank holds are in its weights."""
     held = memory.rank_weights(checkpoint, ranks, *loaded)
-    needed = memory.need(checkpoint, context, *loaded, ranks=ranks)
+    needed = memory.need(checkpoint, context, *loaded, kv_bits, ranks)
     return {
         "count": ranks,
         "weights": [one.total for one in held],
@@ -177,6 +185,7 @@ def lines(about: dict[str, Any]) -> list[str]:
     sampler, machine, vision = about["sampler"], about["machine"], arch["vision"]
     kv = [f"{heads} x {dim}" for heads, dim in (arch["sliding_kv_heads"], arch["full_kv_heads"])]
     kind = "" if needed["loaded_as"] == "stored" else f" in {needed['loaded_as']}"
+    bits = "" if needed["kv_bits"] is None else f" in {needed['kv_bits']} bits"
     quantization = about["quantization"]
     stored = "none"
     if quantization:
@@ -204,7 +213,7 @@ def lines(about: dict[str, Any]) -> list[str]:
         (
             "memory",
             f"{human(needed['total'])} at {needed['context']} tokens of context "
-            f"(weights {human(needed['weights'])}{kind}, prefix {human(needed['prefix'])}, "
+            f"(weights {human(needed['weights'])}{kind}, prefix {human(needed['prefix'])}{bits}, "
             f"workspace {human(needed['workspace'])})",
         ),
         ("", _verdict(needed["total"], machine["available"])),

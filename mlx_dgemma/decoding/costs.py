@@ -168,15 +168,14 @@ def measure(model: DiffusionGemma) -> Costs:
 
 def random_prefix(model: DiffusionGemma, length: int) -> Prefix:
     """So many positions of random keys and values, which are as good as encoded ones where time is measured."""
-    prefix, keys = model.new_prefix(), iter(mx.random.split(mx.random.key(5), 1024))
-    arrays = {}
-    for i, (layer, kind) in enumerate(zip(prefix.layers, model.config.text.layer_types)):
+    prefix, random = model.new_prefix(), iter(mx.random.split(mx.random.key(5), 1024))
+    for layer, kind in zip(prefix.layers, model.config.text.layer_types):
         heads, dim = model.config.text.kv_shape(kind)
         shape = 1, heads, layer.used(length), dim
-        for name in ("keys", "values"):
-            arrays[f"{i}.{name}"] = mx.random.normal(shape, key=next(keys)).astype(model.dtype)
-    prefix.load_arrays(arrays, length, 0)
-    mx.eval(prefix.state)
+        keys, values = (mx.random.normal(shape, key=next(random)).astype(model.dtype) for _ in range(2))
+        layer.extend(keys, values, 0)
+        mx.eval(layer.stage, *(array for array in layer.arrays if array is not None))
+    prefix.offset = length
     return prefix
 
 
@@ -234,7 +233,7 @@ def file_of(model: DiffusionGemma) -> Path:
     named: Any = tree_flatten(model.parameters())
     parts = {(re.sub(r"\d+", "", name), a.shape, str(a.dtype)) for name, a in named if ".decoder." in name}
     layers, versions = len(model.config.text.layer_types), [__version__, metadata.version("mlx")]
-    told = json.dumps([machine, versions, layers, model.config.canvas_length, sorted(parts)])
+    told = json.dumps([machine, versions, layers, model.config.canvas_length, model.kv_bits, sorted(parts)])
     return cache_folder() / "costs" / f"{sha256(told.encode()).hexdigest()[:32]}.json"
 
 

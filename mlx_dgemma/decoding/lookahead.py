@@ -49,6 +49,7 @@ def advance(batch: CanvasBatch, ahead: bool = True) -> Step:
         batch.remember(guided.argmax)
         return _step(batch, guided, told, batch.advance_to(guided, guided.host_state, steps))
     build = fast_step if batch.options.fast else plain_step
+    ahead = ahead and not batch.model.low_memory
     if batch.ahead is None:
         current = build(batch, batch.rows.last, batch.steps, batch.dense)
         batch.queue = device.Queue(batch.in_flight)

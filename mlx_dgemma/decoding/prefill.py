@@ -13,6 +13,8 @@ from ..model.attention import SCORE_BYTES
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.kv_cache import Prefix
 
+LOW_MEMORY_CHUNK = 256  # tokens
+
 
 def prefill(*arguments: Any, **named: Any) -> None:
     """Encode a prompt at one go; takes what `encode_in_chunks` takes."""
@@ -64,9 +66,10 @@ def fitting_chunk(model: DiffusionGemma, batch_size: int, length: int) -> int:
     """Prompt tokens to encode at once: 512, or 1,024 of a prompt beyond 4,096 and on Metal, which has kernels for it.
 
     Longer passes read the weights less often but hold more: at the release's shape 2,048 tokens take 2 GiB. Fewer,
-    256 at least, where a sliding layer's scores would exceed `SCORE_BYTES`.
+    256 at least, where a sliding layer's scores would exceed `SCORE_BYTES`; `LOW_MEMORY_CHUNK` with `low_memory`.
     """
     config, size = model.config.text, 512 if length <= 4096 and not device.on_metal() else 1024
+    size = LOW_MEMORY_CHUNK if model.low_memory else size
     per_score = batch_size * config.num_attention_heads * model.dtype.size  # bytes, of a query over a key
     while size > 256 and per_score * size * (config.sliding_window - 1 + size) > SCORE_BYTES:
         size //= 2

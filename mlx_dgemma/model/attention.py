@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..upstream import ProportionalRoPE
+from .cache.quantized import Part, QuantizedKV
 from .config import TextConfig
-from .device import on_metal
+from .device import fused, on_metal
 from .functions import rms_norm
 from .kernels import launch as kernels
-from .kv_cache import LayerKV
+from .kv_cache import BUFFER_STEP, LayerKV
 from .masks import Mask, Narrow
 
 SCORE_BYTES = 256 * 2**20  # of attention scores at once; a pass that has more takes its queries group by group
@@ -85,6 +86,78 @@ def attend_by_kernel(
         return _unfused(some, keys[:, :, :last], values[:, :, :last], leading=(count + step * rows.start, step))
 
     return _in_groups(queries, size, of_group, stages)
+
+
+def attend_to_parts(
+    queries: mx.array,
+    parts: Iterable[Part],
+    mask: Mask,
+    stages: list[mx.array] | None = None,
+    by_kernel: bool = False,
+) -> mx.array:
+    """As `attend`, to keys and values that come part by part: one part and its scores are in memory at a time.
+
+    Args:
+        queries: [B, heads, L, D].
+        parts: of the N keys, from the first to the last.
+        mask: as in `attend`.
+        stages: one small array per part is appended to it.
+        by_kernel: take a custom kernel for the softmax.
+    """
+    sums: tuple[mx.array, mx.array] | None = None
+    for part in parts:
+        found = _of_part(queries, part, mask, by_kernel)
+        sums = found if sums is None else _merged(*sums, *found)
+        queries = mx.depends(queries, [sums[1]])  # the next part waits for this one
+        if stages is not None:
+            stages.append(sums[1][..., :1])
+    assert sums is not None
+    return sums[1].astype(queries.dtype).reshape(queries.shape)
+
+
+def _of_part(queries: mx.array, part: Part, mask: Mask, by_kernel: bool) -> tuple[mx.array, mx.array]:
+    """Attention to a part.
+
+    Returns:
+        level: [B, kv_heads, heads / kv_heads * L, 1] float32, the logarithm of the sum of each query's exp(scores).
+        values: [B, kv_heads, heads / kv_heads * L, D] float32.
+    """
+    (batch, _, length, dim), (start, keys, values) = queries.shape, part
+    kv_heads, count = keys.shape[1:3]
+    visible, free = mask.of_keys(start, start + count), -count % ALIGNMENT
+    if free:
+        keys, values = (mx.pad(one, [(0, 0), (0, 0), (0, free), (0, 0)]) for one in (keys, values))
+        visible = mx.ones((1, 1, 1, count), mx.bool_) if visible is None else visible
+        visible = mx.pad(visible, [(0, 0), (0, 0), (0, 0), (0, free)])
+    scores = queries.reshape(batch, kv_heads, -1, dim) @ keys.swapaxes(-1, -2)
+    if visible is not None:
+        grouped = scores.reshape(batch, kv_heads, -1, length, count + free)
+        # The lowest number and not -inf: what a query sees may all lie in other parts.
+        lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
+        scores = mx.where(visible[:, :, None], grouped, lowest).reshape(scores.shape)
+    if by_kernel:
+        shares, level = kernels.softmax_with_sums(scores, count + free)
+    else:
+        shares = mx.softmax(scores, axis=-1, precise=True)
+        # One key's score and share tell the sum; two passes over all scores would cost more.
+        best = mx.argmax(scores, axis=-1, keepdims=True)
+        score, share = (mx.take_along_axis(one, best, axis=-1).astype(mx.float32) for one in (scores, shares))
+        level = score - mx.log(share)
+    return level, (shares @ values).astype(mx.float32)
+
+
+@fused
+def _merged(level: mx.array, values: mx.array, other: mx.array, more: mx.array) -> tuple[mx.array, mx.array]:
+    """What `_of_part` returns, of earlier parts and of one more."""
+    both = mx.logaddexp(level, other)
+    return both, values * mx.exp(level - both) + more * mx.exp(other - both)
+
+
+def keys_at_once(queries: mx.array, kv_heads: int) -> int:
+    """Keys of a part whose scores fit into `SCORE_BYTES`, and whose keys and values do."""
+    batch, heads, length, dim = queries.shape
+    per_key = max(heads * length, 2 * kv_heads * dim) * batch * queries.dtype.size
+    return max(SCORE_BYTES // per_key // BUFFER_STEP, 1) * BUFFER_STEP
 
 
 def queries_at_once(per_query: int) -> int:
@@ -213,17 +286,34 @@ class Attention(nn.Module):
             leading = mask.leading if context.turn is not None else None
             # Without a kernel there are as many keys as the mask has, which counts the slots in front of a full ring.
             alignment = 1 if leading is None and len(mask.keys) % ALIGNMENT else ALIGNMENT
-            if context.canvas:
+            canvas = context.canvas and mask.queries is None
+            if canvas:
                 k, v = cache.with_canvas(k, v, offset, alignment, context.narrow and context.narrow.length)
+            elif context.canvas:
+                k, v = cache.ahead(k, v, offset, alignment)
             else:
                 k, v = cache.extend(k, v, offset, alignment)
             cache.stages = []
-            if leading is None:
+            if isinstance(cache, QuantizedKV) and len(mask.keys) > (size := keys_at_once(q, k.shape[1])):
+                held = offset if canvas else len(mask.keys)
+                rows.append(
+                    attend_to_parts(q, cache.parts(held, canvas, size), mask, cache.stages, context.turn is not None)
+                )
+            elif leading is None:
                 rows.append(attend(q, k, v, mask, cache.stages))
             else:
                 rows.append(attend_by_kernel(q, k, v, leading, cache.stages))
         out = rows[0] if len(rows) == 1 else mx.concatenate(rows, axis=0 if context.narrow is None else 2)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def keys_of(self, values: mx.array, position: int | mx.array) -> mx.array:
+        """The keys of a full layer's values: both are normed outputs of `k_proj`, the values without a weight.
+
+        Args:
+            values: [B, heads, N, D].
+            position: of the first, [B] where it differs by row.
+        """
+        return self._rope((values * self.k_norm.weight).astype(values.dtype), offset=position)
 
     def _turned(self, x: mx.array, context: LayerContext) -> mx.array:
         """x [B, heads, L, D], rotated by its positions."""

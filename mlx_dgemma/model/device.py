@@ -50,6 +50,7 @@ def row_unit() -> int:
 
 SOFT_LIMIT = 2**28  # bytes in flight; above it a queue waits for its oldest stage before it starts another
 GROUPS_LIMIT = 9 * 2**26  # the same where attention goes by groups of queries, whose stages are larger
+LOW_MEMORY = 4  # times less may be in flight where memory is to be saved
 HARD = 2  # times the limit; above it a queue waits for everything
 
 
@@ -98,23 +99,28 @@ class Queue:
 
 SMALL_MAC = 36 * 2**30  # bytes of memory; a Mac with no more keeps only `CACHE_LIMIT` bytes of freed buffers
 CACHE_LIMIT = 2 * 2**30
+LOW_CACHE_LIMIT = 2**28  # the same where memory is to be saved, on any device
 
 
 class _Limits:
-    """Metal's memory limits, which are the process's: set for the first holder and put back after the last."""
+    """Limits of memory, which are the process's: set for the first holder and put back after the last."""
 
     def __init__(self) -> None:
         self._lock, self._holders = threading.Lock(), 0
         self._earlier: list[tuple[Callable[[int], int], int]] = []
 
-    def hold(self) -> None:
+    def hold(self, low_memory: bool) -> None:
         with self._lock:
             if not self._holders:
-                info = mx.device_info()
-                wired = int(info["max_recommended_working_set_size"])
-                self._earlier = [(mx.set_wired_limit, mx.set_wired_limit(wired))]
-                if int(info["memory_size"]) <= SMALL_MAC:
-                    self._earlier.append((mx.set_cache_limit, mx.set_cache_limit(CACHE_LIMIT)))
+                self._earlier, cache = [], LOW_CACHE_LIMIT if low_memory else None
+                if on_metal():
+                    info = mx.device_info()
+                    wired = int(info["max_recommended_working_set_size"])
+                    self._earlier = [(mx.set_wired_limit, mx.set_wired_limit(wired))]
+                    if cache is None and int(info["memory_size"]) <= SMALL_MAC:
+                        cache = CACHE_LIMIT
+                if cache is not None:
+                    self._earlier.append((mx.set_cache_limit, mx.set_cache_limit(cache)))
             self._holders += 1
 
     def release(self) -> None:
@@ -130,15 +136,18 @@ _limits = _Limits()
 
 
 @contextmanager
-def wired_limit() -> Iterator[None]:
+def wired_limit(low_memory: bool = False) -> Iterator[None]:
     """Let Metal keep the model in memory while a context is open, and on a small Mac fewer freed buffers.
 
     The limits belong to the process, so they are restored when the last context of any thread is left.
+
+    Args:
+        low_memory: keep few freed buffers, on any device.
     """
-    if not mx.metal.is_available() or on_cpu():
+    if not (on_metal() or low_memory):
         yield
         return
-    _limits.hold()
+    _limits.hold(low_memory)
     try:
         yield
     finally:

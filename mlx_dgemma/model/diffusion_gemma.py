@@ -19,6 +19,7 @@ import numpy as np
 from ..distributed.group import ALONE, Group
 from ..errors import PromptError, RangeError
 from .attention import ALIGNMENT, LayerContext
+from .cache.quantized import QuantizedKV
 from .config import ModelConfig
 from .device import Queue
 from .head import Head
@@ -89,6 +90,8 @@ class DiffusionGemma(nn.Module):
         self._apply: Callable[..., mx.array] = Layer.__call__  # called with (layer, h, scalar, context)
         self.uses_kernels = False  # custom kernels, which have no gradient; training mode computes without them
         self.token_pass: TokenPass | None = None  # replays traces of passes over one token; None: none are made
+        self.kv_bits: int | None = None  # of the prefix in full layers; None, and in training mode: not quantized
+        self.low_memory = False  # save memory at the price of time
         self._dtype: mx.Dtype | None = None  # of activations; set where the embedding's weights do not tell it
         self._group: Group = ALONE
         self._encoder_layers: tuple[Layer, ...] | None = None  # set where an adapter changes the two modes differently
@@ -131,7 +134,14 @@ class DiffusionGemma(nn.Module):
 
     def new_prefix(self, batch_size: int = 1, capacity: int = 0) -> Prefix:
         """An empty prefix of `batch_size` rows; `capacity` positions are allocated at once."""
-        return Prefix(self.config.text, batch_size, capacity)
+        prefix = Prefix(self.config.text, batch_size, capacity)
+        prefix.low_memory = self.low_memory
+        if self.kv_bits is not None and not self.training:
+            layers = self._encoder_layers or self.model.decoder.layers
+            for i, layer in enumerate(layers):
+                if layer._layer_type == "full_attention":
+                    prefix.layers[i] = QuantizedKV(capacity, self.kv_bits, layer.self_attn.keys_of)
+        return prefix
 
     def encode(
         self,

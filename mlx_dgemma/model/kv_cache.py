@@ -9,7 +9,7 @@ overwrites them: a denoising step neither copies nor changes the prefix.
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +20,7 @@ from .config import TextConfig
 from .masks import Mask
 
 BUFFER_STEP = 256  # slots; buffers grow by multiples of this
+Handles = tuple[mx.array | None, ...]  # the arrays of a layer
 
 
 class LayerKV:
@@ -28,14 +29,40 @@ class LayerKV:
     Args:
         window_slots: slots of the ring of a sliding layer; None for a full layer.
         capacity: slots that are allocated at once.
+
+    Attributes:
+        padding: left padding of each row, [B] int32, or None where no row has any.
     """
+
+    kept: ClassVar[tuple[str, ...]] = ("keys", "values")  # attributes that hold the prefix, with slots on axis 2
+    names: ClassVar[tuple[str, ...]] = kept  # of all arrays
 
     def __init__(self, window_slots: int | None, capacity: int = 0):
         self.window_slots = window_slots
         self.capacity = capacity
+        self.padding: mx.array | None = None
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.stages: list[mx.array] = []  # of the last attention to these keys, if it was computed in chunks
+
+    @property
+    def arrays(self) -> Handles:
+        """All arrays, by `names`; None where there is none yet."""
+        return tuple(getattr(self, name) for name in self.names)
+
+    @arrays.setter
+    def arrays(self, arrays: Handles) -> None:
+        for name, array in zip(self.names, arrays):
+            setattr(self, name, array)
+
+    def handles(self) -> Handles:
+        """The present arrays as new objects, which later writes do not change."""
+        return tuple(_handle(array) for array in self.arrays)
+
+    @property
+    def stage(self) -> Any:
+        """What a pass writes, for `device.Queue`."""
+        return _handle(self.keys)
 
     def used(self, offset: int) -> int:
         """How many slots hold the prefix after `offset` positions."""
@@ -90,8 +117,12 @@ class LayerKV:
         self._write(keys, values, used)
         return self._first(used + (length or keys.shape[2]), alignment)
 
+    def ahead(self, keys: mx.array, values: mx.array, offset: int, alignment: int = 1) -> tuple[mx.array, mx.array]:
+        """As `with_canvas`, for positions that `accept` may make part of the prefix."""
+        return self.with_canvas(keys, values, offset, alignment)
+
     def accept(self, offset: int, count: int) -> None:
-        """Make the first `count` positions that `with_canvas` wrote part of the prefix, which holds `offset`."""
+        """Make the first `count` positions that `ahead` wrote part of the prefix, which holds `offset`."""
         if self.window_slots is None or offset + count <= self.window_slots or self.keys is None or self.values is None:
             return  # they lie where they belong
         end, behind = offset + count, self.used(offset) - offset  # position + behind is its slot
@@ -133,6 +164,22 @@ class LayerKV:
 
         self.keys, self.values = grown(self.keys, keys), grown(self.values, values)
 
+    def trim(self, offset: int) -> None:
+        """Free the slots that do not hold the prefix of `offset` positions."""
+        used = self.used(offset)
+        for name in self.names:
+            array = getattr(self, name)
+            if name not in self.kept:
+                setattr(self, name, None)
+            elif array is not None and array.shape[2] > used:
+                setattr(self, name, mx.contiguous(array[:, :, :used]))
+        mx.eval([array for array in self.arrays if array is not None])
+
+    def select_rows(self, index: mx.array) -> None:
+        """Keep these rows of the batch."""
+        self.arrays = tuple(None if array is None else array[index] for array in self.arrays)
+        self.padding = None if self.padding is None else self.padding[index]
+
 
 class Prefix:
     """The encoded positions of a batch: one `LayerKV` per layer, and how many positions they hold.
@@ -145,11 +192,13 @@ class Prefix:
     Attributes:
         offset: positions that are encoded, left padding included.
         padding: left padding of each row, [B] int32, or None where no row has any.
+        low_memory: whether less may be in flight.
     """
 
     def __init__(self, config: TextConfig, batch_size: int = 1, capacity: int = 0):
         self.window = config.sliding_window
         self.batch_size = batch_size
+        self.low_memory = False
         self.offset = 0
         self.padding: mx.array | None = None
         self.layers = [
@@ -157,27 +206,28 @@ class Prefix:
             for kind in config.layer_types
         ]
         self._window_slots = max(self.window - 1, 1)
-        self._rewind_point: tuple[int, list[tuple[Any, Any]]] | None = None
+        self._rewind_point: tuple[int, list[Handles]] | None = None
 
     @property
     def state(self) -> list[mx.array]:
         """All arrays of the cache, to be evaluated after each chunk of a prompt."""
-        return [a for layer in self.layers for a in (layer.keys, layer.values) if a is not None]
+        return [a for layer in self.layers for a in layer.arrays if a is not None]
 
     @property
-    def stages(self) -> list[mx.array | None]:
+    def stages(self) -> list[Any]:
         """The layers' keys and chunks of attention, in the order in which they are computed, for `device.Queue`."""
-        return [stage for layer in self.layers for stage in (_handle(layer.keys), *layer.stages)]
+        return [stage for layer in self.layers for stage in (layer.stage, *layer.stages)]
 
     @property
     def in_flight(self) -> int:
         """Bytes that a `device.Queue` of these stages may have in flight: more where attention goes by groups."""
-        return device.GROUPS_LIMIT if any(layer.stages for layer in self.layers) else device.SOFT_LIMIT
+        limit = device.GROUPS_LIMIT if any(layer.stages for layer in self.layers) else device.SOFT_LIMIT
+        return limit // device.LOW_MEMORY if self.low_memory else limit
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays, preallocated slots and the rewind point included."""
-        saved = [a for pair in self._rewind_point[1] for a in pair if a is not None] if self._rewind_point else []
+        saved = [a for ring in self._rewind_point[1] for a in ring if a is not None] if self._rewind_point else []
         return sum(a.nbytes for a in [*self.state, *saved])
 
     def rope_offset(self) -> int | mx.array:
@@ -203,6 +253,8 @@ class Prefix:
         if (np.diff(real.astype(np.int8), axis=1) < 0).any() or ((before < self.offset) & (count > 0)).any():
             raise OptionError("mask pads positions behind real ones; only padding on the left is possible.")
         self.padding = mx.array((before + count).astype(np.int32))
+        for layer in self.layers:
+            layer.padding = self.padding
 
     def _window_positions(self) -> np.ndarray:
         """The position that each used slot of the ring holds."""
@@ -244,24 +296,24 @@ class Prefix:
             layer.accept(self.offset, count)
         self.offset += count
 
-    def handles(self) -> list[tuple[mx.array | None, mx.array | None]]:
+    def handles(self) -> list[Handles]:
         """The layers' present buffers, for `restore`. While they are kept, the next write copies the buffers."""
-        return [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers]
+        return [layer.handles() for layer in self.layers]
 
-    def restore(self, handles: list[tuple[mx.array | None, mx.array | None]]) -> None:
+    def restore(self, handles: list[Handles]) -> None:
         """Undo all writes since `handles` was called, of the last layers where some were taken from its beginning.
 
         Lazy writes are then never computed.
         """
-        for layer, (keys, values) in zip(self.layers[len(self.layers) - len(handles) :], handles):
-            layer.keys, layer.values, layer.stages = keys, values, []
+        for layer, arrays in zip(self.layers[len(self.layers) - len(handles) :], handles):
+            layer.arrays, layer.stages = arrays, []
 
     def _padding(self) -> np.ndarray:
         return np.zeros(1, np.int32) if self.padding is None else np.asarray(self.padding)
 
     def set_rewind_point(self) -> None:
         """Save this state, so that `rewind` can return to it after the rings have been overwritten."""
-        rings = [(_handle(layer.keys), _handle(layer.values)) for layer in self.layers if layer.window_slots]
+        rings = [layer.handles() for layer in self.layers if layer.window_slots]
         self._rewind_point = (self.offset, rings)
 
     def rewindable_length(self, offset: int) -> int:
@@ -289,8 +341,8 @@ class Prefix:
 
     def _restore_rings(self) -> None:
         saved = self._rewind_point[1] if self._rewind_point else []
-        for layer, (keys, values) in zip((one for one in self.layers if one.window_slots), saved):
-            layer.keys, layer.values, layer.stages = _handle(keys), _handle(values), []
+        for layer, arrays in zip((one for one in self.layers if one.window_slots), saved):
+            layer.arrays, layer.stages = tuple(_handle(array) for array in arrays), []
 
     def undo(self, offset: int, length: int) -> bool:
         """Leave a pass over `length` tokens that was interrupted; the prefix held `offset` positions before.
@@ -313,10 +365,8 @@ class Prefix:
     def fork(self) -> Prefix:
         """A copy that can be extended independently; buffers are copied when one of the two writes."""
         other = copy(self)
-        other.layers = []
-        for layer, (keys, values) in zip(self.layers, self.handles()):
-            other.layers.append(LayerKV(layer.window_slots, layer.capacity))
-            other.layers[-1].keys, other.layers[-1].values = keys, values
+        other.layers = [copy(layer) for layer in self.layers]
+        other.restore(self.handles())
         return other
 
     def trim(self) -> None:
@@ -324,21 +374,18 @@ class Prefix:
         if self._rewind_point and self._rewind_point[0] == self.offset:
             self._rewind_point = None
         for layer in self.layers:
-            used = layer.used(self.offset)
-            if layer.keys is not None and layer.values is not None and layer.keys.shape[2] > used:
-                layer.keys, layer.values = (mx.contiguous(a[:, :, :used]) for a in (layer.keys, layer.values))
-                mx.eval(layer.keys, layer.values)  # one layer's copy at a time
+            layer.trim(self.offset)  # one layer's copy at a time
 
     def to_arrays(self) -> tuple[dict[str, mx.array], int, int]:
         """(arrays by name, offset, offset of the rewind point or 0), for `load_arrays`."""
         arrays: dict[str, mx.array] = {}
         rings = iter(self._rewind_point[1] if self._rewind_point else [])
         for i, layer in enumerate(self.layers):
-            pairs = {"": (layer.keys, layer.values)}
+            held = {"": layer.arrays}
             if self._rewind_point and layer.window_slots:
-                pairs["mark."] = next(rings)
-            for name, pair in pairs.items():
-                for kind, array in zip(("keys", "values"), pair):
+                held["mark."] = next(rings)
+            for name, found in held.items():
+                for kind, array in zip(layer.kept, found):
                     if array is not None:
                         arrays[f"{name}{i}.{kind}"] = array
         return arrays, self.offset, self._rewind_point[0] if self._rewind_point else 0
@@ -356,17 +403,18 @@ class Prefix:
         """
         self.offset = offset
         for i, layer in enumerate(self.layers):
-            layer.keys, layer.values = arrays[f"{i}.keys"], arrays[f"{i}.values"]
+            layer.arrays = tuple(arrays[f"{i}.{kind}"] for kind in layer.kept)
         rings = [i for i, layer in enumerate(self.layers) if layer.window_slots]
-        saved = [(arrays[f"mark.{i}.keys"], arrays[f"mark.{i}.values"]) for i in rings] if mark else []
+        saved: list[Handles] = (
+            [tuple(arrays[f"mark.{i}.{kind}"] for kind in LayerKV.kept) for i in rings] if mark else []
+        )
         self._rewind_point = (mark, saved) if mark else None
 
     def select_rows(self, rows: list[int]) -> None:
         """Keep these rows of the batch, in this order, and drop the others and the rewind point."""
         index = mx.array(rows)
         for layer in self.layers:
-            if layer.keys is not None and layer.values is not None:
-                layer.keys, layer.values = layer.keys[index], layer.values[index]
+            layer.select_rows(index)
         if self.padding is not None:
             self.padding = self.padding[index]
         self.batch_size = len(rows)

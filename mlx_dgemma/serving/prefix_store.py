@@ -173,6 +173,7 @@ class PrefixStore:
             "adapter": None if self._engine.adapter is None else str(self._engine.adapter),
             "dtype": str(model.dtype),
             "compute_dtype": str(model.compute_dtype),
+            "kv_bits": model.kv_bits,
             "mlx": version("mlx"),
             "budget": self._budget,
         }
@@ -245,6 +246,7 @@ def fingerprint(engine: Engine) -> str:
     """Hash of what keys and values depend on besides the tokens: checkpoint, template, adapter, dtype, device, MLX."""
     digest = hashlib.sha256()
     dtypes = f"{engine.model.dtype} {engine.model.compute_dtype}"
+    dtypes += "" if engine.model.kv_bits is None else f" kv {engine.model.kv_bits} values"  # how full layers keep them
     digest.update(f"1 {dtypes} {mx.default_device()} {version('mlx')}".encode())
     for path in sorted(engine.checkpoint.path.iterdir()):
         if path.suffix in (".json", ".jinja"):

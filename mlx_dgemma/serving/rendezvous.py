@@ -46,16 +46,18 @@ def runtime_folder() -> str:
     return f"/tmp/mlx-dgemma-{user}"
 
 
-def identity(model: str | None, adapter: str | None, dtype: str | None, compute_dtype: str | None) -> str:
-    """What a server has loaded, as text: model and adapter as absolute paths or Hub ids, and the dtypes.
+def identity(
+    model: str | None, adapter: str | None, dtype: str | None, compute_dtype: str | None, kv_bits: int | None = None
+) -> str:
+    """What a server has loaded, as text: model and adapter as absolute paths or Hub ids, the dtypes and KV bits.
 
     Args:
         model: a folder or a Hub id; None is the demo.
         adapter: a folder or a Hub id.
-        dtype, compute_dtype: as `load` takes them.
+        dtype, compute_dtype, kv_bits: as `load` takes them.
     """
     names = [_resolved(model or _DEMO), _resolved(adapter) if adapter else "", dtype or "", compute_dtype or ""]
-    return "\n".join(names)
+    return "\n".join([*names, *([] if kv_bits is None else [f"kv {kv_bits}"])])
 
 
 def _resolved(name: str) -> str:

@@ -146,7 +146,7 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            with device.wired_limit():
+            with device.wired_limit(self.engine.model.low_memory):
                 while self._pass():
                     pass
                 while self._save_one():

@@ -418,7 +418,7 @@ def compute(model: DiffusionGemma, asked: Asked) -> Choice:
     key = mx.random.key(seed)
     mx.reset_peak_memory()
     started = time.perf_counter()
-    with device.wired_limit():
+    with device.wired_limit(model.low_memory):
         read_of = [result_of(plan.scores(model, encoded(model, one, asked.chunk), key)) for one in prompts]
     found, named = read_questions(plan.questions, read_of, asked.templated)
     return Choice(

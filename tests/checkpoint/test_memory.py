@@ -81,7 +81,9 @@ def test_the_workspace_is_the_larger_of_a_step_and_a_chunk(held):
 
 
 def test_a_need_adds_up(held):
-    one = memory.need(held, 512, "float32")
+    one, small = (memory.need(held, 512, "float32", kv_bits=bits) for bits in (None, 4))
+    assert (small.weights, small.workspace) == (one.weights, one.workspace)
+    assert small.prefix == memory.prefix_bytes(held.config, 512, 4, kv_bits=4) < one.prefix
     assert one.prefix == memory.prefix_bytes(held.config, 512, 4)
     assert one.total == one.weights + one.prefix + one.workspace
 

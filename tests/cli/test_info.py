@@ -56,6 +56,14 @@ def test_info_for_people():
     assert [line.split()[0] for line in lines if line.endswith(" fits")][:2] == ["1024", "4096"]
 
 
+def test_info_counts_a_quantized_prefix():
+    plain, small = (info.describe(Checkpoint.open(DEMO), 4096, bits) for bits in (None, 4))
+    saved = plain["memory"]["prefix"] - small["memory"]["prefix"]
+    assert 0 < saved == plain["memory"]["total"] - small["memory"]["total"]
+    assert small["memory"]["by_context"]["4096"] == small["memory"]["total"]
+    assert any(f"prefix {errors.human(small['memory']['prefix'])} in 4 bits" in line for line in info.lines(small))
+
+
 def test_info_says_when_it_does_not_fit(monkeypatch):
     monkeypatch.setattr(device, "available", lambda: 10_000_000)
     about = info.describe(Checkpoint.open(DEMO))

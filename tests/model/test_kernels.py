@@ -11,9 +11,10 @@ import pytest
 from support import FULL, SLIDING, engine_of, random_tokens, small_model
 
 from mlx_dgemma.checkpoint import build
-from mlx_dgemma.model import experts, head, tiling
+from mlx_dgemma.model import attention, experts, head, tiling
+from mlx_dgemma.model.cache.quantized import Part
 from mlx_dgemma.model.kernels import launch as kernels
-from mlx_dgemma.model.masks import Narrow
+from mlx_dgemma.model.masks import Mask, Narrow
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 EPS = 1e-6
@@ -146,9 +147,19 @@ def test_lay_out_and_take_rows(rows, top_k, count, length, least):
 @pytest.mark.parametrize("count, width", [(1, 8), (25, 32), (300, 304), (8, 8), (2500, 2504), (3001, 3008)])
 def test_softmax_of_the_first_scores(dtype, count, width):
     scores = draw(0, 2, 3, width, dtype=dtype, scale=3)
-    found = kernels.softmax(scores, count)
+    found, level = kernels.softmax_with_sums(scores, count)
+    assert mx.allclose(level, mx.logsumexp(scores[..., :count].astype(mx.float32), axis=-1, keepdims=True), atol=1e-5)
     same(found[..., :count], mx.softmax(scores[..., :count], axis=-1, precise=True), dtype)
     assert (found[..., count:] == 0).all()
+
+
+def test_attention_to_parts_by_the_kernel():
+    queries, keys, values = draw(0, 1, 4, 3, 16), draw(1, 1, 2, 21, 16), draw(2, 1, 2, 21, 16)
+    mask = Mask(np.arange(21), np.arange(18, 21))
+    parts = [Part(at, keys[:, :, at : at + 8], values[:, :, at : at + 8]) for at in (0, 8, 16)]
+    expected = attention.attend(queries, keys, values, mask)
+    for by_kernel in (True, False):
+        same(attention.attend_to_parts(queries, parts, mask, None, by_kernel), expected, mx.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

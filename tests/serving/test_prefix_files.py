@@ -403,3 +403,22 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_tried_again(tiny, tmp_
         while cache.save_one():
             pass
     assert len(files_in(folder)) == 3
+
+
+def test_quantized_prefixes_have_small_files_of_their_own(engine, tmp_path, monkeypatch):
+    """No server reads prefixes of other bits; its own come back as they were."""
+    prompt, sizes, folders = "What color is a frog? " * 40, [], set()
+    for bits in (None, 8, 4):
+        monkeypatch.setattr(engine.model, "kv_bits", bits)
+        cache = PrefixCache(engine, PLENTY, tmp_path)
+        assert len(cache) == 0
+        first = same(engine, cache, prompt, **ONCE)
+        assert not cache.save_one()
+        again = same(engine, PrefixCache(engine, PLENTY, tmp_path), prompt, **ONCE)
+        assert again.stats.reused_tokens == first.stats.prompt_tokens
+        (file,) = [path for path in files_in(tmp_path) if path.parent not in folders]
+        folders.add(file.parent)
+        held = mx.load(str(file))
+        sizes.append(sum(array.nbytes for name, array in held.items() if name.startswith("5.")))
+    # Of 64 numbers, in float32: keys and values; codes, and a scale and a bias for 64 of them or for 32.
+    assert [size / sizes[0] for size in sizes] == pytest.approx([1, (64 + 8) / 512, (32 + 16) / 512])

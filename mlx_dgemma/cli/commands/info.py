@@ -7,7 +7,7 @@ import json
 import click
 from click.core import ParameterSource
 
-from ..common import DEMO_NOTICE, model_option, number_option
+from ..common import DEMO_NOTICE, kv_bits_option, model_option, number_option
 from ..terminal import Terminal
 
 
@@ -16,8 +16,16 @@ from ..terminal import Terminal
 @model_option
 @number_option("--context", 1, "Tokens of prompt and answer to compute the memory for.", "4096")
 @number_option("--ranks", 1, "Machines or GPUs that compute the model together.", "1")
+@kv_bits_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
-def info(checkpoint: str | None, model: str | None, context: int | None, ranks: int | None, as_json: bool) -> None:
+def info(
+    checkpoint: str | None,
+    model: str | None,
+    context: int | None,
+    ranks: int | None,
+    kv_bits: str | None,
+    as_json: bool,
+) -> None:
     """Show a checkpoint's architecture, sizes and sampler, and whether it fits this machine.
 
     The checkpoint is a folder or a downloaded Hub id; MODEL is another way to give --model. No weights are loaded.
@@ -36,5 +44,5 @@ def info(checkpoint: str | None, model: str | None, context: int | None, ranks: 
     model = checkpoint or model
     if model is None:
         terminal.warn(DEMO_NOTICE)
-    about = describe(open_local(model), context, ranks or 1)
+    about = describe(open_local(model), context, ranks or 1, None if kv_bits is None else int(kv_bits))
     terminal.say((json.dumps(about, ensure_ascii=False) if as_json else "\n".join(lines(about))) + "\n")

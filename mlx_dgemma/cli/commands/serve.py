@@ -263,7 +263,7 @@ def _run(
     from ...serving.scheduler import Scheduler
 
     rows, cache_size = given["rows"], given["cache_size"]
-    default_bytes = min(free_bytes_beside(engine.checkpoint, rows) // 4, MAX_DEFAULT_CACHE)
+    default_bytes = min(free_bytes_beside(engine.checkpoint, rows, engine.model.kv_bits) // 4, MAX_DEFAULT_CACHE)
     cache_bytes = default_bytes if cache_size is None else round(cache_size * 2**30)
     keywords = {"rows": rows, "waiting": given["waiting"], "cache_bytes": cache_bytes, "cache_dir": given["cache_dir"]}
     if (rank := watched()) is None:

@@ -16,7 +16,6 @@ import click
 from ...errors import DgemmaError, OptionError, PromptError
 from ..common import (
     ModelChoice,
-    NumberRange,
     adapter_option,
     decode_argument,
     decode_utf8,
@@ -29,6 +28,7 @@ from ..common import (
     server_option,
     stream_answer,
 )
+from ..options.kinds import NumberRange
 from ..output import Output, output_options, replace_file
 from ..stdin import read_stdin
 from ..terminal import Terminal

@@ -205,7 +205,14 @@ def take_rows(x: mx.array, source: mx.array, length: int) -> mx.array:
 
 
 def softmax(scores: mx.array, count: int | mx.array, step: int = 0, length: int = 1) -> mx.array:
-    """The softmax over the first scores of each row, and zeros behind them.
+    """The softmax over the first scores of each row, and zeros behind them; takes what `softmax_with_sums` takes."""
+    return softmax_with_sums(scores, count, step, length)[0]
+
+
+def softmax_with_sums(
+    scores: mx.array, count: int | mx.array, step: int = 0, length: int = 1
+) -> tuple[mx.array, mx.array]:
+    """The softmax over the first scores of each row, zeros behind them, and the logarithm of the sum of their exp().
 
     Args:
         scores: [..., P], where P is a multiple of four.
@@ -214,16 +221,19 @@ def softmax(scores: mx.array, count: int | mx.array, step: int = 0, length: int 
         length: see `step`.
 
     Returns:
-        [..., P].
+        [..., P] in the dtype of the scores, and [..., 1] float32.
     """
     width = scores.shape[-1]
     flat, shape = scores.reshape(-1, width), count
     if not isinstance(shape, mx.array):
         shape = mx.array([count, step, length], mx.int32)
-    return _launch(
-        "SOFTMAX", {"scores": flat, "shape": shape}, {"shares": (flat.shape, flat.dtype)}, flat.shape[0], THREADS,
+    shares, sums = _launch(
+        "SOFTMAX", {"scores": flat, "shape": shape},
+        {"shares": (flat.shape, flat.dtype), "sums": ((flat.shape[0], 2), mx.float32)}, flat.shape[0], THREADS,
         {"T": scores.dtype, "THREADS": THREADS, "SHORT": width <= 8 * THREADS}, LOWEST=LOWEST,
-    )[0].reshape(scores.shape)  # fmt: skip
+    )  # fmt: skip
+    level = sums[:, :1] + mx.log(sums[:, 1:])  # the highest score, and what is left of the sum without it
+    return shares.reshape(scores.shape), level.reshape(*scores.shape[:-1], 1)
 
 
 def geglu(gate: mx.array, up: mx.array | None = None) -> mx.array:

@@ -287,7 +287,8 @@ LAY_OUT = """
   }
 """
 
-# A group takes a row. scores [N, P], shape [3] -> shares [N, P]: the softmax of a row's first scores, then zeros.
+# A group takes a row. scores [N, P], shape [3] -> shares [N, P]: the softmax of a row's first scores, then zeros;
+# sums [N, 2]: the highest of these scores, and the sum of exp(score - highest).
 # `shape` is (count, step, length): row i has count + step * (i % length) scores. P is a multiple of four.
 # With SHORT a thread keeps its scores: P is at most 8 * THREADS.
 SOFTMAX = """
@@ -343,6 +344,7 @@ SOFTMAX = """
       *(GLOBAL Four<T>*)(shares + (at + c)) = four;
     }
   }
+  if (tid == 0) { sums[2 * group] = peak; sums[2 * group + 1] = mass; }
 """
 
 # A thread takes an element. gate, up [N, S], or with PACKED both in gate [N, 2 * S] -> out [N, S]: tanh-approximated

@@ -1,0 +1,1 @@
+"""Other ways to hold the keys and values of the prefix."""
