@@ -319,7 +319,7 @@ def main() -> None:
         report[job] = equal_tokens(results[job]) if job in EQUALITY else gains(results[job], job)
     runs = [{name: value for name, value in one.items() if name != "tokens"}
             for by_ranks in results.values() for one in by_ranks.values()]  # fmt: skip
-    finish("parallel", **told, shape=args.shape, backend=args.backend, runs=runs, compared=report)
+    finish("parallel", **told, shape=args.shape, transport=args.backend, runs=runs, compared=report)
 
 
 def start(args: argparse.Namespace, job: str, ranks: int) -> dict:
