@@ -12,6 +12,7 @@ every number of ranks; a rank holds its slices, and one parameter is whole at a 
 - A precision: a denoising step, a token of causal mode, a prefill, the peak of memory of each rank.
 - communication: the messages of a step alone, one after the other, and the step with each message left out (its result
   is then wrong and its time right). What is sent is counted where a step is built.
+- `demo`: the tokens of the bundled checkpoint's answers to forty prompts in every mode, in float32.
 - `equality`: the tokens of ten prompts in float32 at a reduced depth, canvases and causal, against one rank's.
 
 Two ranks on one CPU share its cores, so their ratio says nothing there.
@@ -32,6 +33,11 @@ from pathlib import Path
 PROMPTS, PROMPT_TOKENS, EQUAL_STEPS, EQUAL_TOKENS = 10, 48, 6, 24
 SHARP = 6.0  # weight of the final norm in `equality`: random logits would lie too close for any rounding
 TINY = {"hidden": 128, "vocab": 1024, "canvas": 32}  # of the small shape
+EQUALITY = ("equality", "demo")  # jobs that compare tokens
+MODES = {
+    "default": {}, "fast": {"fast": True}, "exact": {"exact": True}, "causal": {"mode": "causal", "temperature": 0.7},
+    "speculative": {"mode": "speculative"},
+}  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,8 +47,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="the shape's layers, replaced")
     parser.add_argument("--backend", choices=["ring", "nccl"], default="ring")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--jobs", nargs="+", metavar="JOB", help="dtypes, recipes, equality (default: bfloat16, on a "
-                        "ring float32; 4bit; equality)")  # fmt: skip
+    parser.add_argument("--jobs", nargs="+", metavar="JOB", help="dtypes, recipes, equality, demo "
+                        "(default: bfloat16, on a ring float32; 4bit; equality)")  # fmt: skip
     parser.add_argument("--prefix", type=int, nargs="+", default=[1024, 8192], help="prompt tokens")
     parser.add_argument("--steps", type=int, default=10, help="steps of a run; the first two are warm-up")
     parser.add_argument("--runs", type=int, default=2)
@@ -73,8 +79,8 @@ def work(args: argparse.Namespace) -> None:
     group, job = groups.init(), args.worker[0]
     say(group, f"{group.size} ranks joined")
     found: dict = {"ranks": group.size, "job": job}
-    if job == "equality":
-        found["tokens"] = tokens(args, group)
+    if job in EQUALITY:
+        found["tokens"] = tokens(args, group) if job == "equality" else answers(group)
     else:
         time_job(args, group, job, found)
     save(args, group, found)
@@ -274,6 +280,21 @@ def tokens(args: argparse.Namespace, group) -> dict:
     return found
 
 
+def answers(group) -> dict:
+    """Tokens of the demo's answers to forty prompts in every mode, in float32."""
+    import mlx_dgemma
+
+    os.environ["MLX_DGEMMA_MEASURE"] = "0"  # drafts must not depend on what passes cost
+    engine, found = mlx_dgemma.load(dtype="float32", group=group), {}
+    prompts = [f"What is {a} + {b}?" for a in range(1, 9) for b in (2, 5, 7)]
+    prompts += [f"Which is larger, {a} or 23?" for a in range(3, 35, 2)]
+    for mode, options in MODES.items():
+        made = [engine.generate(one, seed=i, max_tokens=24, **options).tokens for i, one in enumerate(prompts)]
+        found[mode] = made
+        say(group, f"demo, {mode}: {len(prompts)} prompts")
+    return found
+
+
 # What the command does.
 
 
@@ -295,7 +316,7 @@ def main() -> None:
                 continue
             print(f"\n{job}, {ranks} ranks over {args.backend}", flush=True)
             results[job][ranks] = start(args, job, ranks)
-        report[job] = equal_tokens(results[job]) if job == "equality" else gains(results[job], job)
+        report[job] = equal_tokens(results[job]) if job in EQUALITY else gains(results[job], job)
     runs = [{name: value for name, value in one.items() if name != "tokens"}
             for by_ranks in results.values() for one in by_ranks.values()]  # fmt: skip
     finish("parallel", **told, shape=args.shape, backend=args.backend, runs=runs, compared=report)
@@ -382,7 +403,7 @@ def equal_tokens(runs: dict[int, dict]) -> dict[int, dict]:
         if ranks == 1 or not expected or "tokens" not in run:
             continue
         found[ranks] = {}
-        for mode in ("diffusion", "causal"):
+        for mode in [name for name, held in expected.items() if isinstance(held, list)]:
             pairs = list(zip(expected[mode], run["tokens"][mode]))
             same = sum(a == b for mine, theirs in pairs for a, b in zip(mine, theirs))
             whole = sum(len(mine) for mine, _ in pairs)

@@ -38,15 +38,17 @@ def open_local(name: str | None) -> Checkpoint:
     return Checkpoint.open(find(name))
 
 
-def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, context: int | None = None, ranks: int = 1) -> dict[str, Any]:
     """Describe a checkpoint as JSON values, with sizes in bytes and contexts in tokens.
 
     Args:
         checkpoint: the checkpoint.
         context: tokens of prompt and answer together; None takes 4096, or the model's maximum if that is less.
+        ranks: machines, or GPUs, that compute the model together.
 
     Raises:
         OptionError: the context is longer than the model's maximum.
+        CheckpointError: the model cannot be dealt to so many ranks.
     """
     text = checkpoint.config.text
     longest = text.max_position_embeddings
@@ -82,6 +84,7 @@ def describe(checkpoint: Checkpoint, context: int | None = None) -> dict[str, An
             "loaded_as": loaded[0] or "stored",
             "by_context": {str(one): memory.need(checkpoint, one, *loaded).total for one in table},
         },
+        "ranks": _ranks(checkpoint, context, ranks, loaded) if ranks > 1 else None,
         "recipes": None if checkpoint.quantization else _recipes(checkpoint, need.total - need.weights),
     }
 
@@ -124,6 +127,20 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
         return None
     common = {key: value for key, value in checkpoint.quantization.items() if not isinstance(value, (dict, bool))}
     return {**common, "overrides": sum(isinstance(one, dict) for one in checkpoint.quantization.values())}
+
+
+def _ranks(checkpoint: Checkpoint, context: int, ranks: int, loaded: tuple[str | None, bool]) -> dict[str, Any]:
+    """What each of several ranks needs; the parts that every rank holds are in its weights."""
+    held = memory.rank_weights(checkpoint, ranks, *loaded)
+    needed = memory.need(checkpoint, context, *loaded, ranks=ranks)
+    return {
+        "count": ranks,
+        "weights": [one.total for one in held],
+        "replicated": {name: size for name, size in held[0].replicated.items() if size},
+        "prefix": needed.prefix,
+        "total": needed.total,
+        "fits": needed.total <= device.available(),
+    }
 
 
 def _conversion(checkpoint: Checkpoint) -> list[str]:
@@ -191,12 +208,26 @@ def lines(about: dict[str, Any]) -> list[str]:
     output += ["", f"{'context':>14}{'memory':>12}"]
     for context, total in needed["by_context"].items():
         output.append(f"{context:>14}{human(total):>12}  {_fits(total, machine['available'])}")
+    if about["ranks"]:
+        output += ["", *_rank_lines(about["ranks"], machine["available"])]
     if about["recipes"]:
         output += ["", f"{'recipe':>14}{'weights':>12}{'memory':>12}  (mlx-dgemma convert --recipe NAME)"]
         for name, one in about["recipes"].items():
             fits = _fits(one["total"], machine["available"])
             output.append(f"{name:>14}{human(one['weights']):>12}{human(one['total']):>12}  {fits}")
     return [line.rstrip() for line in output]
+
+
+def _rank_lines(ranks: dict[str, Any], available: int) -> list[str]:
+    """Memory of each of several ranks."""
+    name, weights = count(ranks["count"], "rank"), ", ".join(human(size) for size in ranks["weights"])
+    everywhere = ", ".join(f"{name} {human(size)}" for name, size in ranks["replicated"].items())
+    return [
+        f"{name:14}{human(ranks['total'])} a rank at most, prefix {human(ranks['prefix'])} of it; "
+        f"a machine like this {'suffices' if ranks['total'] <= available else 'does not suffice'}",
+        f"{'':14}weights {weights}",
+        f"{'':14}on every rank: {everywhere}",
+    ]
 
 
 def _advice(machine: dict[str, Any]) -> list[str]:

@@ -15,8 +15,9 @@ from ..terminal import Terminal
 @click.argument("checkpoint", metavar="[MODEL]", required=False)
 @model_option
 @number_option("--context", 1, "Tokens of prompt and answer to compute the memory for.", "4096")
+@number_option("--ranks", 1, "Machines or GPUs that compute the model together.", "1")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
-def info(checkpoint: str | None, model: str | None, context: int | None, as_json: bool) -> None:
+def info(checkpoint: str | None, model: str | None, context: int | None, ranks: int | None, as_json: bool) -> None:
     """Show a checkpoint's architecture, sizes and sampler, and whether it fits this machine.
 
     The checkpoint is a folder or a downloaded Hub id; MODEL is another way to give --model. No weights are loaded.
@@ -24,6 +25,7 @@ def info(checkpoint: str | None, model: str | None, context: int | None, as_json
     \b
     mlx-dgemma info
     mlx-dgemma info --model google/diffusiongemma-26B-A4B-it --context 32768
+    mlx-dgemma info --model google/diffusiongemma-26B-A4B-it --ranks 2
     """
     from ..info import describe, lines, open_local
 
@@ -34,5 +36,5 @@ def info(checkpoint: str | None, model: str | None, context: int | None, as_json
     model = checkpoint or model
     if model is None:
         terminal.warn(DEMO_NOTICE)
-    about = describe(open_local(model), context)
+    about = describe(open_local(model), context, ranks or 1)
     terminal.say((json.dumps(about, ensure_ascii=False) if as_json else "\n".join(lines(about))) + "\n")

@@ -1,0 +1,99 @@
+"""Real processes over loopback: one launch shows what threads cannot, MLX's own messages and a folder that is sent."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from answers import few_answers
+from ranks import launch, on_threads
+from support import engine_of
+
+from mlx_dgemma.checkpoint.find import DEMO
+from mlx_dgemma.distributed import agreement, transfer
+from mlx_dgemma.distributed.group import ALONE, backend_of, init
+from mlx_dgemma.errors import CheckpointError, CircumstanceError, DgemmaError, OptionError
+
+
+def test_processes_share_and_a_folder_is_sent_once(tmp_path):
+    """Rank 1 has no such folder and a cache of its own; at last its copy is another than rank 0's."""
+    (tmp_path / "model").symlink_to(DEMO)
+    found = launch(2, Path(__file__).parent / "rank_program.py", tmp_path / "out", str(tmp_path / "model"))
+    assert found["ranks"] == [[0, ""], [1, "x"]]
+    assert found["shared"] == [5000, 5000]
+    assert found["seeds"][0] == found["seeds"][1]
+    assert found["answers"] == [few_answers(engine_of(DEMO))] * 2
+    assert found["unseeded"][0] == found["unseeded"][1]
+    received = next(note for note in found["notes"][1] if "received" in note)
+    kept = tmp_path / "out-rank-1" / "mlx-dgemma" / "ranks"
+    assert received.startswith("13.4 MB were received from rank 0 and are kept in ") and str(kept) in received
+    assert not any("received" in note for note in [*found["notes"][0], *found["again"][1]])
+    errors = found["error"]
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(f"CheckpointError Rank 1: {kept}") and "is another checkpoint" in errors[0]
+
+
+def test_an_error_of_one_rank_is_told_to_all():
+    def work(group):
+        def make():
+            if group.rank == 1:
+                raise OptionError("no.")
+            return group.rank
+
+        with pytest.raises(OptionError, match=r"^Rank 1: no\.$"):
+            agreement.together(group, make)
+
+    on_threads(3, work)
+
+
+def test_other_versions_are_refused_on_every_rank(monkeypatch):
+    def work(group):
+        told = {"gather_values": lambda value: [["mlx-dgemma 9", *value[1:]] if i else value for i in range(2)]}
+        group.gather_values = told["gather_values"]
+        with pytest.raises(CircumstanceError, match=r"^Rank 1 has mlx-dgemma 9 .*install the same versions") as error:
+            agreement.check_versions(group)
+        assert error.value.exit_code == 1
+
+    on_threads(2, work)
+
+
+def test_bytes_that_change_on_the_way_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "a.bin").write_bytes(np.arange(200, dtype=np.uint8).tobytes())
+    monkeypatch.setattr(transfer, "written", lambda file: "another")
+
+    def work(group):
+        target = tmp_path / "to" if group.rank else None
+        with pytest.raises(DgemmaError, match=r"is not what rank 0 has sent; try again\."):
+            transfer.send_folder(group, tmp_path / "from", ["a.bin"] if group.rank == 0 else [], target)
+
+    on_threads(2, work)
+    assert not (tmp_path / "to").exists()
+
+
+def test_launchers_are_told_from_their_variables(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text('[["127.0.0.1:1"], ["127.0.0.1:2"]]')
+    rank = {"MLX_RANK": "0"}
+    assert backend_of({}) is None
+    assert backend_of({**rank, "MLX_HOSTFILE": str(hosts)}) == "ring"
+    assert backend_of({**rank, "NCCL_HOST_IP": "10.0.0.1", "MLX_WORLD_SIZE": "2"}) == "nccl"
+    assert backend_of({**rank, "MLX_IBV_DEVICES": "x"}) == "jaccl"
+    assert backend_of({"OMPI_COMM_WORLD_SIZE": "4"}) == "mpi"
+    hosts.write_text("")  # what `mlx.launch -n 1` writes
+    assert backend_of({**rank, "MLX_HOSTFILE": str(hosts)}) is None
+    assert init() is ALONE
+
+
+def test_a_backend_that_is_not_there_is_a_sentence():
+    with pytest.raises(CircumstanceError, match=r"could not be joined by MLX's backend nccl .*mlx\.launch -n N"):
+        init("nccl")
+
+
+def test_adapters_are_refused_beside_ranks():
+    import mlx_dgemma
+
+    def work(group):
+        with pytest.raises((OptionError, CheckpointError), match=r"cannot be dealt to 2 ranks; fuse it"):
+            mlx_dgemma.load(DEMO, adapter="some", group=group)
+
+    on_threads(2, work)
