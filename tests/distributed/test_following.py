@@ -9,11 +9,13 @@ from itertools import islice
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 from listeners import Listener, until
 from serving import WEATHER
 from support import RED, engine_of, strip
 
 import mlx_dgemma
+from mlx_dgemma.cli import main, stdin
 from mlx_dgemma.errors import CircumstanceError
 from mlx_dgemma.ranks.following import Apart, Follower
 from mlx_dgemma.ranks.leading import Leader, LeadingCache, LeadingEngine
@@ -176,3 +178,15 @@ def test_errors_of_one_rank_end_the_group_and_those_of_all_do_not(ranks, monkeyp
         list(leading.run(broken))
     wire.kept.clear()
     wire.hold = False
+
+
+def test_what_ranks_cannot_do_is_refused(monkeypatch):
+    monkeypatch.setattr(main, "watched", object)
+    refused = CliRunner().invoke(main.main, ["fuse", "--help"])
+    assert (refused.exit_code, refused.stderr.splitlines()[-1]) == (
+        2, "Error: fuse runs in one process; leave out mlx.launch.",
+    )  # fmt: skip
+    monkeypatch.setattr(stdin, "watched", object)
+    monkeypatch.setattr(stdin, "_is_pipe", lambda: True)
+    with pytest.raises(CircumstanceError, match=r"mlx\.launch passes stdin on without its end"):
+        stdin.read_prompt("-", (), None)
