@@ -246,7 +246,7 @@ def faults(args: argparse.Namespace) -> list[dict]:
     import mlx_dgemma.checkpoint.find as find
 
     def fault(name: str, *how: Any, **where: Any) -> dict:
-        return fault_of(name, *how, **where) if args.only in name else {"fault": name, "good": None}
+        return fault_of(name, *how, **where) if args.only in name else {}
 
     chance, found = random.Random(args.seed), []
     for i in range(args.kills):
@@ -268,7 +268,7 @@ def faults(args: argparse.Namespace) -> list[dict]:
         settings = folders[1] / "model" / "generation_config.json"
         settings.write_text(settings.read_text().replace("0.005", "0.006"))
         found.append(fault("unequal checkpoints", None, 0, folders=folders))
-    return found
+    return [one for one in found if one]
 
 
 # The soak.

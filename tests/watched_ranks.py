@@ -16,9 +16,9 @@ from mlx_dgemma.distributed.launched import place_of
 WAIT = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-print("rank", os.environ["MLX_RANK"], os.getpid(), os.getppid(), file=open(os.environ["TOLD"], "a"), flush=True)
 print("[ring] Socket 3 was closed by the peer", file=sys.stderr)
 print("a word", file=sys.stderr, flush=True)
+print("rank", os.environ["MLX_RANK"], os.getpid(), os.getppid(), file=open(os.environ["TOLD"], "a"), flush=True)
 time.sleep(60)
 """
 

@@ -27,6 +27,14 @@ class Lines:
         """For `select`."""
         return self._socket.fileno()
 
+    @property
+    def local(self) -> bool:
+        """Whether both ends are on this machine: they have one address."""
+        try:
+            return self._socket.getpeername()[0] == self._socket.getsockname()[0]
+        except OSError:
+            return False
+
     def send(self, **message: Any) -> None:
         """Send a message; where nobody takes it, it is lost: the end of the connection tells."""
         with suppress(OSError):

@@ -6,7 +6,6 @@ import os
 import select
 import socket
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -29,24 +28,21 @@ class Peer:
     Attributes:
         rank: its rank.
         lines: the connection.
-        host: what tells machines apart.
+        host: name of its machine.
+        here: whether that is this machine.
         processes: its own, and the rank's when that has started.
         silent: how often in a row the clock has ticked without a word of it.
     """
 
     rank: int
     lines: Lines
-    host: str = ""
+    host: str
+    here: bool
     processes: list[int] = field(default_factory=list)
     silent: int = 0
 
     def __str__(self) -> str:
-        return f"Rank {self.rank} (process {self.processes[0]} on {self.host.partition(' ')[0]})"
-
-
-def this_host() -> str:
-    """What tells this machine from others, its name first."""
-    return f"{socket.gethostname()} {uuid.getnode():x}"
+        return f"Rank {self.rank} (process {self.processes[0]} on {self.host})"
 
 
 def meet(place: Place, command: list[str], check: Callable[[], None]) -> list[Peer]:
@@ -62,7 +58,7 @@ def meet(place: Place, command: list[str], check: Callable[[], None]) -> list[Pe
     """
     hello = {
         "rank": place.rank,
-        "host": this_host(),
+        "host": socket.gethostname(),
         "process": os.getpid(),
         "group": sha256(repr((place.size, command)).encode()).hexdigest(),
     }
@@ -120,7 +116,7 @@ def _introduced(lines: Lines, place: Place, hello: dict) -> Peer | None:
             f"Rank {first['rank']} was started with another command or number of ranks than rank 0; start all with "
             "one mlx.launch, and two groups with a --starting-port of their own."
         )
-    return Peer(first["rank"], lines, str(first["host"]), [int(first["process"])])
+    return Peer(first["rank"], lines, str(first["host"]), lines.local, [int(first["process"])])
 
 
 def _find_first(place: Place, hello: dict, deadline: float, check: Callable[[], None]) -> Peer:
@@ -148,7 +144,7 @@ def _find_first(place: Place, hello: dict, deadline: float, check: Callable[[], 
     while time.monotonic() < deadline + 1 and lines.open:
         check()
         if select.select([lines], [], [], POLL_SECONDS)[0] and (told := lines.receive()):
-            return Peer(0, lines, str(told[0]["host"]), [int(told[0]["process"])])
+            return Peer(0, lines, str(told[0]["host"]), lines.local, [int(told[0]["process"])])
     raise CircumstanceError(
         trouble or f"{_shown(place.meeting)} is not rank 0 of this group, or it has ended; rank {place.rank} ends."
     )

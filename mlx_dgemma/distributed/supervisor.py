@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import CircumstanceError
 from .launched import CHILD, Place
 from .lines import MOST, Lines
-from .meeting import Peer, meet, this_host
+from .meeting import Peer, meet
 
 TICK_SECONDS = 1.0
 SILENT_TICKS = 7  # without a word, or in which a rank is stopped, after which it is lost
@@ -186,7 +186,7 @@ class Supervisor:
             return
         self._exit = self._child.returncode = os.waitstatus_to_exitcode(status)
         self._relay()
-        rank, who = self._place.rank, f"Rank {self._place.rank} (process {self._child.pid} on {_host()})"
+        rank, who = self._place.rank, f"Rank {self._place.rank} (process {self._child.pid} on {socket.gethostname()})"
         if rank == 0 and self._exit == -signal.SIGINT:
             raise _Ended(128 + signal.SIGINT)
         if self._exit < 0 and not (self._told_to_end and rank == 0):
@@ -231,7 +231,7 @@ class Supervisor:
         self._stopped_ticks += self._stopped
         if self._stopped_ticks > SILENT_TICKS:
             assert self._child is not None
-            who = f"Rank {self._place.rank} (process {self._child.pid} on {_host()})"
+            who = f"Rank {self._place.rank} (process {self._child.pid} on {socket.gethostname()})"
             self._suspect(f"{who} has been stopped for {SILENT_TICKS} s, so it is taken for lost.", sure=True)
 
     def _relay(self) -> None:
@@ -294,11 +294,7 @@ class Supervisor:
     def _kill_there(peers: list[Peer]) -> None:
         """Kill what is left of other ranks on this machine: a process that is stopped ends no other way."""
         for peer in peers:
-            if peer.host == this_host():
+            if peer.here:
                 for pid in reversed(peer.processes):
                     with suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
-
-
-def _host() -> str:
-    return socket.gethostname()

@@ -25,7 +25,7 @@ def test_processes_share_and_a_folder_is_sent_once(tmp_path):
     assert found["unseeded"][0] == found["unseeded"][1]
     received = next(note for note in found["notes"][1] if "received" in note)
     kept = tmp_path / "out-rank-1" / "mlx-dgemma" / "ranks"
-    assert received.startswith("13.5 MB were received from rank 0 and are kept in ") and str(kept) in received
+    assert received.startswith("13.4 MB were received from rank 0 and are kept in ") and str(kept) in received
     assert not any("received" in note for note in [*found["notes"][0], *found["again"][1]])
     errors = found["error"]
     assert errors[0] == errors[1]

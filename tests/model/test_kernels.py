@@ -11,6 +11,7 @@ import pytest
 from support import FULL, SLIDING, engine_of, random_tokens, small_model
 
 from mlx_dgemma.checkpoint import build
+from mlx_dgemma.distributed.group import Group
 from mlx_dgemma.model import attention, experts, head, tiling
 from mlx_dgemma.model.cache.quantized import Part
 from mlx_dgemma.model.kernels import launch as kernels
@@ -227,6 +228,28 @@ def test_a_model_with_kernels_gives_the_same_states(monkeypatch, way):
     model.train()
     for a, b in zip(states(), expected):
         assert mx.array_equal(a, b)  # training takes the plain way
+
+
+def test_with_kernels_experts_are_mixed_before_ranks_are_summed(monkeypatch):
+    """A group of two whose other rank holds zeros: sums change nothing."""
+
+    class BesideZeros(Group):
+        def sum(self, x):
+            summed.append(x.shape[-1])
+            return x
+
+    monkeypatch.setattr(experts, "uses_padded_runs", lambda: True)
+    model, summed = small_model(4), []
+    model.eval()
+    model.uses_kernels = True
+    canvas, prefix = random_tokens(2, 1, 4), model.new_prefix()
+    expected = model.denoise(canvas, prefix)
+    group = BesideZeros()
+    group.size = 2
+    for layer in model.model.decoder.layers:
+        layer._group = group
+    assert mx.abs(model.denoise(canvas, prefix) - expected).max() < 1e-5
+    assert summed == [16, 32] * 3
 
 
 @pytest.mark.parametrize("length", [11, 16])

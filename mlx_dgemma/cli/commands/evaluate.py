@@ -148,13 +148,16 @@ def _file(data: str, split: str | None) -> Path:
 
 
 def _bound(engine: Engine, examples: list[Example], draws: int, seed: int, terminal: Terminal) -> Bound:
+    terminal.draw([], f"bounding the likelihood of {count(len(examples), 'answer')}")
+    return engine.call(_compute_bound, engine, examples, draws, seed)
+
+
+def _compute_bound(engine: Engine, examples: list[Example], draws: int, seed: int) -> Bound:
     from ...tune.likelihood import bound
     from ...tune.objective import VARIANTS
     from ...tune.run import infer_fill_token
 
-    terminal.draw([], f"bounding the likelihood of {count(len(examples), 'answer')}")
-    fill = infer_fill_token(engine, examples, VARIANTS["google"], seed)
-    return engine.call(bound, engine, examples, fill, draws, seed)
+    return bound(engine, examples, infer_fill_token(engine, examples, VARIANTS["google"], seed), draws, seed)
 
 
 def _as_json(outcome: Evaluation, likelihood: Bound | None) -> str:

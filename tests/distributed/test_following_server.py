@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 from listeners import until
 from support import RED, engine_of, strip
-from test_ranks import ANNA, PERSON, SHORT
+from test_following import ANNA, PERSON, SHORT
 from watched_ranks import Ranks, alive
 
 COMMAND = [sys.executable, "-m", "mlx_dgemma", "serve", "--port", "0", "--rows", "2"]
