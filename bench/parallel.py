@@ -54,8 +54,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=12, help="tokens of causal mode; the first four are warm-up")
     parser.add_argument("--equal-layers", type=int, default=6, help="layers of the float32 model of `equality`")
-    parser.add_argument("--timeout", type=int, default=300, help="seconds of one job with one number of ranks")
-    parser.add_argument("--budget", type=int, default=1800, help="seconds after which no other job is started")
+    parser.add_argument("--timeout", type=int, default=420, help="seconds of one job with one number of ranks")
+    parser.add_argument("--budget", type=int, default=1200, help="seconds after which no other job is started")
     parser.add_argument("--worker", nargs=2, metavar=("JOB", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.jobs = args.jobs or ["float32" if args.backend == "ring" else "bfloat16", "4bit", "equality"]
