@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from support import DATA, FULL, RED, SLIDING, random_tokens, small_config, small
 
 import mlx_dgemma
 from mlx_dgemma.adapters.deltas import add_adapter, add_denoising_adapter, target_paths
+from mlx_dgemma.checkpoint import slices
 from mlx_dgemma.checkpoint.build import DTYPES
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli.main import main
@@ -28,6 +30,8 @@ from mlx_dgemma.decoding import costs, rules, step
 from mlx_dgemma.decoding.canvas import CanvasBatch
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.step import plain_step
+from mlx_dgemma.distributed.dealing import Span
+from mlx_dgemma.distributed.group import Group
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.model import attention
 from mlx_dgemma.model.config import ModelConfig
@@ -280,6 +284,24 @@ def custom_kernels(dtype: str, folder: Path) -> None:
     model.encode(mx.array([[1, 2, 3, 3, 4, 5, 6]]), model.new_prefix(), features=features)
 
 
+def ranks(dtype: str, folder: Path) -> None:
+    """The first of two ranks, which takes its own parts for the other's; and groups that are halved."""
+    handle = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    answered = {"all_sum": lambda x, group: x, "all_gather": lambda x, group: mx.concatenate([x, x])}
+    with patch.multiple(mx.distributed, **answered):
+        group = Group(handle)
+        group.barrier()
+        engine = loaded(dtype, folder, group=group)
+        for options in ({}, {"exact": True}, {"mode": "causal"}):
+            given = {"seed": 0, "max_tokens": 4} if "mode" in options else FEW
+            engine.generate(LARGER, **given, **options)
+        engine.choose(LARGER, ["51", "23"])
+        engine.model.uses_kernels = True
+        one_step(engine.model)
+    cut, stored = slices.Cut(-1, (Span(0, 32),)), slices.Stored(64, 4, "affine")
+    mx.eval(slices.held(mx.ones((2, 2), DTYPES[dtype]), cut, "scales", stored, 32))
+
+
 def tuning(dtype: str, folder: Path) -> None:
     """Losses, gradients and optimizer steps of adapters and whole models; in 16 bits their graph alone."""
     tokens, canvas = np.array(random_tokens(7, 2, 7)), np.array(random_tokens(8, 2, 4))
@@ -427,7 +449,7 @@ PATHS: dict[str, Callable[[str, Path], None]] = {
     path.__name__: path
     for path in (
         answers, own_rules, batches, token_by_token, guided, pictures, float16_products, long_prefixes, padded,
-        quantized, custom_kernels, tuning, distilling, adapters, conversions,
+        quantized, custom_kernels, ranks, tuning, distilling, adapters, conversions,
     )
 }  # fmt: skip
 

@@ -61,6 +61,7 @@ NOT_ON_A_MAC = {
 # Copies, which Metal has for every dtype, of what no path holds: parts of an older layout, features of pictures.
 ONLY_COPIED = {
     ("_arrays", "mx.concatenate"),
+    ("_load_slices", "mx.concatenate"),
     ("image_features", "mx.concatenate"),
     ("image_features", "mx.stop_gradient"),
     ("loss", "mx.concatenate"),
