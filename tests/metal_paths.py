@@ -145,6 +145,8 @@ def guided(dtype: str, folder: Path) -> None:
     engine.infill("def add(a, b):\n    return a ", " b", prompt="Add two numbers.", length=2, seed=0)
     with patch.object(hole, "TOGETHER", 1):
         engine.infill("Once there was a ", " in the wood.", seed=0, max_denoising_steps=2)
+    engine.builder.options = replace(engine.builder.options, max_denoising_steps=2)
+    engine.infill("Once there was a ", " in the wood.", seed=0, length=20, mode="causal")
     engine.fill("{name} is {age}", {"name": 8, "age": "[0-9]+"}, **FEW)
     engine.edit("The cat saw a cat in the barn.", "Replace cat with dog", **FEW)
 
