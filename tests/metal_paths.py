@@ -42,6 +42,7 @@ from mlx_dgemma.tune.quick.distill import distill
 from mlx_dgemma.tune.quick.replay import Trajectory
 from mlx_dgemma.tune.trainer import Trainer
 from mlx_dgemma.tune.workers import loss_and_gradients
+from mlx_dgemma.upstream import SwitchLinear
 
 STORY, LARGER = "Write a story", "Which is larger, 51 or 23?"
 PERSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
@@ -258,6 +259,11 @@ def custom_kernels(dtype: str, folder: Path) -> None:
         prefix = model.new_prefix()
         model.encode(random_tokens(0, 1, length), prefix)
         model.encode_ahead(random_tokens(1, 1, 1), [prefix])
+    packed = small(dtype)
+    nn.quantize(packed, 64, 4, class_predicate=lambda _, module: isinstance(module, SwitchLinear))
+    packed.eval()
+    packed.uses_kernels = True
+    packed.encode(random_tokens(1, 1, 1), packed.new_prefix())
     model.config = replace(model.config, image_token_id=3)
     features = mx.zeros((2, model.config.text.hidden_size), model.dtype)
     model.encode(mx.array([[1, 2, 3, 3, 4, 5, 6]]), model.new_prefix(), features=features)
