@@ -48,6 +48,7 @@ from mlx_dgemma.tune.quick.loss import Distillation, StateBatch
 from mlx_dgemma.tune.quick.replay import Trajectory
 from mlx_dgemma.tune.trainer import Trainer
 from mlx_dgemma.tune.workers import loss_and_gradients
+from mlx_dgemma.upstream import SwitchLinear
 
 STORY, LARGER = "Write a story", "Which is larger, 51 or 23?"
 PERSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
@@ -151,6 +152,8 @@ def guided(dtype: str, folder: Path) -> None:
     engine.infill("def add(a, b):\n    return a ", " b", prompt="Add two numbers.", length=2, seed=0)
     with patch.object(hole, "TOGETHER", 1):
         engine.infill("Once there was a ", " in the wood.", seed=0, max_denoising_steps=2)
+    engine.builder.options = replace(engine.builder.options, max_denoising_steps=2)
+    engine.infill("Once there was a ", " in the wood.", seed=0, length=20, mode="causal")
     engine.fill("{name} is {age}", {"name": 8, "age": "[0-9]+"}, **FEW)
     engine.edit("The cat saw a cat in the barn.", "Replace cat with dog", **FEW)
 
@@ -279,6 +282,11 @@ def custom_kernels(dtype: str, folder: Path) -> None:
         prefix = model.new_prefix()
         model.encode(random_tokens(0, 1, length), prefix)
         model.encode_ahead(random_tokens(1, 1, 1), [prefix])
+    packed = small(dtype)
+    nn.quantize(packed, 64, 4, class_predicate=lambda _, module: isinstance(module, SwitchLinear))
+    packed.eval()
+    packed.uses_kernels = True
+    packed.encode(random_tokens(1, 1, 1), packed.new_prefix())
     model.config = replace(model.config, image_token_id=3)
     features = mx.zeros((2, model.config.text.hidden_size), model.dtype)
     model.encode(mx.array([[1, 2, 3, 3, 4, 5, 6]]), model.new_prefix(), features=features)

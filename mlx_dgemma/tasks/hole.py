@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..constraints.language import Language
+from ..constraints.next_token import NextTokens
 from ..constraints.search import Marginals, exact_text
 from ..decoding.control import Control, Layout, fitting_size, rows_of
 from ..decoding.events import ScoredToken, scored
@@ -38,6 +39,7 @@ class Hole(Control):
         lengths: that the hole may have, tokens.
         canvas_length: of the model.
         otherwise: the length that is taken where none of these has a text; None: one of them always has.
+        ahead: write what lies before the last canvas token by token, the most probable ones.
         notes: takes a sentence on what is to be known of the text.
 
     Attributes:
@@ -54,10 +56,12 @@ class Hole(Control):
         canvas_length: int,
         otherwise: int | None = None,
         notes: list[str] | None = None,
+        ahead: bool = False,
     ):
         self._notes = [] if notes is None else notes
         self._language, self._before, self._behind = language, list(before), list(behind)
         self._lengths, self._canvas, self._otherwise = list(lengths), canvas_length, otherwise
+        self._ahead = ahead
         self._asked = sorted(set(self._behind[:IN_VIEW]))
         self._begin, self._state = 0, 0  # of the canvas: its first position, and where the hole's text stands
         self.found: list[ScoredToken] = []
@@ -83,12 +87,34 @@ class Hole(Control):
         begin, canvases = 0, 1
         while begin + (size := self._size(begin)) < len(self._before) + self._lengths[0]:
             begin, canvases = begin + size, canvases + 1
-        if canvases > 1:
+        if canvases > 1 and self._ahead and self._before:
+            yield from self._write_ahead(model, prefix, begin)
+        elif canvases > 1:
             self._notes.append(
                 f"The hole of {self._lengths[0]} tokens takes {canvases} canvases of {self._canvas}; only the last one "
                 "sees what stands behind it."
             )
             warnings.warn(self._notes[-1], stacklevel=2)
+
+    def _write_ahead(self, model: DiffusionGemma, prefix: Prefix, begin: int) -> Iterator[int]:
+        """Write the hole up to the position where the last canvas begins, and extend the prefix by it."""
+        words, count = NextTokens(self._language, ()), begin - len(self._before)
+        new = self._before[:begin]
+        for i in range(count + 1):
+            hidden = model.encode_ahead(mx.array([new], mx.int32), [prefix])
+            prefix.accept(len(new))
+            if i < count:
+                logits = model.logits(hidden[:, -1:])[0, 0]
+                allowed = mx.array(words.allowed(self._state, self._lengths[0] - i + 1))
+                token = mx.argmax(mx.where(allowed, logits, -mx.inf)).astype(mx.int32)
+                log_prob = logits[token] - mx.logsumexp(logits)
+                mx.async_eval(token, log_prob, prefix.state)
+                new = [int(np.asarray(token))]
+                self._state = words.after(self._state, new[0])
+                self.found += scored(new, [float(np.asarray(log_prob))])
+            yield 0
+        self._begin = begin
+        self._notes.append(f"The first {count} tokens of the hole were written token by token, the rest on one canvas.")
 
     def _choose_length(
         self, model: DiffusionGemma, prefix: Prefix, once: GenerationOptions, key: mx.array

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..constraints.language import Language
 from ..constraints.patterns import ALL_CODE_POINTS, SURROGATES, character_class, literal, subtract
 from ..decoding.control import PARTS
-from ..decoding.options import MAX_INTEGER, OptionKeywords, whole_number
+from ..decoding.options import MAX_INTEGER, TOKEN_OPTIONS, GenerationOptions, OptionKeywords, whole_number
 from ..decoding.request import Request
 from ..errors import OptionError, PromptError, shown
 from ..prompt.answer import Answer
@@ -185,6 +185,9 @@ def infill(
     builder.check_characters(len(prefix) + len(suffix) + sum(map(len, context)))
     if suffix and effective.mode == "auto":
         effective = effective.override(mode="diffusion")
+    ahead = bool(suffix) and effective.mode == "causal" and (length or 0) > builder.config.canvas_length
+    if ahead:
+        effective = _of_canvases(effective)
     if suffix and effective.causal:
         raise OptionError(
             f"mode is {effective.mode!r}, but a hole with text behind it needs a canvas; leave the mode or suffix out."
@@ -213,12 +216,35 @@ def infill(
         settle_mode(builder, request, Kind(length or LENGTH))
         return request
     longest = LONGEST if options.get("max_tokens") is None else min(LONGEST, effective.max_tokens)
-    _set_hole(builder, request, hole, language, length, longest)
+    _set_hole(builder, request, hole, language, length, longest, ahead)
     return request
 
 
+def _of_canvases(options: GenerationOptions) -> GenerationOptions:
+    """Options of causal mode as those of the canvas that a long hole ends with.
+
+    Raises:
+        OptionError: they say how tokens are drawn.
+    """
+    for name in TOKEN_OPTIONS:
+        value = getattr(options, name)
+        if value is not None and (name, value) != ("temperature", 0):
+            raise OptionError(
+                f"{name} is {value!r}, but the tokens of a hole with text behind it are the most probable ones; "
+                "leave it out."
+            )
+    unset: dict[str, Any] = dict.fromkeys(TOKEN_OPTIONS)
+    return replace(options, mode="diffusion", **unset)
+
+
 def _set_hole(
-    builder: PromptBuilder, request: Request, hole: HoleContext, language: Language, length: int | None, longest: int
+    builder: PromptBuilder,
+    request: Request,
+    hole: HoleContext,
+    language: Language,
+    length: int | None,
+    longest: int,
+    ahead: bool,
 ) -> None:
     """Let a request fill a hole with text behind it, of `longest` tokens at most if its length is not given."""
     canvas, behind = builder.config.canvas_length, [*hole.behind, builder.turn_end]
@@ -230,5 +256,5 @@ def _set_hole(
     most = max(min(longest, canvas - len(on_canvas) - min(len(behind), IN_VIEW)), least)
     lengths = [length] if length else range(least, most + 1)
     otherwise = certain if certain > most and not length else None
-    control = Hole(language, on_canvas, behind, lengths, canvas, otherwise, request.notes)
+    control = Hole(language, on_canvas, behind, lengths, canvas, otherwise, request.notes, ahead)
     request.control, request.reader = control, HoleReader(control, builder, hole)

@@ -13,6 +13,7 @@ from prompts import ADDING, ANSWER, CODE, LEO, ONCE, PERSON, STORY, around, coun
 from support import refusal
 
 from mlx_dgemma import OptionError, PromptError
+from mlx_dgemma.constraints.next_token import NextTokens
 from mlx_dgemma.decoding.control import fitting_size
 from mlx_dgemma.prompt.vocabulary import Vocabulary
 from mlx_dgemma.tasks import infill
@@ -153,6 +154,36 @@ def test_a_hole_longer_than_a_canvas_is_told(engine):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(engine.infill("x(", ") The end.", prompt=LEO, length=40, seed=0, **ONCE).tokens) == 40
+
+
+def test_a_long_hole_can_be_written_token_by_token_up_to_its_last_canvas(engine, monkeypatch):
+    """The tokens before it are the most probable ones, as a loop without a cache finds them."""
+    prefix, suffix, of_canvases = "Once there was a", " The end.", infill._of_canvases
+    monkeypatch.setattr(infill, "_of_canvases", lambda options: replace(of_canvases(options), **ONCE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = engine.infill(prefix, suffix, prompt=LEO, length=90, seed=0, mode="causal")
+    ahead = int(re.fullmatch(r"The first (\d+) tokens of the hole were written token by token, .*", result.notes[0])[1])
+    assert (len(result.tokens), result.stats.blocks, result.finish_reason) == (90, 1, "stop")
+    assert 0 < ahead < 90 and result.stats.denoising_steps == 1
+    request = infill.infill(engine.builder, prefix, suffix, prompt=LEO, length=90, seed=0, mode="causal")
+    before = [*request.prompt.tokens, *request.control._before]
+    model, tokens = engine.model, result.tokens
+    hidden = model.encode(mx.array([[*before, *tokens[: ahead - 1]]]), model.new_prefix())
+    logits = model.logits(hidden[:, len(before) - 1 :])[0]
+    words = NextTokens(request.control._language, ())
+    state, best = 0, []
+    for i, row in enumerate(np.asarray(logits)):
+        best.append(int(np.where(words.allowed(state, 91 - i), row, -np.inf).argmax()))
+        state = words.after(state, tokens[i])
+    assert best == tokens[:ahead]
+    assert len(result.log_probs) == 90
+    for options, words_of_error in (
+        ({"length": 40}, "needs a canvas"),
+        ({"length": 90, "top_p": 0.5}, "top_p is 0.5, but"),
+    ):
+        with pytest.raises(OptionError, match=words_of_error):
+            engine.infill(prefix, suffix, prompt=LEO, seed=0, mode="causal", **options)
 
 
 def test_the_last_canvas_of_a_hole_sees_what_stands_behind_it(engine):
