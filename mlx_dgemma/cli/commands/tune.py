@@ -162,6 +162,8 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
         raise click.UsageError(
             "--compute-dtype is for answers, and gradients need the model's own dtype; leave it out."
         )
+    if model.kv_bits is not None:
+        raise click.UsageError("--kv-bits is for answers, and training does not quantize the prefix; leave it out.")
     from ...tune.config import RunConfig, TrainerConfig
     from ...tune.run import check_before, tune
     from ...tune.trainer import saved_options
