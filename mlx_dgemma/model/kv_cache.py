@@ -84,7 +84,7 @@ class LayerKV:
         length = keys.shape[2]
         used = self.used(offset)
         if self.window_slots is None or offset + length <= self.window_slots:
-            self._write(keys, values, used)
+            self._write(keys, values, used, alignment)
             return self._first(used + length, alignment)
         seen = keys, values
         if used and self.keys is not None and self.values is not None:
@@ -114,7 +114,7 @@ class LayerKV:
             divides `BUFFER_STEP`.
         """
         used = self.used(offset)
-        self._write(keys, values, used)
+        self._write(keys, values, used, alignment)
         return self._first(used + (length or keys.shape[2]), alignment)
 
     def ahead(self, keys: mx.array, values: mx.array, offset: int, alignment: int = 1) -> tuple[mx.array, mx.array]:
@@ -140,9 +140,9 @@ class LayerKV:
         if head < keys.shape[2]:
             self._write(keys[:, :, head:], values[:, :, head:], 0)
 
-    def _write(self, keys: mx.array, values: mx.array, at: int) -> None:
+    def _write(self, keys: mx.array, values: mx.array, at: int, alignment: int = 1) -> None:
         end = at + keys.shape[2]
-        self._reserve(end, keys, values)
+        self._reserve(end + -end % alignment, keys, values)  # buffers that were trimmed may end in between
         assert self.keys is not None and self.values is not None
         self.keys[:, :, at:end] = keys
         self.values[:, :, at:end] = values

@@ -114,6 +114,7 @@ MISTAKES = [
     (["generate", "x", "--seed", 2**64], 2, f"--seed is {2**64}; it should be a whole number"),
     (["generate", "x", "--stop", ""], 2, "--stop is ('',); it should be strings that are not empty."),
     (["generate", "x", "--dtype", "int8"], 2, "'--dtype': 'int8' is not one of"),
+    (["generate", "x", "--kv-bits", 5], 2, "'--kv-bits': '5' is not one of '8', '4'."),
     # where it comes from and where it goes
     (["generate", "x", "-m", "./none"], 1, "./none does not exist; give a folder or a Hub id"),
     (["generate", "x", "-m", "a.txt"], 1, "a.txt is not a folder; point at the folder that holds config.json."),
@@ -171,6 +172,8 @@ MISTAKES = [
     (["launch", "nobody"], 2, "'nobody' is not one of 'claude',"),
     # tune, evaluate, fuse
     (["tune", "none.jsonl"], 1, "none.jsonl does not exist"),
+    (["tune", "data.jsonl", "--kv-bits", 8], 2, "--kv-bits is for answers, and training does not quantize the prefix"),
+    (["distill", "a.txt", "--output", "out", "--kv-bits", 8], 2, "--kv-bits is for answers, and training does not"),
     (["tune", "data.jsonl", "--rank", 0], 2, "'--rank': 0 is not in the range x>=1."),
     (["tune", "data.jsonl", "--steps", 3, "--warmup", 3], 2, "--warmup is 3; it should be below the 3 steps."),
     (["tune", "data.jsonl", "--dropout", 0.1], 2, "--dropout is 0.1, but recomputed layers would draw it again; add"),

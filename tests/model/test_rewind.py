@@ -310,3 +310,15 @@ def test_trimming_frees_unused_slots_and_changes_nothing(model, length, mark):
     assert [prefix.rewindable_length(n) for n in range(11)] == reached
     mx.eval(model.denoise(random_tokens(4, 1, 4), prefix))  # it grows again
     assert gap(seen(model, prefix), before) == 0
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_trimmed_buffers_grow_to_what_attention_is_promised(bits):
+    """A number of keys that is a multiple of the alignment, where the prefix ends within it of the buffer's end."""
+    model = small_model(1, global_head_dim=64).eval()
+    model.kv_bits = bits
+    prefix = prefix_of(model, random_tokens(0, 1, 13))
+    prefix.trim()
+    layer, new = prefix.layers[2], mx.zeros((1, 1, 3, 64))
+    assert layer.extend(new, new, 9, 8)[0].shape[2] == 16
+    assert layer.with_canvas(new, new, 9, 8)[0].shape[2] == 16

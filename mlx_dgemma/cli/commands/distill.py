@@ -83,6 +83,8 @@ def distill(prompts: str, model: ModelChoice, resume: bool, **options: Any) -> N
     mlx-dgemma generate --model mlx_model --adapter quick "..."
     """
     terminal = Terminal()
+    if model.kv_bits is not None:
+        raise click.UsageError("--kv-bits is for answers, and training does not quantize the prefix; leave it out.")
     from ...tune.config import TrainerConfig
     from ...tune.quick.config import DistillConfig
     from ...tune.quick.distill import distill

@@ -163,6 +163,8 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
         raise click.UsageError(
             "--compute-dtype is for answers, and gradients need the model's own dtype; leave it out."
         )
+    if model.kv_bits is not None:
+        raise click.UsageError("--kv-bits is for answers, and training does not quantize the prefix; leave it out.")
     with first_rank_speaks(watched()) as terminal:
         _tune(data, model, resume, options, terminal)
 

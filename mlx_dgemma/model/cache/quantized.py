@@ -95,7 +95,7 @@ class QuantizedKV(LayerKV):
         # MLX's kernel for CUDA reads an array that is transposed as if it were not.
         found = mx.quantize(mx.contiguous(values), self.group_size, self.bits)
         for name, new in zip(self.kept, found):
-            held = self._room(getattr(self, name), new, end)
+            held = self._room(getattr(self, name), new, end + -end % alignment)
             held[:, :, offset:end] = new
             setattr(self, name, held)
         return self.part(0, end + -end % alignment)[1:]  # free slots hold zeros, or what was rewound
