@@ -39,6 +39,24 @@ def never_loaded(monkeypatch):
     monkeypatch.setattr(engine, "load", None)  # calling it would fail
 
 
+def test_what_does_not_go_with_replicas_is_refused(never_loaded, monkeypatch):
+    def error(*arguments):
+        done = run(*arguments)
+        assert done.exit_code == 2
+        return done.stderr.partition("Error: ")[2]
+
+    assert error("--replicas", 2, "--idle-exit", "1h") == (
+        "--idle-exit is for a server alone; leave it out, or --replicas and --replica.\n"
+    )
+    assert error("--replica", "mac2.local") == (
+        "--replica is 'mac2.local'; it should be like http://mac2.local:8080.\n"
+    )
+    monkeypatch.setattr(serve, "watched", lambda: "a rank")
+    assert error("--replicas", 2) == (
+        "--replicas starts its processes by itself, and --replica names servers that run; leave out mlx.launch.\n"
+    )
+
+
 def test_the_command_refuses_before_it_loads(never_loaded, monkeypatch):
     done = run("--host", "0.0.0.0")
     assert (done.exit_code, done.stderr.partition("\n\n")[2]) == (

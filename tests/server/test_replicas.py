@@ -134,15 +134,15 @@ def test_a_lost_replica_ends_its_requests_with_an_error_and_the_rest_goes_on(pat
 
 def test_a_server_that_comes_back_gets_requests_again(monkeypatch):
     monkeypatch.setattr("mlx_dgemma.server.replicas.forward.RETRY_SECONDS", 0.01)
-    answers = iter([httpx.ConnectError("refused"), httpx.ConnectError("refused"), 503, 200])
+    answers = iter([httpx.ConnectError("refused"), httpx.ConnectError("refused"), (503, "d"), (200, "e"), (200, "d")])
 
     def answer(request):
         told = next(answers)
         if isinstance(told, Exception):
             raise told
-        return httpx.Response(told)
+        return httpx.Response(told[0], json={"digest": told[1]})
 
-    one = replica(answer)
+    one = replica(answer, digest="d")
     app, _ = front(one)
 
     async def go():
@@ -153,6 +153,7 @@ def test_a_server_that_comes_back_gets_requests_again(monkeypatch):
                 await anyio.sleep(0.01)
 
     anyio.run(go)
+    assert next(answers, None) is None
 
 
 CHILD = """

@@ -10,7 +10,7 @@ import pytest
 from listeners import until
 from serving import CHAT, COMPLETIONS, MODEL, RESPONSES, WEATHER, Script, ask, chat, post, said
 
-from mlx_dgemma import OptionError, PromptError, RangeError
+from mlx_dgemma import OptionError, PromptError, RangeError, __version__
 from mlx_dgemma.decoding.events import Block
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.settings import Settings
@@ -311,7 +311,8 @@ def test_health_and_metrics(client, scheduler):
     told = {"status": "ok", "model": MODEL, "running": 0, "waiting": 0}
     body = json.loads(ask(app, "GET", "/health")[2])
     assert body.pop("seconds_since_step") >= 0
-    assert body == told
+    told |= {"version": __version__, "digest": body["digest"]}
+    assert body == told and len(body["digest"]) == 32
     app.state.stopping = lambda: True
     status, _, body = ask(app, "GET", "/health")
     assert (status, json.loads(body)["status"]) == (503, "stopping")

@@ -135,8 +135,8 @@ class Forward:
             await asyncio.sleep(RETRY_SECONDS)
             try:
                 response = await replica.client.get("/health", timeout=RETRY_SECONDS)
-                replica.alive = response.status_code == 200
-            except httpx.TransportError:
+                replica.alive = response.status_code == 200 and response.json().get("digest") == replica.digest
+            except (httpx.TransportError, ValueError):
                 continue
         LOG.warning("%s answers again.", replica.name)
 

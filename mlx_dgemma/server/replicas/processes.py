@@ -136,3 +136,4 @@ def check(replicas: Sequence[Replica], digest: str) -> None:
             raise CircumstanceError(
                 f"{one.name} serves another model, adapter or dtype than this process; start it with the same."
             )
+        one.digest = digest

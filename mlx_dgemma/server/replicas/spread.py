@@ -45,6 +45,7 @@ class Replica:
         url: of a server on another machine, or "http://localhost"; "" is this process.
         socket_path: path of the Unix socket at which a child process takes requests from this one alone.
         api_key: that it wants.
+        digest: of what it serves, see `digest_of_served`; it must be the same when it comes back.
         alive: whether it gets requests.
         requests: how many it answers at the moment for this process.
     """
@@ -53,6 +54,7 @@ class Replica:
     url: str = ""
     socket_path: str | None = None
     api_key: str | None = None
+    digest: str | None = None
     alive: bool = True
     requests: int = 0
 
