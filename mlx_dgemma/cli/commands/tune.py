@@ -163,7 +163,7 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
             "--compute-dtype is for answers, and gradients need the model's own dtype; leave it out."
         )
     from ...tune.config import RunConfig, TrainerConfig
-    from ...tune.run import check_before, tune
+    from ...tune.run import check_before, check_trainable, tune
     from ...tune.trainer import saved_options
 
     if resume:
@@ -174,7 +174,9 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
     method = TrainerConfig(**{one.name: chosen[one.name] for one in fields(TrainerConfig) if one.name in chosen})
     plan = RunConfig(data, **{one.name: chosen[one.name] for one in fields(RunConfig) if one.name in chosen})
     check_before(plan, resume)
-    engine = model.load(terminal, model.open(terminal))
+    opened = model.open(terminal)
+    check_trainable(opened.settings, method, plan.fill)
+    engine = model.load(terminal, opened)
     with warnings.catch_warnings(record=True) as caught, stop_on_interrupt(terminal) as interrupts:
         warnings.simplefilter("always", UserWarning)
         terminal.draw([], f"reading {data}")
