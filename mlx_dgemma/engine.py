@@ -69,6 +69,9 @@ class Engine:
     def __post_init__(self) -> None:
         self.costs = KnownCosts(self.model)
 
+    def __getstate__(self) -> Any:
+        raise TypeError("An Engine holds a model's weights, so it is not pickled; give its path, and load it there.")
+
     def __repr__(self) -> str:
         adapter = f", adapter={str(self.adapter)!r}" if self.adapter else ""
         return f"Engine({str(self.checkpoint.path)!r}, {self.model.dtype}{adapter})"
@@ -209,8 +212,7 @@ class Engine:
             length: tokens of the hole, pieces of words at its ends included; without one the likely lengths up to
                 `infill.LONGEST`, or `max_tokens` if that is less, are tried. A hole longer than a canvas is filled
                 canvas by canvas, with a warning. Without a suffix it is the most tokens that are written.
-            seed: as in `generate`.
-            keywords: any field of `GenerationOptions` but exact and stop.
+            seed, keywords: as in `generate`; of `GenerationOptions` all fields but exact and stop.
 
         Raises:
             PromptError, OptionError: as `generate`.
@@ -224,8 +226,7 @@ class Engine:
             template: as for str.format, with a name in every pair of braces.
             holes: for each name a number of characters that it has at most, a list of texts, or a regular expression.
             prompt: a request before it; without one the model is asked to fill in the template.
-            seed: as in `generate`.
-            keywords: any field of `GenerationOptions` but exact and stop.
+            seed, keywords: as in `generate`; of `GenerationOptions` all fields but exact and stop.
 
         Raises:
             PromptError, OptionError: as `generate`; a hole that only one of template and `holes` has.
@@ -239,8 +240,7 @@ class Engine:
             text: the draft.
             instruction: what to do with it.
             strength: the share of the draft that is noised at first, from 0 to 1.
-            seed: as in `generate`.
-            keywords: any field of `GenerationOptions` but exact and stop.
+            seed, keywords: as in `generate`; of `GenerationOptions` all fields but exact and stop.
 
         Raises:
             PromptError, OptionError: as `generate`.
