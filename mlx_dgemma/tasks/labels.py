@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ..errors import OptionError, shown
+from ..errors import OptionError
 from .templates import split_template
 
 MAX_LABELS = 10_000
@@ -117,9 +117,7 @@ def _question(name: str, labels: Any) -> Question:
         given = labels.__name__ if isinstance(labels, type) else repr(labels)
         raise OptionError(f"{what} is {given}; give a list of texts, a range, or bool.")
     if not labels:
-        raise OptionError(f"{what} is {labels!r}, which is empty; give at least two labels.")
-    if len(labels) == 1:
-        raise OptionError(f"{what} is {shown(labels)}; one alone is always certain, so give at least two labels.")
+        raise OptionError(f"{what} is {labels!r}, which is empty; give at least one label.")
     if len(labels) > MAX_LABELS:
         raise OptionError(f"{what} has {len(labels)} labels; give at most {MAX_LABELS}.")
     if isinstance(labels, range):

@@ -153,7 +153,7 @@ MISTAKES = [
     (["edit", "x", "a.txt", "--t-max", 0.1], 2, "--t-max is 0.1; it should be a number, at least --t-min = 0.4."),
     # choose
     (["choose", "x"], 2, "Give the labels in one way: as arguments, with --range, with --bool or with --ask."),
-    (["choose", "x", "a"], 2, "labels is ['a']; one alone is always certain, so give at least two labels."),
+    (["choose", "x", "a"], 2, "The label 'a' stands alone, so it is always certain; give at least two."),
     (["choose", "x", "a", "a"], 2, "The label 'a' is given 2 times; give every label once."),
     (["choose", "x", "--range", 3, 1], 2, "--range is 3 1; give the lower number first."),
     (["choose", "x", "a", "b", "--answer", "It is."], 2, "--answer 'It is.' has 0 slots {}; give it one."),
