@@ -71,6 +71,9 @@ class Engine:
     def __post_init__(self) -> None:
         self.costs = KnownCosts(self.model)
 
+    def __getstate__(self) -> Any:
+        raise TypeError("An Engine holds a model's weights, so it is not pickled; give its path, and load it there.")
+
     def __repr__(self) -> str:
         adapter = f", adapter={str(self.adapter)!r}" if self.adapter else ""
         return f"Engine({str(self.checkpoint.path)!r}, {self.model.dtype}{adapter})"

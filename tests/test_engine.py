@@ -1,6 +1,7 @@
 """The public names: what they take, give, and refuse at once."""
 
 import inspect
+import pickle
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from dataclasses import fields, replace
 
 import mlx.core as mx
 import pytest
-from support import engine_of
+from support import engine_of, refusal
 
 import mlx_dgemma
 from mlx_dgemma import Block, Draft, Engine, Finished, GenerationOptions, OptionError, PromptError, Result
@@ -78,6 +79,11 @@ def test_engines_and_sessions_are_shown_in_a_line(demo):
     engine = engine_of(demo)
     assert repr(engine) == f"Engine({str(demo)!r}, mlx.core.float32)"
     assert repr(engine.session()) == "Session(0 tokens)"
+
+
+def test_an_engine_is_not_pickled(demo):
+    told = "An Engine holds a model's weights, so it is not pickled; give its path, and load it there."
+    assert refusal(TypeError, pickle.dumps, engine_of(demo)) == told
 
 
 def test_importing_the_package_does_not_import_mlx():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 
 from ..errors import DgemmaError
@@ -23,6 +21,8 @@ def program() -> Sequence[str]:
     Raises:
         DgemmaError: there is none.
     """
+    import shutil
+
     for command, display in PROGRAMS:
         if shutil.which(command[0]) and (not display or os.environ.get(display)):
             return command
@@ -37,6 +37,8 @@ def copy(text: str) -> None:
     Raises:
         DgemmaError: the program is missing, fails or hangs.
     """
+    import subprocess
+
     command = program()
     # Without a locale, as in a Shortcut, pbcopy takes UTF-8 for Mac Roman.
     environment = {**os.environ, **({"LC_ALL": "en_US.UTF-8"} if command[0] == "pbcopy" else {})}

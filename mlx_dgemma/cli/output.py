@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import Any, TextIO
 import click
 
 from ..errors import CircumstanceError, DgemmaError
-from ..files import atomic_file
 from . import clipboard
 from .terminal import Terminal
 
@@ -85,6 +83,10 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         DgemmaError: it cannot be written.
     """
+    import shutil  # not above: a call of a running server is to import little
+
+    from ..files import atomic_file
+
     with atomic_file(path) as draft:
         draft.write_bytes(data)
         if path.exists():

@@ -9,12 +9,6 @@ import sys
 from pathlib import Path
 
 from ..errors import DgemmaError, shown
-from ..files import atomic_file, told_errors
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 KEYS = ("model",)
 _MODEL_LINE = re.compile(r"^[ \t]*model[ \t]*=.*$", re.MULTILINE)
@@ -47,6 +41,8 @@ def set_default_model(name: str) -> Path:
     Raises:
         DgemmaError: the file is not TOML, holds something unknown, or cannot be written.
     """
+    from ..files import atomic_file, told_errors
+
     default_model()  # a broken file is told, not overwritten
     path = config_path()
     old = path.read_text("utf-8") if path.exists() else ""
@@ -60,6 +56,10 @@ def set_default_model(name: str) -> Path:
 
 
 def _model_of(data: bytes, path: Path) -> str | None:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
     try:
         content = tomllib.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

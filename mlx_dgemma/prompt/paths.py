@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import unicodedata
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -23,6 +22,8 @@ def local_path(text: str) -> str:
 
 
 def _of_address(address: str) -> str:
+    import urllib.parse
+
     parts = urllib.parse.urlsplit(address, allow_fragments=False)
     return urllib.parse.unquote(parts.path + (f"?{parts.query}" if parts.query else ""))
 

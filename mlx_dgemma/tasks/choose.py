@@ -37,6 +37,7 @@ from ..model.config import ModelConfig
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.functions import finite
 from ..model.kv_cache import Prefix
+from ..prompt.audio.transcripts import with_transcripts
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
 from .labels import (
@@ -395,7 +396,7 @@ def ask(
             raise OptionError(f"{name} is not an option of choose; the options are {', '.join(OPTIONS)}.")
     effective = builder.options.override(**options)
     plan = plan_of(builder.tokenizer, builder.config, questions_of(labels), answer)
-    asked = messages_of(prompt, system, images, video)
+    asked = messages_of(with_transcripts(prompt), system, images, video)
     requests = [builder.request(one, seed, effective) for one in ([asked, neutral_of(asked)] if calibrate else [asked])]
     return Asked(plan, requests, isinstance(labels, dict), answer is not None, effective.prefill_chunk)
 

@@ -12,6 +12,7 @@ from ..decoding.events import Result
 from ..decoding.options import MAX_INTEGER, OptionKeywords, whole_number
 from ..decoding.request import Request
 from ..errors import LanguageError, OptionError, shown
+from ..prompt.audio.transcripts import with_transcripts
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
 from .constrained import constrain, task_options
@@ -54,7 +55,7 @@ def fill(
     plain = "".join(
         f"(?:{python_regex_to_plain(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts)
     )
-    messages = messages_of(FILL_TEMPLATE + template if prompt is None else prompt)
+    messages = messages_of(FILL_TEMPLATE + template if prompt is None else with_transcripts(prompt))
     request = builder.request(messages, seed, task_options(builder, "fill", options))
     language = builder.language(plain, "The template")
     constrain(builder, request, language, "The template")

@@ -18,6 +18,7 @@ from ..decoding.options import MAX_INTEGER, TOKEN_OPTIONS, GenerationOptions, Op
 from ..decoding.request import Request
 from ..errors import OptionError, PromptError, shown
 from ..prompt.answer import Answer
+from ..prompt.audio.transcripts import with_transcripts
 from ..prompt.builder import PromptBuilder
 from ..prompt.messages import Message, messages_of, reject_surrogates
 from ..prompt.vocabulary import Vocabulary, text_of_tokens, vocabulary_of
@@ -206,7 +207,7 @@ def infill(
         )
     if prompt is None:
         prompt = "\n\n".join([*([CONTEXT, *context] if context else []), FILL_GAP + prefix + GAP + suffix])
-    request = builder.request(messages_of(prompt), seed, effective)
+    request = builder.request(messages_of(with_transcripts(prompt)), seed, effective)
     if not suffix:
         builder.extend(request, hole.before, beside=0)
         request.options = effective.override(max_tokens=length and length + 1)  # and the end token

@@ -24,11 +24,11 @@ OPTIONAL_KEYS: dict[str, dict[str, Any]] = {  # keys of a message besides role a
 }
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, object) for every line that is not blank; a place is "train.jsonl, line 3".
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (place, text) for every line that is not blank; a place is "train.jsonl, line 3".
 
     Raises:
-        DataError: the file cannot be read, or a line is not a JSON object.
+        DataError: the file cannot be read, or a line is not UTF-8.
     """
     try:
         content = path.read_bytes()
@@ -38,13 +38,23 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path.name}, line {number}"
         try:
             text = line.decode()
-            if not text.strip():
-                continue
-            record = json.loads(text)
-            json.dumps(record, ensure_ascii=False).encode()  # fails on unpaired surrogates
         except UnicodeDecodeError as error:
             byte = f"byte {error.start} is 0x{line[error.start]:02x}"
             raise DataError(f"{where}: This is not UTF-8: {byte}; convert the file, for example with iconv.") from None
+        if text.strip():
+            yield where, text
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, object) for every line that is not blank.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not a JSON object.
+    """
+    for where, text in read_lines(path):
+        try:
+            record = json.loads(text)
+            json.dumps(record, ensure_ascii=False).encode()  # fails on unpaired surrogates
         except UnicodeEncodeError:
             raise DataError(f"{where}: This contains an unpaired surrogate; write whole characters.") from None
         except json.JSONDecodeError as error:

@@ -16,7 +16,8 @@ import numpy as np
 
 from ..adapters import deltas, peft
 from ..adapters.fuse import write_checkpoint
-from ..checkpoint.folder import Checkpoint
+from ..checkpoint.folder import Checkpoint, Settings
+from ..checkpoint.foreign import own_quantization
 from ..checkpoint.together import digest_of
 from ..distributed.agreement import check_equal, is_any, together
 from ..distributed.group import ALONE, Group
@@ -135,7 +136,12 @@ def check_before(run_config: RunConfig, resume: bool = False, group: Group = ALO
 def _read(engine: Engine, trainer_config: TrainerConfig, run_config: RunConfig, group: Group) -> _Run:
     """Read the data, and prepare the model."""
     objective = run_config.objective
-    _check_trainable(engine, trainer_config)
+    if engine.model.compute_dtype != engine.model.dtype:
+        raise OptionError(
+            "compute_dtype is float16, but gradients need the range of the model's own dtype; "
+            "train without --compute-dtype (compute_dtype)."
+        )
+    check_trainable(engine.checkpoint, trainer_config, run_config.fill)
     splits = load(engine, run_config.data, run_config.turns, run_config.max_length, run_config.skip_long)
     train, valid = splits["train"], splits["valid"]
     if not train:
@@ -143,8 +149,6 @@ def _read(engine: Engine, trainer_config: TrainerConfig, run_config: RunConfig, 
     seed, fill = trainer_config.seed, run_config.fill
     if fill is None:
         fill = infer_fill_token(engine, train, objective, seed)
-    if not 0 <= fill < engine.config.text.vocab_size:
-        raise OptionError(f"fill is {fill}; it should be a token id below {engine.config.text.vocab_size}.")
     return _Run(
         engine,
         Trainer(engine.model, trainer_config, objective, group),
@@ -165,14 +169,21 @@ def _read(engine: Engine, trainer_config: TrainerConfig, run_config: RunConfig, 
     )
 
 
-def _check_trainable(engine: Engine, config: TrainerConfig) -> None:
-    if engine.model.compute_dtype != engine.model.dtype:
-        raise OptionError(
-            "compute_dtype is float16, but gradients need the range of the model's own dtype; "
-            "train without --compute-dtype (compute_dtype)."
-        )
-    if config.kind == "full" and engine.checkpoint.quantization:
+def check_trainable(settings: Settings | Checkpoint, trainer_config: TrainerConfig, fill: int | None) -> None:
+    """Check what a checkpoint's small files decide.
+
+    Raises:
+        OptionError: the checkpoint has not so many layers or no such token, or cannot be trained so.
+    """
+    text, kind = settings.config.text, trainer_config.kind
+    if kind == "full" and own_quantization(settings.raw_config):
         raise OptionError("kind is full, but the checkpoint is quantized; use lora, or an unquantized checkpoint.")
+    if kind == "dora" and "experts" in trainer_config.targets:
+        raise OptionError("DoRA does not support experts; leave experts out of --targets, or use lora.")
+    if trainer_config.layers is not None and trainer_config.layers > text.num_hidden_layers:
+        raise OptionError(f"layers is {trainer_config.layers}; the model has {text.num_hidden_layers}.")
+    if fill is not None and not 0 <= fill < text.vocab_size:
+        raise OptionError(f"fill is {fill}; it should be a token id below {text.vocab_size}.")
 
 
 def infer_fill_token(engine: Engine, examples: Sequence[Example], objective: Objective, seed: int) -> int:

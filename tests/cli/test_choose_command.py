@@ -77,7 +77,7 @@ WAYS = "Give the labels in one way: as arguments, with --range, with --bool or w
         (["x", "--ask", "c=a", "--ask", "c=b"], 2, "--ask c is given twice; join its labels."),
         (["-", "a", "-f", "-"], 2, "- is given twice, but stdin can be read once."),
         (["x", "a", ""], 2, "Label 1 is ''; it should be a text that is not empty."),
-        (["x", "a", "--answer", "b"], 2, "--answer 'b' has 0 slots {}; give it one."),
+        (["x", "a", "c", "--answer", "b"], 2, "--answer 'b' has 0 slots {}; give it one."),
         ([" ", "a"], 1, "The prompt is empty; say what you want."),
     ],
 )

@@ -12,6 +12,7 @@ from io import StringIO
 
 import pytest
 from commands import python, run
+from hearing import tone
 from listeners import until
 from serving import ask
 from support import engine_of, refusal
@@ -128,6 +129,13 @@ def test_every_command_prints_the_same_either_way(server, monkeypatch, tmp_path,
         assert any(line.startswith(f"Warning: {said}") for line in there[i][2])
     assert [code for code, _, _ in there[-4:]] == [2, 2, 1, 2]
     assert server.load().counters["requests"] == asked
+
+
+def test_what_was_heard_is_told_over_the_socket(server, whisper, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "load", None)
+    asked = ("--audio", tone(tmp_path / "a.wav"), "--audio-model", "tiny", "Sum it up.", "--seed", 0)
+    done = run("generate", *asked, "--max-denoising-steps", 1, "--json")
+    assert json.loads(done.stdout)["stats"]["transcripts"] == ["440 hertz, 1.00 seconds, peak 0.50, by tiny"]
 
 
 def test_a_call_imports_nothing_heavy(server, tmp_path):

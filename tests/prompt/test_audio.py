@@ -13,6 +13,7 @@ from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.errors import PromptError
 from mlx_dgemma.installation import add_extra
 from mlx_dgemma.prompt.audio import transcripts as audio
+from mlx_dgemma.tasks import choose, fill, infill
 
 MISSING = (
     "The model does not hear, and mlx-whisper, which writes down what is said, is not installed; run "
@@ -89,6 +90,21 @@ def test_a_transcript_stands_where_the_audio_stood(whisper, tmp_path):
     typed = prompt_of(engine_of(DEMO), f"Before.\n\n{said}\n\nBehind.")
     assert heard.tokens == typed.tokens
     assert (heard.transcripts, typed.transcripts) == ([said], [])
+
+
+def test_choices_and_holes_hear(whisper, tmp_path):
+    builder, said = (
+        engine_of(DEMO).builder,
+        "440 hertz, 1.00 seconds, peak 0.50, by mlx-community/whisper-large-v3-turbo",
+    )
+    heard = [{"role": "user", "content": [{"type": "audio", "audio": tone(tmp_path / "a.wav", 440, 1.0)}]}]
+    for ask in (
+        lambda prompt: choose.ask(builder, prompt, ["a", "b"]).requests[0],
+        lambda prompt: infill.infill(builder, "a ", "", prompt=prompt, seed=0),
+        lambda prompt: fill.fill(builder, "It is {x}.", {"x": ["a", "b"]}, prompt=prompt, seed=0),
+    ):
+        assert ask(heard).prompt.tokens == ask(said).prompt.tokens
+        assert ask(heard).prompt.transcripts == [said]
 
 
 def test_generate_hears(whisper, tmp_path):

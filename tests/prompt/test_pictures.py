@@ -225,8 +225,9 @@ def test_a_marker_in_a_users_text_is_no_picture(engine, marker):
 @pytest.mark.parametrize("kind", ["audio", "input_audio"])
 def test_audio_is_refused_where_nothing_transcribes_it(engine, kind):
     part = {"type": kind, kind: {"data": "", "format": "wav"}}
-    assert refusal(PromptError, engine.choose, [user(part, text("Hi"))], ["a", "b"]) == (
-        "Message 0 has audio, which is not a modality of DiffusionGemma; transcribe it first and send the text."
+    said = {**user(part, text("Hi")), "role": "assistant"}
+    assert refusal(PromptError, engine.choose, [user(text("Hi")), said, user(text("Hi"))], ["a", "b"]) == (
+        "Message 1 has audio, which is not a modality of DiffusionGemma; transcribe it first and send the text."
     )
 
 

@@ -165,6 +165,9 @@ def test_prompts_are_read(tmp_path):
     ):
         records.write_text(text)
         assert refusal(DataError, read_prompts, engine, records, "topic") == f"prompts.jsonl, line 1: {sentence}"
+    lines.write_bytes(b"Say cat.\n\xff\n")
+    told = "This is not UTF-8: byte 0 is 0xff; convert the file, for example with iconv."
+    assert refusal(DataError, read_prompts, engine, lines) == f"prompts.txt, line 2: {told}"
     lines.write_text("\n")
     assert refusal(DataError, read_prompts, engine, lines) == "prompts.txt contains no prompts; write one a line."
 

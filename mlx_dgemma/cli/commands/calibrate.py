@@ -55,9 +55,9 @@ def calibrate(
     opened = model.open(terminal)
     if not dry_run and model.adapter is None:
         writable_folder(opened.settings.path)  # before the weights are read
+    questions = read_prompts(opened, prompts)
     engine = model.load(terminal, opened)
     folder = None if dry_run else writable_folder(engine.adapter or engine.checkpoint.path)
-    questions = read_prompts(engine, prompts)
     chosen = {"agreement": agreement, "batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
     given = {name: value for name, value in chosen.items() if value is not None}
 

@@ -90,6 +90,9 @@ def choose(
     sources = [read_stdin(terminal) if one == "-" else one for one in images]
     text = read_prompt(prompt, files, terminal, taken="-" in images)
     messages = messages_of(text, decode_argument(system, "--system"), sources, video)
+    for one in targets.values() if isinstance(targets, dict) else [targets]:
+        if one is not bool and len(one) == 1:
+            raise click.UsageError(f"The label {one[0]!r} stands alone, so it is always certain; give at least two.")
     given = {name: value for name, value in options.items() if value is not None}
     given |= {"answer": decode_argument(answer, "--answer"), "seed": seed or 0, "calibrate": calibrate}
     with told_warnings(terminal):

@@ -88,16 +88,21 @@ def distill(prompts: str, model: ModelChoice, resume: bool, **options: Any) -> N
     from ...tune.config import TrainerConfig
     from ...tune.quick.config import DistillConfig
     from ...tune.quick.distill import distill
+    from ...tune.quick.prompts import read_prompts
+    from ...tune.run import check_trainable
     from ...tune.trainer import saved_options
 
     if resume:
         source = click.get_current_context().get_parameter_source
         earlier = saved_options(options["output"])
         options |= {n: value for n, value in earlier.items() if source(n) in (None, ParameterSource.DEFAULT)}
-    engine = model.load(terminal)
     chosen = {name: value for name, value in options.items() if value is not None}
     method = TrainerConfig(**{one.name: chosen[one.name] for one in fields(TrainerConfig) if one.name in chosen})
     plan = DistillConfig(prompts, **{one.name: chosen[one.name] for one in fields(DistillConfig) if one.name in chosen})
+    opened = model.open(terminal)
+    check_trainable(opened.settings, method, None)
+    read_prompts(opened, plan.prompts, plan.by)  # before the weights are read
+    engine = model.load(terminal, opened)
     last, trained, told = None, 0, set[tuple[str, int, int]]()
     with stop_on_interrupt(terminal) as interrupts:
         terminal.draw([], f"reading {prompts}")

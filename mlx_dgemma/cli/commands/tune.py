@@ -20,6 +20,7 @@ from ..common import ModelChoice, model_options, number_option
 from ..terminal import Terminal
 
 if TYPE_CHECKING:
+    from ...engine import Engine
     from ...tune.run import Progress
 
 
@@ -174,7 +175,7 @@ def _tune(data: str, model: ModelChoice, resume: bool, options: dict[str, Any], 
     from ...distributed.agreement import together
     from ...distributed.group import init
     from ...tune.config import RunConfig, TrainerConfig
-    from ...tune.run import check_before, tune
+    from ...tune.run import check_before, check_trainable, tune
     from ...tune.trainer import saved_options
 
     group = init()
@@ -188,7 +189,13 @@ def _tune(data: str, model: ModelChoice, resume: bool, options: dict[str, Any], 
     check_before(plan, resume, group)
     if group.size > 1:  # a rank without the checkpoint gets rank 0's
         model = replace(model, name=str(open_together(model.name, group).path))
-    engine = together(group, lambda: model.load(terminal, model.open(terminal), whole=True))
+
+    def load() -> Engine:
+        opened = model.open(terminal)
+        check_trainable(opened.settings, method, plan.fill)
+        return model.load(terminal, opened, whole=True)
+
+    engine = together(group, load)
     with warnings.catch_warnings(record=True) as caught, stop_on_interrupt(terminal) as interrupts:
         warnings.simplefilter("always", UserWarning)
         terminal.draw([], f"reading {data}")

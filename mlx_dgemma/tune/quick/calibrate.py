@@ -93,6 +93,9 @@ def calibrate(
     stops. A rule's agreement is the share of these runs whose text it leaves as it is. That of another entropy bound is
     multiplied by how often its answers are those of exact mode, beside those of the checkpoint's own bound.
 
+    All canvases are whole: a step's canvas is then the same whatever rule stops it, which the replay rests on. So the
+    positions are those of whole canvases, and narrow ones compute fewer.
+
     Args:
         engine: with the model.
         questions: from `read_prompts`.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import DataError, PromptError
 from ...prompt.messages import Message, messages_of, parts_of
-from ..records import check_message, read_records, thinking_of, tools_of
+from ..records import check_message, read_lines, read_records, thinking_of, tools_of
 
 if TYPE_CHECKING:
     from ...engine import Engine
+    from ...prompt.opened import Opened
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Question:
     family: str = ""
 
 
-def read_prompts(engine: Engine, source: str | Path, by: str | None = None) -> list[Question]:
+def read_prompts(engine: Engine | Opened, source: str | Path, by: str | None = None) -> list[Question]:
     """Read a file of prompts. Blank lines are skipped, answers that it has are not looked at.
 
     Args:
-        engine: with the tokenizer and the chat template.
+        engine: with the tokenizer and the chat template; the weights are not needed.
         source: a .jsonl file with `prompt` or `messages` (and `tools`, `thinking`) in every line; of any other file
             each line is a prompt.
         by: field of the records that names the family; None for none.
@@ -53,8 +53,9 @@ def read_prompts(engine: Engine, source: str | Path, by: str | None = None) -> l
         raise DataError(f"{path} is a folder; give a file with one prompt a line.")
     if by and path.suffix != ".jsonl":
         raise DataError(f"{path} has no field {by}, since it is no .jsonl file; give one, or leave the families out.")
-    records = read_records(path) if path.suffix == ".jsonl" else _lines(path)
-    found = []
+    found, records = [], read_records(path)
+    if path.suffix != ".jsonl":
+        records = ((where, {"prompt": text.strip()}) for where, text in read_lines(path))
     for where, record in records:
         try:
             found.append(_question(engine, where, record, by))
@@ -65,23 +66,7 @@ def read_prompts(engine: Engine, source: str | Path, by: str | None = None) -> l
     return found
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a text as records."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        where = f"{path.name}, line {number}"
-        try:
-            text = line.decode().strip()
-        except UnicodeDecodeError:
-            raise DataError(f"{where}: This is not UTF-8; convert the file, for example with iconv.") from None
-        if text:
-            yield where, {"prompt": text}
-
-
-def _question(engine: Engine, where: str, record: dict[str, Any], by: str | None) -> Question:
+def _question(engine: Engine | Opened, where: str, record: dict[str, Any], by: str | None) -> Question:
     prompt, given = record.get("prompt"), record.get("messages")
     if (prompt is None) == (given is None):
         raise DataError(f"This has {'neither' if given is None else 'both'} of prompt and messages; give one of them.")
