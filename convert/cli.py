@@ -76,7 +76,7 @@ def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
         raise click.UsageError(f"{given[0]} needs -q.")
     try:
         chosen = (
-            _searched(origin, options["mlx_path"], target) if searched else _chosen(recipe, quantize, given, experts)
+            _searched(origin, mlx_path, target) if searched else _chosen(recipe, quantize, given, experts)
         )
         from .conversion import convert as convert_
 

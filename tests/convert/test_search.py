@@ -41,7 +41,9 @@ def shelf(demo):
 def recorded(shelf, demo) -> list[trajectories.Trajectory]:
     tokenizer = load_tokenizer(Checkpoint.open(demo))
     asked = [prompts.render(tokenizer, prompts.messages_of(text)) for text in ("Spell the word coin.", "Sort: 3, 1, 2")]
-    return trajectories.record(shelf.trunk(), GenerationOptions(end_tokens=(1, 16)), asked, states=2)
+    return trajectories.record(
+        shelf.trunk(), GenerationOptions(end_tokens=(1, 16), max_denoising_steps=3), asked, states=2
+    )
 
 
 # --- trajectories -------------------------------------------------------------------------------------------------
