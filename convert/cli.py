@@ -75,9 +75,7 @@ def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
     if given and not quantize:
         raise click.UsageError(f"{given[0]} needs -q.")
     try:
-        chosen = (
-            _searched(origin, mlx_path, target) if searched else _chosen(recipe, quantize, given, experts)
-        )
+        chosen = _searched(origin, mlx_path, target) if searched else _chosen(recipe, quantize, given, experts)
         from .conversion import convert as convert_
 
         with sigterm_exits(), progress_bar("Converting") as progress:
