@@ -59,10 +59,10 @@ def cases(families: list, per_family: int, seed: int) -> list[dict]:
 
 
 def ours(engine: mlx_dgemma.Engine, mode: str, changes: dict[str, Any]):
-    """A function from (case, seed) to (answer with markers, positions denoised)."""
+    """A function from (case, seed) to (answer with markers, positions denoised, steps)."""
     options = {**changes, **({} if mode == "default" else {mode: True})}
 
-    def answer(case: dict, seed: int) -> tuple[str, int]:
+    def answer(case: dict, seed: int) -> tuple[str, int, int]:
         r = engine.generate(
             case["messages"],
             images=case["images"],
@@ -73,7 +73,7 @@ def ours(engine: mlx_dgemma.Engine, mode: str, changes: dict[str, Any]):
             **options,
         )
         marked = r.text if not r.tool_calls else engine.tokenizer.decode(r.tokens)
-        return marked, r.stats.canvas_positions
+        return marked, r.stats.canvas_positions, r.stats.denoising_steps
 
     return answer
 
@@ -82,13 +82,14 @@ def run(answer, args: argparse.Namespace) -> dict:
     """Answer and mark all prompts of all seeds: groups of families, each with its figures over the seeds."""
     families = tasks.VISION if args.vision else TEXT
     names = [family.__name__ for family in families]
-    counted = {name: [[0, 0] for _ in args.seeds] for name in names}  # right, positions
+    counted = {name: [[0, 0, 0] for _ in args.seeds] for name in names}  # right, positions, steps
     started = time.perf_counter()
     for i, seed in enumerate(args.seeds):
         for case in cases(families, args.per_family, seed):
-            text, positions = answer(case, seed)
+            text, positions, *steps = answer(case, seed)  # peers do not tell their steps
             counted[case["task"]][i][0] += score.right(case, text)
             counted[case["task"]][i][1] += positions
+            counted[case["task"]][i][2] += sum(steps)
     seconds = time.perf_counter() - started
     easy = [name for name in names if name not in (*HARD, *WEAK)]
     hard = [name for name in names if name in HARD]
@@ -107,11 +108,12 @@ def run(answer, args: argparse.Namespace) -> dict:
 
 
 def _figures(families: list[list[list[int]]], prompts: int) -> dict:
-    """Right answers and positions an answer, mean and extremes over the seeds."""
+    """Right answers, and positions and steps an answer, mean and extremes over the seeds."""
     seeds = list(zip(*families))
     right = [sum(one[0] for one in seed) for seed in seeds]
     positions = [sum(one[1] for one in seed) / prompts for seed in seeds]
-    return {"prompts": prompts, "right": _mean(right), "positions": _mean(positions)}
+    steps = [sum(one[2] for one in seed) / prompts for seed in seeds]
+    return {"prompts": prompts, "right": _mean(right), "positions": _mean(positions), "steps": _mean(steps)}
 
 
 def _mean(values: list[float]) -> dict:
@@ -119,18 +121,20 @@ def _mean(values: list[float]) -> dict:
 
 
 def print_results(results: dict[str, dict]) -> None:
-    """A row for every group, a pair of columns for every runtime or mode; failures below."""
+    """A row for every group, columns for every runtime or mode; failures below."""
     done = {name: result for name, result in results.items() if "failure" not in result}
     if done:
         groups = next(iter(done.values()))["groups"]
-        header = ["", "prompts", *(f"{name} {what}" for name in done for what in ("right", "positions"))]
+        header = ["", "prompts", *(f"{name} {what}" for name in done for what in ("right", "positions", "steps"))]
         rows = []
         for group, figures in groups.items():
             row = [group, figures["prompts"]]
             for result in done.values():
-                row += [_show(result["groups"][group]["right"], 1), _show(result["groups"][group]["positions"], 0)]
+                own = result["groups"][group]
+                steps = _show(own["steps"], 1) if own["steps"]["max"] else None
+                row += [_show(own["right"], 1), _show(own["positions"], 0), steps]
             rows.append(row)
-        print("\na seed's right answers and positions denoised an answer: mean (min-max) over seeds")
+        print("\na seed's right answers, positions denoised and steps an answer: mean (min-max) over seeds")
         table(header, rows)
         print("seconds an answer: " + ", ".join(f"{name} {one['seconds_an_answer']:.2f}" for name, one in done.items()))
     for name, result in results.items():

@@ -14,6 +14,7 @@ from mlx_dgemma.errors import human
 from .recipes import RECIPES, Recipe
 from .report import Report
 from .rounding.run import Rounding
+from .search.plan import Plan
 
 COPIED_KEYS = ("license", "license_name", "license_link", "language")  # front matter that also holds for the result
 PART_NAMES = {
@@ -98,6 +99,8 @@ def _flags(report: Report, recipe: Recipe | None) -> str:
         return dtype
     if report.rounding:
         dtype = f" --rounding {report.rounding.method}{dtype}"
+    if isinstance(recipe, Plan):
+        return f" --target-size {report.nbytes / 1e6:.0f}MB{dtype}"
     if recipe.name in RECIPES:
         return f" --recipe {recipe.name}{dtype}"
     bits, group_size, mode = recipe.experts.bits, recipe.experts.group_size, recipe.experts.mode

@@ -88,9 +88,7 @@ def convert(source: str | None, hf_path: str | None, mlx_path: str, quantize: bo
     if given and not quantize:
         raise click.UsageError(f"{given[0]} needs -q.")
     try:
-        chosen = (
-            _searched(origin, options["mlx_path"], target) if searched else _chosen(recipe, quantize, given, experts)
-        )
+        chosen = _searched(origin, mlx_path, target) if searched else _chosen(recipe, quantize, given, experts)
         from .conversion import convert as convert_
 
         of_rounding = None if options["rounding"] == NEAREST else target["prompts"]

@@ -88,17 +88,7 @@ def search(
     with told_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     told = progress or (lambda what, done, total: None)
-    tokenizer = load_tokenizer(checkpoint)
-    asked = prompts.bundled(tokenizer) if prompt_file is None else prompts.read(tokenizer, prompt_file)
-    _claim(folder, source, asked, tried, states, samples)
-    file = folder / TRAJECTORIES
-    if not file.exists():
-        options, _ = own_options(checkpoint, tokenizer, checkpoint.config.text.vocab_size)
-        recorded = trajectories.record(
-            shelf.trunk(), options, asked, states, progress=lambda done, total: told("Recording", done, total)
-        )
-        trajectories.save(file, recorded)
-    seen = trajectories.load(file)
+    seen = _recorded(source, shelf, folder, prompt_file, tried, states, samples, told)
     sensitivity = Sensitivity(shelf, seen, folder, tried, samples)
     costs = sensitivity.run(lambda done, total: told("Measuring", done, total))
     name = f"searched for {human(target)}"
@@ -121,6 +111,32 @@ def search(
     plan.save(folder / PLAN, found)
     write(folder, result, costs, shapes, seen, float_bytes)
     return result
+
+
+def _recorded(
+    source: Source,
+    shelf: Shelf,
+    folder: Path,
+    prompt_file: str | None,
+    tried: Sequence[Quantization],
+    states: int,
+    samples: int,
+    told: Progress,
+) -> list[Trajectory]:
+    """The folder's trajectories, recorded if they are not there yet."""
+    checkpoint = source.checkpoint
+    tokenizer = load_tokenizer(checkpoint)
+    asked = prompts.bundled(tokenizer) if prompt_file is None else prompts.read(tokenizer, prompt_file)
+    _claim(folder, source, asked, tried, states, samples)
+    file = folder / TRAJECTORIES
+    if not file.exists():
+        options, _ = own_options(checkpoint, tokenizer, checkpoint.config.text.vocab_size)
+
+        def note(done: int, total: int) -> None:
+            told("Recording", done, total)
+
+        trajectories.save(file, trajectories.record(shelf.trunk(), options, asked, states, progress=note))
+    return trajectories.load(file)
 
 
 def _free(shapes: Mapping[str, tuple[int, ...]], tried: Sequence[Quantization]) -> dict[str, dict[str, float]]:

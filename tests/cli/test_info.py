@@ -28,7 +28,9 @@ def test_info_tells_what_loading_would_do(monkeypatch):
     assert told["memory"]["context"] == 4096
     assert told["parameters"]["total"] == 6_717_772
     assert told["bits_per_weight"] == pytest.approx(16, abs=0.01)
-    assert list(told["recipes"]) == ["3bit", "4bit", "6bit", "8bit", "mxfp4", "mxfp8", "nvfp4"]
+    named = ["3bit", "4bit", "6bit", "8bit", "mxfp4", "mxfp8", "nvfp4", "mac-16gb", "mac-24gb", "mac-36gb"]
+    assert list(told["recipes"]) == named
+    assert told["best_recipe"] == "8bit"
 
 
 def test_convert_then_info(tmp_path, monkeypatch):
@@ -62,6 +64,15 @@ def test_info_says_when_it_does_not_fit(monkeypatch):
     assert not about["memory"]["fits"]
     missing = errors.human(about["memory"]["total"] - 10_000_000)
     assert f"{'':14}does not fit: {missing} are missing" in info.lines(about)
+
+
+def test_info_proposes_the_largest_recipe_that_fits(monkeypatch):
+    checkpoint = Checkpoint.open(DEMO)
+    sizes = {name: one["total"] for name, one in info.describe(checkpoint)["recipes"].items()}
+    monkeypatch.setattr(device, "available", lambda: sizes["4bit"])
+    assert f"{'best fit':14}4bit" in info.lines(info.describe(checkpoint))
+    monkeypatch.setattr(device, "available", lambda: min(sizes.values()) - 1)
+    assert info.lines(info.describe(checkpoint))[-1].startswith("best fit      none; `convert --target-size SIZE`")
 
 
 def test_info_advises_for_the_machine(monkeypatch):

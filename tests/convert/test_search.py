@@ -17,7 +17,7 @@ from mlx_dgemma.checkpoint.tokenizer import load_tokenizer
 from mlx_dgemma.convert.cli import convert as command
 from mlx_dgemma.convert.recipes import RECIPES, ByLayer, Quantization, unfolded, width_name, width_named
 from mlx_dgemma.convert.search import plan, prompts, replay, sensitivity, trajectories, widths
-from mlx_dgemma.convert.search.candidate import by_recipe, measured, rounded
+from mlx_dgemma.convert.search.candidate import measured, rounded
 from mlx_dgemma.convert.search.knapsack import Choice, best, bound, greedy
 from mlx_dgemma.convert.search.search import size_of
 from mlx_dgemma.convert.search.sensitivity import Costs, Sensitivity
@@ -41,7 +41,9 @@ def shelf(demo):
 def recorded(shelf, demo) -> list[trajectories.Trajectory]:
     tokenizer = load_tokenizer(Checkpoint.open(demo))
     asked = [prompts.render(tokenizer, prompts.messages_of(text)) for text in ("Spell the word coin.", "Sort: 3, 1, 2")]
-    return trajectories.record(shelf.trunk(), GenerationOptions(end_tokens=(1, 16)), asked, states=2)
+    return trajectories.record(
+        shelf.trunk(), GenerationOptions(end_tokens=(1, 16), max_denoising_steps=3), asked, states=2
+    )
 
 
 # --- trajectories -------------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ def test_costs_foretell_the_divergence_and_a_stopped_run_goes_on(shelf, recorded
     monkeypatch.undo()
     assert costs.layers == 5
     expected = measure.outputs()
-    for path in (f"{LAST}mlp.up_proj", f"{LAST}experts.down_proj", f"{LAST}self_attn.k_proj"):
+    for path in (f"{LAST}experts.down_proj", f"{LAST}self_attn.k_proj"):
 
         def one(where, weight, path=path):
             return rounded(weight, tried[0], shelf.stored) if where == path else weight
@@ -130,8 +132,6 @@ def test_costs_foretell_the_divergence_and_a_stopped_run_goes_on(shelf, recorded
 def test_nothing_is_lost_where_nothing_is_rounded(shelf, recorded):
     expected = replay.outputs(shelf.trunk(), shelf.layer, recorded[:1])
     assert measured(shelf, lambda path, weight: weight, recorded[:1], expected) == (0.0, 1.0)
-    far, _ = measured(shelf, by_recipe(RECIPES["mac-16gb"], shelf.stored), recorded[:1], expected)
-    assert far > 1e-5
 
 
 # --- the knapsack -------------------------------------------------------------------------------------------------
