@@ -26,6 +26,8 @@ from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli.main import main
 from mlx_dgemma.convert.conversion import convert
 from mlx_dgemma.convert.recipes import MODES
+from mlx_dgemma.convert.rounding import dwq
+from mlx_dgemma.convert.rounding import run as rounding
 from mlx_dgemma.decoding import costs, rules, step
 from mlx_dgemma.decoding.canvas import CanvasBatch
 from mlx_dgemma.decoding.options import GenerationOptions
@@ -429,6 +431,10 @@ def conversions(dtype: str, folder: Path) -> None:
     whole = dtype == "float32"
     for recipe in RECIPES if whole else ("4bit",):
         convert(folder / "toy", folder / recipe, recipe, dtype, verify=whole and recipe == "4bit")
+    (folder / "prompts.txt").write_text("Say it.\n")
+    rounded = {"rounding": "gptq+dwq", "prompts": folder / "prompts.txt"}
+    with patch.object(rounding, "STATES", 2), patch.object(dwq, "EPOCHS", 1):
+        convert(folder / "toy", folder / "rounded", "3bit", dtype, **rounded)
     packed, unpacked = (
         mlx_dgemma.load(folder / "4bit", dtype=dtype, dequantize=unpack, ignore_memory=True) for unpack in (False, True)
     )

@@ -29,7 +29,8 @@ from .targets import divergence, read_targets
 BITS = 8  # modules with as many have little to gain
 HELD_BACK = 8  # one of so many trajectories judges the result
 EPOCHS = 3
-RATE = 3e-3  # of Adam, in shares of a scale
+TOGETHER = 4  # trajectories whose mean gradient makes a step: Adam moves every value, whatever it takes for noise
+RATE = 1e-3  # of Adam, in shares of a scale
 Values = dict[str, list[mx.array]]  # {module path: changes of its scales and biases, in scales}
 
 
@@ -92,7 +93,7 @@ def tune(
     base = {path: [one.scales.astype(mx.float32), one.biases.astype(mx.float32)] for path, one in modules.items()}
     judged = list(range(0, len(trajectories), HELD_BACK))
     trained = [i for i in range(len(trajectories)) if i not in judged] or judged
-    total = epochs * len(trained)
+    total = epochs * -(-len(trained) // TOGETHER)
     changes: Values = {path: [mx.zeros_like(one) for one in pair] for path, pair in base.items()}
 
     def put(values: Values) -> None:
@@ -109,14 +110,21 @@ def tune(
         return float(np.average(found, weights=[trajectories[i].canvases.size for i in judged]))
 
     before = judge(changes)
-    adam = optimizers.Adam(optimizers.cosine_decay(RATE, total), betas=[0.9, 0.99], bias_correction=True)
+    adam = optimizers.Adam(optimizers.cosine_decay(RATE, max(total, 2)), betas=[0.9, 0.99], bias_correction=True)
     order = np.random.default_rng(seed)
     gradient = mx.value_and_grad(loss)
+    queue: list[int] = []
     for done in range(total):
-        if done % len(trained) == 0:
+        if not queue:
             queue = order.permutation(trained).tolist()
-        _, slopes = gradient(changes, queue.pop())
-        changes = adam.apply_gradients(slopes, changes)
+        some, queue = queue[:TOGETHER], queue[TOGETHER:]
+        mean: Any = None
+        for index in some:
+            _, slopes = gradient(changes, index)
+            mean = slopes if mean is None else tree_map(mx.add, mean, slopes)
+            mx.eval(mean)
+        share = 1 / len(some)
+        changes = adam.apply_gradients(tree_map(lambda one, share=share: one * share, mean), changes)
         mx.eval(changes, adam.state)
         if progress:
             progress(done + 1, total)

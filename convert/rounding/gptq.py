@@ -67,8 +67,8 @@ def inverse_root(moment: mx.array) -> mx.array:
     width = moment.shape[-1]
     mean = mx.diagonal(moment, axis1=-2, axis2=-1).mean(axis=-1)[..., None, None]
     damped = moment / mx.maximum(mean, 1e-30) + DAMPING * mx.eye(width)
-    with mx.stream(mx.cpu):  # MLX factors matrices on the CPU alone
-        inverse = mx.linalg.cholesky_inv(mx.linalg.cholesky(damped))
-        upper = mx.linalg.cholesky((inverse + inverse.swapaxes(-1, -2)) / 2, upper=True)
-        mx.eval(upper)
+    # MLX factors matrices on the CPU alone.
+    inverse = mx.linalg.cholesky_inv(mx.linalg.cholesky(damped, stream=mx.cpu), stream=mx.cpu)
+    upper = mx.linalg.cholesky((inverse + inverse.swapaxes(-1, -2)) / 2, upper=True, stream=mx.cpu)
+    mx.eval(upper)
     return upper

@@ -44,6 +44,7 @@ def read_targets(folder: Path, index: int) -> tuple[mx.array, mx.array]:
     """[n, kept] int32 tokens and their [n, kept] float32 log-probabilities, for all positions of a trajectory."""
     arrays = mx.load(str(folder / f"{index}.safetensors"))
     assert isinstance(arrays, dict)
+    mx.eval(arrays)
     return arrays["tokens"], arrays["log_p"].astype(mx.float32)
 
 

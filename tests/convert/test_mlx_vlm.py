@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 from mlx_dgemma.checkpoint.build import build
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.convert import convert
+from mlx_dgemma.convert.rounding import dwq, run
 
 vlm = pytest.importorskip("mlx_vlm.utils")
 
@@ -59,6 +60,15 @@ def assert_equal(path, dtype: str) -> None:
 def test_it_loads_what_we_write(hf_checkpoint, tmp_path, dtype, options):
     convert(hf_checkpoint, tmp_path / "out", **options)
     assert_equal(tmp_path / "out", dtype)
+
+
+def test_it_loads_what_we_round(hf_checkpoint, tmp_path, monkeypatch):
+    """Scales and biases are as exact as they are stored: float32 computes what they say."""
+    monkeypatch.setattr(run, "STATES", 1)
+    monkeypatch.setattr(dwq, "EPOCHS", 1)
+    (tmp_path / "prompts.txt").write_text("Spell the word frog.\n")
+    convert(hf_checkpoint, tmp_path / "out", "3bit", "float32", rounding="gptq+dwq", prompts=tmp_path / "prompts.txt")
+    assert_equal(tmp_path / "out", "float32")
 
 
 @pytest.mark.parametrize("share", [0.25, 0.33])  # 16 and 21 of 64 dimensions, of which 20 turn
