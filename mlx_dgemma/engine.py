@@ -201,8 +201,7 @@ class Engine:
         Returns:
             {label: probability}, in all 1; of named questions {name: {label: probability}}.
 
-        Raises:
-            PromptError, OptionError: at once, before anything is computed.
+        Raises: PromptError, OptionError at once, before anything is computed.
         """
         asked = choose.ask(self.builder, prompt, labels, **keywords)
         return self.call(choose.compute, self.model, asked).probabilities
@@ -230,8 +229,7 @@ class Engine:
             prompt: a request before it; without one the model is asked to fill in the template.
             seed, keywords: as in `infill`.
 
-        Raises:
-            PromptError, OptionError: as `generate`; a hole that only one of template and `holes` has.
+        Raises: as `generate`; OptionError for a hole that only one of template and `holes` has.
         """
         return self._result(self.run(fill.fill(self.builder, template, holes, **keywords), drafts=False))
 
@@ -253,8 +251,7 @@ class Engine:
             text: the answer; "<|channel>thought" and its other markers stand in it as text.
             tools: function declarations in OpenAI's form; with them names and keys are known.
 
-        Raises:
-            PromptError: it has half of a surrogate pair.
+        Raises: PromptError where it has half of a surrogate pair.
         """
         return read_answer(self.tokenizer, text, tools)
 

@@ -131,7 +131,7 @@ def choose_kernels(model: DiffusionGemma) -> None:
     """
     model.eval()
     text = model.config.text
-    if not on_cpu():
+    if not on_cpu() and model.group.size == 1:  # messages between ranks were never traced
         model.trace_tokens()
     if on_cpu() or text.num_experts > kernels.LAYOUT_THREADS or text.top_k_experts > kernels.MAX_TOP_K:
         return

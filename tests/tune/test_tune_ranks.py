@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rank_program
 from rank_program import batches
-from ranks import run_ranks
+from training_ranks import run_ranks
 from support import refusal
 from training import batch_of, trainer, weights
 
