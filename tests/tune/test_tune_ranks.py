@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import rank_program
 from rank_program import batches
-from training_ranks import run_ranks
 from support import refusal
 from training import batch_of, trainer, weights
+from training_ranks import run_ranks
 
 from mlx_dgemma.errors import DataError
 from mlx_dgemma.tune import trainer as trainer_module
