@@ -98,8 +98,8 @@ class LayerRounding:
         """Keep a result; `squares` are the outputs', and those of both errors."""
         mx.eval(made)
         self.rounded[path] = made
-        shares = (squares[1:] / max(squares[0], 1e-30)).tolist()
-        self.modules.append(Module(path, *shares, few))
+        near, error = (squares[1:] / max(squares[0], 1e-30)).tolist()
+        self.modules.append(Module(path, near, error, few))
 
 
 def round_layer(
@@ -114,7 +114,9 @@ def round_layer(
         scalars: its factor as encoder and as decoder.
         work: takes the result.
     """
-    path, attention = f"model.decoder.layers.{index}", layer.self_attn
+    path = f"model.decoder.layers.{index}"
+    attention: Any = layer.self_attn
+    router: Any = layer.router
     moment = Moment.of(layer.input_layernorm(replay.h))
     for name in ("q_proj", "k_proj", "v_proj"):
         if name in attention:
@@ -125,7 +127,7 @@ def round_layer(
     work.weight(f"{path}.self_attn.o_proj", output, Moment.of(rows))
     h = replay.h + by_rows(lambda some: layer.post_attention_layernorm(output(some)), rows)
     dense = round_mlp(f"{path}.mlp", layer.mlp, layer.pre_feedforward_layernorm(h), work)
-    router, proj = layer.router, layer.router.proj
+    proj = router.proj
     router.proj = kept = Inputs(proj)
     mx.eval(router(h))
     router.proj = proj
@@ -219,7 +221,7 @@ def round_experts(path: str, experts: Experts, rows: tuple[mx.array, mx.array, m
         mx.clear_cache()
     for name, parts in made.items():
         if parts:
-            whole = Rounded(*(mx.concatenate(part) for part in zip(*parts)))
+            whole = Rounded(*(mx.concatenate(list(part)) for part in zip(*parts)))
             work.keep(f"{path}.{name}", whole, squares[name], few[name])
 
 

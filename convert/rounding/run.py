@@ -121,7 +121,9 @@ class Calibrated:
         self._shelf = Shelf(source)
         self._trajectories: list[Trajectory] = []
         tokenizer = load_tokenizer(checkpoint)
-        self._prompts = prompts.bundled(tokenizer) if prompt_file is None else prompts.read(tokenizer, prompt_file)
+        self._prompts = (
+            prompts.bundled(tokenizer) if prompt_file is None else prompts.read(tokenizer, Path(prompt_file))
+        )
         self._options, _ = own_options(checkpoint, tokenizer, checkpoint.config.text.vocab_size)
         self._needed = self._memory(checkpoint)
         if self._needed > device.available():

@@ -7,7 +7,6 @@ has too may be that of a loop (`while read`) or of a script, which wants to read
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import stat
@@ -144,6 +143,8 @@ def _of_proc(pid: int, status: os.stat_result) -> tuple[bool, str, int]:
 
 
 def _of_mac(pid: int, status: os.stat_result) -> tuple[bool, str, int]:
+    import ctypes
+
     library = ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
     told = ctypes.create_string_buffer(_SHORT_INFO_BYTES)
     if library.proc_pidinfo(pid, _SHORT_INFO, ctypes.c_uint64(0), told, _SHORT_INFO_BYTES) < 32:
