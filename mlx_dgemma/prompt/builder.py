@@ -27,6 +27,7 @@ from .vocabulary import vocabulary_of
 
 VIDEO = "<|video|>"  # Gemma 4's marker in chat templates; it never reaches the model
 FEW_CHARACTERS = 4  # a token, on average: of longer texts the tokens are counted before the template sees them
+SMALL = 2**18  # characters of texts that the template may see in any case, so that their tokens are counted exactly
 PIECE = 2**16  # characters whose tokens are counted at a time
 
 
@@ -235,7 +236,7 @@ class PromptBuilder:
         count, tokens = sum(map(len, texts)), 0
         self.check_characters(count)
         room, longest = self.config.text.max_position_embeddings - self.config.canvas_length, self._longest_token
-        if count <= room * FEW_CHARACTERS:
+        if count <= max(room * FEW_CHARACTERS, SMALL):
             return
         for piece in (text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE)):
             reject_surrogates("The prompt", piece)

@@ -135,7 +135,7 @@ def test_soft_tokens_land_on_their_placeholders_in_any_chunking(chunk):
 def test_a_chunk_fits_the_budget_of_scores():
     """At the release's 16 heads and window: halved while a sliding layer's scores exceed 256 MiB, never below 256."""
     release = SimpleNamespace(text=SimpleNamespace(num_attention_heads=16, sliding_window=1024))
-    model = SimpleNamespace(config=release, dtype=mx.bfloat16)
+    model = SimpleNamespace(config=release, dtype=mx.bfloat16, low_memory=False)
     assert [fitting_chunk(model, batch, 4096) for batch in (1, 2, 4, 8, 16, 64)] == [512, 512, 512, 512, 256, 256]
     assert [fitting_chunk(model, batch, 4097) for batch in (1, 2, 4, 8, 16, 64)] == [1024, 1024, 1024, 512, 256, 256]
     model.dtype = mx.float32
@@ -152,6 +152,7 @@ def test_a_prefill_chunk_that_is_asked_for_is_taken_as_it_is(chunk, taken):
             text=SimpleNamespace(num_attention_heads=16, sliding_window=1024), image_token_id=7, canvas_length=4
         ),
         dtype=mx.bfloat16,
+        low_memory=False,
         encode=lambda tokens, prefix, mask, features: encoded.append(tokens.shape[1]),
     )
     prefill(model, SimpleNamespace(batch_size=4, state=[], stages=[], in_flight=2**28), tokens, chunk)

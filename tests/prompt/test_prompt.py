@@ -251,6 +251,7 @@ def test_texts_of_too_many_tokens_are_refused_before_the_template_copies_them(de
     words = [one.replace("▁", " ") for one in builder.tokenizer.get_vocab() if one.startswith("▁") and len(one) > 6]
     word = min(words, key=lambda one: len(ids(builder.tokenizer, one * 9)) / len(one))
     rendered = []
+    monkeypatch.setattr("mlx_dgemma.prompt.builder.SMALL", 0)
     monkeypatch.setattr("mlx_dgemma.prompt.builder.render", lambda *given: rendered.append(given) or [1])
 
     def ask(text):
