@@ -1,11 +1,8 @@
 """What the package does, path by path, as `test_metal.py` records it: each is a function of a dtype and a folder."""
 
-import json
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -13,82 +10,28 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from click.testing import CliRunner
-from mlx.optimizers import clip_grad_norm
-from mlx.utils import tree_flatten, tree_map
-from support import DATA, FULL, RED, SLIDING, random_tokens, small_config, small_model, square
+from metal_toys import SIZES, loaded, one_step, small, write_toy
+from metal_training_paths import adapters, conversions, distilling, tuning
+from support import DATA, RED, random_tokens, square
 
-import mlx_dgemma
-from mlx_dgemma.adapters.deltas import add_adapter, add_denoising_adapter, target_paths
 from mlx_dgemma.checkpoint import slices
 from mlx_dgemma.checkpoint.build import DTYPES
-from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.cli.main import main
-from mlx_dgemma.convert.conversion import convert
 from mlx_dgemma.convert.recipes import MODES
-from mlx_dgemma.convert.rounding import dwq
-from mlx_dgemma.convert.rounding import run as rounding
 from mlx_dgemma.decoding import costs, rules, step
-from mlx_dgemma.decoding.canvas import CanvasBatch
-from mlx_dgemma.decoding.options import GenerationOptions
-from mlx_dgemma.decoding.step import plain_step
 from mlx_dgemma.distributed.dealing import Span
 from mlx_dgemma.distributed.group import Group
-from mlx_dgemma.engine import Engine
 from mlx_dgemma.model import attention
-from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.model.kv_cache import Prefix
 from mlx_dgemma.model.masks import Narrow
 from mlx_dgemma.tasks import hole
-from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.likelihood import next_token_log_probs
-from mlx_dgemma.tune.objective import VARIANTS, Batch, draw_noise
-from mlx_dgemma.tune.quick.config import DistillConfig
-from mlx_dgemma.tune.quick.distill import distill
-from mlx_dgemma.tune.quick.loss import Distillation, StateBatch
-from mlx_dgemma.tune.quick.replay import Trajectory
-from mlx_dgemma.tune.trainer import Trainer
-from mlx_dgemma.tune.workers import loss_and_gradients
 from mlx_dgemma.upstream import SwitchLinear
 
 STORY, LARGER = "Write a story", "Which is larger, 51 or 23?"
 PERSON = "Write JSON for: Anna is 31 years old and lives in Oslo."
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
-# Multiples of every quantization's group.
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 128,
-    "head_dim": 32,
-    "global_head_dim": 64,
-}
 FEW = {"seed": 0, "max_denoising_steps": 3, "max_tokens": 20}
-
-
-def write_toy(folder: Path) -> Path:
-    """A checkpoint with the demo's tokenizer and random weights: a layer of each type, and a tower of one layer."""
-    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("model*"))
-    raw = json.loads((folder / "config.json").read_text())
-    raw["text_config"].update(
-        SIZES, num_hidden_layers=2, layer_types=[SLIDING, FULL], num_attention_heads=4, num_experts=4
-    )
-    raw["vision_config"].update(num_hidden_layers=1, use_clipped_linears=True)
-    raw["canvas_length"] = 16
-    (folder / "config.json").write_text(json.dumps(raw))
-    random = np.random.default_rng(0)
-
-    def drawn(a: mx.array) -> mx.array:
-        noise = random.random(a.shape, np.float32) - 0.5
-        return mx.array(noise * 2 * a.shape[-1] ** -0.5 if a.ndim > 1 else 1 + noise / 4).astype(mx.bfloat16)
-
-    weights = tree_map(drawn, DiffusionGemma(ModelConfig.from_dict(raw)).parameters())
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(weights)))
-    return folder
-
-
-def loaded(dtype: str, folder: Path, **options) -> Engine:
-    return mlx_dgemma.load(folder / "toy", dtype=dtype, ignore_memory=True, dequantize=False, **options)
 
 
 def answers(dtype: str, folder: Path) -> None:
@@ -220,31 +163,6 @@ def padded(dtype: str, folder: Path) -> None:
     model.encode(random_tokens(4, 1, 300), other)
 
 
-def small(dtype: str) -> DiffusionGemma:
-    """A small random model in a dtype; its sizes are multiples of every quantization's group."""
-    mx.random.seed(0)  # or the graph of MLX's random state grows with every model whose first weights are not computed
-    model = DiffusionGemma(ModelConfig.from_dict(small_config(**SIZES)))
-    model.update(tree_map(lambda a: a.astype(DTYPES[dtype]), weights()))
-    return model
-
-
-@lru_cache
-def weights() -> dict:
-    """Random weights of a small model."""
-    return small_model(scale=0.1, **SIZES).parameters()
-
-
-def one_step(model: nn.Module) -> list[mx.array]:
-    """Prefill and two steps as a graph: of every layer, the head and the conditioning."""
-    prefix = model.new_prefix()
-    model.encode(random_tokens(0, 1, 40), prefix)
-    batch = CanvasBatch(model, prefix, GenerationOptions(), mx.random.key(0)[None])
-    for dense in (4, 2):
-        forward = plain_step(batch, batch.rows.last, batch.steps, dense)
-        batch.rows = batch.rows._replace(last=forward)
-    return [forward.canvas, model.logits(model.denoise(forward.canvas, prefix))]
-
-
 def quantized(dtype: str, folder: Path) -> None:
     """A step with every quantization that a checkpoint may have; its graph alone, nothing is computed."""
     for mode, (all_bits, groups) in MODES.items():
@@ -310,153 +228,6 @@ def ranks(dtype: str, folder: Path) -> None:
         one_step(engine.model)
     cut, stored = slices.Cut(-1, (Span(0, 32),)), slices.Stored(64, 4, "affine")
     mx.eval(slices.held(mx.ones((2, 2), DTYPES[dtype]), cut, "scales", stored, 32))
-
-
-def tuning(dtype: str, folder: Path) -> None:
-    """Losses, gradients and optimizer steps of adapters and whole models; in 16 bits their graph alone."""
-    tokens, canvas = np.array(random_tokens(7, 2, 7)), np.array(random_tokens(8, 2, 4))
-    batch = Batch(tokens, np.ones(tokens.shape, bool), canvas, np.ones(canvas.shape, bool))
-    targets = ("attention", "mlp", "self-conditioning")
-    runs = [
-        {"kind": "lora", "targets": (*targets, "experts", "router")},
-        {"kind": "lora", "optimizer": "muon"},
-        {"kind": "dora", "targets": targets, "dropout": 0.1, "recompute": False},
-        *([{"kind": "full", "recompute": False}] if dtype == "float32" else []),
-    ]
-    for i, changes in enumerate(runs):
-        rank = {} if changes["kind"] == "full" else {"rank": 2}
-        config = TrainerConfig(**{"steps": 3, "warmup": 1, "accumulate": 2, **rank, **changes})
-        for objective in list(VARIANTS.values())[: None if i == 0 else 1]:
-            trainer = Trainer(small(dtype), config, objective)
-            if dtype == "float32":
-                trainer.update([batch, batch])
-                trainer.validation_loss(batch, 0)
-                continue
-            noise = draw_noise(batch, objective, 40, mx.random.key(0))
-            _, gradients = loss_and_gradients(trainer.model, objective, batch, noise)
-            clipped, _ = clip_grad_norm(tree_map(lambda a, b: (a + b) / 2, gradients, gradients), 1.0)
-            trainer.optimizer.update(trainer.model, clipped)
-        if dtype == "float32":
-            (run := folder / f"run{i}").mkdir()
-            trainer.save(run, {})
-            trainer.resume(run, {})
-        trainer.close()
-
-
-def distilling(dtype: str, folder: Path) -> None:
-    """A distillation, and its step where one answer is learned and one prediction is kept; in 16 bits its graph."""
-    tokens, canvas = np.array(random_tokens(7, 2, 7)), np.array(random_tokens(8, 2, 4))
-    learned, loss, model = np.array([1, 0], np.float32), Distillation(), small(dtype)
-    conditioning = np.zeros((2, 4, model.config.text.hidden_size), np.float16)
-    every = np.ones(tokens.shape, bool), np.ones(canvas.shape, bool)
-    batch = StateBatch(tokens, every[0], canvas, learned, canvas, every[1], learned, learned > 0, conditioning)
-    add_denoising_adapter(model, lambda: Trainer(model, TrainerConfig(rank=2, steps=3), loss))
-    noise = loss.draw(batch, 40, mx.random.key(0))
-    _, gradients = loss_and_gradients(model, loss, batch, noise)
-    if dtype == "float32":
-        mx.eval(gradients)
-        prompts = folder / "prompts.txt"
-        prompts.write_text("Say cat.\nSay dog.\nSay owl.")
-        plan = DistillConfig(
-            str(prompts), folder / "differ", teacher="default", best_of=2, agree=2, open_weight=1,
-            batch_size=3, states=2, held_back=1, max_tokens=20,
-        )  # fmt: skip
-        list(distill(loaded(dtype, folder), TrainerConfig(rank=2, steps=2, layers=1), plan))
-        Trajectory.of(np.zeros((2, 4), np.int32), np.ones((2, 4), np.float32), [1], 4)
-
-
-def adapters(dtype: str, folder: Path) -> None:
-    """An adapter in the model; in float32 it is also tuned, evaluated and fused from the command line."""
-    tuned = folder / "adapter"
-    if dtype == "float32":
-        data = folder / "data.jsonl"
-        lines = [
-            json.dumps({"prompt": f"Say {word} twice.", "completion": f"{word} {word}"}) for word in ("cat", "dog")
-        ]
-        data.write_text("\n".join(lines))
-        convert(folder / "toy", folder / "4bit", "4bit", dtype)
-        brief = [
-            "--kind",
-            "dora",
-            "--steps",
-            "1",
-            "--batch-size",
-            "2",
-            "--validate",
-            "1",
-            "--generate",
-            "0",
-            "--dtype",
-            dtype,
-        ]
-        for command in (
-            ["tune", data, "--model", folder / "toy", "--output", tuned, *brief],
-            [
-                "evaluate",
-                data,
-                "--model",
-                folder / "toy",
-                "--adapter",
-                tuned,
-                "--dtype",
-                dtype,
-                "--max-tokens",
-                "8",
-                "--max-denoising-steps",
-                "2",
-                "--bound",
-                "1",
-            ],
-            ["fuse", "--model", folder / "toy", "--adapter", tuned, folder / "fused"],
-            ["fuse", "--model", folder / "4bit", "--adapter", tuned, folder / "packed"],
-        ):
-            done = CliRunner().invoke(main, [str(one) for one in command])
-            assert done.exit_code == 0, (command, done.output, done.stderr)
-        loaded(dtype, folder, adapter=tuned)
-        return
-    model = small(dtype)
-    random = mx.random.key(0)
-    paths = target_paths(model, ("attention", "mlp", "self-conditioning", "experts", "router"))
-    add_adapter(model, paths, 2, 2.0, 0.0, False, random)
-    one_step(model)
-    nn.quantize(packed := small(dtype), 64, 4)
-    add_adapter(packed, target_paths(packed, ("attention", "mlp")), 2, 2.0, 0.0, True, random)
-    one_step(packed)
-
-
-def conversions(dtype: str, folder: Path) -> None:
-    """Checkpoints of every recipe, checked as they are written, loaded packed and unpacked."""
-    from mlx_dgemma.convert.recipes import RECIPES
-
-    whole = dtype == "float32"
-    for recipe in RECIPES if whole else ("4bit",):
-        convert(folder / "toy", folder / recipe, recipe, dtype, verify=whole and recipe == "4bit")
-    (folder / "prompts.txt").write_text("Say it.\n")
-    rounded = {"rounding": "gptq+dwq", "prompts": folder / "prompts.txt"}
-    with patch.object(rounding, "STATES", 2), patch.object(dwq, "EPOCHS", 1):
-        convert(folder / "toy", folder / "rounded", "3bit", dtype, **rounded)
-    packed, unpacked = (
-        mlx_dgemma.load(folder / "4bit", dtype=dtype, dequantize=unpack, ignore_memory=True) for unpack in (False, True)
-    )
-    one_step(packed.model)
-    one_step(unpacked.model)
-    copy_of_tied_weights(folder / "4bit", folder / "tied")
-    mlx_dgemma.load(folder / "tied", dtype=dtype, dequantize=False, ignore_memory=True)
-
-
-def copy_of_tied_weights(packed: Path, folder: Path) -> None:
-    """A checkpoint whose output projection is a copy of its embedding, unpacked."""
-    shutil.copytree(packed, folder)
-    (file,) = folder.glob("*.safetensors")
-    arrays = mx.load(str(file))
-    name = next(one for one in arrays if one.endswith("embed_tokens.scales")).removesuffix(".scales")
-    quantization = json.loads((folder / "config.json").read_text())["quantization"]
-    own = {**quantization, **quantization.get(name, {})}
-    how = {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
-    parts = [arrays.get(f"{name}.{part}") for part in ("weight", "scales", "biases")]
-    arrays["lm_head.weight"] = mx.dequantize(*parts, **how)
-    mx.save_safetensors(str(file), arrays)
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
 
 
 PATHS: dict[str, Callable[[str, Path], None]] = {
