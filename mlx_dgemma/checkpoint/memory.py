@@ -171,7 +171,7 @@ def resolve_dtype(
         dtype = "float32"
     if dequantize is None:
         slow = on_cpu() and checkpoint.quantization is not None
-        needed = need(checkpoint, context(checkpoint), dtype, True, ranks).total if slow else 0
+        needed = need(checkpoint, context(checkpoint), dtype, True, ranks=ranks).total if slow else 0
         dequantize = slow and needed <= device.available()
     return dtype, dequantize
 
