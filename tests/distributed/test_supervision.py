@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 import socket
 
 import pytest
@@ -39,6 +40,7 @@ def test_a_lost_rank_ends_all_with_one_sentence(fault, tmp_path):
 def test_without_rank_0_the_next_one_says_so(number, tmp_path):
     with Ranks(tmp_path, [WAIT] * 2) as ranks:
         ranks.children(2)
+        time.sleep(1)  # rank 0 tells which process its child is; this child, unlike a rank, ends only if it is killed
         os.kill(ranks.processes[0].pid, number)
         assert ranks.ended()[0] == -signal.SIGKILL
     assert re.fullmatch(rf"Error: Rank 0 {PROCESS} has .*, so all ranks end\.\n", ranks.stderr[1])
