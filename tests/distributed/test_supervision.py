@@ -3,8 +3,8 @@
 import os
 import re
 import signal
-import time
 import socket
+import time
 
 import pytest
 from watched_ranks import WAIT, Ranks
