@@ -126,7 +126,8 @@ def long_prefixes(dtype: str, folder: Path) -> None:
         engine.generate("one two three " * 120, prefill_chunk=64, **FEW)
         for model.kv_bits in (8, 4):
             prefix = model.new_prefix()
-            model.encode(random_tokens(0, 1, 300), prefix)
+            for length in (300, 250):
+                model.encode(random_tokens(0, 1, length), prefix)
             mx.eval(model.denoise(random_tokens(1, 1, 4), prefix), model.encode_ahead(random_tokens(2, 1, 1), [prefix]))
             mx.eval(model.denoise(random_tokens(1, 1, 4), encoded_briefly(model)))
     finally:

@@ -59,7 +59,7 @@ def test_info_for_people():
 
 
 def test_info_counts_a_quantized_prefix():
-    plain, small = (info.describe(Checkpoint.open(DEMO), 4096, bits) for bits in (None, 4))
+    plain, small = (info.describe(Checkpoint.open(DEMO), 4096, kv_bits=bits) for bits in (None, 4))
     saved = plain["memory"]["prefix"] - small["memory"]["prefix"]
     assert 0 < saved == plain["memory"]["total"] - small["memory"]["total"]
     assert small["memory"]["by_context"]["4096"] == small["memory"]["total"]
