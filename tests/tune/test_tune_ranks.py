@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rank_program
-from rank_program import batches
+import training_rank_program
 from support import refusal
 from training import batch_of, trainer, weights
+from training_rank_program import batches
 from training_ranks import run_ranks
 
 from mlx_dgemma.errors import DataError
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
         (folder / name).mkdir()
         lines = [json.dumps({"prompt": f"Say {word}.", "completion": word}) for word in words]
         (folder / name / "train.jsonl").write_text("\n".join(lines))
-    for code, out, err in run_ranks(folder, 2, Path(rank_program.__file__), folder):
+    for code, out, err in run_ranks(folder, 2, Path(training_rank_program.__file__), folder):
         assert (code, out) == (0, ""), err
     return folder
 
@@ -36,7 +36,7 @@ def told(folder):
 
 
 def alone(steps=None):
-    one = trainer(**rank_program.SETTINGS)
+    one = trainer(**training_rank_program.SETTINGS)
     return one, [one.update([batch]).total for batch in list(batches())[:steps]]
 
 
@@ -65,8 +65,8 @@ def test_two_ranks_train_as_two_processes_bit_for_bit(told, monkeypatch):
 
 def test_a_run_over_ranks_resumes_exactly_and_with_as_many_ranks(folder, told):
     for rank in told:
-        assert rank["rest"] == rank["losses"][rank_program.SAVED :] and rank["same"]
-    message = refusal(DataError, lambda: trainer(**rank_program.SETTINGS).resume(folder, {"ranks": 1}))
+        assert rank["rest"] == rank["losses"][training_rank_program.SAVED :] and rank["same"]
+    message = refusal(DataError, lambda: trainer(**training_rank_program.SETTINGS).resume(folder, {"ranks": 1}))
     assert message.endswith(
         "was trained with ranks 2, and now it is 1; resume with the same value, or start a new run."
     )

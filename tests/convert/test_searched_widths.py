@@ -264,7 +264,7 @@ def test_a_target_size_makes_a_checkpoint_of_that_size(demo, tmp_path, shelf, re
         (("--target-size", "1GB", "--target-bits", "3"), "--target-size and --target-bits cannot be combined."),
         (("--target-bits", "3", "-q"), "--target-bits and -q cannot be combined."),
         (("--target-bits", "0"), "--target-bits is 0.0; it should be above 0, such as 3.6."),
-        (("--prompts", "a.txt"), "--prompts needs --target-size or --target-bits."),
+        (("--prompts", "a.txt"), "--prompts needs --target-size, --target-bits or --rounding."),
         (("--target-bits", "3", "--q-bits", "3"), "--q-bits and a target cannot be combined."),
         (("--target-bits", "5", "--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
         (("--recipe", "nowhere.json"), "nowhere.json cannot be read"),
