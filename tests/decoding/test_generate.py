@@ -147,10 +147,9 @@ def test_a_chunk_fits_the_budget_of_scores():
 @pytest.mark.parametrize(("chunk", "taken"), [(None, [512] * 4), (2000, [2000, 48])])
 def test_a_prefill_chunk_that_is_asked_for_is_taken_as_it_is(chunk, taken):
     encoded, tokens = [], np.zeros((4, 2048), np.int32)
+    text = SimpleNamespace(num_attention_heads=16, sliding_window=1024)
     model = SimpleNamespace(
-        config=SimpleNamespace(
-            text=SimpleNamespace(num_attention_heads=16, sliding_window=1024), image_token_id=7, canvas_length=4
-        ),
+        config=SimpleNamespace(text=text, image_token_id=7, canvas_length=4),
         dtype=mx.bfloat16,
         low_memory=False,
         encode=lambda tokens, prefix, mask, features: encoded.append(tokens.shape[1]),
