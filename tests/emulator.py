@@ -83,6 +83,8 @@ DEVICE int wave_min(int x) { return of_wave(ints, x, [](int a, int b) { return a
 DEVICE float exponential(float x) { return std::exp(x); }
 DEVICE float hyperbolic_tangent(float x) { return std::tanh(x); }
 DEVICE float inverse_root(float x) { return 1 / std::sqrt(x); }
+DEVICE float cosine(float x) { return std::cos(x); }
+DEVICE float sine(float x) { return std::sin(x); }
 """
 
 RUN = r"""

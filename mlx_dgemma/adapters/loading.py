@@ -66,8 +66,8 @@ def load_model(
 
     if not ignore_memory:
         together(group, check_memory)
-    model = build(checkpoint, dtype, dequantize, compute_dtype, group)
-    model.kv_bits, model.low_memory = kv_bits, low_memory
+    model = build(checkpoint, dtype, dequantize, compute_dtype, group, kv_bits)
+    model.low_memory = low_memory
     if kv_bits is not None:
         notes.append(f"Keys and values of full layers are kept in {kv_bits} bits.")
     if compute_dtype is not None:

@@ -15,6 +15,7 @@ from ..distributed.agreement import together
 from ..distributed.group import ALONE, Group
 from ..errors import CheckpointError, OptionError
 from ..model.attention import LayerContext
+from ..model.cache.quantized import GROUP
 from ..model.config import ModelConfig
 from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
@@ -37,6 +38,7 @@ def build(
     dequantize: bool = False,
     compute_dtype: str | None = None,
     group: Group = ALONE,
+    kv_bits: int | None = None,
 ) -> DiffusionGemma:
     """The model with its weights, evaluated.
 
@@ -47,6 +49,7 @@ def build(
         dequantize: unpack quantized weights.
         compute_dtype: of matrix products: "float16", or None for that of activations.
         group: ranks that compute the model together; this one reads its slices alone.
+        kv_bits: of keys and values in full layers: 8, 4, or None.
 
     Raises:
         OptionError: an unknown dtype.
@@ -58,6 +61,7 @@ def build(
     if compute_dtype not in (None, "float16"):
         raise OptionError(f"compute_dtype is {compute_dtype!r}; it should be float16 or None.")
     model = together(group, lambda: _built(checkpoint, dtype, dequantize, compute_dtype, group))
+    model.kv_bits = kv_bits
     choose_kernels(model)
     return model
 
@@ -149,6 +153,13 @@ def choose_kernels(model: DiffusionGemma) -> None:
         model.uses_kernels = use
         made = model.head.predict(h[:, :8], 1.0, mx.random.key(0)[None])
         found += [made.entropy, made.logsumexp, made.top_probs.max(axis=-1)]
+        if model.kv_bits is not None:
+            full = model.model.decoder.layers[kinds["full_attention"]].self_attn
+            heads, dim = text.kv_shape("full_attention")
+            values = mx.random.normal((1, heads, rows, dim), key=mx.random.key(1)).astype(model.dtype)
+            group = GROUP[model.kv_bits]
+            packed = mx.quantize(values, group, model.kv_bits)
+            found += [one.swapaxes(0, 2) for one in full.unpack(packed, group, model.kv_bits, (0, rows), 0, use)]
         mx.eval(found)
         return found
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..upstream import ProportionalRoPE
-from .cache.quantized import Part, QuantizedKV
+from .cache.quantized import Packed, Part, QuantizedKV
 from .config import TextConfig
 from .device import fused, on_metal
 from .functions import rms_norm
@@ -259,6 +259,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self._dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self._dim, eps=config.rms_norm_eps)
         base, pairs = config.rope(layer_type)
+        self._frequencies = mx.array(config.rope_frequencies(layer_type))
         # A count of dimensions and not their share: mlx-lm would round an odd one up, Transformers rounds it down.
         self._rope: Callable[..., mx.array] = (
             ProportionalRoPE(self._dim, 2 * pairs, base=base) if full else nn.RoPE(self._dim, base=base)
@@ -306,14 +307,32 @@ class Attention(nn.Module):
         out = rows[0] if len(rows) == 1 else mx.concatenate(rows, axis=0 if context.narrow is None else 2)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
-    def keys_of(self, values: mx.array, position: int | mx.array) -> mx.array:
-        """The keys of a full layer's values: both are normed outputs of `k_proj`, the values without a weight.
+    def unpack(
+        self,
+        packed: Packed,
+        group_size: int,
+        bits: int,
+        slots: tuple[int, int],
+        position: int | mx.array,
+        by_kernel: bool = False,
+    ) -> Iterable[mx.array]:
+        """Keys and values [B, heads, N, D] of a full layer's quantized values.
+
+        Both are normed outputs of `k_proj`, the values without a weight.
 
         Args:
-            values: [B, heads, N, D].
-            position: of the first, [B] where it differs by row.
+            packed: [B, heads, slots, ...].
+            group_size: numbers that share a scale.
+            bits: of a number.
+            slots: the first of the N and the one behind the last.
+            position: of the first slot, [B] where it differs by row.
+            by_kernel: take a custom kernel.
         """
-        return self._rope((values * self.k_norm.weight).astype(values.dtype), offset=position)
+        if by_kernel:
+            return kernels.unpack(packed, group_size, slots, position, self.k_norm.weight, self._frequencies)
+        codes, scales, biases = (one[:, :, slice(*slots)] for one in packed)
+        values = mx.dequantize(codes, scales, biases, group_size, bits)
+        return self._rope((values * self.k_norm.weight).astype(values.dtype), offset=position), values
 
     def _turned(self, x: mx.array, context: LayerContext) -> mx.array:
         """x [B, heads, L, D], rotated by its positions."""

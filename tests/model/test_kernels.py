@@ -154,6 +154,26 @@ def test_softmax_of_the_first_scores(dtype, count, width):
     assert (found[..., count:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", [SLIDING, FULL])
+def test_unpack(demo, dtype, bits, kind):
+    """Of some slots of two heads and of rows with positions of their own, rounded where the layer's own way does."""
+    layers = engine_of(demo).model.model.decoder.layers
+    attention = next(one.self_attn for one in layers if one._layer_type == kind)
+    attention.k_norm.weight = weight = draw(1, attention._dim, dtype=dtype)
+    codes, scales, biases = mx.quantize(draw(0, 2, 2, 40, attention._dim, dtype=dtype), 32, bits)
+    wide = mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), 32, bits)
+    values = wide[:, :, 5:34].astype(dtype)
+    for position in (9, mx.array([3, 30])):
+        keys, found = attention.unpack((codes, scales, biases), 32, bits, (5, 34), position, by_kernel=True)
+        same(found, values, dtype)
+        weighted = (values * weight).astype(mx.float32)
+        same(keys, attention._rope(weighted, offset=position).astype(dtype), dtype)
+        plain = attention.unpack((codes, scales, biases), 32, bits, (5, 34), position)
+        assert all(mx.allclose(a, b, rtol=0.02, atol=0.05) for a, b in zip(plain, (keys, found)))
+
+
 def test_attention_to_parts_by_the_kernel():
     queries, keys, values = draw(0, 1, 4, 3, 16), draw(1, 1, 2, 21, 16), draw(2, 1, 2, 21, 16)
     mask = Mask(np.arange(21), np.arange(18, 21))
@@ -309,6 +329,16 @@ def test_kernels_are_used_where_they_agree_and_else_refused_aloud(monkeypatch):
     right = kernels.route
     monkeypatch.setattr(kernels, "route", lambda scores, scales, k: right(-scores, scales, k))
     with pytest.warns(UserWarning, match=r"^Custom kernels are not used, .* \(they compute something else here\)"):
+        build.choose_kernels(model)
+    assert not model.uses_kernels
+
+    monkeypatch.setattr(kernels, "route", right)
+    model = small_model(4, layers=(SLIDING, FULL), global_head_dim=64)
+    unpacked, model.kv_bits = kernels.unpack, 8
+    build.choose_kernels(model)
+    assert model.uses_kernels
+    monkeypatch.setattr(kernels, "unpack", lambda packed, size, *rest: unpacked((-packed[0], *packed[1:]), size, *rest))
+    with pytest.warns(UserWarning, match="they compute something else here"):
         build.choose_kernels(model)
     assert not model.uses_kernels
 

@@ -61,7 +61,7 @@ def test_attention_is_that_to_the_dequantized_values_and_their_keys(model, monke
     if parts:
         monkeypatch.setattr(attention, "keys_at_once", lambda queries, kv_heads: 7)
     x, canvas = (mx.random.normal((1, n, 16), key=mx.random.key(n)) for n in (23, 4))
-    cache = QuantizedKV(0, model.kv_bits, layer.keys_of)
+    cache = QuantizedKV(0, model.kv_bits, layer.unpack)
     pads = np.array([padding], np.int32)
     cache.padding = mx.array(pads) if padding else None
     at = np.arange(27)

@@ -10,7 +10,7 @@ of the prefix and are kept beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
@@ -22,7 +22,9 @@ from ..kv_cache import BUFFER_STEP, LayerKV
 BITS = (8, 4)
 GROUP = {8: 64, 4: 32}  # numbers that share a scale and a bias
 
-KeysOf = Callable[[mx.array, Any], mx.array]  # (values [B, heads, N, D], position of the first) -> keys
+Packed = tuple[mx.array, mx.array, mx.array]  # codes, scales and biases of slots
+# (all slots, group size, bits, the first slot and the one behind the last, position of the first) -> keys, values
+Unpack = Callable[[Packed, int, int, tuple[int, int], Any], Iterable[mx.array]]
 
 
 def check(config: TextConfig, bits: int | None) -> None:
@@ -64,7 +66,7 @@ class QuantizedKV(LayerKV):
     Args:
         capacity: slots that are allocated at once.
         bits: 8 or 4.
-        keys_of: computes keys of values.
+        unpack: computes keys and values, as `Attention.unpack`.
 
     Attributes:
         codes: [B, heads, slots, D * bits / 32] uint32.
@@ -75,9 +77,9 @@ class QuantizedKV(LayerKV):
     kept: ClassVar[tuple[str, ...]] = ("codes", "scales", "biases")
     names: ClassVar[tuple[str, ...]] = (*kept, "keys", "values")
 
-    def __init__(self, capacity: int, bits: int, keys_of: KeysOf):
+    def __init__(self, capacity: int, bits: int, unpack: Unpack):
         super().__init__(None, capacity)
-        self.bits, self.group_size, self._keys_of = bits, GROUP[bits], keys_of
+        self.bits, self.group_size, self._unpack = bits, GROUP[bits], unpack
         self.codes: mx.array | None = None
         self.scales: mx.array | None = None
         self.biases: mx.array | None = None
@@ -119,9 +121,10 @@ class QuantizedKV(LayerKV):
 
     def part(self, start: int, end: int) -> Part:
         """Keys and values of these positions of the prefix."""
-        codes, scales, biases = (getattr(self, name)[:, :, start:end] for name in self.kept)
-        values = mx.dequantize(codes, scales, biases, self.group_size, self.bits)
-        return Part(start, self._keys_of(values, start if self.padding is None else start - self.padding), values)
+        assert self.codes is not None and self.scales is not None and self.biases is not None
+        packed = self.codes, self.scales, self.biases
+        position = start if self.padding is None else start - self.padding
+        return Part(start, *self._unpack(packed, self.group_size, self.bits, (start, end), position))
 
     def parts(self, offset: int, canvas: bool, size: int, free: int = 0) -> Iterator[Part]:
         """All positions, at most `size` at once but for the last part, which has those of the canvas, too.

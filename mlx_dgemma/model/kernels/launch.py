@@ -1,6 +1,6 @@
 """Custom kernels for GPUs: each does in one launch what takes MLX several. The plain way is their fallback and oracle.
 
-A step of the release launches some 2,300 of MLX's kernels, most of them short. These eight take the place of half of
+A step of the release launches some 2,300 of MLX's kernels, most of them short. These nine take the place of half of
 them. They have no gradient. `check` compares them with the plain way on the device, before a model uses them.
 """
 
@@ -148,6 +148,41 @@ def split_heads(
         {"queries": ((batch, heads, length, dim), q.dtype), "keys": of_kv, "values": of_kv},
         batch * length * (heads + 2 * kv_heads), 32, {"T": q.dtype, "D": dim, "HEADS": heads, "KV_HEADS": kv_heads},
         EPS=eps,
+    )  # fmt: skip
+
+
+def unpack(
+    packed: tuple[mx.array, mx.array, mx.array],
+    group_size: int,
+    slots: tuple[int, int],
+    position: int | mx.array,
+    weight: mx.array,
+    frequencies: mx.array,
+) -> list[mx.array]:
+    """Keys and values [B, heads, N, D] of quantized values: the keys are the values times a weight, rotated.
+
+    Args:
+        packed: what `mx.quantize` makes of values [B, heads, slots, D].
+        group_size: numbers that share a scale.
+        slots: the first of the N and the one behind the last.
+        position: of the first slot, [B] where it differs by row.
+        weight: [D].
+        frequencies: [D / 2] float32, radians a position.
+    """
+    codes, scales, biases = packed
+    (batch, heads, _, words), (first, last), dim = codes.shape, slots, weight.size
+    positions = position if isinstance(position, mx.array) else mx.array([position] * batch)
+    numbers = mx.concatenate([mx.array([last - first, first]), positions]).astype(mx.int32)
+    of_head = (batch, heads, last - first, dim), scales.dtype
+    return _launch(
+        "UNPACK",
+        {
+            "codes": codes, "scales": scales, "biases": biases, "numbers": numbers, "weight": weight,
+            "frequencies": frequencies,
+        },
+        {"keys": of_head, "values": of_head},
+        -(-batch * heads * (last - first) * words // 2 // THREADS), THREADS,
+        {"T": scales.dtype, "D": dim, "BITS": 32 * words // dim, "SIZE": group_size, "THREADS": THREADS},
     )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ DEVICE int wave_min(int x) { return metal::simd_min(x); }
 DEVICE float exponential(float x) { return metal::precise::exp(x); }
 DEVICE float hyperbolic_tangent(float x) { return metal::precise::tanh(x); }
 DEVICE float inverse_root(float x) { return metal::precise::rsqrt(x); }
+DEVICE float cosine(float x) { return metal::precise::cos(x); }
+DEVICE float sine(float x) { return metal::precise::sin(x); }
 """
 
 CUDA_PRELUDE = """
@@ -43,6 +45,8 @@ DEVICE int wave_min(int x) {
 DEVICE float exponential(float x) { return expf(x); }
 DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE float inverse_root(float x) { return rsqrtf(x); }
+DEVICE float cosine(float x) { return cosf(x); }
+DEVICE float sine(float x) { return sinf(x); }
 """
 
 # Metal passes a thread's place only to kernels whose source names these attributes.
@@ -203,6 +207,40 @@ SPLIT_HEADS = """
     for (int i = lane; i < D; i += 32) squares += float(v[from + i]) * float(v[from + i]);
     float factor = inverse_root(wave_sum(squares) / D + EPS);
     for (int i = lane; i < D; i += 32) values[to + i] = T(float(v[from + i]) * factor);
+  }
+"""
+
+# A thread takes a word of the first half of a head, and its counterpart in the second half. codes [B, heads, slots,
+# D * BITS / 32], scales, biases [B, heads, slots, D / SIZE], numbers [2 + B] -> values [B, heads, N, D] of N slots from
+# `numbers[1]` on, and keys: the values times weight [D], rotated by frequencies [D / 2] times the position.
+# `numbers` are N, the first slot, and each row's position of it.
+UNPACK = """
+  constexpr int HALF = D / 2, EACH = 32 / BITS, WORDS = D / EACH, GROUPS = D / SIZE;
+  const long i = long(group) * THREADS + tid, row = i / (WORDS / 2);
+  const int first = int(i % (WORDS / 2)) * EACH, count = numbers[0], n = int(row % count);
+  const long head = row / count;
+  if (head < long(codes_shape[0]) * codes_shape[1]) {
+    const long at = head * codes_shape[2] + numbers[1] + n, to = row * D + first;
+    const float position = float(numbers[2 + head / codes_shape[1]] + n);
+    const unsigned low = codes[at * WORDS + first / EACH], high = codes[at * WORDS + (first + HALF) / EACH];
+    const long near = at * GROUPS + first / SIZE, far = at * GROUPS + (first + HALF) / SIZE;
+    for (int j = 0; j < EACH; j += 4) {
+      Four<T> a, b, x, y;
+      for (int k = 0; k < 4; k++) {
+        const int c = first + j + k, shift = (j + k) * BITS;
+        a.x[k] = T(float(scales[near]) * float((low >> shift) & ((1 << BITS) - 1)) + float(biases[near]));
+        b.x[k] = T(float(scales[far]) * float((high >> shift) & ((1 << BITS) - 1)) + float(biases[far]));
+        const float p = float(T(float(a.x[k]) * float(weight[c])));
+        const float q = float(T(float(b.x[k]) * float(weight[c + HALF])));
+        const float angle = position * float(frequencies[c]), along = cosine(angle), across = sine(angle);
+        x.x[k] = T(p * along - q * across);
+        y.x[k] = T(p * across + q * along);
+      }
+      *(GLOBAL Four<T>*)(values + (to + j)) = a;
+      *(GLOBAL Four<T>*)(values + (to + j + HALF)) = b;
+      *(GLOBAL Four<T>*)(keys + (to + j)) = x;
+      *(GLOBAL Four<T>*)(keys + (to + j + HALF)) = y;
+    }
   }
 """
 
