@@ -138,9 +138,12 @@ def rank_weights(
             path, _, part = name.rpartition(".")
             cut, packed = mine.cut(name), mine.quantized.get(path)
             whole = shapes[f"{path}.weight" if packed else name]
-            size = array.nbytes
-            if packed is None or dequantize:
-                size = 0 if packed and part != "weight" else prod(whole) * itemsize_of(checkpoint, name, dtype)
+            if packed and dequantize:
+                size = prod(whole) * itemsize_of(checkpoint, name, dtype) if part == "weight" else 0
+            elif mx.issubdtype(array.dtype, mx.floating):
+                size = array.size * itemsize_of(checkpoint, name, dtype)
+            else:
+                size = array.nbytes
             if cut is None:
                 replicated[next(kind for kind, names in REPLICATED.items() if re.fullmatch(names, name))] += size
                 continue

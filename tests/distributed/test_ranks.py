@@ -15,6 +15,7 @@ from mlx_dgemma.checkpoint import memory
 from mlx_dgemma.checkpoint.build import build, empty_model, slices_of
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.checkpoint.headers import TensorInfo
 from mlx_dgemma.convert.recipes import RECIPES
 from mlx_dgemma.distributed.dealing import Span, deal, kv_heads_of
 from mlx_dgemma.engine import Engine
@@ -68,11 +69,13 @@ def test_quantized_ranks_hold_whole_groups_in_turns(tmp_path):
     layers = (SLIDING, FULL)
     model = small_model(layers=layers, scale=0.1, **sizes, **heads, **widths)
     quantize(model, "4bit")
+    model.set_dtype(mx.bfloat16)
     raw = {**small_config(layers, **sizes, **heads, **widths), "quantization": {}}
     for path, one in slices_of(model, 0, 1).quantized.items():
         raw["quantization"][path] = vars(one)
     write_checkpoint(tmp_path / "q", dict(tree_flatten(model.parameters())), raw)
     checkpoint, tokens = Checkpoint.open(tmp_path / "q"), mx.array([[2, 40, 50, 60]], mx.int32)
+    assert memory.rank_weights(checkpoint, 1)[0].total == checkpoint.nbytes  # scales in the dtype that is stored
 
     def work(group):
         model = build(checkpoint, "float32", group=group)
@@ -108,9 +111,8 @@ def test_ranks_of_the_release_hold_even_parts(recipe):
     plain = Checkpoint(DEMO, ModelConfig.from_dict(raw), GenerationConfig(), ProcessorConfig(), raw, {})
     paths = {name.removesuffix(".weight"): shape[-1] for name, shape in plain.shapes.items() if len(shape) > 1}
     how = {path: found for path, width in paths.items() if (found := RECIPES[recipe].quantization(path, width))}
-    packed = replace(
-        plain, raw_config={**raw, "quantization": how}, tensors=dict.fromkeys(f"{path}.scales" for path in how)
-    )
+    scales = {f"{path}.scales": TensorInfo(DEMO, "BF16", (), 0, 0) for path in how}
+    packed = replace(plain, raw_config={**raw, "quantization": how}, tensors=scales)
     whole = memory.rank_weights(packed, 1)[0]
     for ranks in (2, 4, 8):
         for one in memory.rank_weights(packed, ranks):
