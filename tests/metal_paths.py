@@ -14,9 +14,11 @@ from metal_toys import SIZES, loaded, one_step, small, write_toy
 from metal_training_paths import adapters, conversions, distilling, tuning
 from support import DATA, RED, random_tokens, square
 
+from mlx_dgemma.checkpoint import slices
 from mlx_dgemma.checkpoint.build import DTYPES
 from mlx_dgemma.convert.recipes import MODES
 from mlx_dgemma.decoding import costs, rules, step
+from mlx_dgemma.distributed.dealing import Span
 from mlx_dgemma.distributed.group import Group
 from mlx_dgemma.model import attention
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
@@ -212,7 +214,7 @@ def custom_kernels(dtype: str, folder: Path) -> None:
 
 
 def ranks(dtype: str, folder: Path) -> None:
-    """The first of two ranks, which takes its own parts for the other's."""
+    """The first of two ranks, which takes its own parts for the other's; and a part of a whole array."""
     handle = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
     answered = {"all_sum": lambda x, group: x, "all_gather": lambda x, group: mx.concatenate([x, x])}
     with patch.multiple(mx.distributed, **answered):
@@ -225,6 +227,8 @@ def ranks(dtype: str, folder: Path) -> None:
         engine.choose(LARGER, ["51", "23"])
         engine.model.uses_kernels = True
         one_step(engine.model)
+    cut, stored = slices.Cut(-1, (Span(0, 32),)), slices.Stored(32, 4, "affine")
+    mx.eval(slices.held(mx.ones((2, 2), DTYPES[dtype]), cut, "scales", stored))
 
 
 PATHS: dict[str, Callable[[str, Path], None]] = {
