@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..checkpoint.slices import PACKED_UNIT
 from ..distributed.dealing import deal, kv_heads_of, largest
 from ..model.config import ModelConfig
 from .paper import paper_step
 from .shapes import raw_config
 
 HANDOVER_MS = 0.18  # GPU to CPU and back for a message on Metal, on an M3 Ultra: github.com/ml-explore/mlx/issues/4438
-GROUP = 32  # weights of a quantization group after it was halved: the borders at which widths are dealt
 HEAD_MESSAGES = 4  # of about [canvas, hidden] numbers: embeddings, likely tokens' products and rows, expectations
 
 
@@ -67,7 +67,7 @@ def dealt_shares(config: ModelConfig, ranks: int) -> dict[str, float]:
     heads = deal(text.num_attention_heads, ranks)
 
     def width(total: int) -> float:
-        return largest(deal(total, ranks, GROUP)) / total
+        return largest(deal(total, ranks, PACKED_UNIT)) / total
 
     scores = largest(heads) / text.num_attention_heads
     projections = 0.0

@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_map_with_path, tree_unflatten
 
-from ..checkpoint.build import choose_kernels, deal_modules, slices_of, suit_device
+from ..checkpoint.build import choose_kernels, slices_of, suit_device
 from ..checkpoint.folder import parameter_shapes
 from ..checkpoint.slices import held
 from ..convert.recipes import RECIPES
@@ -112,12 +112,12 @@ def sliced_model(raw: dict[str, Any], dtype: mx.Dtype, recipe: str | None, group
             arrays = mx.quantize(parts[kind], stored.group_size, stored.bits, mode=stored.mode)
             parts = dict(zip(("weight", "scales", "biases"), arrays))
         for part, array in parts.items():
-            made = held(array, cut, part, stored, mine.group_size(path) if stored else 0)
+            made = held(array, cut, part, stored)
             mx.eval(made)
             found.append((f"{path}.{part}" if path else part, made))
         del parts
         mx.clear_cache()
-    deal_modules(model, mine, dict(found))
+    model.update(tree_unflatten(found))
     if group.size > 1:
         model.join(group)
     return model

@@ -224,25 +224,14 @@ def _load_slices(
             info = checkpoint.tensors[source.name]
             _check(info, source, shapes[target], packed)
             own = cut if cut is None or source.half is None else slices.Cut(cut.axis, cut.spans[:1])
-            array = slices.read(info, slices.stored_cut(own, part, stored, info.shape[-1] if info.shape else 1))
-            if own is not None and stored is not None and own.axis == -1 and part != "weight":
-                array = slices.regroup(array, own, stored, mine.group_size(path))
-            parts.append(array)
+            parts.append(slices.read(info, slices.stored_cut(own, part, stored)))
         array = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
         if cast is not None and mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(cast)
         mx.eval(array)
         found.append((target, array))
-    deal_modules(model, mine, dict(found))
+    model.update(tree_unflatten(found))
     model.join(group)
-
-
-def deal_modules(model: DiffusionGemma, mine: slices.Slices, arrays: dict[str, mx.array]) -> None:
-    """Put a rank's arrays, by parameter, in place of a whole model's."""
-    for path, module in model.named_modules():
-        if path in mine.quantized:
-            module.group_size = mine.group_size(path)
-    model.update(tree_unflatten(list(arrays.items())))
 
 
 def _arrays(

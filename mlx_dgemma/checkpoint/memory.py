@@ -10,7 +10,6 @@ from math import prod
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..distributed.dealing import deal, kv_heads_of
 from ..errors import MemoryLimitError
 from ..model import device
 from ..model.attention import SCORE_BYTES
@@ -21,6 +20,7 @@ from ..model.kv_cache import BUFFER_STEP
 from .build import empty_model, slices_of
 from .folder import Checkpoint
 from .headers import FLOATS
+from .slices import Slices
 
 GB = 1e9
 
@@ -45,17 +45,17 @@ def prefix_bytes(
     itemsize: int,
     batch_size: int = 1,
     kv_bits: int | None = None,
-    ranks: int = 1,
+    mine: Slices | None = None,
 ) -> int:
     """Bytes of the KV of `context` positions: full layers hold all of them, sliding layers those in the window.
 
-    Of several ranks, those of the one that holds most.
+    Of the KV heads that a rank holds, or of all.
     """
     text, canvas, total = config.text, config.canvas_length, 0
-    dealt = deal(text.num_attention_heads, ranks)
-    for kind in text.layer_types:
-        kv_heads, dim = text.kv_shape(kind)
-        heads = max(len(kv_heads_of(span, text.num_attention_heads // kv_heads)) for span in dealt)
+    for layer, kind in enumerate(text.layer_types):
+        heads, dim = text.kv_shape(kind)
+        if mine is not None:
+            heads = len(mine.kv_heads(layer))
         full = kind == "full_attention"
         if full and kv_bits is not None:
             slots = -(-context // BUFFER_STEP) * BUFFER_STEP
@@ -83,7 +83,10 @@ def need(
     rows of the experts are counted in.
     """
     itemsize = 4 if dtype == "float32" else 2
+    dealt: list[Slices | None] = [None]
     if ranks > 1:
+        model = empty_model(checkpoint)
+        dealt = [slices_of(model, rank, ranks) for rank in range(ranks)]
         weights = max(one.total for one in rank_weights(checkpoint, ranks, dtype, dequantize))
     elif dequantize or (not checkpoint.quantization and dtype is not None):
         weights = checkpoint.parameters * itemsize
@@ -93,7 +96,8 @@ def need(
     step = 8 * 4 * config.canvas_length * config.text.vocab_size
     scores = 8 * min(itemsize * config.text.num_attention_heads * min(1024, context) * context, SCORE_BYTES)
     workspace = max(step, scores)
-    return Need(weights, prefix_bytes(config, context, itemsize, kv_bits=kv_bits, ranks=ranks), workspace)
+    prefix = max(prefix_bytes(config, context, itemsize, kv_bits=kv_bits, mine=mine) for mine in dealt)
+    return Need(weights, prefix, workspace)
 
 
 @dataclass(frozen=True)
@@ -134,14 +138,15 @@ def rank_weights(
             path, _, part = name.rpartition(".")
             cut, packed = mine.cut(name), mine.quantized.get(path)
             whole = shapes[f"{path}.weight" if packed else name]
-            size = array.nbytes
-            if packed is None or dequantize:
-                size = 0 if packed and part != "weight" else prod(whole) * itemsize_of(checkpoint, name, dtype)
+            if packed and dequantize:
+                size = prod(whole) * itemsize_of(checkpoint, name, dtype) if part == "weight" else 0
+            elif mx.issubdtype(array.dtype, mx.floating):
+                size = array.size * itemsize_of(checkpoint, name, dtype)
+            else:
+                size = array.nbytes
             if cut is None:
                 replicated[next(kind for kind, names in REPLICATED.items() if re.fullmatch(names, name))] += size
                 continue
-            if packed and not dequantize and part != "weight":
-                size *= packed.group_size // mine.group_size(path)
             slices += size * cut.size // whole[cut.axis]
         found.append(RankWeights(slices, replicated))
     return found

@@ -2,7 +2,8 @@
 
 Attention is dealt by heads, the dense branch and the experts by width, the vocabulary by tokens. Norms, routers,
 self-conditioning and the vision tower are held by every rank: they are small, or summing their parts would take longer.
-Experts are dealt by width and not by expert: every rank computes the same rows, whatever the router chose.
+Experts are dealt by width and not by expert: every rank computes the same rows, whatever the router chose. What is
+quantized along the axis that is dealt is dealt in whole groups; where they do not come out even, ranks take turns.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import mlx.core as mx
 import numpy as np
 
-from ..distributed.dealing import Span, deal, group_of_width, kv_heads_of
+from ..distributed.dealing import Span, deal, kv_heads_of
 from ..errors import CheckpointError
 from ..model.config import ModelConfig
 from ..model.tiling import vocab_spans
@@ -23,8 +24,10 @@ from .headers import TensorInfo
 
 PIECE = 2**24  # bytes that are read at once where only columns are kept
 LONG = 2**16  # bytes of a run from which on it is read by itself
-SMALLEST = 32  # weights of a group of the affine mode, which MLX knows 32, 64 and 128 of
 WIDTH_UNIT = 8  # borders of unquantized widths are multiples of it where they can be: products prefer them
+# Of quantized widths too: on CUDA and on Apple's newest GPUs MLX reads packed weights once for several rows only where
+# there are inputs in multiples of it.
+PACKED_UNIT = 64
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 _PATH = re.compile(r"model\.decoder\.(?:layers\.(\d+)\.)?(.+)\.(weight|scales|biases)")
 
@@ -55,11 +58,6 @@ class Stored:
     bits: int
     mode: str
 
-    @property
-    def smallest(self) -> int:
-        """The smallest group that MLX computes with in this mode."""
-        return SMALLEST if self.mode == "affine" else self.group_size
-
 
 class Slices:
     """The parts of a rank.
@@ -71,7 +69,7 @@ class Slices:
         quantized: how the weights of modules are stored, by path; those that are not in it are not quantized.
 
     Raises:
-        CheckpointError: the model has too few heads, or groups that cannot be dealt to so many ranks.
+        CheckpointError: the model has too few heads for so many ranks.
     """
 
     def __init__(self, config: ModelConfig, rank: int, ranks: int, quantized: dict[str, Stored]):
@@ -84,7 +82,11 @@ class Slices:
             )
 
     def cut(self, parameter: str) -> Cut | None:
-        """What this rank holds of a parameter; None: all of it."""
+        """What this rank holds of a parameter; None: all of it.
+
+        Raises:
+            CheckpointError: there are too few quantization groups for so many ranks.
+        """
         if not (found := _PATH.fullmatch(parameter)):
             return None
         layer, module = found[1], found[2]
@@ -104,71 +106,60 @@ class Slices:
             return Cut(-1, (span,)) if name == "down_proj" else Cut(1, (span, Span(size + span.start, size + span.end)))
         return None
 
-    def group_size(self, path: str) -> int:
-        """Weights of a quantization group of a module as this rank holds it: as stored, or a half or quarter of it."""
-        stored = self.quantized[path]
-        cut = self.cut(f"{path}.weight")
-        if cut is None or cut.axis != -1:
-            return stored.group_size
-        size, borders = stored.group_size, [border for span in cut.spans for border in span]
-        if ".self_attn." not in path:
-            size = group_of_width(self._width_of(path), self.ranks, size, stored.smallest)
-        while size >= stored.smallest:
-            if all(border % size == 0 for border in borders):
-                return size
-            size //= 2
-        raise CheckpointError(
-            f"{path} is quantized in groups of {stored.group_size}, which cannot be dealt to {self.ranks} ranks; "
-            "start another number of ranks, or load it dequantized (--dequantize, dequantize=True)."
-        )
+    def kv_heads(self, layer: int) -> list[int]:
+        """The KV heads of a layer that this rank holds."""
+        text = self.config.text
+        kv_heads, _ = text.kv_shape(text.layer_types[layer])
+        return kv_heads_of(self._heads(layer), text.num_attention_heads // kv_heads)
 
     def _of_attention(self, layer: int, name: str) -> Cut | None:
         text = self.config.text
-        kv_heads, dim = text.kv_shape(text.layer_types[layer])
-        heads = deal(text.num_attention_heads, self.ranks)[self.rank]
+        _, dim = text.kv_shape(text.layer_types[layer])
         if name in ("q_proj", "o_proj"):
+            heads = self._heads(layer)
             return Cut(0 if name == "q_proj" else -1, (Span(heads.start * dim, heads.end * dim),))
         if name not in ("k_proj", "v_proj"):
             return None  # norms of a head
-        held = kv_heads_of(heads, text.num_attention_heads // kv_heads)
-        return Cut(0, tuple(Span(head * dim, (head + 1) * dim) for head in held))
+        return Cut(0, tuple(Span(head * dim, (head + 1) * dim) for head in self.kv_heads(layer)))
 
-    def _width_of(self, path: str) -> int:
-        text = self.config.text
-        return text.moe_intermediate_size if ".experts." in path else text.intermediate_size
+    def _heads(self, layer: int) -> Span:
+        """The rank's query heads: as many as fill whole groups of the projection behind them."""
+        text, path = self.config.text, f"model.decoder.layers.{layer}.self_attn.o_proj"
+        _, dim = text.kv_shape(text.layer_types[layer])
+        stored = self.quantized.get(path)
+        unit = stored.group_size // gcd(stored.group_size, dim) if stored else 1
+        return self._dealt(path, text.num_attention_heads, (unit,))
 
     def _width(self, layer: int, branch: str, size: int) -> Span:
         """The rank's part of a branch's width. What is left over goes to another rank in every layer."""
-        stored = self.quantized.get(f"model.decoder.layers.{layer}.{branch}.down_proj")
-        if stored is None:
-            unit = next(unit for unit in (WIDTH_UNIT, 4, 2, 1) if size >= unit * self.ranks)
-        else:
-            unit = group_of_width(size, self.ranks, stored.group_size, stored.smallest)
-        return deal(size, self.ranks, unit, turn=layer)[self.rank]
+        path = f"model.decoder.layers.{layer}.{branch}.down_proj"
+        stored = self.quantized.get(path)
+        units = (max(stored.group_size, PACKED_UNIT), stored.group_size) if stored else (WIDTH_UNIT, 4, 2, 1)
+        return self._dealt(path, size, units, turn=layer)
+
+    def _dealt(self, path: str, total: int, units: tuple[int, ...], turn: int = 0) -> Span:
+        """The rank's part of the inputs of a module, in the first of some units that every rank gets one of."""
+        for unit in units:
+            if total >= unit * self.ranks:
+                return deal(total, self.ranks, unit, turn)[self.rank]
+        raise CheckpointError(
+            f"{path} can be cut between its quantization groups into {total // units[-1]} parts, too few for "
+            f"{self.ranks} ranks; start fewer."
+        )
 
 
-def stored_cut(cut: Cut | None, part: str, stored: Stored | None, info_axis: int) -> Cut | None:
-    """A cut in elements of a stored tensor: packed weights, or scales and biases of whole groups.
+def stored_cut(cut: Cut | None, part: str, stored: Stored | None) -> Cut | None:
+    """A cut in elements of a stored tensor: packed weights, or scales and biases.
 
     Args:
-        cut: in weights.
+        cut: in weights; along the packed axis of whole groups.
         part: "weight", "scales" or "biases".
         stored: how the module is quantized.
-        info_axis: length of the tensor's last axis.
     """
     if cut is None or cut.axis != -1 or stored is None:
         return cut
-    per = 32 // stored.bits if 32 % stored.bits == 0 else 0
-
-    def of(border: int) -> int:
-        if part != "weight":
-            return border // stored.group_size
-        return border // per if per else border * stored.bits // 32
-
-    def end_of(border: int) -> int:
-        return -(-border // stored.group_size) if part != "weight" else of(border)
-
-    return Cut(-1, tuple(Span(of(span.start), min(end_of(span.end), info_axis)) for span in cut.spans))
+    size, per_group = stored.group_size, stored.group_size * stored.bits // 32 if part == "weight" else 1
+    return Cut(-1, tuple(Span(span.start // size * per_group, span.end // size * per_group) for span in cut.spans))
 
 
 def read(info: TensorInfo, cut: Cut | None = None) -> mx.array:
@@ -213,31 +204,9 @@ def read(info: TensorInfo, cut: Cut | None = None) -> mx.array:
     return array.view(mx.bfloat16) if info.dtype == "BF16" else array
 
 
-def held(array: mx.array, cut: Cut | None, part: str, stored: Stored | None, group_size: int) -> mx.array:
-    """What is kept of a whole array; arguments as `stored_cut` and `regroup` take them."""
-    if cut is None:
+def held(array: mx.array, cut: Cut | None, part: str, stored: Stored | None) -> mx.array:
+    """What is kept of a whole array; arguments as `stored_cut` takes them."""
+    if (own := stored_cut(cut, part, stored)) is None:
         return array
-    own = stored_cut(cut, part, stored, array.shape[-1])
-    assert own is not None
-    ahead = (slice(None),) * (cut.axis % array.ndim)
-    kept = mx.concatenate([array[(*ahead, slice(*span))] for span in own.spans], axis=cut.axis)
-    if stored is not None and cut.axis == -1 and part != "weight":
-        kept = regroup(kept, cut, stored, group_size)
-    return mx.contiguous(kept)
-
-
-def regroup(scales: mx.array, cut: Cut, stored: Stored, group_size: int) -> mx.array:
-    """Scales or biases of stored groups as those of smaller groups, of which only the cut's are kept.
-
-    Args:
-        scales: [..., groups] as `stored_cut` keeps them: all groups that the cut touches.
-        cut: in weights, of one span.
-        stored: how the module is quantized.
-        group_size: of the groups that are wanted.
-    """
-    times = stored.group_size // group_size
-    if times == 1:
-        return scales
-    (span,) = cut.spans
-    first = span.start % stored.group_size // group_size
-    return mx.repeat(scales, times, axis=-1)[..., first : first + -(-span.size // group_size)]
+    ahead = (slice(None),) * (own.axis % array.ndim)
+    return mx.contiguous(mx.concatenate([array[(*ahead, slice(*span))] for span in own.spans], axis=own.axis))

@@ -63,24 +63,3 @@ def kv_heads_of(heads: Span, per_kv_head: int) -> list[int]:
             if all(len(run) == 1 for run in runs):
                 return [run.pop() for run in runs]
     return []
-
-
-def group_of_width(width: int, ranks: int, group_size: int, smallest: int) -> int:
-    """Size of quantization groups with which an axis is dealt most evenly: as stored, or halved.
-
-    Halves of a group repeat its scale and bias, so they hold the same numbers; they take memory, so that the stored
-    size stays where halves deal no more evenly.
-
-    Args:
-        width: size of the axis.
-        ranks: how many there are.
-        group_size: as stored.
-        smallest: that MLX computes with; `group_size` where it knows no other.
-    """
-    best = group_size
-    size = group_size // 2
-    while size >= smallest:
-        if largest(deal(width, ranks, size)) < largest(deal(width, ranks, best)):
-            best = size
-        size //= 2
-    return best

@@ -1,19 +1,26 @@
 """Several ranks compute what one computes: tokens, likely tokens, probabilities; with few messages and their share."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from answers import answers, few_answers
 from mlx.utils import tree_flatten
 from ranks import on_threads
-from support import engine_of
+from support import FULL, SLIDING, engine_of, gap, small_config, small_model, write_checkpoint
 
 import mlx_dgemma
+from mlx_dgemma.check.shapes import quantize, raw_config
 from mlx_dgemma.checkpoint import memory
+from mlx_dgemma.checkpoint.build import build, empty_model, slices_of
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.convert.conversion import convert
-from mlx_dgemma.distributed.dealing import Span, deal, group_of_width, kv_heads_of
+from mlx_dgemma.checkpoint.folder import Checkpoint
+from mlx_dgemma.checkpoint.headers import TensorInfo
+from mlx_dgemma.convert.recipes import RECIPES
+from mlx_dgemma.distributed.dealing import Span, deal, kv_heads_of
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.model.config import GenerationConfig, ModelConfig, ProcessorConfig
 
 
 def nbytes(engine: Engine) -> int:
@@ -54,27 +61,65 @@ def test_a_layer_sends_twice_and_a_rank_holds_its_share():
         assert 2 * weights.slices + sum(weights.replicated.values()) - shared == nbytes(engine_of(DEMO))
 
 
-def test_quantized_ranks_hold_the_same_numbers(tmp_path):
-    """Three heads of 32 are one and a half groups of 64: the groups are halved, which changes no number."""
-    convert(DEMO, tmp_path / "q", recipe="4bit")
-    tokens = mx.array([[2, 40, 50, 60]], mx.int32)
-
-    def states(engine):
-        return engine.model.logits(engine.model.encode(tokens, engine.model.new_prefix()))
+def test_quantized_ranks_hold_whole_groups_in_turns(tmp_path):
+    """Three groups of 64 in the heads and in the experts, five in the dense branch: none is split or held twice."""
+    sizes = {"hidden_size": 64, "intermediate_size": 320, "moe_intermediate_size": 192, "vocab_size": 256}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "num_global_key_value_heads": 6}
+    widths = {"head_dim": 32, "global_head_dim": 32}
+    layers = (SLIDING, FULL)
+    model = small_model(layers=layers, scale=0.1, **sizes, **heads, **widths)
+    quantize(model, "4bit")
+    model.set_dtype(mx.bfloat16)
+    raw = {**small_config(layers, **sizes, **heads, **widths), "quantization": {}}
+    for path, one in slices_of(model, 0, 1).quantized.items():
+        raw["quantization"][path] = vars(one)
+    write_checkpoint(tmp_path / "q", dict(tree_flatten(model.parameters())), raw)
+    checkpoint, tokens = Checkpoint.open(tmp_path / "q"), mx.array([[2, 40, 50, 60]], mx.int32)
+    assert memory.rank_weights(checkpoint, 1)[0].total == checkpoint.nbytes  # scales in the dtype that is stored
 
     def work(group):
-        engine = mlx_dgemma.load(tmp_path / "q", dtype="float32", dequantize=False, group=group)
-        layer = engine.model.model.decoder.layers[0]
-        logits = states(engine)
+        model = build(checkpoint, "float32", group=group)
+        logits = model.logits(model.encode(tokens, model.new_prefix()))
         mx.eval(logits)
-        told = memory.rank_weights(engine.checkpoint, 2, "float32", False)[group.rank].total
-        return logits, layer.self_attn.o_proj.group_size, layer.mlp.down_proj.group_size, nbytes(engine) - told
+        held = dict(tree_flatten(model.parameters()))
+        told = memory.rank_weights(checkpoint, group.size, "float32")[group.rank].total
+        assert sum(a.nbytes for a in held.values()) == told
+        return logits, {name: a for name, a in held.items() if ".layers." in name and "proj." in name}
 
-    expected = states(mlx_dgemma.load(tmp_path / "q", dtype="float32", dequantize=False))
-    for logits, o_group, down_group, error in on_threads(2, work):
-        assert mx.abs(logits - expected).max() < 1e-3
-        assert (o_group, down_group) == (32, 64)
-        assert error == 0
+    (expected, whole), *_ = on_threads(1, work)
+    (logits, first), (others, second) = on_threads(2, work)
+    assert mx.array_equal(logits, others) and gap(logits, expected) < 1e-5
+    for name, array in whole.items():
+        if "router" not in name:
+            assert first[name].nbytes + second[name].nbytes == array.nbytes, name
+    groups = [
+        [
+            [held[f"model.decoder.layers.{i}.{of}.down_proj.scales"].shape[-1] for held in (first, second)]
+            for i in (0, 1)
+        ]
+        for of in ("experts", "mlp")
+    ]
+    assert groups == [[[2, 1], [1, 2]], [[3, 2], [2, 3]]]
+    with pytest.raises(CheckpointError, match=r"o_proj can be cut .* into 3 parts, too few for 4 ranks; start fewer\."):
+        memory.rank_weights(checkpoint, 4)
+
+
+@pytest.mark.parametrize("recipe", ["4bit", "mxfp4"])
+def test_ranks_of_the_release_hold_even_parts(recipe):
+    """Eleven groups of 64 in every expert: the rank that holds one more is another in every layer."""
+    raw = raw_config("26b")
+    plain = Checkpoint(DEMO, ModelConfig.from_dict(raw), GenerationConfig(), ProcessorConfig(), raw, {})
+    paths = {name.removesuffix(".weight"): shape[-1] for name, shape in plain.shapes.items() if len(shape) > 1}
+    how = {path: found for path, width in paths.items() if (found := RECIPES[recipe].quantization(path, width))}
+    scales = {f"{path}.scales": TensorInfo(DEMO, "BF16", (), 0, 0) for path in how}
+    packed = replace(plain, raw_config={**raw, "quantization": how}, tensors=scales)
+    whole = memory.rank_weights(packed, 1)[0]
+    for ranks in (2, 4, 8):
+        for one in memory.rank_weights(packed, ranks):
+            assert one.slices == pytest.approx(whole.slices / ranks, rel=0.05)
+    model = empty_model(packed)
+    borders = [slices_of(model, rank, 2).cut("model.decoder.layers.0.experts.down_proj.weight") for rank in (0, 1)]
+    assert [one.spans for one in borders] == [(Span(0, 384),), (Span(384, 704),)]  # MLX is slow beside multiples of 64
 
 
 def test_sizes_are_dealt_evenly():
@@ -82,9 +127,6 @@ def test_sizes_are_dealt_evenly():
     assert [one.size for one in deal(7, 3, turn=2)] == [2, 2, 3]
     assert [one.size for one in deal(100, 2, unit=64)] == [64, 36]
     assert sum(one.size for one in deal(704, 4, unit=32)) == 704
-    # The release: 704 is eleven groups of 64; halves are dealt evenly to two, but no better to four.
-    assert group_of_width(704, 2, 64, 32) == 32 and group_of_width(704, 4, 64, 32) == 64
-    assert group_of_width(704, 2, 64, 64) == 64  # a mode whose groups cannot be halved
 
 
 def test_kv_heads_follow_their_queries():
