@@ -212,7 +212,8 @@ class Pass:
     def head(self) -> Any:
         """What the head makes of hidden states."""
         shape = 1, self.model.config.canvas_length, self.model.config.text.hidden_size
-        return predict(self.batch, constant(shape, self.model.dtype), self.batch.steps, self.dense)
+        hidden = constant(shape, self.model.dtype)
+        return predict(self.batch, self.batch.rows.last, hidden, self.batch.steps, self.dense)
 
 
 class Token:
