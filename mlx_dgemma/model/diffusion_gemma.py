@@ -91,7 +91,7 @@ class DiffusionGemma(nn.Module):
         self._apply: Callable[..., mx.array] = Layer.__call__  # called with (layer, h, scalar, context)
         self.uses_kernels = False  # custom kernels, which have no gradient; training mode computes without them
         self.token_pass: TokenPass | None = None  # replays traces of passes over one token; None: none are made
-        self.layer_traces: LayerTraces | None = None  # replays traces of a denoising step's layers; None: none are made
+        self.layer_traces: LayerTraces | None = None  # replays traces of single layers; None: none are made
         self.kv_bits: int | None = None  # of the prefix in full layers; None, and in training mode: not quantized
         self.low_memory = False  # save memory at the price of time
         self._dtype: mx.Dtype | None = None  # of activations; set where the embedding's weights do not tell it
@@ -207,7 +207,7 @@ class DiffusionGemma(nn.Module):
         self.token_pass = TokenPass(self._run_ahead, self.config.text.layer_types)
 
     def trace_layers(self) -> None:
-        """From now on replay traces of the layers of denoising steps."""
+        """From now on replay traces of the layers of passes over a canvas, or over tokens ahead."""
         self.layer_traces = LayerTraces(Layer.__call__)
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -345,7 +345,7 @@ class DiffusionGemma(nn.Module):
             rope_offset = mx.array(offsets)
         length = narrow.length if narrow else h.shape[1]
         turns = self.turns(rope_offset, length, narrow) if self._with_kernels else {}
-        traced = None if encoder or self.training else self.layer_traces
+        traced = None if self.training else self.layer_traces
         layers: Sequence[Layer] = self.model.decoder.layers
         scalars = [layer.layer_scalar for layer in layers]
         if encoder:

@@ -1,8 +1,8 @@
-"""Layers of a denoising step, traced once for each kind of layer and replayed for all layers of the kind.
+"""Layers of a pass over a canvas or over tokens ahead, traced once for each kind of layer and replayed for all of it.
 
-Building the graph of a step takes the host as long as a GPU needs for it, or longer. Here a layer's weights are
-arguments of its trace, so a trace serves all layers whose modules are alike, and making it costs what two layers cost.
-It therefore pays from a canvas's first step on, and which passes are replayed depends on their shapes alone.
+Building the graph of a pass takes the host as long as a GPU needs for it, or longer. Here a layer's weights are
+arguments of its trace, so one trace serves all layers whose modules are alike. Making it costs a few layers' building:
+it pays within the pass that makes it, and what is replayed depends on a request's shapes alone, never on earlier ones.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from ..attention import LayerContext
 from ..kv_cache import LayerKV
 
 KEPT = 32  # traces; every length of a prefix and every width of a canvas needs one or two
+KINDS = 6  # of layers that are traced; a model of many would make more traces than it replays
 CHANGING = frozenset({"_no_grad", "_training"})  # attributes of a module that a pass without gradients never reads
 PLACE = ...  # of an array
 ADAPTED = "lora_a"  # an array of the modules that adapters put in place of others
 
-Run = Callable[[Any, mx.array, mx.array, LayerContext], mx.array]  # (layer, h, scalar, context) -> h
+Run = Callable[[Any, mx.array, mx.array, LayerContext], mx.array]
 
 
 class LayerTraces:
     """Computes a layer as `run` does, by a trace where there can be one.
 
-    Not traced are layers with an adapter or with another kind of cache than `LayerKV`, padding, and the first pass over
-    an empty cache.
+    Not traced are passes of the encoder that extend a prefix, padding, masks that are arrays, caches that are empty or
+    quantized, layers with an adapter, and those of further kinds than `KINDS`.
+
+    Args:
+        run: computes (layer, h, scalar, context) -> h.
     """
 
     def __init__(self, run: Run):
@@ -39,7 +43,7 @@ class LayerTraces:
         self._kinds: dict[Any, int] = {}
 
     def __call__(self, layer: Any, h: mx.array, scalar: mx.array, context: LayerContext) -> mx.array:
-        """h [B, L, H] -> [B, L, H], of a canvas; keys and values are written as the layer itself would."""
+        """h [B, L, H] -> [B, L, H]; keys and values are written as the layer itself would write them."""
         anatomy = self._anatomy(layer)
         key = None if anatomy.kind is None else _key(h, context)
         if key is None:
@@ -67,7 +71,8 @@ class LayerTraces:
         found = self._anatomies.get(id(layer))
         if found is None or not found.holds():
             found = self._anatomies[id(layer)] = Anatomy(layer)
-            found.kind = None if found.told is None else self._kinds.setdefault(found.told, len(self._kinds))
+            kind = None if found.told is None else self._kinds.setdefault(found.told, len(self._kinds))
+            found.kind = None if kind is None or kind >= KINDS else kind
         return found
 
     def _traced(self, empty: Any, context: LayerContext) -> Callable[..., Any]:
@@ -87,16 +92,19 @@ class LayerTraces:
 
 def _key(h: mx.array, context: LayerContext) -> Any:
     """What the graph of a layer depends on besides its modules; None: it is not traced."""
-    caches = []
+    if not context.canvas:
+        return None
+    rows = []
     for cache, mask, offset in zip(context.caches, context.masks, context.offsets):
         if type(cache) is not LayerKV or cache.keys is None or cache.padding is not None:
             return None
+        if mask.queries is not None and (context.turn is None or mask.leading is None):
+            return None  # it would take the mask as an array
         # Behind a full ring all canvases are alike: where they stand is known to RoPE's angles alone.
-        caches.append((cache.window_slots, cache.capacity, cache.used(offset), len(mask.keys)))
-    if not context.canvas or any(mask.queries is not None for mask in context.masks):
-        return None
+        slots = cache.window_slots, cache.capacity, cache.used(offset)
+        rows.append((*slots, len(mask.keys), mask.queries is None, mask.leading))
     place = None if context.turn is not None else tuple(context.offsets)
-    return h.shape, context.narrow, place, tuple(caches)
+    return h.shape, context.narrow, place, tuple(rows)
 
 
 class Anatomy:
@@ -107,7 +115,7 @@ class Anatomy:
 
     Attributes:
         told: all that tells what the layer computes but for its arrays' numbers; None: it is not traced.
-        kind: the same number for layers of which the same is told.
+        kind: a number that layers share of which the same is told; None: it is not traced.
     """
 
     kind: int | None
