@@ -53,8 +53,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="steps of a run; the first two are warm-up")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=12, help="tokens of causal mode; the first four are warm-up")
-    parser.add_argument("--trace", choices=["off", "on"], nargs="+", help="time steps with layers' traces and without, "
-                        "in this order; the other figures are with the last (default: as the model is loaded)")  # fmt: skip
+    parser.add_argument("--trace", choices=["off", "on"], nargs="+", help="time steps without layers' traces or with "
+                        "them; the other figures are as the last (default: as the model is loaded)")  # fmt: skip
     parser.add_argument("--equal-layers", type=int, default=6, help="layers of the float32 model of `equality`")
     parser.add_argument("--timeout", type=int, default=420, help="seconds of one job with one number of ranks")
     parser.add_argument("--budget", type=int, default=1200, help="seconds after which no other job is started")

@@ -13,7 +13,7 @@ from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
 CHOICES = ["off", "on"]
-HELP = "time steps with layers' traces and without, in this order (default: as the model is loaded)"
+HELP = "time steps without layers' traces or with them (default: as the model is loaded)"
 
 
 def use(model: DiffusionGemma, choice: str | None) -> None:

@@ -193,20 +193,20 @@ def test_traces_follow_what_a_model_becomes():
             asked.append(1)
             return 2 * x
 
-    def agree():
+    def agree(model):
         found, traces = model.denoise(canvas, prefix), model.layer_traces
         model.layer_traces = None
         expected, model.layer_traces = model.denoise(canvas, prefix), traces
         return mx.array_equal(found, expected)
 
-    assert agree()
+    assert agree(model)
     layers[1].mlp.gate_proj.weight = -layers[1].mlp.gate_proj.weight
-    assert agree()
+    assert agree(model)
     norm = layers[0].input_layernorm = nn.RMSNorm(16, eps=1.0)
     norm.weight = 3 * norm.weight
-    assert agree()
+    assert agree(model)
     model.join(Doubling())
-    assert agree() and asked
+    assert agree(model) and asked
     held = weakref.ref(model)
     del model
     assert held() is None
