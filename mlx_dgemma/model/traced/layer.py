@@ -61,9 +61,13 @@ class LayerTraces:
             cache.keys, cache.values, cache.stages = keys, values, own
         return h
 
+    def drop(self) -> None:
+        """Drop the traces."""
+        self._traces.clear()
+
     def forget(self) -> None:
         """Drop the traces, and what is known of layers."""
-        self._traces.clear()
+        self.drop()
         self._anatomies.clear()
         self._kinds.clear()
 
