@@ -345,7 +345,9 @@ class DiffusionGemma(nn.Module):
             rope_offset = mx.array(offsets)
         length = narrow.length if narrow else h.shape[1]
         turns = self.turns(rope_offset, length, narrow) if self._with_kernels else {}
-        traced = None if self.training else self.layer_traces
+        apply = self._apply
+        if self.layer_traces is not None and not self.training and apply is Layer.__call__:
+            apply = self.layer_traces
         layers: Sequence[Layer] = self.model.decoder.layers
         scalars = [layer.layer_scalar for layer in layers]
         if encoder:
@@ -357,7 +359,7 @@ class DiffusionGemma(nn.Module):
             context = LayerContext(
                 caches, offsets, [mask[kind] for mask in masks], rope_offset, canvas, turns.get(kind), narrow
             )
-            h = (traced or self._apply)(layer, h, scalar, context)
+            h = apply(layer, h, scalar, context)
             if queue is not None:
                 queue.add(*(stage for cache in caches for stage in cache.stages), h)
         return self.model.decoder.norm(h)

@@ -76,7 +76,7 @@ class LayerTraces:
         if found is None or not found.holds():
             found = self._anatomies[id(layer)] = Anatomy(layer)
             kind = None if found.told is None else self._kinds.setdefault(found.told, len(self._kinds))
-            found.kind = None if kind is None or kind >= KINDS else kind
+            found.kind = kind if kind is not None and kind < KINDS else None
         return found
 
     def _traced(self, empty: Any, context: LayerContext) -> Callable[..., Any]:
@@ -128,7 +128,7 @@ class Anatomy:
         self._children: list[tuple[nn.Module, str, nn.Module]] = []
         self._places: list[tuple[nn.Module, str]] = []
         told: list[Any] = []
-        self.layer, self.told = layer, tuple(told) if self._describe(layer, told) else None
+        self.layer, self.told = layer, tuple(told) if self._describe(layer, told) and _hashable(told) else None
 
     def arrays(self) -> list[mx.array]:
         """The present arrays."""
@@ -152,6 +152,14 @@ class Anatomy:
                 return False
         told.extend(one for one in vars(module).items() if one[0] not in CHANGING)
         return ADAPTED not in module
+
+
+def _hashable(values: list[Any]) -> bool:
+    try:
+        hash(tuple(values))
+    except TypeError:
+        return False
+    return True
 
 
 def _without_arrays(module: nn.Module) -> Any:
