@@ -53,6 +53,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="steps of a run; the first two are warm-up")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=12, help="tokens of causal mode; the first four are warm-up")
+    parser.add_argument("--trace", choices=["off", "on"], nargs="+", help="time steps without layers' traces or with "
+                        "them; the other figures are as the last (default: as the model is loaded)")  # fmt: skip
     parser.add_argument("--equal-layers", type=int, default=6, help="layers of the float32 model of `equality`")
     parser.add_argument("--timeout", type=int, default=420, help="seconds of one job with one number of ranks")
     parser.add_argument("--budget", type=int, default=1200, help="seconds after which no other job is started")
@@ -134,6 +136,7 @@ def shown(values: list[int], unit: float) -> str:
 def time_prefix(args: argparse.Namespace, group, model, raw: dict, length: int, name: str) -> dict:
     """Step, token, prefill, memory and communication behind a prefix."""
     import mlx.core as mx
+    import traces
     from meter import settle, summary
     from report import GIB, show
     from step import measure
@@ -143,12 +146,20 @@ def time_prefix(args: argparse.Namespace, group, model, raw: dict, length: int, 
     prompt, began = random_prompt(raw, length), time.perf_counter()
     measure(model, prompt, 3)  # kernels, allocator
     say(group, f"{name}, prefix {length}: warm after {time.perf_counter() - began:.0f} s")
-    mx.reset_peak_memory()
-    row = summary([measure(model, prompt, args.steps) for _ in range(args.runs)])
-    peaks = group.gather_values(mx.get_peak_memory())
-    say(group, f"{name}, prefix {length}: step {show(row['step_ms'], 2)} ms, prefill {show(row['prefill_ms'])} ms, "
-               f"peak GiB a rank {shown(peaks, GIB)}")  # fmt: skip
-    settle()
+    row, by_trace = {}, {}
+    for trace in args.trace or [None]:
+        traces.use(model, trace)
+        measure(model, prompt, 3)
+        mx.reset_peak_memory()
+        row = summary([measure(model, prompt, args.steps) for _ in range(args.runs)])
+        peaks, how = group.gather_values(mx.get_peak_memory()), "" if trace is None else f" with traces {trace}"
+        say(group, f"{name}, prefix {length}{how}: step {show(row['step_ms'], 2)} ms, "
+                   f"prefill {show(row['prefill_ms'])} ms, peak GiB a rank {shown(peaks, GIB)}")  # fmt: skip
+        by_trace[trace] = row["step_ms"]
+        settle()
+    if args.trace:
+        row["by_trace"], row["passes"] = by_trace, traces.compare(model, prompt)
+        say(group, f"{name}, prefix {length}: {traces.told(row['passes'])}")
     row["peak_bytes"] = peaks
     row["token_ms"] = causal(model, prompt, args.tokens)
     say(group, f"{name}, prefix {length}: a causal token {row['token_ms']['median']:.2f} ms")

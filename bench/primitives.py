@@ -4,6 +4,7 @@
     python bench/primitives.py --shape 26b --recipe none --canvas 64 --dense 64
     python bench/primitives.py --shape 26b --plain                    # without custom kernels
     python bench/primitives.py --shape 26b --token --recipe none      # a token of causal mode, on CUDA too
+    python bench/primitives.py --shape 26b --host                     # what building a step takes this processor
 
 Nothing is computed. The graph is built on the CPU backend with every question about the device answered as Metal
 answers it. Weights are zeros that take no memory. Primitives that only describe another view of their input launch
@@ -187,7 +188,11 @@ class Pass:
         first = self.step()
         held.restore(handles)
         self.batch.rows = self.batch.rows._replace(last=tree_constants(first), earlier=(constants_like(first.argmax),))
-        self.batch.steps = [1]
+        self.batch.steps, self._handles = [1], held.handles()
+
+    def rewound(self) -> None:
+        """Let go of what earlier graphs wrote."""
+        self.batch.prefixes[0].restore([tuple(a.astype(a.dtype) for a in handles) for handles in self._handles])
 
     def step(self) -> Forward:
         """One step as a graph."""
@@ -212,7 +217,8 @@ class Pass:
     def head(self) -> Any:
         """What the head makes of hidden states."""
         shape = 1, self.model.config.canvas_length, self.model.config.text.hidden_size
-        return predict(self.batch, constant(shape, self.model.dtype), self.batch.steps, self.dense)
+        hidden = constant(shape, self.model.dtype)
+        return predict(self.batch, self.batch.rows.last, hidden, self.batch.steps, self.dense)
 
 
 class Token:
@@ -286,6 +292,33 @@ def count_token(raw: dict, dtype: mx.Dtype, recipe: str | None, plain: bool, pre
             table(f"{device}, {name}, {1e3 * seconds:.1f} ms of this processor", counts)
 
 
+def host_of_step(raw: dict, dtype: mx.Dtype, recipe: str | None, plain: bool, prefix: int) -> None:
+    """Print what building a step takes this processor, in milliseconds: the least of some runs on its own clock.
+
+    Without traces of layers; with those of this canvas; and where the canvas is the first of its length and width.
+    """
+    for device in ("CUDA", "Metal"):
+        model = model_of_zeros(raw, dtype, recipe, plain)
+        with answering_as(device):
+            one, taken = Pass(model, prefix, "default", 8), {}
+            for name in ("without traces", "replayed", "made"):
+                if name == "replayed":
+                    model.trace_layers()
+                taken[name] = 1e3 * min(_seconds(one, name == "made") for _ in range(30))
+        print(f"{device}, building a step: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in taken.items()))
+
+
+def _seconds(one: Pass, anew: bool) -> float:
+    one.rewound()
+    if anew:
+        one.model.layer_traces.drop()
+    began = time.process_time()
+    held = one.step()
+    taken = time.process_time() - began
+    del held
+    return taken
+
+
 def constants_like(array: mx.array) -> mx.array:
     return constant(array.shape, array.dtype)
 
@@ -317,12 +350,14 @@ def main() -> None:
     parser.add_argument("--mode", choices=["default", "exact", "fast"], default="default")
     parser.add_argument("--plain", action="store_true", help="without custom kernels")
     parser.add_argument("--token", action="store_true", help="a token of causal mode")
+    parser.add_argument("--host", action="store_true", help="what building a step takes this processor")
     args = parser.parse_args()
     recipe = None if args.recipe == "none" else args.recipe
 
-    if args.token:
+    if args.token or args.host:
         raw = raw_config(args.shape, args.layers, canvas=args.canvas)
-        count_token(raw, DTYPES[args.dtype], recipe, args.plain, args.prefix)
+        told = count_token if args.token else host_of_step
+        told(raw, DTYPES[args.dtype], recipe, args.plain, args.prefix)
         return
 
     def counted(part: str, layers: int | None) -> Counter:

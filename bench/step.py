@@ -7,13 +7,14 @@
 A step is everything between two canvases: forward, head, temperature, argmax, entropy, acceptance,
 sample, noise, stop rule, self-conditioning. Weights are random, so the stop rule is never met. What a
 mode saves by leaving settled positions out does not show here, because none settles. `compare.py step`
-times peers beside it.
+times peers beside it. `--trace off on` times steps whose layers are built anew and steps that replay their traces.
 """
 
 import argparse
 
 import mlx.core as mx
 import numpy as np
+import traces
 from ceiling import report
 from meter import Meter, print_rows, settle, summary
 from mlx.utils import tree_flatten
@@ -69,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--low-memory", action="store_true", help="as the command line's flag of this name")
+    parser.add_argument("--trace", choices=traces.CHOICES, nargs="+", help=traces.HELP)
     args = parser.parse_args()
     found = machine()
     raw, dtype, model = from_arguments(args)
@@ -83,20 +85,25 @@ def main() -> None:
     for length in args.prefix:
         prompt = random_prompt(raw, length)
         rows = {}
-        for mode in args.mode:
+        for mode, trace in ((mode, trace) for mode in args.mode for trace in args.trace or [None]):
+            traces.use(model, trace)
             with device.wired_limit(model.low_memory):
                 warm = attempt(measure, model, prompt, 3, mode)  # kernels, allocator
                 count = 0 if "failure" in warm else args.runs
                 runs = [attempt(measure, model, prompt, args.steps, mode) for _ in range(count)]
-            rows[mode] = summary(runs or [warm])
+            rows[mode if trace is None else f"{mode}, traces {trace}"] = summary(runs or [warm])
             settle()
         print_rows(length, rows)
+        passes = attempt(traces.compare, model, prompt) if args.trace else None
+        if passes:
+            print(passes["failure"] if "failure" in passes else traces.told(passes))
+            settle()
         if floor := limits[length]["floor_ms"]:
             for mode, row in rows.items():
                 if "step_ms" in row:
                     row["over_floor"] = round(row["step_ms"]["median"] / floor, 2)
                     print(f"{mode} takes {row['over_floor']:.2f} times the floor")
-        results.append({"prefix": length, "ceiling": limits[length], "modes": rows})
+        results.append({"prefix": length, "ceiling": limits[length], "modes": rows, "passes": passes})
     finish(
         "step",
         **found,

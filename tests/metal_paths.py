@@ -203,6 +203,8 @@ def custom_kernels(dtype: str, folder: Path) -> None:
         prefix = model.new_prefix()
         model.encode(random_tokens(0, 1, length), prefix)
         model.encode_ahead(random_tokens(1, 1, 1), [prefix])
+    model.trace_layers()
+    model.denoise(random_tokens(2, 1, 4), prefix)
     packed = small(dtype)
     nn.quantize(packed, 64, 4, class_predicate=lambda _, module: isinstance(module, SwitchLinear))
     packed.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -131,9 +132,11 @@ def choose_kernels(model: DiffusionGemma) -> None:
     """Use the custom kernels if this device computes the same with them as without, and warn if it does not.
 
     A layer of each type and the head are compared on random states. In bfloat16 single roundings differ; a wrong kernel
-    differs in everything. The model leaves training mode, whose gradients the kernels do not have.
+    differs in everything. The model leaves training mode, whose gradients the kernels do not have. With the kernels,
+    layers are traced, too.
     """
     model.eval()
+    model.layer_traces = None
     text = model.config.text
     if not on_cpu() and model.group.size == 1:  # messages between ranks were never traced
         model.trace_tokens()
@@ -173,6 +176,37 @@ def choose_kernels(model: DiffusionGemma) -> None:
     if not agree:
         said = f"Custom kernels are not used, which costs speed ({reason}); please report it."
         warnings.warn(said, stacklevel=2)
+        return
+    _choose_traces(model, h, kinds, turns)
+
+
+def _choose_traces(model: DiffusionGemma, h: mx.array, kinds: dict[str, int], turns: dict[str, Any]) -> None:
+    """Replay traces of layers if a replayed layer of each type computes the same, and warn if it does not.
+
+    Args:
+        model: one that uses the kernels.
+        h: [1, L, H], random states.
+        kinds: a layer's number by its type.
+        turns: of RoPE, by type.
+    """
+    model.trace_layers()
+    assert model.layer_traces is not None
+    agree = True
+    try:
+        for kind, i in kinds.items():
+            layer, mask = model.model.decoder.layers[i], Mask(np.arange(h.shape[1]))
+            context = LayerContext([LayerKV(None)], [0], [mask], 0, True, turns[kind])
+            expected = layer(h, layer.layer_scalar, context)[0]
+            mx.eval(expected, context.caches[0].keys)  # an empty cache is not traced
+            found = [model.layer_traces(layer, h, layer.layer_scalar, context)[0] for _ in range(2)]
+            agree = agree and all(_agree(expected, one) for one in found)
+        reason = "they compute something else here"
+    except (RuntimeError, ValueError) as error:
+        agree, reason = False, str(error).strip().partition("\n")[0]
+    if not all(model.group.gather_values(agree)):
+        model.layer_traces = None
+        said = f"Traced layers are not used, which costs speed ({reason}); please report it."
+        warnings.warn(said, stacklevel=3)
 
 
 def _agree(expected: mx.array, found: mx.array) -> bool:

@@ -27,6 +27,7 @@ from .head import Head
 from .kv_cache import Prefix
 from .layers import Layer, SelfConditioning
 from .masks import Narrow
+from .traced.layer import LayerTraces
 from .traced.token import TokenPass
 from .vision import Projector, VisionTower
 
@@ -91,6 +92,7 @@ class DiffusionGemma(nn.Module):
         self._apply: Callable[..., mx.array] = Layer.__call__  # called with (layer, h, scalar, context)
         self.uses_kernels = False  # custom kernels, which have no gradient; training mode computes without them
         self.token_pass: TokenPass | None = None  # replays traces of passes over one token; None: none are made
+        self.layer_traces: LayerTraces | None = None  # replays traces of single layers; None: none are made
         self.kv_bits: int | None = None  # of the prefix in full layers; None, and in training mode: not quantized
         self.low_memory = False  # save memory at the price of time
         self._dtype: mx.Dtype | None = None  # of activations; set where the embedding's weights do not tell it
@@ -107,6 +109,7 @@ class DiffusionGemma(nn.Module):
         self._group = group
         for layer in self.model.decoder.layers:
             layer._group = group
+        self._forget_traces()
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -205,11 +208,19 @@ class DiffusionGemma(nn.Module):
         """From now on replay traces of passes over one token."""
         self.token_pass = TokenPass(self._run_ahead, self.config.text.layer_types)
 
+    def trace_layers(self) -> None:
+        """From now on replay traces of the layers of passes over a canvas, or over tokens ahead."""
+        self.layer_traces = LayerTraces(Layer.__call__)
+
     def train(self, mode: bool = True) -> nn.Module:
         """As of any module; traces are dropped with the weights that they hold."""
-        if self.token_pass is not None:
-            self.token_pass.forget()
+        self._forget_traces()
         return super().train(mode)
+
+    def _forget_traces(self) -> None:
+        for traces in (self.token_pass, self.layer_traces):
+            if traces is not None:
+                traces.forget()
 
     def _run_ahead(self, tokens: mx.array, prefixes: Sequence[Any], masks: list[dict]) -> mx.array:
         """As `encode_ahead`, with masks that were made."""
@@ -336,6 +347,9 @@ class DiffusionGemma(nn.Module):
             rope_offset = mx.array(offsets)
         length = narrow.length if narrow else h.shape[1]
         turns = self.turns(rope_offset, length, narrow) if self._with_kernels else {}
+        apply = self._apply
+        if self.layer_traces is not None and not self.training and apply is Layer.__call__:
+            apply = self.layer_traces
         layers: Sequence[Layer] = self.model.decoder.layers
         scalars = [layer.layer_scalar for layer in layers]
         if encoder:
@@ -347,7 +361,7 @@ class DiffusionGemma(nn.Module):
             context = LayerContext(
                 caches, offsets, [mask[kind] for mask in masks], rope_offset, canvas, turns.get(kind), narrow
             )
-            h = self._apply(layer, h, scalar, context)
+            h = apply(layer, h, scalar, context)
             if queue is not None:
                 queue.add(*(stage for cache in caches for stage in cache.stages), h)
         return self.model.decoder.norm(h)

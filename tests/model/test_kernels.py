@@ -12,7 +12,7 @@ from support import FULL, SLIDING, engine_of, random_tokens, small_model
 
 from mlx_dgemma.checkpoint import build
 from mlx_dgemma.distributed.group import Group
-from mlx_dgemma.model import attention, experts, head, tiling
+from mlx_dgemma.model import attention, experts, head, kv_cache, tiling
 from mlx_dgemma.model.cache.quantized import Part
 from mlx_dgemma.model.kernels import launch as kernels
 from mlx_dgemma.model.masks import Mask, Narrow
@@ -319,13 +319,47 @@ def test_a_traced_pass_with_kernels(monkeypatch):
     assert mx.abs(states() - expected).max() < 1e-4 and model.token_pass.trusted
 
 
+def test_replayed_layers_with_kernels(monkeypatch):
+    """Behind a full ring a trace serves every offset; tokens ahead are traced, alone and in rows."""
+    monkeypatch.setattr(mx, "compile", lambda function, **_: function)
+    monkeypatch.setattr(kv_cache, "BUFFER_STEP", 16)
+    model = small_model(4, layers=(SLIDING, SLIDING, FULL))
+    model.eval()
+    model.uses_kernels = True
+
+    def states():
+        prefix, found = model.new_prefix(), []
+        model.encode(random_tokens(0, 1, 7), prefix)  # the window is 5
+        for seed in range(2):
+            found += [model.denoise(random_tokens(seed, 1, 4), prefix)]
+            model.encode(random_tokens(0, 1, 4), prefix)
+        other = prefix.fork()
+        for size in (1, 3):
+            found += [model.encode_ahead(random_tokens(size, 2, size), [prefix, other])]
+            prefix.accept(1)
+            other.accept(size)
+        return [*found, *prefix.state, *other.state]
+
+    expected = states()
+    model.trace_layers()
+    assert all(mx.array_equal(a, b) for a, b in zip(states(), expected, strict=True))
+    kinds = [key[0] for key in model.layer_traces._traces]
+    assert kinds.count(0) == 1 + 1  # sliding layers: of all canvases, and of one token ahead; three pass the window
+    assert kinds.count(1) == 2 + 2  # full layers
+
+
 def test_kernels_are_used_where_they_agree_and_else_refused_aloud(monkeypatch):
+    monkeypatch.setattr(mx, "compile", lambda function, **_: function)
     model = small_model(4, layers=(SLIDING, FULL))
     build.choose_kernels(model)
     assert not model.uses_kernels  # on the CPU
     monkeypatch.setattr(build, "on_cpu", lambda: False)
     build.choose_kernels(model)
-    assert model.uses_kernels
+    assert model.uses_kernels and model.layer_traces._traces
+    monkeypatch.setattr(mx, "compile", lambda function, **_: lambda *given: (-(made := function(*given))[0], *made[1:]))
+    with pytest.warns(UserWarning, match=r"^Traced layers are not used, .* \(they compute something else here\)"):
+        build.choose_kernels(model)
+    assert model.uses_kernels and model.layer_traces is None
     right = kernels.route
     monkeypatch.setattr(kernels, "route", lambda scores, scales, k: right(-scores, scales, k))
     with pytest.warns(UserWarning, match=r"^Custom kernels are not used, .* \(they compute something else here\)"):

@@ -3,12 +3,16 @@
 import weakref
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from support import random_tokens, small_model
 
+from mlx_dgemma.adapters.deltas import add_adapter, target_paths
+from mlx_dgemma.distributed.group import Group
 from mlx_dgemma.model import kv_cache
-from mlx_dgemma.model.traced import token
+from mlx_dgemma.model.masks import Narrow
+from mlx_dgemma.model.traced import layer, token
 from mlx_dgemma.model.traced.prefix import TracedKV
 
 
@@ -115,3 +119,98 @@ def test_slots_are_at_most_an_eighth_more(monkeypatch):
         assert count <= token.rounded(count) <= max(count * 9 // 8 + 8, 8)
     monkeypatch.setattr(token, "BUFFER_STEP", 256)
     assert len({token.rounded(count) for count in range(1, 2**18, 16)}) < 110
+
+
+def with_layer_traces(**changes):
+    model = small_model(3, scale=0.2, **changes)
+    model.eval()
+    model.trace_layers()
+    return model
+
+
+def canvases(model, length):
+    """States of passes over whole and narrow canvases behind one and two prompts, and what the prefixes hold."""
+    prefixes, found = [model.new_prefix(), model.new_prefix()], []
+    for prefix, more in zip(prefixes, (0, 3)):
+        model.encode(random_tokens(1, 1, length + more), prefix)
+    state = mx.random.normal((2, 4, model.config.text.hidden_size), key=mx.random.key(0))
+    for seed in range(2):
+        canvas = random_tokens(seed, 2, 4)
+        found.append(model.denoise(canvas[:1], prefixes[0]))
+        found.append(model.denoise(canvas[1:, :3], prefixes[0], state[1:, :3], narrow=Narrow((3,), 4)))
+        found.append(model.denoise(canvas, prefixes, state))
+        for widths in ((2, 3), (3, 2)):
+            found.append(model.denoise(random_tokens(4, 1, 5), prefixes, narrow=Narrow(widths, 4)))
+        model.encode(canvas[:1], prefixes[0])
+    return [*found, *(a for prefix in prefixes for a in prefix.state)]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """A list that grows by every trace of a layer that is made."""
+    found, build = [], layer.LayerTraces._traced
+    monkeypatch.setattr(layer.LayerTraces, "_traced", lambda *given: found.append(1) or build(*given))
+    return found
+
+
+@pytest.mark.parametrize("length", [2, 21])  # the window is 5
+def test_replayed_layers_change_no_bit(length, made):
+    expected = canvases(model_of(False), length)
+    assert not made
+    found = canvases(with_layer_traces(), length)
+    assert all(a.shape == b.shape and mx.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(made) == 10 * 2  # of each pass one for each type of layer
+
+
+def test_other_layers_have_no_trace(made):
+    model, canvas = with_layer_traces(), random_tokens(2, 1, 4)
+    prefix, padded, model.kv_bits = model.new_prefix(), model.new_prefix(), 8
+    model.denoise(canvas, prefix)  # behind nothing
+    model.encode(random_tokens(1, 1, 6), prefix)
+    model.encode_ahead(canvas, [prefix])  # whose masks are arrays
+    model.encode(random_tokens(1, 1, 6), padded, mask=np.arange(6)[None] > 1)
+    model.denoise(canvas, padded)
+    model.train()
+    model.denoise(canvas, prefix)
+    model.eval()
+    apply, model._apply = model._apply, lambda layer, *given: layer(*given)
+    model.denoise(canvas, prefix)  # another way of computing layers
+    model._apply = apply
+    assert not made
+    paths = target_paths(model, ("attention",), 1)
+    add_adapter(model, paths, 2, 1.0, 0.0, False, mx.random.key(0))
+    model.denoise(canvas, prefix)
+    assert len(made) == 1  # of the sliding layers: the last one has the adapter
+    model.denoise(canvas, prefix)
+    assert len(made) == 1
+
+
+def test_traces_follow_what_a_model_becomes():
+    """New numbers, other modules and another group in layers that have been traced already."""
+    model, canvas = with_layer_traces(), random_tokens(2, 1, 4)
+    prefix = model.new_prefix()
+    model.encode(random_tokens(1, 1, 6), prefix)
+    layers, asked = model.model.decoder.layers, []
+
+    class Doubling(Group):
+        def sum(self, x):
+            asked.append(1)
+            return 2 * x
+
+    def agree(model):
+        found, traces = model.denoise(canvas, prefix), model.layer_traces
+        model.layer_traces = None
+        expected, model.layer_traces = model.denoise(canvas, prefix), traces
+        return mx.array_equal(found, expected)
+
+    assert agree(model)
+    layers[1].mlp.gate_proj.weight = -layers[1].mlp.gate_proj.weight
+    assert agree(model)
+    norm = layers[0].input_layernorm = nn.RMSNorm(16, eps=1.0)
+    norm.weight = 3 * norm.weight
+    assert agree(model)
+    model.join(Doubling())
+    assert agree(model) and asked
+    held = weakref.ref(model)
+    del model
+    assert held() is None
