@@ -105,4 +105,5 @@ def alive(pid):
 if __name__ == "__main__":
     supervisor.TICK_SECONDS, supervisor.NEWS_SECONDS, supervisor.END_SECONDS = 0.1, 0.2, 0.3
     meeting.JOIN_SECONDS = 4.0
-    sys.exit(supervisor.Supervisor(place_of(), [sys.executable, "-IS", "-c", sys.argv[1]]).run())
+    facts = [meeting.Fact("MLX", os.environ.get(f"MLX_OF_{place_of().rank}"), "install the same version")]
+    sys.exit(supervisor.Supervisor(place_of(), [sys.executable, "-IS", "-c", sys.argv[1]], facts).run())

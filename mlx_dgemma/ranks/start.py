@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..distributed.launched import CHILD, place_of
+from ..distributed.meeting import Fact
 from ..distributed.watched import watched
 
 if TYPE_CHECKING:
@@ -34,7 +39,31 @@ def take_part() -> int | None:
         return None
     from ..distributed.supervisor import supervise
 
-    return supervise(place)
+    return supervise(place, facts_of(sys.argv[1:], os.environ))
+
+
+def facts_of(arguments: Sequence[str], environment: Mapping[str, str]) -> list[Fact]:
+    """In what the ranks of a command line must be equal, as far as it shows before anything heavy is imported."""
+    from ..checkpoint.find import digest_of_path
+
+    model, words = environment.get("MLX_DGEMMA_MODEL"), list(arguments)
+    for word, following in zip(words, [*words[1:], None]):
+        if word == "--":
+            break
+        if word in ("-m", "--model"):
+            model = following
+        elif attached := re.fullmatch(r"(?:--model=|-m)(.+)", word):
+            model = attached[1]
+    install = "install the same version on every machine"
+    found = digest_of_path(model) if model else None
+    return [
+        Fact("mlx-dgemma", __version__, install),
+        Fact("MLX", metadata.version("mlx"), install),
+        Fact(
+            "the checkpoint", found and found[:12],
+            f"copy rank 0's {model} to its machine, or remove it there to have it sent",
+        ),
+    ]  # fmt: skip
 
 
 def load(name: str | None, whole: bool = False, **keywords: Any) -> Engine:
