@@ -14,22 +14,22 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from rank_faults import faults
+from rank_processes import LIMIT, Ranks, children
 
 import mlx_dgemma
 from mlx_dgemma.ranks.start import load, take_part
@@ -45,85 +45,6 @@ MODES: dict[str, dict[str, Any]] = {
 }
 TURNS = ("Spell the word frog.", "Spell the word dog.", "What is 25 + 31?")
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
-ENDLESS = [
-    "generate",
-    "Count from 3 to 300.",
-    "--max-tokens",
-    "4000",
-    "--patience",
-    "0",
-    "--max-denoising-steps",
-    "999",
-]
-ENDLESS += ["--confidence-threshold", "0", "--certainty-threshold", "0", "--seed", "1"]
-LIMIT = 15.0  # seconds within which all must have ended
-
-
-class Ranks:
-    """The same command as so many ranks; use it as a context, which leaves no process."""
-
-    def __init__(self, count: int, command: list[str], folders: Sequence[Path] = (), ports: Sequence[int] = ()):
-        self._file = tempfile.NamedTemporaryFile("w", suffix=".json")  # noqa: SIM115
-        self.ports = list(ports) or free_ports(count)
-        json.dump([[f"127.0.0.1:{port}"] for port in self.ports], self._file)
-        self._file.flush()
-        self.logs = [tempfile.NamedTemporaryFile("w+", suffix=".log") for _ in range(count)]  # noqa: SIM115
-        self.processes = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, "MLX_HOSTFILE": self._file.name, "MLX_RANK": str(rank)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                stderr=self.logs[rank],
-                cwd=folders[rank] if folders else None,
-                text=True,
-            )
-            for rank in range(count)
-        ]
-
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for pid in self.pids():
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-
-    def log(self, rank: int = 0) -> str:
-        """What a rank wrote to stderr."""
-        return Path(self.logs[rank].name).read_text(errors="replace")
-
-    def pids(self) -> list[int]:
-        """All processes: those that watch, and the ranks."""
-        watching = [one.pid for one in self.processes]
-        return [*watching, *(child for one in watching for child in children(one))]
-
-    def wait(self, seconds: float) -> list[int | None]:
-        """Exit codes; None: still there after so long."""
-        deadline = time.monotonic() + seconds
-        for one in self.processes:
-            with suppress(subprocess.TimeoutExpired):
-                one.wait(max(deadline - time.monotonic(), 0.1))
-        return [one.returncode for one in self.processes]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def children(pid: int) -> list[int]:
-    every = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in every.splitlines()]
-    return [child for child, parent in pairs if parent == pid]
-
-
-def alive(pid: int) -> bool:
-    stat = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-    return bool(stat.strip()) and not stat.startswith("Z")
 
 
 # Answers: one process makes them, once; then this program is the command of every rank, and rank 0 compares.
@@ -298,77 +219,6 @@ def answers(args: argparse.Namespace) -> dict:
         print(f"{count} ranks left {len(missing)} unanswered: {missing[:5]}", flush=True)
         print(f"{count} ranks took {time.perf_counter() - started:.0f} s", flush=True)
     return found
-
-
-# Faults.
-
-
-def fault_of(name: str, strike: Any, wait: float, model: str = "", **where: Any) -> dict:
-    """Start two ranks, strike after a while, and see how they end."""
-    command = [sys.executable, "-m", "mlx_dgemma", *ENDLESS, *(["--model", model] if model else [])]
-    with Ranks(2, command, **where) as ranks:
-        time.sleep(wait)
-        pids = ranks.pids()
-        started = time.monotonic()
-        if strike is not None:
-            strike(ranks)
-        codes = ranks.wait(60)
-        seconds = time.monotonic() - started
-        time.sleep(0.2)
-        left = [pid for pid in pids if alive(pid)]
-        said = [line for log in (ranks.log(0), ranks.log(1)) for line in log.splitlines() if "Error" in line]
-        others = [line for line in ranks.log(0).splitlines() if "Error" not in line and "bundled demo" not in line]
-    good = len(said) == 1 and not left and seconds <= LIMIT and 1 in codes and not others
-    verdict = "good" if good else "BAD "
-    print(f"{verdict} {name}: {seconds:.1f} s, codes {codes}, {len(left)} left; {' | '.join(said)}", flush=True)
-    for line in others[:5]:
-        print(f"     beside it: {line}")
-    return {"fault": name, "good": good, "seconds": round(seconds, 1), "codes": codes, "said": said}
-
-
-def hit(rank: int, child: bool, number: int, ranks: Ranks) -> None:
-    pid = ranks.processes[rank].pid
-    os.kill((children(pid) or [pid])[0] if child else pid, number)
-
-
-def faults(args: argparse.Namespace) -> list[dict]:
-    import mlx_dgemma.checkpoint.find as find
-
-    def fault(name: str, *how: Any, **where: Any) -> dict:
-        return fault_of(name, *how, **where) if args.only in name else {}
-
-    chance, found = random.Random(args.seed), []
-    for i in range(args.kills):
-        rank, child, wait = chance.randrange(2), chance.random() < 0.7, chance.uniform(0, args.latest)
-        who = f"{'rank' if child else 'watcher of rank'} {rank}"
-        found.append(fault(f"kill -9 {i + 1}, {who}, at {wait:.1f} s", partial(hit, rank, child, signal.SIGKILL), wait))
-    for rank, child in ((1, True), (0, True), (1, False)):
-        who = f"{'rank' if child else 'watcher of rank'} {rank}"
-        found.append(fault(f"SIGSTOP, {who}", partial(hit, rank, child, signal.SIGSTOP), args.latest))
-    for rank in (0, 1):
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            ports = free_ports(2)
-            ports[rank] = taken.getsockname()[1]
-            found.append(fault(f"the port of rank {rank} in use", None, 0, ports=ports))
-    with tempfile.TemporaryDirectory() as folder:
-        folders = [Path(folder, str(rank)) for rank in (0, 1)]
-        for one in folders:
-            shutil.copytree(find.DEMO, one / "model")
-        settings = folders[1] / "model" / "generation_config.json"
-        settings.write_text(settings.read_text().replace("0.005", "0.006"))
-        found.append(fault("unequal checkpoints", None, 0, "model", folders=folders))
-    with tempfile.TemporaryDirectory() as folder:  # `python -m` looks into the current folder first
-        package, other = Path(mlx_dgemma.__file__).parent, Path(folder, "mlx_dgemma")
-        shutil.copytree(package, other, ignore=shutil.ignore_patterns("__pycache__"))
-        told = f'__version__ = "{mlx_dgemma.__version__}"'
-        (other / "__init__.py").write_text((other / "__init__.py").read_text().replace(told, '__version__ = "9.9"'))
-        found.append(fault("unequal versions of mlx-dgemma", None, 0, folders=(Path.cwd(), Path(folder))))
-    with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder, "mlx-9.9.dist-info", "METADATA")
-        told.parent.mkdir()
-        told.write_text("Metadata-Version: 2.1\nName: mlx\nVersion: 9.9\n")
-        found.append(fault("unequal versions of MLX", None, 0, folders=(Path.cwd(), Path(folder))))
-    return [one for one in found if one]
 
 
 # The soak.

@@ -39,7 +39,8 @@ def load_model(
     """
     notes = list(checkpoint.notes)
     check_kv_bits(checkpoint.config.text, kv_bits)
-    dtype, dequantize = group.share(memory.resolve_dtype(checkpoint, dtype, dequantize, group.size))
+    chosen = together(group, lambda: memory.resolve_dtype(checkpoint, dtype, dequantize, group.size))
+    dtype, dequantize = group.share(chosen)
     if on_cpu():
         how = f"{'dequantized to' if dequantize else 'computed in'} {dtype}"
         how += ", the fastest there" if dtype == "float32" else ""

@@ -59,12 +59,14 @@ def digest(folder: Path, tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def digest_of_path(name: str) -> str | None:
-    """The digest of a checkpoint by its path; None: there is none, or it is broken, or this is a Hub id."""
+    """The digest of a checkpoint by its path; None: there is none, or this is a Hub id.
+
+    Raises:
+        CheckpointError: it is broken.
+        OSError: a file cannot be read.
+    """
     folder = Path(name).expanduser()
-    try:
-        return digest(folder, read_tensors(folder)) if folder.is_dir() else None
-    except (CheckpointError, OSError):
-        return None
+    return digest(folder, read_tensors(folder)) if folder.is_dir() else None
 
 
 def _named(name: str | os.PathLike | None) -> str:

@@ -20,36 +20,40 @@ def open_together(path: str | os.PathLike | None, group: Group) -> Checkpoint:
     A rank that does not find it takes a copy that it was sent before, else rank 0 sends its folder.
 
     Raises:
-        CheckpointError: rank 0 does not have it, or a rank has another one, on every rank.
+        CheckpointError: rank 0 does not have it, or a rank has another or a broken one, on every rank.
         CircumstanceError: the ranks' versions differ.
     """
     if group.size == 1:
         return Checkpoint.open(find(path))
     check_versions(group)
-    found: Checkpoint | None = None
-    problem: DgemmaError | None = None
-    try:
-        found = Checkpoint.open(find(path))
-    except DgemmaError as error:
-        problem = error
 
-    def of_rank_0() -> None:
-        if group.rank == 0 and problem is not None:
-            raise problem
+    def opened() -> Checkpoint | None:
+        try:
+            folder = find(path)
+        except DgemmaError:
+            if group.rank == 0:
+                raise
+            return None
+        return Checkpoint.open(folder)
 
-    together(group, of_rank_0)
-    wanted, name = group.share([digest_of(found), found.path.name] if found else None)
+    found = together(group, opened)
+    mine = together(group, lambda: [digest_of(found), found.path.name] if found else None)
+    wanted, name = group.share(mine)
     kept = cache_folder() / "ranks" / wanted / name
-    if found is None and kept.exists():
-        found = Checkpoint.open(kept)
+    found = together(group, lambda: Checkpoint.open(kept) if found is None and kept.exists() else found)
     if any(group.gather_values(found is None)):
         source = found.path if found is not None else kept
         names = files_of(found) if found is not None and group.rank == 0 else []
         send_folder(group, source, names, kept if found is None else None)
-        if found is None:
-            found = Checkpoint.open(kept)
-            note = f"{human(found.nbytes)} were received from rank 0 and are kept in {kept}."
-            found = replace(found, notes=(*found.notes, note))
+
+        def received() -> Checkpoint:
+            if found is not None:
+                return found
+            new = Checkpoint.open(kept)
+            note = f"{human(new.nbytes)} were received from rank 0 and are kept in {kept}."
+            return replace(new, notes=(*new.notes, note))
+
+        found = together(group, received)
 
     def checked() -> Checkpoint:
         assert found is not None

@@ -59,7 +59,9 @@ class Peer:
         return f"Rank {self.rank} (process {self.processes[0]} on {self.host})"
 
 
-def meet(place: Place, command: list[str], check: Callable[[], None], facts: Sequence[Fact] = ()) -> list[Peer]:
+def meet(
+    place: Place, command: list[str], check: Callable[[], None], facts: Sequence[Fact] = (), trouble: str = ""
+) -> list[Peer]:
     """The peers of this rank: all others on rank 0, rank 0 alone on the others.
 
     Args:
@@ -67,6 +69,7 @@ def meet(place: Place, command: list[str], check: Callable[[], None], facts: Seq
         command: that all ranks were started with.
         check: called now and then; it raises to give up.
         facts: about this rank.
+        trouble: why this rank cannot take part; rank 0 says so for it.
 
     Raises:
         CircumstanceError: a port is taken, a rank does not come in time, it belongs to another group, or a fact
@@ -81,7 +84,7 @@ def meet(place: Place, command: list[str], check: Callable[[], None], facts: Seq
     }
     deadline = time.monotonic() + JOIN_SECONDS
     if place.rank:
-        return [_find_first(place, hello, deadline, check)]
+        return [_find_first(place, hello, deadline, check, trouble)]
     return _gather(place, hello, deadline, check, facts)
 
 
@@ -145,13 +148,12 @@ def _introduced(lines: Lines, place: Place, hello: dict, facts: Sequence[Fact]) 
     return Peer(first["rank"], lines, str(first["host"]), lines.local, [int(first["process"])])
 
 
-def _find_first(place: Place, hello: dict, deadline: float, check: Callable[[], None]) -> Peer:
-    trouble = ""
+def _find_first(place: Place, hello: dict, deadline: float, check: Callable[[], None], trouble: str) -> Peer:
     try:
         for address in place.own:
             _listener(place, address).close()
     except CircumstanceError as error:
-        trouble = str(error)
+        trouble = trouble or str(error)
     while True:
         check()
         try:

@@ -39,9 +39,9 @@ class _Ended(Exception):
         self.code, self.sentence = code, sentence
 
 
-def supervise(place: Place, facts: Sequence[Fact]) -> int:
-    """Run this command as a rank's child, watched; returns its exit code. Ranks whose facts differ are refused."""
-    return Supervisor(place, [sys.executable, *sys.orig_argv[1:]], facts).run()
+def supervise(place: Place, facts: Sequence[Fact], trouble: str = "") -> int:
+    """Run this command as a rank's child, watched; returns its exit code. Takes what `Supervisor` takes."""
+    return Supervisor(place, [sys.executable, *sys.orig_argv[1:]], facts, trouble).run()
 
 
 class Supervisor:
@@ -51,10 +51,11 @@ class Supervisor:
         place: of the rank.
         command: of the child.
         facts: in which all ranks must be equal.
+        trouble: why this rank cannot take part; that of rank 0 is left to its child.
     """
 
-    def __init__(self, place: Place, command: list[str], facts: Sequence[Fact] = ()):
-        self._place, self._command, self._facts = place, command, facts
+    def __init__(self, place: Place, command: list[str], facts: Sequence[Fact] = (), trouble: str = ""):
+        self._place, self._command, self._facts, self._trouble = place, command, facts, trouble
         self._peers: list[Peer] = []
         self._child: subprocess.Popen[bytes] | None = None
         self._link: Lines | None = None
@@ -78,7 +79,7 @@ class Supervisor:
             for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
                 signal.signal(one, lambda number, _: self._signals.append(number))
             try:
-                self._peers = meet(self._place, self._command, self._give_up, self._facts)
+                self._peers = meet(self._place, self._command, self._give_up, self._facts, self._trouble)
                 self._start()
                 self._next_tick = time.monotonic() + TICK_SECONDS
                 while True:

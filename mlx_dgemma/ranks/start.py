@@ -13,6 +13,7 @@ from .. import __version__
 from ..distributed.launched import CHILD, place_of
 from ..distributed.meeting import Fact
 from ..distributed.watched import watched
+from ..errors import DgemmaError, failure
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -39,11 +40,21 @@ def take_part() -> int | None:
         return None
     from ..distributed.supervisor import supervise
 
-    return supervise(place, facts_of(sys.argv[1:], os.environ))
+    trouble = ""
+    try:
+        facts = facts_of(sys.argv[1:], os.environ)
+    except (DgemmaError, OSError) as error:  # rank 0's command tells its own
+        facts, trouble = [], failure(place.rank, error)
+    return supervise(place, facts, trouble)
 
 
 def facts_of(arguments: Sequence[str], environment: Mapping[str, str]) -> list[Fact]:
-    """In what the ranks of a command line must be equal, as far as it shows before anything heavy is imported."""
+    """In what the ranks of a command line must be equal, as far as it shows before anything heavy is imported.
+
+    Raises:
+        CheckpointError: the checkpoint is broken.
+        OSError: one of its files cannot be read.
+    """
     from ..checkpoint.find import digest_of_path
 
     model, words = environment.get("MLX_DGEMMA_MODEL"), list(arguments)

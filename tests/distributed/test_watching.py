@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 
 import pytest
@@ -90,7 +91,7 @@ def test_a_rank_of_another_version_is_refused_before_it_starts(tmp_path):
         assert ranks.processes[1].returncode == 1 and not ranks.children()
 
 
-def test_checkpoints_are_told_apart_by_their_paths_alone(tmp_path):
+def test_checkpoints_are_told_apart_before_ranks_start(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         for file in DEMO.iterdir():
@@ -107,8 +108,17 @@ def test_checkpoints_are_told_apart_by_their_paths_alone(tmp_path):
     held.write_text(text.replace("0.005", "0.006"))
     values = told("--model", one), told(f"-m{one}", "--", "--model", other), told(MLX_DGEMMA_MODEL=str(one))
     assert set(values) == {told(f"--model={one}", MLX_DGEMMA_MODEL=str(other))} != {told("-m", other)}
+    assert told("-m", tmp_path / "none") is told("-m", "a/b") is told() is None
     (other / "model.safetensors").unlink()
-    assert told("-m", other) is told("-m", tmp_path / "none") is told("-m", "a/b") is told() is None
+    for rank, name in enumerate(("one", "other")):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "model").symlink_to(tmp_path / name)
+    command = [sys.executable, "-m", "mlx_dgemma", "info", "-m", "model"]
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    folders = tmp_path / "0", tmp_path / "1"
+    with Ranks(tmp_path, [None] * 2, command=command, env=environment, folders=folders) as ranks:
+        wanted = "Error: Rank 1: The shard model/model.safetensors is missing; download it again.\n"
+        assert ranks.ended() == (1, wanted)
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path):
