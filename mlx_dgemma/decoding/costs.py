@@ -172,7 +172,9 @@ def random_prefix(model: DiffusionGemma, length: int) -> Prefix:
     decoder, kinds = model.model.decoder, model.config.text.layer_types
     for own, layer, kind in zip(decoder.layers, prefix.layers, kinds):
         _, dim = model.config.text.kv_shape(kind)
-        heads = own.self_attn.k_proj.weight.shape[0] // dim  # of several ranks, this one's
+        projection = own.self_attn.k_proj
+        projection = projection.get("linear", projection)  # which an adapter wraps
+        heads = projection.weight.shape[0] // dim  # of several ranks, this one's
         shape = 1, heads, layer.used(length), dim
         keys, values = (mx.random.normal(shape, key=next(random)).astype(model.dtype) for _ in range(2))
         layer.extend(keys, values, 0)

@@ -150,11 +150,3 @@ def test_launchers_are_told_from_their_variables(tmp_path):
 def test_a_backend_that_is_not_there_is_a_sentence():
     with pytest.raises(CircumstanceError, match=r"could not be joined by MLX's backend nccl .*mlx\.launch -n N"):
         init("nccl")
-
-
-def test_adapters_are_refused_beside_ranks():
-    def work(group):
-        with pytest.raises((OptionError, CheckpointError), match=r"cannot be dealt to 2 ranks; fuse it"):
-            mlx_dgemma.load(DEMO, adapter="some", group=group)
-
-    on_threads(2, work)
