@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from ..checkpoint.slices import Cut
@@ -114,17 +115,15 @@ def dealt(adapter: Adapter, cut_of: Callable[[str], Cut | None]) -> Adapter:
     def of(path: str, delta: Delta) -> Delta:
         cut = cut_of(path)
         if cut is not None and id(delta) not in done:
-            kept = mx.concatenate([mx.arange(*span) for span in cut.spans])
+            kept = np.concatenate([np.arange(*span) for span in cut.spans])
             if cut.axis == -1:
-                done[id(delta)] = replace(delta, a=mx.take(delta.a, kept, axis=-1))
+                done[id(delta)] = replace(delta, a=mx.array(np.asarray(delta.a)[..., kept]))
             else:
-                done[id(delta)] = replace(delta, b=mx.take(delta.b, kept, axis=-2))
+                done[id(delta)] = replace(delta, b=mx.array(np.asarray(delta.b)[..., kept, :]))
         return done.get(id(delta), delta)
 
     modes = adapter.encode, adapter.denoise
-    held = Adapter(*({path: of(path, delta) for path, delta in one.items()} for one in modes))
-    mx.eval([[delta.a, delta.b] for delta in done.values()])
-    return held
+    return Adapter(*({path: of(path, delta) for path, delta in one.items()} for one in modes))
 
 
 def apply(model: DiffusionGemma, adapter: Adapter) -> None:
