@@ -23,6 +23,7 @@ from .decoding.loop import Loop
 from .decoding.options import GenerationOptions
 from .decoding.request import Request
 from .decoding.session import Session
+from .distributed.agreement import together
 from .distributed.group import ALONE, Group
 from .model import device
 from .model.config import ModelConfig
@@ -86,8 +87,7 @@ class Engine:
     @cached_property
     def builder(self) -> PromptBuilder:
         """What makes requests of prompts for this checkpoint."""
-        video_tokens = self.checkpoint.processor.video_tokens
-        shared = self.options, video_tokens, self.costs, self.model.group.draw_seed
+        shared = self.options, self.checkpoint.processor.video_tokens, self.costs, self.model.group.draw_seed
         return PromptBuilder(self.tokenizer, self.config, *shared)
 
     def session(self) -> Session:
@@ -293,7 +293,7 @@ def load(
     """
     started = time.perf_counter()
     checkpoint = open_together(path, group)
-    tokenizer = load_tokenizer(checkpoint) if tokenizer is None else tokenizer
+    tokenizer = together(group, lambda: load_tokenizer(checkpoint) if tokenizer is None else tokenizer)
     choices = dtype, adapter, dequantize, ignore_memory, compute_dtype, kv_bits, low_memory, group
     model, folder, notes = load_model(checkpoint, *choices)
     options, more = own_options(checkpoint, tokenizer, model.config.text.vocab_size, folder)

@@ -34,6 +34,16 @@ def as_exception(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
 
 
+def failure(rank: int, error: BaseException) -> str:
+    """The sentence about a rank that an error has ended."""
+    if isinstance(error, DgemmaError):
+        return f"Rank {rank}: {error}"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"Rank {rank} has failed ({error.strerror}: {error.filename})."
+    text = " ".join(str(error).split())
+    return f"Rank {rank} has failed ({type(error).__name__}{f': {text}' if text else ''})."
+
+
 class DgemmaError(Exception):
     """Base of every error below; the command line prints its message and exits with `exit_code`."""
 

@@ -34,7 +34,7 @@ def free_ports(count):
 class Ranks:
     """Some ranks, and what they said; all are gone when the context is left."""
 
-    def __init__(self, folder, codes, ports=None, missing=(), command=None, size=None, env=None):
+    def __init__(self, folder, codes, ports=None, missing=(), command=None, size=None, env=None, folders=None):
         self.told, hosts = folder / "told", folder / "hosts.json"
         self.told.write_text("")
         self.ports = ports or free_ports(size or len(codes))
@@ -45,6 +45,7 @@ class Ranks:
             rank: subprocess.Popen(
                 command or [sys.executable, __file__, code],
                 env={**environment, "MLX_RANK": str(rank)},
+                cwd=folders and folders[rank],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -105,4 +106,5 @@ def alive(pid):
 if __name__ == "__main__":
     supervisor.TICK_SECONDS, supervisor.NEWS_SECONDS, supervisor.END_SECONDS = 0.1, 0.2, 0.3
     meeting.JOIN_SECONDS = 4.0
-    sys.exit(supervisor.Supervisor(place_of(), [sys.executable, "-IS", "-c", sys.argv[1]]).run())
+    facts = [meeting.Fact("MLX", os.environ.get(f"MLX_OF_{place_of().rank}"), "install the same version")]
+    sys.exit(supervisor.Supervisor(place_of(), [sys.executable, "-IS", "-c", sys.argv[1]], facts).run())

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 
+from ..checkpoint.slices import Cut
 from ..errors import CheckpointError, OptionError
 from ..model.diffusion_gemma import DiffusionGemma
 from ..upstream import DoRALinear, LoRALinear, LoRASwitchLinear, QuantizedSwitchLinear, SwitchLinear
@@ -99,6 +101,29 @@ class Adapter:
         """Size of all arrays in bytes; deltas that both modes share count once."""
         unique = {id(delta): delta for deltas in (self.encode, self.denoise) for delta in deltas.values()}
         return sum(delta.nbytes for delta in unique.values())
+
+
+def dealt(adapter: Adapter, cut_of: Callable[[str], Cut | None]) -> Adapter:
+    """What a rank holds of a LoRA: of b what it holds of its layer's outputs, of a what it holds of the inputs.
+
+    Args:
+        adapter: the whole.
+        cut_of: what the rank holds of the weight of a module, by path; None: all of it.
+    """
+    done: dict[int, Delta] = {}
+
+    def of(path: str, delta: Delta) -> Delta:
+        cut = cut_of(path)
+        if cut is not None and id(delta) not in done:
+            kept = np.concatenate([np.arange(*span) for span in cut.spans])
+            if cut.axis == -1:
+                done[id(delta)] = replace(delta, a=mx.array(np.asarray(delta.a)[..., kept]))
+            else:
+                done[id(delta)] = replace(delta, b=mx.array(np.asarray(delta.b)[..., kept, :]))
+        return done.get(id(delta), delta)
+
+    modes = adapter.encode, adapter.denoise
+    return Adapter(*({path: of(path, delta) for path, delta in one.items()} for one in modes))
 
 
 def apply(model: DiffusionGemma, adapter: Adapter) -> None:

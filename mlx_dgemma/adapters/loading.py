@@ -7,12 +7,13 @@ from os import PathLike
 from pathlib import Path
 
 from ..checkpoint import memory
-from ..checkpoint.build import build
+from ..checkpoint.build import build, empty_model, slices_of
 from ..checkpoint.folder import Checkpoint
 from ..convert.recipes import RECIPES
-from ..distributed.agreement import together
+from ..distributed.agreement import check_equal, together
 from ..distributed.group import ALONE, Group
-from ..errors import OptionError
+from ..distributed.transfer import written
+from ..errors import CircumstanceError, OptionError
 from ..model.cache.quantized import check as check_kv_bits
 from ..model.device import on_cpu
 from ..model.diffusion_gemma import DiffusionGemma
@@ -39,20 +40,18 @@ def load_model(
     """
     notes = list(checkpoint.notes)
     check_kv_bits(checkpoint.config.text, kv_bits)
-    dtype, dequantize = group.share(memory.resolve_dtype(checkpoint, dtype, dequantize, group.size))
+    chosen = together(group, lambda: memory.resolve_dtype(checkpoint, dtype, dequantize, group.size))
+    dtype, dequantize = group.share(chosen)
     if on_cpu():
         how = f"{'dequantized to' if dequantize else 'computed in'} {dtype}"
         how += ", the fastest there" if dtype == "float32" else ""
         if checkpoint.quantization and not dequantize:
             how = "kept packed, which is slow there"
         notes.append(f"CPU device: weights of {checkpoint.bits_per_weight:.1f} bits are {how}.")
-    if adapter is not None and group.size > 1:
-        raise OptionError(
-            f"The adapter {adapter} cannot be dealt to {group.size} ranks; fuse it into the checkpoint first: "
-            "mlx-dgemma fuse."
-        )
-    folder = None if adapter is None else peft.find(adapter)
-    changes = None if folder is None else peft.read(folder, checkpoint.shapes)
+    folder, changes = together(group, lambda: _read(checkpoint, adapter, group))
+    if folder is not None and group.size > 1:
+        files = together(group, lambda: [written(folder / name)[:8] for name in (peft.CONFIG, peft.WEIGHTS)])
+        check_equal(group, {"adapter": "-".join(files)})
     if compute_dtype and changes and any(one.magnitude is not None for one in changes.changes.values()):
         raise OptionError(
             f"{folder} is a DoRA, whose products follow the dtype of activations; "
@@ -74,7 +73,26 @@ def load_model(
         activations = str(model.dtype).removeprefix("mlx.core.")
         notes.append(f"Matrix products are computed in {compute_dtype}, the rest in {activations}.")
     if changes is not None:
-        deltas.apply(model, changes)
+        together(group, lambda: deltas.apply(model, changes))
         modes = "both modes alike" if changes.shared else "encoder and decoder differently"
         notes.append(f"The adapter {folder} changes {len(changes.changes)} modules, {modes}.")
     return model, folder, notes
+
+
+def _read(
+    checkpoint: Checkpoint, adapter: str | PathLike | None, group: Group
+) -> tuple[Path | None, deltas.Adapter | None]:
+    """An adapter's folder and what of it this rank applies."""
+    if adapter is None:
+        return None, None
+    folder = peft.find(adapter)
+    changes = peft.read(folder, checkpoint.shapes)
+    if group.size == 1:
+        return folder, changes
+    if any(one.magnitude is not None for one in changes.changes.values()):
+        raise CircumstanceError(
+            f"{folder} is a DoRA, whose magnitudes need whole rows of weights, and no rank has these; fuse it into the "
+            "checkpoint first: mlx-dgemma fuse."
+        )
+    mine = slices_of(empty_model(checkpoint), group.rank, group.size)
+    return folder, deltas.dealt(changes, lambda path: mine.cut(f"{path}.weight"))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, DgemmaError
 from ..files import check_name
-from .headers import read_tensors
+from .headers import TensorInfo, read_tensors
 
 DEMO = Path(__file__).parent.parent / "demo"
 SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
 NEEDED = ("config.json", "tokenizer.json")
+SAMPLE = 256  # bytes from the middle of each tensor that are part of a digest
 HINT = "give a folder or a Hub id such as google/diffusiongemma-26B-A4B-it"
 
 
@@ -32,6 +34,39 @@ def find(name: str | os.PathLike | None = None) -> Path:
 def find_settings(name: str | os.PathLike | None = None) -> Path:
     """As `find`, but of what is not on this machine all files except the weights are downloaded."""
     return fetch(_named(name), SETTINGS, lambda folder: all((folder / one).exists() for one in NEEDED), HINT)
+
+
+def settings_of(folder: Path) -> list[Path]:
+    """A checkpoint's files besides the weights."""
+    return sorted(file for pattern in SETTINGS for file in folder.glob(pattern) if not file.name.startswith("._"))
+
+
+def digest(folder: Path, tensors: Mapping[str, TensorInfo]) -> str:
+    """SHA-256 of a checkpoint's settings, of its tensors' names, shapes and dtypes, and of bytes of each tensor.
+
+    It does not depend on how the tensors lie in files, so that the index is left out.
+    """
+    digest = hashlib.sha256()
+    for file in settings_of(folder):
+        if not file.name.endswith(".index.json"):
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    for name, info in sorted(tensors.items()):
+        digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+        with info.file.open("rb") as stream:
+            stream.seek(info.start + max(info.nbytes - SAMPLE, 0) // 2)
+            digest.update(stream.read(min(SAMPLE, info.nbytes)))
+    return digest.hexdigest()
+
+
+def digest_of_path(name: str) -> str | None:
+    """The digest of a checkpoint by its path; None: there is none, or this is a Hub id.
+
+    Raises:
+        CheckpointError: it is broken.
+        OSError: a file cannot be read.
+    """
+    folder = Path(name).expanduser()
+    return digest(folder, read_tensors(folder)) if folder.is_dir() else None
 
 
 def _named(name: str | os.PathLike | None) -> str:

@@ -9,10 +9,12 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Protocol
 
+from ..distributed.watched import watched
 from .common import decode_argument, decode_utf8
 from .history import History
 from .terminal import Terminal
 
+ENDLESS = "Each line of stdin is a turn; /exit or Ctrl-C ends the chat, since mlx.launch passes no end of stdin on."
 PROMPT, MORE = "> ", "… "
 PASTE_SECONDS = 0.05  # between two pieces of a paste; nobody types the next line so soon
 
@@ -42,6 +44,8 @@ class Input(Protocol):
 def chat_input(terminal: Terminal) -> Input:
     """The best input that there is here."""
     if not sys.stdin.isatty():
+        if watched() is not None:
+            terminal.warn(ENDLESS)
         return PipedInput()
     able = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and find_spec("prompt_toolkit") is not None
     return EditedInput(History()) if able else LineInput(History(), terminal)

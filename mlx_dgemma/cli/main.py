@@ -17,7 +17,7 @@ import click
 
 from .. import __version__
 from ..distributed.watched import watched
-from ..errors import DgemmaError
+from ..errors import DgemmaError, failure
 from ..ranks.start import take_part
 from .terminal import Terminal
 
@@ -45,6 +45,7 @@ COMMANDS = {
 }
 
 
+CLICKS = click.ClickException, click.Abort, click.exceptions.Exit  # what click itself ends a command with
 TOGETHER = ("generate", "chat", "infill", "edit", "choose", "serve", "evaluate", "tune")  # what several ranks do
 
 
@@ -101,10 +102,10 @@ class Commands(click.Group):
             terminal.interrupted()
             terminal.hint("Interrupted.")
             ctx.exit(130)
-        except RuntimeError as error:  # MLX's, of a transport that has lost a rank
-            if isinstance(error, click.exceptions.Exit) or (rank := watched()) is None:
+        except Exception as error:  # also MLX's, of a transport that has lost a rank
+            if isinstance(error, CLICKS) or (rank := watched()) is None:
                 raise
-            rank.fail(f"Rank 0 has failed ({error}).")
+            rank.fail(failure(rank.place.rank, error))
 
 
 PHRASES = {  # what errors call an option where they quote its value, and the option

@@ -26,7 +26,10 @@ from .terminal import Terminal
 # Programs that run another one with their own stdin. What they have is what was given to the command.
 WRAPPERS = frozenset("caffeinate doas env nice nohup pipx stdbuf sudo time timeout uv uvx xcrun".split())
 NO_PROMPT = "There is no prompt: give it as an argument, with --file, or on stdin."
-ENDLESS = "mlx.launch passes stdin on without its end, so it cannot be read here: give a text as an argument or a file."
+ENDLESS = (
+    "mlx.launch passes stdin on without its end, so it cannot be read as a whole; give the text as an argument, or "
+    "name a file in place of -."
+)
 SILENT_SECONDS = 2.0  # after which a pipe that says nothing is told
 UNREAD = (
     "stdin was not read, since the loop or script around this command has it too: -f - reads it, "

@@ -169,8 +169,12 @@ def measure(model: DiffusionGemma) -> Costs:
 def random_prefix(model: DiffusionGemma, length: int) -> Prefix:
     """So many positions of random keys and values, which are as good as encoded ones where time is measured."""
     prefix, random = model.new_prefix(), iter(mx.random.split(mx.random.key(5), 1024))
-    for layer, kind in zip(prefix.layers, model.config.text.layer_types):
-        heads, dim = model.config.text.kv_shape(kind)
+    decoder, kinds = model.model.decoder, model.config.text.layer_types
+    for own, layer, kind in zip(decoder.layers, prefix.layers, kinds):
+        _, dim = model.config.text.kv_shape(kind)
+        projection = own.self_attn.k_proj
+        projection = projection.get("linear", projection)  # which an adapter wraps
+        heads = projection.weight.shape[0] // dim  # of several ranks, this one's
         shape = 1, heads, layer.used(length), dim
         keys, values = (mx.random.normal(shape, key=next(random)).astype(model.dtype) for _ in range(2))
         layer.extend(keys, values, 0)

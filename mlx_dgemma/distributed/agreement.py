@@ -1,6 +1,7 @@
 """What all ranks must agree on before they compute together: versions, and that none of them has failed.
 
-A rank that raised by itself would leave the others waiting in their next message, so that errors are told to all first.
+A rank that raised by itself would leave the others waiting in their next message, so that errors are told to all first,
+those that nobody foresaw included.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from .. import __version__, errors
-from ..errors import CircumstanceError, DgemmaError
+from ..errors import INTERRUPTS, CircumstanceError, DgemmaError, failure
 from .group import Group
 
 Made = TypeVar("Made")
@@ -22,20 +23,25 @@ def together(group: Group, make: Callable[[], Made]) -> Made:
     """What `make` returns here, once it has returned on every rank. `make` sends no messages.
 
     Raises:
-        DgemmaError: that of the first rank where it failed, on every rank.
+        DgemmaError: that of the first rank where it failed, on every rank; of another error the sentence names the
+            rank and the reason.
     """
     if group.size == 1:
         return make()
     made: list[Made] = []
-    told = None
+    told, cause = None, None
     try:
         made.append(make())
     except DgemmaError as error:
-        told = [type(error).__name__, str(error)]
-    for rank, one in enumerate(group.gather_values(told)):
+        told = [type(error).__name__, failure(group.rank, error) if group.rank else str(error)]
+    except INTERRUPTS:
+        raise
+    except BaseException as error:
+        told, cause = [DgemmaError.__name__, failure(group.rank, error)], error
+    for one in group.gather_values(told):
         if one is not None:
             kind, text = one
-            raise getattr(errors, kind)(text if rank == 0 else f"Rank {rank}: {text}")
+            raise getattr(errors, kind)(text) from cause
     return made[0]
 
 

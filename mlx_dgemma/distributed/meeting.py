@@ -6,11 +6,11 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CircumstanceError
 from .launched import Address, Place
@@ -19,6 +19,20 @@ from .lines import Lines
 JOIN_SECONDS = 12.0  # within which all ranks must have started
 POLL_SECONDS = 0.1
 OTHER_PORT = "end what listens there, or give mlx.launch another --starting-port."
+
+
+class Fact(NamedTuple):
+    """Something that must be the same on all ranks.
+
+    Attributes:
+        name: as a sentence holds it.
+        value: of this rank; None: not known here, and not compared.
+        remedy: what to do where another rank has another value.
+    """
+
+    name: str
+    value: str | None
+    remedy: str
 
 
 @dataclass(eq=False)
@@ -45,30 +59,36 @@ class Peer:
         return f"Rank {self.rank} (process {self.processes[0]} on {self.host})"
 
 
-def meet(place: Place, command: list[str], check: Callable[[], None]) -> list[Peer]:
+def meet(
+    place: Place, command: list[str], check: Callable[[], None], facts: Sequence[Fact] = (), trouble: str = ""
+) -> list[Peer]:
     """The peers of this rank: all others on rank 0, rank 0 alone on the others.
 
     Args:
         place: of this process.
         command: that all ranks were started with.
         check: called now and then; it raises to give up.
+        facts: about this rank.
+        trouble: why this rank cannot take part; rank 0 says so for it.
 
     Raises:
-        CircumstanceError: a port is taken, a rank does not come in time, or it belongs to another group.
+        CircumstanceError: a port is taken, a rank does not come in time, it belongs to another group, or a fact
+            differs.
     """
     hello = {
         "rank": place.rank,
         "host": socket.gethostname(),
         "process": os.getpid(),
+        "facts": {fact.name: fact.value for fact in facts},
         "group": sha256(repr((place.size, command)).encode()).hexdigest(),
     }
     deadline = time.monotonic() + JOIN_SECONDS
     if place.rank:
-        return [_find_first(place, hello, deadline, check)]
-    return _gather(place, hello, deadline, check)
+        return [_find_first(place, hello, deadline, check, trouble)]
+    return _gather(place, hello, deadline, check, facts)
 
 
-def _gather(place: Place, hello: dict, deadline: float, check: Callable[[], None]) -> list[Peer]:
+def _gather(place: Place, hello: dict, deadline: float, check: Callable[[], None], facts: Sequence[Fact]) -> list[Peer]:
     listener = _listener(place, place.meeting)
     peers: dict[int, Peer] = {}
     strangers: list[Lines] = []
@@ -87,7 +107,7 @@ def _gather(place: Place, hello: dict, deadline: float, check: Callable[[], None
                 strangers.append(Lines(listener.accept()[0]))
             for one in [one for one in strangers if one in ready]:
                 strangers.remove(one)
-                if (peer := _introduced(one, place, hello)) is None or peer.rank in peers:
+                if (peer := _introduced(one, place, hello, facts)) is None or peer.rank in peers:
                     one.close()
                 else:
                     peers[peer.rank] = peer
@@ -99,18 +119,27 @@ def _gather(place: Place, hello: dict, deadline: float, check: Callable[[], None
     return found
 
 
-def _introduced(lines: Lines, place: Place, hello: dict) -> Peer | None:
+def _introduced(lines: Lines, place: Place, hello: dict, facts: Sequence[Fact]) -> Peer | None:
     """The rank that says hello; None: whoever called is none.
 
     Raises:
         CircumstanceError: it is one and cannot take part.
     """
     told = lines.receive()
-    if not told or set(told[0]) - {"trouble"} != set(hello) or told[0]["rank"] not in range(1, place.size):
+    if not told or not {"rank", "group"} <= set(told[0]) or told[0]["rank"] not in range(1, place.size):
         return None
     first = told[0]
     if first.get("trouble"):
         raise CircumstanceError(str(first["trouble"]))
+    theirs = first.get("facts")
+    for fact in facts:  # first of all: a rank of another version may say other things than this one
+        value = theirs.get(fact.name) if isinstance(theirs, dict) else None
+        if None not in (fact.value, value) and value != fact.value:
+            raise CircumstanceError(
+                f"Rank {first['rank']} has {fact.name} {value}, but rank 0 has {fact.value}; {fact.remedy}."
+            )
+    if set(first) - {"trouble"} != set(hello):
+        return None
     if first["group"] != hello["group"]:
         raise CircumstanceError(
             f"Rank {first['rank']} was started with another command or number of ranks than rank 0; start all with "
@@ -119,13 +148,12 @@ def _introduced(lines: Lines, place: Place, hello: dict) -> Peer | None:
     return Peer(first["rank"], lines, str(first["host"]), lines.local, [int(first["process"])])
 
 
-def _find_first(place: Place, hello: dict, deadline: float, check: Callable[[], None]) -> Peer:
-    trouble = ""
+def _find_first(place: Place, hello: dict, deadline: float, check: Callable[[], None], trouble: str) -> Peer:
     try:
         for address in place.own:
             _listener(place, address).close()
     except CircumstanceError as error:
-        trouble = str(error)
+        trouble = trouble or str(error)
     while True:
         check()
         try:

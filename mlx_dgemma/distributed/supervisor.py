@@ -14,13 +14,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from typing import Any
 
 from ..errors import CircumstanceError
 from .launched import CHILD, Place
 from .lines import MOST, Lines
-from .meeting import Peer, meet
+from .meeting import Fact, Peer, meet
 
 TICK_SECONDS = 1.0
 SILENT_TICKS = 7  # without a word, or in which a rank is stopped, after which it is lost
@@ -38,9 +39,9 @@ class _Ended(Exception):
         self.code, self.sentence = code, sentence
 
 
-def supervise(place: Place) -> int:
-    """Run this command as a rank's child, watched; returns its exit code."""
-    return Supervisor(place, [sys.executable, *sys.orig_argv[1:]]).run()
+def supervise(place: Place, facts: Sequence[Fact], trouble: str = "") -> int:
+    """Run this command as a rank's child, watched; returns its exit code. Takes what `Supervisor` takes."""
+    return Supervisor(place, [sys.executable, *sys.orig_argv[1:]], facts, trouble).run()
 
 
 class Supervisor:
@@ -49,10 +50,12 @@ class Supervisor:
     Args:
         place: of the rank.
         command: of the child.
+        facts: in which all ranks must be equal.
+        trouble: why this rank cannot take part; that of rank 0 is left to its child.
     """
 
-    def __init__(self, place: Place, command: list[str]):
-        self._place, self._command = place, command
+    def __init__(self, place: Place, command: list[str], facts: Sequence[Fact] = (), trouble: str = ""):
+        self._place, self._command, self._facts, self._trouble = place, command, facts, trouble
         self._peers: list[Peer] = []
         self._child: subprocess.Popen[bytes] | None = None
         self._link: Lines | None = None
@@ -76,7 +79,7 @@ class Supervisor:
             for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
                 signal.signal(one, lambda number, _: self._signals.append(number))
             try:
-                self._peers = meet(self._place, self._command, self._give_up)
+                self._peers = meet(self._place, self._command, self._give_up, self._facts, self._trouble)
                 self._start()
                 self._next_tick = time.monotonic() + TICK_SECONDS
                 while True:

@@ -30,7 +30,8 @@ def send_folder(group: Group, source: Path, names: Sequence[str], target: Path |
     Raises:
         DgemmaError: a disk is full, or what arrived is not what was sent; on every rank.
     """
-    listed = group.share([(name, (source / name).stat().st_size) for name in names] if group.rank == 0 else None)
+    files = names if group.rank == 0 else []
+    listed = group.share(together(group, lambda: [(name, (source / name).stat().st_size) for name in files]))
     total = sum(size for _, size in listed)
     with ExitStack() as stack:
 

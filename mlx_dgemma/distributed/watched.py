@@ -15,10 +15,12 @@ from functools import cache
 from types import FrameType
 from typing import NoReturn
 
+from ..errors import INTERRUPTS, DgemmaError, failure
 from .launched import CHILD, Place, place_of
 from .lines import Lines
 
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux
+TOLD_SECONDS = 3.0  # in which rank 0 ends by itself where it has the same error
 PATIENCE = 30.0  # seconds in which the watching process ends a rank that has told of its failure
 
 
@@ -47,6 +49,21 @@ class Watched:
         self._link.send(failed=sentence)
         time.sleep(PATIENCE)
         os._exit(1)
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Tell whatever is raised, which ends the group.
+
+        What all ranks have agreed on, or came to alike, rank 0 has too; it gets a moment to say so by itself.
+        """
+        try:
+            yield
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
+            if isinstance(error, DgemmaError):
+                time.sleep(TOLD_SECONDS)
+            self.fail(failure(self.place.rank, error))
 
     def wait(self) -> NoReturn:
         """Wait for the end of the group, with rank 0: this rank has done its part, or has told of its error."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,8 +21,6 @@ from ..model import device
 from ..serving.prefix_cache import PrefixCache
 from .channel import Unpickler, call
 from .leading import failure_in, outcome_of
-
-TOLD_SECONDS = 3.0  # in which rank 0 ends by itself where it has the same error, as while a checkpoint is opened
 
 
 class Apart(Exception):
@@ -125,22 +122,17 @@ def follow(me: Watched) -> int:
     """Follow rank 0 to its end; returns the exit code."""
     warnings.simplefilter("ignore")
     os.environ.pop("MLX_DGEMMA_MODEL", None)  # rank 0 names the model
-    rank = me.place.rank
-    try:
+    with me.failing():
         group = init()
         connection = call(me.place, group)
-        with device.wired_limit():
-            _obey(connection, Follower(group))
-    except Apart:
-        me.fail(
-            f"Rank {rank} has computed something else than rank 0; give all ranks the same chip, macOS and versions, "
-            "or one of them the whole model."
-        )
-    except DgemmaError as error:
-        time.sleep(TOLD_SECONDS)
-        me.fail(f"Rank {rank}: {error}")
-    except Exception as error:
-        me.fail(f"Rank {rank} has failed ({type(error).__name__}: {error}).")
+        try:
+            with device.wired_limit():
+                _obey(connection, Follower(group))
+        except Apart:
+            me.fail(
+                f"Rank {me.place.rank} has computed something else than rank 0; give all ranks the same chip, macOS "
+                "and versions, or one of them the whole model."
+            )
     return 0
 
 

@@ -28,7 +28,7 @@ from ..decoding.session import Session
 from ..distributed.group import init
 from ..distributed.watched import Watched
 from ..engine import Engine, load
-from ..errors import CircumstanceError, DgemmaError
+from ..errors import CircumstanceError, DgemmaError, failure
 from ..serving.prefix_cache import PrefixCache
 from .channel import listen, pickled
 
@@ -75,7 +75,7 @@ class Leader:
 
     def fail(self, error: BaseException) -> NoReturn:
         """End the group: what the others compute now waits for this rank."""
-        self.me.fail(f"Rank 0 has failed ({type(error).__name__}: {error}).")
+        self.me.fail(failure(0, error))
 
 
 class LeadingLoop(Loop):
@@ -185,6 +185,7 @@ def lead(me: Watched, name: str | None, **keywords: Any) -> LeadingEngine:
     """
     group = init()
     leader = Leader(me, listen(me.place, group))
+    name = name or os.environ.get("MLX_DGEMMA_MODEL")  # the others' variable does not count
     leader.tell("load", name, {key: value for key, value in keywords.items() if key != "tokenizer"})
     engine = LeadingEngine.of(load(name, group=group, **keywords), leader)
     known = _costs(engine)

@@ -15,7 +15,7 @@ from serving import WEATHER
 from support import RED, engine_of, strip
 
 import mlx_dgemma
-from mlx_dgemma.cli import main, stdin
+from mlx_dgemma.cli import chat_input, main, stdin
 from mlx_dgemma.errors import CircumstanceError
 from mlx_dgemma.ranks.following import Apart, Follower
 from mlx_dgemma.ranks.leading import Leader, LeadingCache, LeadingEngine
@@ -188,5 +188,9 @@ def test_what_ranks_cannot_do_is_refused(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(stdin, "watched", object)
     monkeypatch.setattr(stdin, "_is_pipe", lambda: True)
-    with pytest.raises(CircumstanceError, match=r"mlx\.launch passes stdin on without its end"):
+    with pytest.raises(CircumstanceError, match=r"passes stdin on without its end.* name a file in place of -"):
         stdin.read_prompt("-", (), None)
+    monkeypatch.setattr(chat_input, "watched", object)
+    said = []
+    chat_input.chat_input(SimpleNamespace(warn=said.append))
+    assert said == [chat_input.ENDLESS]

@@ -1,6 +1,9 @@
 """Real processes over loopback: one launch shows what threads cannot, MLX's own messages and a folder that is sent."""
 
+import threading
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +11,20 @@ from answers import few_answers
 from ranks import launch, on_threads
 from support import engine_of
 
+import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.distributed import agreement, transfer
+from mlx_dgemma.cli.commands.tune import first_rank_speaks
+from mlx_dgemma.distributed import agreement, transfer, watched
 from mlx_dgemma.distributed.group import ALONE, backend_of, init
 from mlx_dgemma.errors import CheckpointError, CircumstanceError, DgemmaError, OptionError
+
+PHASES = (
+    "checkpoint.headers.read_header",
+    "checkpoint.together.digest",
+    "engine.load_tokenizer",
+    "checkpoint.memory.resolve_dtype",
+    "checkpoint.build.check_tied",
+)
 
 
 def test_processes_share_and_a_folder_is_sent_once(tmp_path):
@@ -43,6 +56,56 @@ def test_an_error_of_one_rank_is_told_to_all():
             agreement.together(group, make)
 
     on_threads(3, work)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_whatever_fails_on_one_rank_while_all_load_is_told_to_all(phase, monkeypatch):
+    mine, (module, name) = threading.local(), phase.rsplit(".", 1)
+    where = import_module(f"mlx_dgemma.{module}")
+    real = getattr(where, name)
+
+    def fail(*given, **more):
+        if mine.rank == 1:
+            raise MemoryError
+        return real(*given, **more)
+
+    def work(group):
+        mine.rank = group.rank
+        with pytest.raises(DgemmaError, match=r"^Rank 1 has failed \(MemoryError\)\.$"):
+            mlx_dgemma.load(DEMO, group=group)
+
+    monkeypatch.setattr(where, name, fail)
+    on_threads(2, work)
+
+
+def test_a_broken_checkpoint_of_one_rank_is_told_and_not_replaced(tmp_path):
+    (tmp_path / "config.json").symlink_to(DEMO / "config.json")
+    (tmp_path / "model.safetensors").write_bytes((DEMO / "model.safetensors").read_bytes()[:10_000])
+
+    def work(group):
+        with pytest.raises(CheckpointError, match=r"^Rank 1: .*model\.safetensors is truncated: .*; download it again"):
+            mlx_dgemma.load(tmp_path if group.rank else DEMO, group=group)
+
+    on_threads(2, work)
+
+
+def test_what_a_rank_fails_with_is_told(monkeypatch):
+    class Rank(watched.Watched):
+        def __init__(self):
+            self.place = SimpleNamespace(rank=1)
+
+        def fail(self, sentence):
+            raise SystemExit(sentence)
+
+    monkeypatch.setattr(watched, "TOLD_SECONDS", 0)
+    for error, sentence in (
+        (OptionError("no."), "Rank 1: no."),
+        (FileNotFoundError(2, "No such file", "a.bin"), "Rank 1 has failed (No such file: a.bin)."),
+        (BaseException("a panic\nof two lines"), "Rank 1 has failed (BaseException: a panic of two lines)."),
+    ):
+        with pytest.raises(SystemExit) as told, first_rank_speaks(Rank()):
+            raise error
+        assert str(told.value) == sentence
 
 
 def test_other_versions_are_refused_on_every_rank(monkeypatch):
@@ -87,13 +150,3 @@ def test_launchers_are_told_from_their_variables(tmp_path):
 def test_a_backend_that_is_not_there_is_a_sentence():
     with pytest.raises(CircumstanceError, match=r"could not be joined by MLX's backend nccl .*mlx\.launch -n N"):
         init("nccl")
-
-
-def test_adapters_are_refused_beside_ranks():
-    import mlx_dgemma
-
-    def work(group):
-        with pytest.raises((OptionError, CheckpointError), match=r"cannot be dealt to 2 ranks; fuse it"):
-            mlx_dgemma.load(DEMO, adapter="some", group=group)
-
-    on_threads(2, work)

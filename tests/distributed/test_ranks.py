@@ -17,6 +17,7 @@ from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.checkpoint.headers import TensorInfo
 from mlx_dgemma.convert.recipes import RECIPES
+from mlx_dgemma.decoding import costs
 from mlx_dgemma.distributed.dealing import Span, deal, kv_heads_of
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.errors import CheckpointError
@@ -59,6 +60,14 @@ def test_a_layer_sends_twice_and_a_rank_holds_its_share():
         assert [kind for kind, _, _ in messages].count("gather") == 1
         shared = 4 * hidden * 64  # the full layer's one KV head, which both hold
         assert 2 * weights.slices + sum(weights.replicated.values()) - shared == nbytes(engine_of(DEMO))
+
+
+def test_costs_are_measured_with_a_ranks_own_heads():
+    def work(group):
+        model = mlx_dgemma.load(DEMO, dtype="float32", group=group).model
+        return model.encode_ahead(mx.zeros((1, 1), mx.int32), [costs.random_prefix(model, 40)]).shape
+
+    assert on_threads(2, work) == [(1, 1, 192)] * 2
 
 
 def test_quantized_ranks_hold_whole_groups_in_turns(tmp_path):

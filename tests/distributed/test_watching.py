@@ -4,13 +4,16 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 
 import pytest
 from watched_ranks import WAIT, Ranks
 
+from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.distributed.launched import place_of
 from mlx_dgemma.errors import CircumstanceError
+from mlx_dgemma.ranks.start import facts_of
 
 PROCESS = r"\(process \d+ on [^)]+\)"
 FAULTS = {
@@ -80,6 +83,42 @@ def test_a_port_that_is_taken_is_told(rank, tmp_path):
             code, said = ranks.ended()
     assert code == 1
     assert re.fullmatch(rf"Error: Rank {rank} cannot listen on 127\.0\.0\.1:{ports[rank]} \(Address .*\); .*\n", said)
+
+
+def test_a_rank_of_another_version_is_refused_before_it_starts(tmp_path):
+    with Ranks(tmp_path, [WAIT] * 2, env={"MLX_OF_0": "1", "MLX_OF_1": "2"}) as ranks:
+        assert ranks.ended() == (1, "Error: Rank 1 has MLX 2, but rank 0 has 1; install the same version.\n")
+        assert ranks.processes[1].returncode == 1 and not ranks.children()
+
+
+def test_checkpoints_are_told_apart_before_ranks_start(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        for file in DEMO.iterdir():
+            (tmp_path / name / file.name).symlink_to(file)
+
+    def told(*arguments, **environment):
+        *_, checkpoint = facts_of(["generate", *map(str, arguments)], environment)
+        return checkpoint.value
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    held = other / "generation_config.json"
+    text = held.read_text()
+    held.unlink()
+    held.write_text(text.replace("0.005", "0.006"))
+    values = told("--model", one), told(f"-m{one}", "--", "--model", other), told(MLX_DGEMMA_MODEL=str(one))
+    assert set(values) == {told(f"--model={one}", MLX_DGEMMA_MODEL=str(other))} != {told("-m", other)}
+    assert told("-m", tmp_path / "none") is told("-m", "a/b") is told() is None
+    (other / "model.safetensors").unlink()
+    for rank, name in enumerate(("one", "other")):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "model").symlink_to(tmp_path / name)
+    command = [sys.executable, "-m", "mlx_dgemma", "info", "-m", "model"]
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    folders = tmp_path / "0", tmp_path / "1"
+    with Ranks(tmp_path, [None] * 2, command=command, env=environment, folders=folders) as ranks:
+        wanted = "Error: Rank 1: The shard model/model.safetensors is missing; download it again.\n"
+        assert ranks.ended() == (1, wanted)
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path):

@@ -246,7 +246,7 @@ def first_rank_speaks(rank: Watched | None) -> Iterator[Terminal]:
     if rank is None or rank.place.rank == 0:
         yield Terminal()
         return
-    with open(os.devnull, "w", encoding="utf-8") as nothing, suppress(DgemmaError):
+    with rank.failing(), open(os.devnull, "w", encoding="utf-8") as nothing, suppress(click.exceptions.Exit):
         yield Terminal(nothing, nothing)
     rank.wait()
 
