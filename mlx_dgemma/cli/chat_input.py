@@ -9,7 +9,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from .common import decode_argument, decode_utf8
+from .calls.texts import decode_argument, decode_utf8
 from .history import History
 from .terminal import Terminal
 
