@@ -94,7 +94,7 @@ class ModelChoice:
         """The checkpoint without its weights: what is wrong with a request shows before they are read.
 
         Raises:
-            CheckpointError: there is no such checkpoint or adapter, or it is broken.
+            CheckpointError: there is no such checkpoint or adapter, it is broken, or they do not fit.
         """
         terminal.draw([], f"opening {self.name or 'the demo'}")
         try:
@@ -105,7 +105,10 @@ class ModelChoice:
                 from ..adapters import peft
 
                 folder = peft.find(self.adapter)
-            return Opened.of(self.name, folder)
+            opened = Opened.of(self.name, folder)
+            if folder is not None:
+                peft.check(folder, opened.settings.shapes)
+            return opened
         finally:
             terminal.erase()
 
