@@ -2,12 +2,14 @@
 
 import os
 import sys
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # as typing's, whose import a call of a running server has no time for
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from typing import Any
+
     from .decoding.events import Block, Draft, Finished, Result
     from .decoding.options import GenerationOptions
     from .decoding.session import Session
@@ -41,8 +43,12 @@ __all__ = [
 
 if not TYPE_CHECKING:  # type checkers read the imports above and refuse other names
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> "Any":
         """Names load on first use, so that `mlx-dgemma --help` imports no MLX."""
+        from importlib import import_module
+
+        if name == "convert":
+            return import_module(".convert", __name__)
         for module, names in _HOME.items():
             if name in names:
                 return getattr(import_module(f".{module}", __name__), name)
@@ -53,17 +59,19 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-def _load_convert() -> None:
-    """Make `mlx_dgemma.convert` of a checkout's convert/, which lies beside the package."""
-    from importlib.util import module_from_spec, spec_from_file_location
+class _ConvertBeside:
+    """Finds `mlx_dgemma.convert` of a checkout, which lies beside the package."""
 
-    file = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "convert", "__init__.py")
-    spec = spec_from_file_location(f"{__name__}.convert", file)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    globals()["convert"] = module
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
+        """As `importlib.abc.MetaPathFinder` has it."""
+        if name != f"{__name__}.convert":
+            return None
+        from importlib.util import spec_from_file_location
+
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        return spec_from_file_location(name, os.path.join(root, "convert", "__init__.py"))
 
 
 if not os.path.exists(os.path.join(os.path.dirname(__file__), "convert")):
-    _load_convert()
+    sys.meta_path.append(_ConvertBeside)

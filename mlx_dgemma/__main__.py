@@ -1,6 +1,6 @@
 """`python -m mlx_dgemma` is `mlx-dgemma`."""
 
-from .cli.main import main
+from .cli.calls.start import main
 
 if __name__ == "__main__":
     main()

@@ -17,18 +17,20 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from ..checkpoint.find import fetch
-from ..checkpoint.headers import FLOATS, read_header
+from ..checkpoint.headers import FLOATS, TensorInfo, read_header
 from ..errors import CheckpointError
 from ..files import atomic_file, check_name, told_errors
 from .deltas import Adapter, Delta
 from .peft_config import EXPERT_PARTS, PeftConfig
 
+Tensor = TypeVar("Tensor", mx.array, TensorInfo)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # (prefix of PEFT's name, prefix of our path, modes). For writing, the first row with the path and the mode counts.
@@ -59,6 +61,12 @@ def find(name: str | os.PathLike) -> Path:
     return fetch(str(name), files, lambda folder: all((folder / file).exists() for file in files), advice)
 
 
+def check(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """See by the header of an adapter's file whether it fits; takes what `read` takes and raises the same."""
+    for _ in _placed(folder, _read_config(folder), _read_header(folder / WEIGHTS), shapes):
+        pass
+
+
 def read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Adapter:
     """Read an adapter in PEFT's layout.
 
@@ -73,25 +81,11 @@ def read(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Adapter:
         CheckpointError: a file is missing or broken, the adapter is not a LoRA, rsLoRA or DoRA, a tensor is unused or
             incomplete, or the adapter belongs to another model.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}; give a folder that contains a PEFT adapter.")
-    config = PeftConfig.read(folder / CONFIG)
+    config = _read_config(folder)
     adapter = Adapter({}, {})
-    for name, parts in _read_modules(folder / WEIGHTS, config).items():
-        path, modes = _to_path(name)
-        shape = shapes.get(f"{path}.weight", ())
-        if path is None or len(shape) not in (2, 3):
-            raise CheckpointError(
-                f"The adapter belongs to another model: this model has no {name} to change; "
-                "load it with the model that it was trained on."
-            )
-        delta = _delta(name, parts, shape, config)
+    for path, modes, name, parts in _placed(folder, config, _read_tensors(folder / WEIGHTS), shapes):
+        delta = _delta(name, parts, shapes[f"{path}.weight"], config)
         for mode in modes:
-            if path in getattr(adapter, mode):
-                raise CheckpointError(
-                    f"{folder / WEIGHTS} changes {path} twice, the second time as {name}; remove one of them."
-                )
             getattr(adapter, mode)[path] = delta
     deltas = [*adapter.encode.values(), *adapter.denoise.values()]
     mx.eval([[delta.a, delta.b, delta.magnitude] for delta in deltas])
@@ -156,8 +150,42 @@ def _tensors(named: dict[str, Delta]) -> dict[str, mx.array]:
     return tensors
 
 
-def _read_tensors(file: Path) -> dict[str, mx.array]:
-    """The file's tensors as float32, sorted by name.
+def _read_config(folder: Path) -> PeftConfig:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}; give a folder that contains a PEFT adapter.")
+    return PeftConfig.read(folder / CONFIG)
+
+
+def _placed(
+    folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[str, ...], str, dict[str, tuple[str, Tensor]]]]:
+    """What an adapter changes, each once it is found right: our path, modes, PEFT's name, and tensors by their part.
+
+    Raises:
+        CheckpointError: as `read`, where names or shapes are wrong.
+    """
+    seen: set[tuple[str, str]] = set()
+    for name, parts in _modules(folder / WEIGHTS, config, tensors).items():
+        path, modes = _to_path(name)
+        shape = shapes.get(f"{path}.weight", ())
+        if path is None or len(shape) not in (2, 3):
+            raise CheckpointError(
+                f"The adapter belongs to another model: this model has no {name} to change; "
+                "load it with the model that it was trained on."
+            )
+        _check_parts(name, parts, shape, config)
+        changed = {(mode, path) for mode in modes}
+        if changed & seen:
+            raise CheckpointError(
+                f"{folder / WEIGHTS} changes {path} twice, the second time as {name}; remove one of them."
+            )
+        seen |= changed
+        yield path, modes, name, parts
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """The file's tensors as its header tells of them, sorted by name.
 
     Raises:
         CheckpointError: the file is broken or empty, or a tensor is not of a float dtype.
@@ -168,25 +196,31 @@ def _read_tensors(file: Path) -> dict[str, mx.array]:
     for key, info in header.items():
         if info.dtype not in FLOATS:
             raise CheckpointError(f"{file} contains {key} as {info.dtype}; it should be one of {', '.join(FLOATS)}.")
+    return dict(sorted(header.items()))
+
+
+def _read_tensors(file: Path) -> dict[str, mx.array]:
+    """The file's tensors as float32, sorted by name; raises as `_read_header`."""
+    header = _read_header(file)
     try:
         arrays = mx.load(str(file))
     except RuntimeError as error:
         raise CheckpointError(f"{file} cannot be read ({error}); download it again.") from None
     assert isinstance(arrays, dict)
-    return {key: arrays[key].astype(mx.float32) for key in sorted(arrays)}
+    return {key: arrays[key].astype(mx.float32) for key in header}
 
 
-def _read_modules(file: Path, config: PeftConfig) -> dict[str, dict[str, tuple[str, mx.array]]]:
-    """The tensors by module or experts parameter.
+def _modules(file: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[str, Tensor]]]:
+    """The tensors of a file by module or experts parameter.
 
     Returns:
-        {PEFT's name: {"lora_A", "lora_B" or "lora_magnitude_vector": (key in the file, array)}}.
+        {PEFT's name: {"lora_A", "lora_B" or "lora_magnitude_vector": (key in the file, tensor)}}.
 
     Raises:
-        CheckpointError: the file is broken, or a tensor is not part of a LoRA or is not targeted by the configuration.
+        CheckpointError: a tensor is not part of a LoRA or is not targeted by the configuration.
     """
-    modules: dict[str, dict[str, tuple[str, mx.array]]] = {}
-    for key, array in _read_tensors(file).items():
+    modules: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    for key, array in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise CheckpointError(f"{file} contains {key}, which is not part of a LoRA; save the adapter without it.")
@@ -230,8 +264,8 @@ def _to_name(path: str, mode: str) -> str:
     raise CheckpointError(f"PEFT's layout cannot store a change of {path} in the mode {mode}.")
 
 
-def _delta(name: str, parts: dict[str, tuple[str, mx.array]], shape: tuple[int, ...], config: PeftConfig) -> Delta:
-    """The delta of a weight of `shape` [out, in] or [E, out, in].
+def _check_parts(name: str, parts: dict[str, tuple[str, Tensor]], shape: tuple[int, ...], config: PeftConfig) -> None:
+    """Hold the tensors of one delta against its weight of `shape` [out, in] or [E, out, in].
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, or has a wrong shape.
@@ -254,13 +288,23 @@ def _delta(name: str, parts: dict[str, tuple[str, mx.array]], shape: tuple[int, 
             continue
         difference = f"its {key} has the shape {list(array.shape)}, but should have {list(wanted[part])}"
         rank_axis = {"lora_A": 0, "lora_B": 1}.get(part)
-        if rank_axis is not None and array.ndim == 2 and array.shape[1 - rank_axis] == wanted[part][1 - rank_axis]:
+        if (
+            rank_axis is not None
+            and len(array.shape) == 2
+            and array.shape[1 - rank_axis] == wanted[part][1 - rank_axis]
+        ):
             raise CheckpointError(
                 f"The adapter has another rank than {CONFIG} says: {difference}; correct one of them."
             )
         raise CheckpointError(
             f"The adapter belongs to another model: {difference}; load it with the model that it was trained on."
         )
+
+
+def _delta(name: str, parts: dict[str, tuple[str, mx.array]], shape: tuple[int, ...], config: PeftConfig) -> Delta:
+    """The delta of a weight of `shape` [out, in] or [E, out, in], whose tensors fit."""
+    *expert_axis, outputs, inputs = shape
+    experts, rank = expert_axis[0] if expert_axis else 1, config.rank_of(name)
     a, b = parts["lora_A"][1], parts["lora_B"][1]
     if expert_axis:
         a, b = a.reshape(experts, rank, inputs), b.reshape(outputs, rank, experts).transpose(2, 0, 1)

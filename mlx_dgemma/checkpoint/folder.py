@@ -48,6 +48,11 @@ class Settings:
         generation, processor = read_generation(path, config, notes), read_processor(path, config.vision, notes)
         return cls(path, config, generation, processor, raw, tuple(notes))
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{parameter: shape} of the unquantized model."""
+        return parameter_shapes(DiffusionGemma(self.config))
+
 
 @dataclass(frozen=True)
 class Checkpoint:

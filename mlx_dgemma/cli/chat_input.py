@@ -9,8 +9,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from ..distributed.watched import watched
-from .common import decode_argument, decode_utf8
+from ..distributed import rank_here
+from .calls.texts import decode_argument, decode_utf8
 from .history import History
 from .terminal import Terminal
 
@@ -44,7 +44,7 @@ class Input(Protocol):
 def chat_input(terminal: Terminal) -> Input:
     """The best input that there is here."""
     if not sys.stdin.isatty():
-        if watched() is not None:
+        if rank_here() is not None:
             terminal.warn(ENDLESS)
         return PipedInput()
     able = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and find_spec("prompt_toolkit") is not None

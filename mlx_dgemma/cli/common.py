@@ -1,12 +1,10 @@
-"""Options shared by the commands, loading of the engine, streaming of answers, and reading of prompts."""
+"""Options shared by the commands, and loading of the engine."""
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial, reduce, wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -14,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..desktop.user_config import default_model
-from ..errors import PromptError, count
+from .calls.answers import tell_model
+from .calls.texts import decode_argument
 from .options.kinds import CanvasSize, IntegerRange, MediaPath, NumberRange
-from .terminal import Terminal, details, segments, summary, told_warnings
+from .terminal import Terminal, told_warnings
 
 if TYPE_CHECKING:
-    from ..decoding.events import Result
     from ..decoding.request import Request
     from ..engine import Engine
     from ..prompt.builder import PromptBuilder
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from .local import Remote
 
 
-DEMO_NOTICE = "This is the bundled demo of 6.7 M parameters, a toy. For the real model: mlx-dgemma setup."
 Command = Callable[..., Any]
 
 
@@ -90,14 +87,14 @@ class ModelChoice:
         finally:
             terminal.erase()
         if found is not None:
-            found.accepted = lambda: self._tell(found.notes, terminal)
+            found.accepted = lambda: tell_model(self.name, found.notes, terminal)
         return found
 
     def open(self, terminal: Terminal) -> Opened:
         """The checkpoint without its weights: what is wrong with a request shows before they are read.
 
         Raises:
-            CheckpointError: there is no such checkpoint or adapter, or it is broken.
+            CheckpointError: there is no such checkpoint or adapter, it is broken, or they do not fit.
         """
         terminal.draw([], f"opening {self.name or 'the demo'}")
         try:
@@ -108,7 +105,10 @@ class ModelChoice:
                 from ..adapters import peft
 
                 folder = peft.find(self.adapter)
-            return Opened.of(self.name, folder)
+            opened = Opened.of(self.name, folder)
+            if folder is not None:
+                peft.check(folder, opened.settings.shapes)
+            return opened
         finally:
             terminal.erase()
 
@@ -127,15 +127,8 @@ class ModelChoice:
             )  # fmt: skip
         finally:
             terminal.erase()
-        self._tell(engine.notes, terminal)
+        tell_model(self.name, engine.notes, terminal)
         return engine
-
-    def _tell(self, notes: Sequence[str], terminal: Terminal) -> None:
-        """Print what was chosen while loading, for people at a terminal, and that this is the demo."""
-        if self.name is None:
-            terminal.warn(DEMO_NOTICE)
-        for note in notes:
-            terminal.hint(note)
 
     def prepare(self, make: Callable[[PromptBuilder], Request], terminal: Terminal) -> tuple[Engine, Request]:
         """Make a request, and only then load the model that it is for.
@@ -323,108 +316,7 @@ media_options = combine(
 )
 
 
-@dataclass
-class StreamedAnswer:
-    """An answer as far as it was streamed. Without a result it was interrupted."""
-
-    text: str = ""
-    thinking: str = ""
-    result: Result | None = None
-
-    @property
-    def printed(self) -> str:
-        """What stdout takes: the text with a line break at its end, and a line for each tool call."""
-        calls = self.result.tool_calls if self.result else []
-        ends = self.text.endswith("\n") or (calls and not self.text)
-        lines = [json.dumps(call["function"], ensure_ascii=False) + "\n" for call in calls]
-        return "".join([self.text, "" if ends else "\n", *lines])
-
-    def as_dict(self) -> dict[str, Any]:
-        """The object that --json prints."""
-        result = self.result
-        return {
-            "text": self.text,
-            "thinking": self.thinking,
-            "tool_calls": result.tool_calls if result else [],
-            "finish_reason": result.finish_reason if result else "interrupted",
-            "stats": dict(vars(result.stats)) if result else None,
-        }
-
-
-def stream_answer(
-    engine: Engine | Remote, stream: Callable[..., Any], terminal: Terminal, silent: bool = False
-) -> StreamedAnswer:
-    """Start an answer and print it while it is generated, unless `silent`; then print warnings. Ctrl-C stops it."""
-    from .local import SeenBlock, SeenDraft, seen_events
-
-    answer, blocks = StreamedAnswer(), 0
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        events = stream(drafts=terminal.live)
-        try:
-            terminal.draw([], "reading the prompt")
-            for event in seen_events(engine, events):
-                if isinstance(event, SeenDraft):
-                    terminal.draw(segments(event.pieces), f"block {event.block + 1}, step {event.step}")
-                elif isinstance(event, SeenBlock):
-                    blocks += 1
-                    answer.text, answer.thinking = answer.text + event.text, answer.thinking + event.thinking
-                    terminal.hint(event.thinking)
-                    terminal.say("" if silent else event.text)
-                else:
-                    answer.result = event.result
-        except KeyboardInterrupt:
-            terminal.interrupted()
-        finally:
-            events.close()
-            terminal.erase()
-    result = answer.result
-    if not silent:
-        terminal.say(answer.printed.removeprefix(answer.text))
-    noted = result.notes if result else ()
-    for message in dict.fromkeys([*(str(warning.message) for warning in caught), *noted]):
-        terminal.warn(f"Warning: {message}")
-    if result is None:
-        terminal.hint(f"Interrupted after {count(blocks, 'finished block')}.")
-        return answer
-    if not answer.text.strip() and not result.tool_calls:
-        terminal.warn("Warning: The answer is empty; try another --seed or another prompt.")
-    if result.finish_reason == "length":
-        terminal.hint(f"Cut at {count(len(result.tokens), 'token')}; --max-tokens N makes room for more.")
-    terminal.hint(summary(result.stats))
-    return answer
-
-
-def print_details(engine: Engine | Remote, result: Result, options: dict[str, Any], terminal: Terminal) -> None:
-    """Print what --verbose asks for."""
-    known = {name: value for name, value in options.items() if name not in ("seed", "thinking")}
-    effective = engine.options if isinstance(engine.options, dict) else asdict(engine.options.override(**known))
-    lines = details(result.stats, effective)
-    for line in [*engine.notes, *lines][: None if not terminal.hints else -1]:  # terminals already show the summary
-        terminal.warn(line)
-
-
 def explicit_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that the user set; the checkpoint decides the others."""
     stop = tuple(decode_argument(one, "--stop") for one in options.get("stop") or ()) or None
     return {name: value for name, value in {**options, "stop": stop}.items() if value is not None}
-
-
-def decode_utf8(data: bytes, source: str) -> str:
-    """Decode text unchanged, with any byte order mark and line ends. `source` names it in errors.
-
-    Raises:
-        PromptError: it is not UTF-8.
-    """
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"{source} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; "
-            "convert it, for example with iconv."
-        ) from None
-
-
-def decode_argument(text: str | None, source: str) -> str | None:
-    """Check text from the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
-    return text if text is None else decode_utf8(os.fsencode(text), source)

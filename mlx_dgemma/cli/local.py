@@ -1,7 +1,7 @@
 """Commands that let a running server on this machine do the work: the client of `server.local`.
 
-It imports neither MLX nor NumPy nor Transformers, so that a call costs milliseconds. Of HTTP it needs little: a request
-of HTTP/1.0 is answered without chunks, and the end of the connection ends the answer.
+It imports neither click nor typing nor what is heavier, so that a call costs milliseconds. Of HTTP it needs little: a
+request of HTTP/1.0 is answered without chunks, and the end of the connection ends the answer.
 """
 
 from __future__ import annotations
@@ -14,37 +14,39 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from .. import __version__
 from ..errors import DgemmaError, OptionError
 from ..serving.rendezvous import VERSION_HEADER, check_owner, socket_path
 
+TYPE_CHECKING = False  # as typing's
 if TYPE_CHECKING:
+    from typing import Any, BinaryIO
+
     from .terminal import Terminal
 
 HEALTH_SECONDS = 2.0  # that a server gets to tell how it is; one that loads its model does not answer
 
 
-class SeenDraft(NamedTuple):
+class SeenDraft:
     """A canvas after one denoising step, as it was read: `pieces` are those of `uncertain_text`."""
 
-    block: int
-    step: int
-    pieces: list[tuple[str, float]]
+    def __init__(self, block: int, step: int, pieces: list[tuple[str, float]]):
+        self.block, self.step, self.pieces = block, step, pieces
 
 
-class SeenBlock(NamedTuple):
+class SeenBlock:
     """The text and the thinking that are new and final."""
 
-    text: str
-    thinking: str
+    def __init__(self, text: str, thinking: str):
+        self.text, self.thinking = text, thinking
 
 
-class SeenEnd(NamedTuple):
+class SeenEnd:
     """The end of an answer: a `Result`, or something with its attributes."""
 
-    result: Any
+    def __init__(self, result: Any):
+        self.result = result
 
 
 class Refused(DgemmaError):

@@ -7,7 +7,6 @@ modules are imported inside the commands, so that --help is fast.
 from __future__ import annotations
 
 import errno
-import os
 import re
 import sys
 from importlib import import_module
@@ -16,10 +15,9 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..distributed.watched import watched
+from ..distributed import is_launched, rank_here
 from ..errors import DgemmaError, failure
-from ..ranks.start import take_part
-from .terminal import Terminal
+from .terminal import Terminal, prepare_streams
 
 # In the order of --help: each command's module, which holds it under its own name, - as _, or under the one behind :.
 COMMANDS = {
@@ -57,19 +55,22 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command line."""
-        try:
-            code = take_part()
-        except DgemmaError as error:
-            click.ClickException(str(error)).show()
-            code = error.exit_code
-        if code is not None:
-            sys.exit(code)
+        if is_launched():
+            from ..ranks.start import take_part
+
+            try:
+                code = take_part()
+            except DgemmaError as error:
+                click.ClickException(str(error)).show()
+                code = error.exit_code
+            if code is not None:
+                sys.exit(code)
         return super().main(*args, **extra)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """The command of a command line; some are for one process alone."""
         name, command, rest = super().resolve_command(ctx, args)
-        if name not in TOGETHER and watched() is not None:
+        if name not in TOGETHER and rank_here() is not None:
             ctx.fail(f"{name} runs in one process; leave out mlx.launch.")
         return name, command, rest
 
@@ -103,7 +104,7 @@ class Commands(click.Group):
             terminal.hint("Interrupted.")
             ctx.exit(130)
         except Exception as error:  # also MLX's, of a transport that has lost a rank
-            if isinstance(error, CLICKS) or (rank := watched()) is None:
+            if isinstance(error, CLICKS) or (rank := rank_here()) is None:
                 raise
             rank.fail(failure(rank.place.rank, error))
 
@@ -151,10 +152,4 @@ def main() -> None:
     cat log.txt | mlx-dgemma generate --model FOLDER "What failed?"
     mlx-dgemma chat --model FOLDER
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller: the next open file would get its descriptor
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # Regardless of the locale; names of files may hold bytes that are no text.
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    prepare_streams()

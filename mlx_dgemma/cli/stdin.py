@@ -8,19 +8,14 @@ has too may be that of a loop (`while read`) or of a script, which wants to read
 from __future__ import annotations
 
 import os
-import select
 import stat
-import struct
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
-import click
-
-from ..distributed.watched import watched
+from ..distributed import rank_here
 from ..errors import CircumstanceError
-from .common import decode_argument, decode_utf8
+from .calls.texts import decode_argument, decode_utf8
 from .terminal import Terminal
 
 # Programs that run another one with their own stdin. What they have is what was given to the command.
@@ -62,19 +57,30 @@ def read_prompt(argument: str | None, files: Sequence[str], terminal: Terminal, 
     names = [*files, "-"] if argument == "-" else list(files)
     parts = []
     for name in names:
-        data = read_stdin(terminal) if name == "-" else Path(name).read_bytes()
+        data = read_stdin(terminal) if name == "-" else _bytes_of(name)
         parts.append(_without_mark(data, "stdin" if name == "-" else name))
     if not names and not taken:
         there = sys.stdin.isatty() is False
         data = beside_prompt(terminal) if argument is not None else read_stdin(terminal) if there else b""
         if not data and argument is None:
-            raise click.UsageError(NO_PROMPT)
+            raise _no_prompt()
         parts.append(_without_mark(data, "stdin"))
     if argument not in (None, "-"):
         parts.append(decode_argument(argument, "The prompt") or "")
     elif not parts:
-        raise click.UsageError(NO_PROMPT)
+        raise _no_prompt()
     return "\n\n".join(part for part in parts if part.strip())
+
+
+def _no_prompt() -> Exception:
+    import click  # here, since a call of a running server does without
+
+    return click.UsageError(NO_PROMPT)
+
+
+def _bytes_of(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _without_mark(data: bytes, source: str) -> str:
@@ -87,7 +93,7 @@ def read_stdin(terminal: Terminal | None = None) -> bytes:
     Raises:
         CircumstanceError: it is that of `mlx.launch`, which has no end.
     """
-    if watched() is not None and _is_pipe():
+    if rank_here() is not None and _is_pipe():
         raise CircumstanceError(ENDLESS)
     if terminal is not None and _is_pipe() and not _has_data(SILENT_SECONDS):
         terminal.warn(
@@ -135,11 +141,10 @@ def _process(pid: int, status: os.stat_result) -> tuple[bool, str, int]:
 
 
 def _of_proc(pid: int, status: os.stat_result) -> tuple[bool, str, int]:
-    folder = Path("/proc", str(pid))
-    line = (folder / "stat").read_text(errors="replace")
+    line = _bytes_of(f"/proc/{pid}/stat").decode(errors="replace")
     name, _, rest = line.partition("(")[2].rpartition(")")
     try:
-        theirs = (folder / "fd" / "0").stat()
+        theirs = os.stat(f"/proc/{pid}/fd/0")
     except FileNotFoundError:  # it has closed its stdin
         return False, name, int(rest.split()[1])
     return os.path.samestat(theirs, status), name, int(rest.split()[1])
@@ -147,6 +152,7 @@ def _of_proc(pid: int, status: os.stat_result) -> tuple[bool, str, int]:
 
 def _of_mac(pid: int, status: os.stat_result) -> tuple[bool, str, int]:
     import ctypes
+    import struct
 
     library = ctypes.CDLL("/usr/lib/libproc.dylib", use_errno=True)
     told = ctypes.create_string_buffer(_SHORT_INFO_BYTES)
@@ -173,6 +179,8 @@ def _is_pipe() -> bool:
 
 def _has_data(seconds: float) -> bool:
     """Whether stdin can be read, or becomes so in that time; its end counts only where somebody waits for it."""
+    import select
+
     try:
         descriptor = sys.stdin.fileno()
         status = os.fstat(descriptor)
@@ -187,6 +195,7 @@ def _has_data(seconds: float) -> bool:
 def _pending(descriptor: int) -> bool:
     """Whether a pipe holds bytes, which its end is not."""
     import fcntl
+    import struct
     import termios
 
     count = fcntl.ioctl(descriptor, termios.FIONREAD, struct.pack("i", 0))

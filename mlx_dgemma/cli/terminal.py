@@ -13,11 +13,13 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import count, human
 
+TYPE_CHECKING = False  # as typing's, whose import a call of a running server has no time for
 if TYPE_CHECKING:
+    from typing import Any, TextIO
+
     from ..decoding.events import Stats
 
 
@@ -236,6 +238,16 @@ def told_warnings(terminal: Terminal) -> Iterator[None]:
         finally:
             for message in dict.fromkeys(str(one.message) for one in caught):
                 terminal.warn(f"Warning: {message}")
+
+
+def prepare_streams() -> None:
+    """Give a process its standard streams where they are closed, in UTF-8 regardless of the locale."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller: the next open file would get its descriptor
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files may hold bytes that are no text
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _width(text: str) -> int:

@@ -173,7 +173,7 @@ def obtain(
         return str(target)
     with interrupts_end_at_once(say):
         say(f"Looking for {planned.name} here, else downloading it.")
-        # One file after the other: the Hub's client keeps no part of a file, so that an interruption costs one at most.
+        # One file after the other: an interruption costs one at most, where the Hub's client keeps no part of a file.
         source = fetch(planned.name, FILES, _has_weights, HINT, max_workers=1)
     if target is None or planned.chosen.recipe is None:
         return str(source.absolute()) if Path(planned.name).expanduser().exists() else planned.name
@@ -191,12 +191,13 @@ def _has_weights(folder: Path) -> bool:
 def interrupts_end_at_once(say: Callable[[str], None]) -> Iterator[None]:
     """Let Ctrl-C end the process while files are downloaded: the Hub's client waits for its threads otherwise.
 
-    What they have written of a file is removed, as the client would at its own end.
+    Versions of the client that go on inside a file find its part by the file's name alone; such parts are kept. Parts
+    with a name of their own are of no use to a later run, so they are removed, as the client would at its own end.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     def unfinished() -> set[Path]:
-        return set(Path(HF_HUB_CACHE).glob("models--*/blobs/*.incomplete"))
+        return set(Path(HF_HUB_CACHE).glob("models--*/blobs/*.*.incomplete"))
 
     others = unfinished()
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from ..errors import PromptError
+
+TYPE_CHECKING = False  # as typing's: a call of a running server imports this
+if TYPE_CHECKING:
+    from typing import Any
 
 SYSTEM_ROLES = ("system", "developer")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 AUDIO = ("audio", "input_audio")  # kinds of parts that `audio.with_transcripts` replaces
-Message = dict[str, Any]
+Message = dict[str, "Any"]
 
 
 def messages_of(

@@ -12,7 +12,6 @@ This module is imported at every start of a command, so it imports little.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import stat
@@ -165,6 +164,8 @@ def listening(what: str) -> Iterator[socket.socket]:
 @contextmanager
 def locked(path: str) -> Iterator[bool]:
     """Hold the lock of a socket's server. Yields whether it was free; a lock that another process holds stays there."""
+    import fcntl  # here, since a call of a running server does without
+
     file = os.open(f"{path[: -len(SUFFIX)]}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

@@ -11,7 +11,7 @@ from support import engine_of
 
 from mlx_dgemma import engine
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.cli import common
+from mlx_dgemma.cli.calls import answers
 from mlx_dgemma.decoding.events import Stats
 from mlx_dgemma.tasks import answer
 
@@ -36,7 +36,7 @@ def test_a_pipe_gets_the_text_alone():
     done = python("-m", "mlx_dgemma", "generate", JSON_PROMPT, "--seed", "0")
     assert done.returncode == 0
     assert done.stdout == '{"name": "Anna", "age": 31, "city": "Oslo"}\n'
-    assert done.stderr == common.DEMO_NOTICE + "\n"
+    assert done.stderr == answers.DEMO_NOTICE + "\n"
 
 
 def test_a_named_model_needs_no_notice(monkeypatch):

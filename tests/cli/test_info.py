@@ -9,7 +9,8 @@ from mlx_dgemma import engine, errors
 from mlx_dgemma.checkpoint import memory
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.checkpoint.folder import Checkpoint
-from mlx_dgemma.cli import common, info
+from mlx_dgemma.cli import info
+from mlx_dgemma.cli.calls import answers
 from mlx_dgemma.model import device
 
 
@@ -49,7 +50,7 @@ def test_convert_then_info(tmp_path, monkeypatch):
 
 def test_info_for_people():
     done = run("info", "--context", 1024)
-    assert done.stderr == common.DEMO_NOTICE + "\n"
+    assert done.stderr == answers.DEMO_NOTICE + "\n"
     lines = done.stdout.splitlines()
     assert lines[0] == f"model         {DEMO}"
     assert "layers        6: 5 sliding (window 96), 1 full" in lines

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import select
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -20,7 +22,8 @@ from support import engine_of, refusal
 import mlx_dgemma
 from mlx_dgemma import __version__, engine
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.cli import common, local
+from mlx_dgemma.cli import local
+from mlx_dgemma.cli.calls import answers
 from mlx_dgemma.cli.commands import serve
 from mlx_dgemma.cli.terminal import Terminal
 from mlx_dgemma.errors import CheckpointError
@@ -138,15 +141,51 @@ def test_what_was_heard_is_told_over_the_socket(server, whisper, monkeypatch, tm
     assert json.loads(done.stdout)["stats"]["transcripts"] == ["440 hertz, 1.00 seconds, peak 0.50, by tiny"]
 
 
-def test_a_call_imports_nothing_heavy(server, tmp_path):
-    """A whole process: its text, a picture on stdin, and what it has imported."""
-    program = (
-        "import sys\nfrom mlx_dgemma.cli.main import main\ntry:\n    main()\nfinally:\n"
-        "    heavy = {'mlx', 'numpy', 'PIL', 'transformers', 'http', 'email', 'ssl'}\n"
-        "    print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+# What a call may import besides this package's own modules. Names with an underscore are CPython's own parts.
+LIGHT = set(
+    "array collections contextlib copyreg enum errno functools itertools json keyword math operator re reprlib select "
+    "selectors socket types unicodedata warnings zlib sre_compile sre_constants sre_parse fcntl struct termios stat "
+    "base64 binascii".split()
+)
+OURS = set(
+    "cli cli.calls cli.calls.answers cli.calls.start cli.calls.texts cli.calls.words cli.local cli.stdin cli.terminal "
+    "desktop desktop.user_config distributed errors prompt prompt.messages serving serving.rendezvous".split()
+)
+CALL = """
+import sys
+before = set(sys.modules)
+from mlx_dgemma.cli.calls.start import main
+try:
+    main()
+finally:
+    print(*sorted(set(sys.modules) - before), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("given", "data"), [(["Spell the word cat.", "--seed=0"], None), (["-", "--seed=0"], b"Hi.")])
+def test_a_call_imports_the_least(server, tmp_path, given, data):
+    """A whole process, whose model is named by config.toml; what it has imported."""
+    (tmp_path / "mlx-dgemma").mkdir()
+    (tmp_path / "mlx-dgemma" / "config.toml").write_text(f'model = "{DEMO}"\n')
+    stdin = {"input": data} if data else {"stdin": subprocess.DEVNULL}
+    environment = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", CALL, "generate", *given], capture_output=True, env=environment, check=False, **stdin
     )
-    done = python("-c", program, "generate", "Spell the word cat.", "--seed", "0", "--model", str(DEMO))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "c a t\n", "[]\n")
+    assert done.returncode == 0 and done.stdout.strip()
+    *said, loaded = done.stderr.decode().splitlines()
+    assert said == []
+    others = {name for name in loaded.split() if not name.startswith(("_", "mlx_dgemma"))}
+    assert {name.split(".")[0] for name in others} <= LIGHT
+    assert {name[len("mlx_dgemma.") :] for name in loaded.split() if name.startswith("mlx_dgemma.")} <= OURS
+
+
+def test_a_call_that_click_reads_imports_nothing_heavy(server):
+    program = CALL.replace("set(sys.modules) - before", "set(sys.modules) & HEAVY").replace(
+        "import sys", "import sys\nHEAVY = set('mlx numpy PIL transformers http email ssl asyncio ctypes'.split())"
+    )
+    done = python("-c", program, "generate", "Spell the word cat.", "--canvas=auto", "--seed=0", "--model", str(DEMO))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "c a t\n", "\n")
 
 
 def test_ctrl_c_cancels_at_the_server_and_keeps_what_is_finished(server, monkeypatch):
@@ -178,7 +217,7 @@ def test_drafts_are_drawn_as_without_a_server(server, monkeypatch):
         view = Terminal()
         view.live = True
         keywords = {"seed": 0, "max_denoising_steps": 3, "max_tokens": 40}
-        common.stream_answer(source, partial(source.stream, messages_of(COUNT), **keywords), view, silent=True)
+        answers.stream_answer(source, partial(source.stream, messages_of(COUNT), **keywords), view, silent=True)
         found.append(drawn.copy())
     there, here = found
     assert here[-1] in there and set(map(str, there)) <= set(map(str, here))  # of drafts that wait the newest is sent

@@ -1,5 +1,6 @@
 """What users get wrong, in every command: the exit code, one sentence, and no file of weights opened for it."""
 
+import json
 import re
 import sys
 from functools import cache
@@ -252,6 +253,40 @@ def test_opened_weights_are_counted(folder, weights):
     assert weights == [str(DEMO / "model.safetensors")]
     mlx_dgemma.load(DEMO)
     assert weights.count(str(DEMO / "model.safetensors")) > 2
+
+
+PROJECTION = "base_model.model.model.decoder.layers.0.self_attn.q_proj"
+WRONG_ADAPTERS = {  # changes of a right adapter for the demo: configuration, and shapes of its two tensors
+    "another rank": ({"r": 3}, {}, "The adapter has another rank than adapter_config.json says: its "),
+    "another model": ({}, {"lora_A": [2, 7]}, "The adapter belongs to another model: its "),
+    "no such layer": ({"layer": "99"}, {}, "The adapter belongs to another model: this model has no "),
+    "a part is missing": ({}, {"lora_B": None}, "but its lora_B is missing; save it again."),
+    "not targeted": ({"target_modules": ["k_proj"]}, {}, "which adapter_config.json does not target"),
+    "not of PEFT": ({"peft_type": "IA3"}, {}, "peft_type"),
+}
+
+
+@pytest.mark.parametrize("wrong", [None, *WRONG_ADAPTERS])
+def test_a_wrong_adapter_is_told_before_the_weights(folder, weights, wrong):
+    changed, shapes, said = WRONG_ADAPTERS.get(wrong, ({}, {}, ""))
+    changed = dict(changed)
+    outputs, inputs = mlx_dgemma.engine.Checkpoint.open(DEMO).shapes["model.decoder.layers.0.self_attn.q_proj.weight"]
+    name = PROJECTION.replace("0", changed.pop("layer", "0"))
+    sizes = {"lora_A": [2, inputs], "lora_B": [outputs, 2], **shapes}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], **changed}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {
+        f"{name}.{part}.weight": ("F32", size, bytes(4 * size[0] * size[1])) for part, size in sizes.items() if size
+    }
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    weights.clear()
+    done = run("generate", "x", "--adapter", str(folder), *([] if wrong else ["--max-denoising-steps", "1"]))
+    if wrong is None:
+        assert done.exit_code == 0, done.stderr
+        return
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert said in of_usage(1, done.stderr)
+    assert set(weights) <= {str(folder / "adapter_model.safetensors")}
 
 
 def test_a_missing_extra_is_told_before_the_weights(folder, weights, monkeypatch):

@@ -12,7 +12,8 @@ from support import engine_of
 
 from mlx_dgemma import errors
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.cli import common, terminal
+from mlx_dgemma.cli import terminal
+from mlx_dgemma.cli.calls import answers
 from mlx_dgemma.cli.terminal import Terminal
 from mlx_dgemma.decoding.events import Block, Draft
 from mlx_dgemma.prompt.drafts import uncertain_text
@@ -143,7 +144,7 @@ def test_ctrl_c_leaves_a_clean_screen(monkeypatch, variables, text):
         screen.write("^C")
         raise KeyboardInterrupt
 
-    answer = common.stream_answer(engine_of(DEMO), lambda drafts: events(), view)
+    answer = answers.stream_answer(engine_of(DEMO), lambda drafts: events(), view)
     assert (answer.text, answer.result) == ("1, 2, 3", None)
     assert screen.text() == text + "Interrupted after 1 finished block."
 
@@ -190,7 +191,7 @@ def test_a_draft_becomes_segments():
 def test_a_whole_answer_on_a_terminal(monkeypatch):
     screen, view = on_screen(monkeypatch, 40, 10)
     held = engine_of(DEMO)
-    answer = common.stream_answer(held, partial(held.stream, "Count from 1 to 60.", seed=0, max_tokens=100), view)
+    answer = answers.stream_answer(held, partial(held.stream, "Count from 1 to 60.", seed=0, max_tokens=100), view)
     assert answer.result is not None and answer.text == answer.result.text
     assert "block 2, step 1" in view.err.getvalue()
     plain = Screen(40, 10)

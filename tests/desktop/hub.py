@@ -17,14 +17,17 @@ class Hub:
         url: its address.
         stalls: the name of a file of which it sends half and then nothing more; None: none.
         stalled: set when half of that file was sent.
+        breaks: the name of a file whose connection it ends after half, once; None: none.
         asked: the names of the files that were asked for.
+        ranges: (name, first byte) of each that was asked for in part.
     """
 
     def __init__(self, folder: Path, repository: str):
         self.folder, self.repository = folder, repository
-        self.url, self.stalls = "", None
+        self.url, self.stalls, self.breaks = "", None, None
         self.stalled, self.ended = threading.Event(), threading.Event()
         self.asked: list[str] = []
+        self.ranges: list[tuple[str, int]] = []
 
 
 @contextmanager
@@ -84,8 +87,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         data = file.read_bytes()
-        self.send_response(200)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        etag, part = hashlib.sha256(data).hexdigest(), self.headers.get("Range") if body else None
+        begin, whole = int(part.removeprefix("bytes=").removesuffix("-")) if part else 0, len(data)
+        data = data[begin:]
+        self.send_response(206 if part else 200)
+        if part:
+            self.hub.ranges.append((file.name, begin))
+            self.send_header("Content-Range", f"bytes {begin}-{whole - 1}/{whole}")
+        self.send_header("ETag", f'"{etag}"')
         self.send_header("X-Repo-Commit", REVISION)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -97,5 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.hub.stalled.set()
             self.hub.ended.wait(60)
+        elif file.name == self.hub.breaks:
+            self.hub.breaks, self.close_connection = None, True
+            self.wfile.write(data[: len(data) // 2])
         else:
             self.wfile.write(data)

@@ -181,12 +181,12 @@ def test_errors_of_one_rank_end_the_group_and_those_of_all_do_not(ranks, monkeyp
 
 
 def test_what_ranks_cannot_do_is_refused(monkeypatch):
-    monkeypatch.setattr(main, "watched", object)
+    monkeypatch.setattr(main, "rank_here", object)
     refused = CliRunner().invoke(main.main, ["fuse", "--help"])
     assert (refused.exit_code, refused.stderr.splitlines()[-1]) == (
         2, "Error: fuse runs in one process; leave out mlx.launch.",
     )  # fmt: skip
-    monkeypatch.setattr(stdin, "watched", object)
+    monkeypatch.setattr(stdin, "rank_here", object)
     monkeypatch.setattr(stdin, "_is_pipe", lambda: True)
     with pytest.raises(CircumstanceError, match=r"passes stdin on without its end.* name a file in place of -"):
         stdin.read_prompt("-", (), None)

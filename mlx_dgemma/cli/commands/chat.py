@@ -13,18 +13,10 @@ import click
 from ...errors import DgemmaError, OptionError, count
 from ...prompt.paths import local_path
 from ..audio import audio_options, hear
+from ..calls.answers import print_details, stream_answer
+from ..calls.texts import decode_argument
 from ..chat_input import chat_input
-from ..common import (
-    ModelChoice,
-    adapter_option,
-    answer_options,
-    decode_argument,
-    explicit_options,
-    media_options,
-    model_options,
-    print_details,
-    stream_answer,
-)
+from ..common import ModelChoice, adapter_option, answer_options, explicit_options, media_options, model_options
 from ..conversation import Conversation
 from ..markdown import Styler
 from ..terminal import Terminal

@@ -10,10 +10,10 @@ import click
 
 from ...errors import count, human
 from ...prompt.messages import messages_of
+from ..calls.texts import decode_argument
 from ..common import (
     ModelChoice,
     adapter_option,
-    decode_argument,
     files_option,
     media_options,
     model_options,

@@ -22,7 +22,8 @@ from ...desktop.actions import ACTIONS, VERBS, Action, read_actions
 from ...desktop.requests import Asked, read_answer, read_request
 from ...errors import DgemmaError, human
 from ...installation import this_copy
-from ..common import decode_argument, decode_utf8, model_option
+from ..calls.texts import decode_argument, decode_utf8
+from ..common import model_option
 from ..terminal import Terminal
 
 folder_option = click.option(

@@ -12,15 +12,8 @@ import click
 
 from ...errors import count
 from ...tune.data import SPLITS, find, read
-from ..common import (
-    ModelChoice,
-    adapter_option,
-    decode_argument,
-    explicit_options,
-    model_options,
-    number_option,
-    sampler_options,
-)
+from ..calls.texts import decode_argument
+from ..common import ModelChoice, adapter_option, explicit_options, model_options, number_option, sampler_options
 from ..output import created
 from ..terminal import Terminal
 from .compare import compare, opened_for

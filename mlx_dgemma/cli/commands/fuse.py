@@ -8,7 +8,8 @@ import click
 
 from ...convert.cli import progress_bar, sigterm_exits
 from ...errors import count, human
-from ..common import DEMO_NOTICE, model_option
+from ..calls.answers import DEMO_NOTICE
+from ..common import model_option
 from ..terminal import Terminal
 
 

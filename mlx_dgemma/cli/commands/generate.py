@@ -10,20 +10,18 @@ import click
 
 from ...errors import DgemmaError, OptionError
 from ..audio import audio_options, hear, user_turn
+from ..calls.answers import answer_prompt
+from ..calls.texts import decode_argument, decode_utf8
 from ..common import (
     ModelChoice,
     adapter_option,
     answer_options,
-    decode_argument,
-    decode_utf8,
     explicit_options,
     files_option,
     find_task,
     media_options,
     model_options,
-    print_details,
     server_option,
-    stream_answer,
 )
 from ..output import Output, output_options
 from ..stdin import read_prompt, read_stdin
@@ -116,7 +114,8 @@ def generate(
     output.check()
     sources = [read_stdin(terminal) if one == "-" else one for one in images]
     prompt = "" if audios and prompt is None and not files else prompt  # what is said may be all
-    text = read_prompt(prompt, files, terminal, taken="-" in images)
+    # `calls.start` may have read the prompt, which can hold stdin.
+    text = read_prompt(prompt, files, terminal, taken="-" in images) if ctx.obj is None else ctx.obj
     asked: dict[str, Any] = {
         "tools": _read_tools(tools) if tools else None,
         "schema": schema,
@@ -125,15 +124,7 @@ def generate(
     said = [hear(one, audio_model, terminal) for one in audios]
     messages = user_turn(text, said, sources, video, decode_argument(system, "--system"))
     engine, stream = find_task(model, terminal, "generate", messages, **asked, **options)
-    answer = stream_answer(engine, stream, terminal, silent=as_json or output.path is not None)
-    if verbose and answer.result:
-        print_details(engine, answer.result, options, terminal)
-    printed = json.dumps(answer.as_dict(), ensure_ascii=False) + "\n" if as_json else answer.printed
-    if answer.result is None:
-        if as_json and output.path is None:
-            terminal.say(printed)
-        ctx.exit(130)
-    output.write(printed, terminal, said=not as_json)
+    ctx.exit(answer_prompt(engine, stream, terminal, options, as_json, verbose, output))
 
 
 def _read_tools(path: str) -> list[dict]:

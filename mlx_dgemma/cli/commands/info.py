@@ -7,7 +7,8 @@ import json
 import click
 from click.core import ParameterSource
 
-from ..common import DEMO_NOTICE, kv_bits_option, model_option, number_option
+from ..calls.answers import DEMO_NOTICE
+from ..common import kv_bits_option, model_option, number_option
 from ..terminal import Terminal
 
 

@@ -14,19 +14,17 @@ from typing import Any
 import click
 
 from ...errors import DgemmaError, OptionError, PromptError
+from ..calls.answers import print_details, stream_answer
+from ..calls.texts import decode_argument, decode_utf8
 from ..common import (
     ModelChoice,
     adapter_option,
-    decode_argument,
-    decode_utf8,
     explicit_options,
     find_task,
     model_options,
     number_option,
-    print_details,
     sampler_options,
     server_option,
-    stream_answer,
 )
 from ..options.kinds import NumberRange
 from ..output import Output, output_options, replace_file
