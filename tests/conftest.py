@@ -11,6 +11,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import openai
+import products  # noqa: F401  (before what loads MLX)
 import pytest
 from hearing import STAND_IN
 from safetensors_files import INDEX, read_folder, sha256, write_safetensors
