@@ -19,12 +19,12 @@ SOURCE = r"""
 #include <string.h>
 
 enum { ROWS = 16, COLUMNS = 4 };  // of a block of the result
-typedef float Half __attribute__((vector_size(2 * ROWS)));
+typedef float Half __attribute__((vector_size(2 * ROWS), aligned(4)));
 
 // Columns of x, as rows of `width` numbers; those that are missing are zeros.
 static void pack(float* to, const float* x, long row, long column, int have, int width, int depth, float by) {
-  for (int l = 0; l < depth; l++, to += width)
-    for (int i = 0; i < width; i++) to[i] = i < have ? by * x[i * column + l * row] : 0;
+  for (int i = 0; i < width; i++)
+    for (int l = 0; l < depth; l++) to[(long)l * width + i] = i < have ? by * x[i * column + l * row] : 0;
 }
 
 extern "C" long calls;
@@ -46,8 +46,9 @@ extern "C" void cblas_sgemm(int order, int of_a, int of_b, int m, int n, int k, 
   float* right = packed + (size_t)a_blocks * ROWS * (depth + 1);
   for (int i = 0; i < a_blocks; i++) {
     int have = m - i * ROWS < ROWS ? m - i * ROWS : ROWS;
-    pack(packed + (size_t)i * ROWS * depth, a + (a_turned ? (long)i * ROWS * a_step : i * ROWS),
-         a_turned ? 1 : a_step, a_turned ? a_step : 1, have, ROWS, depth, 1);
+    if (have < ROWS || a_turned)
+      pack(packed + (size_t)i * ROWS * depth, a + (a_turned ? (long)i * ROWS * a_step : i * ROWS),
+           a_turned ? 1 : a_step, a_turned ? a_step : 1, have, ROWS, depth, 1);
   }
   for (int j = 0; j < n; j += COLUMNS) {
     int columns = n - j < COLUMNS ? n - j : COLUMNS;
@@ -60,13 +61,15 @@ extern "C" void cblas_sgemm(int order, int of_a, int of_b, int m, int n, int k, 
       if (!by_dots && beta != 0)
         for (int y = 0; y < columns; y++)
           for (int x = 0; x < rows; x++) sums[y][x] = beta * to[y * (long)c_step + x];
-      const Half* left = (const Half*)(packed + (size_t)i * ROWS * depth);
+      bool there = rows == ROWS && !a_turned;  // a block that needs no copy
+      const float* left = there ? a + i * ROWS : packed + (size_t)i * ROWS * depth;
+      long left_step = there ? a_step : ROWS;
       const float* one = right;
       Half* held = (Half*)sums;
       Half a0 = held[0], b0 = held[1], a1 = held[2], b1 = held[3];
       Half a2 = held[4], b2 = held[5], a3 = held[6], b3 = held[7];
-      for (int l = 0; l < depth; l++, left += 2, one += COLUMNS) {
-        Half x = left[0], y = left[1];
+      for (int l = 0; l < depth; l++, left += left_step, one += COLUMNS) {
+        Half x = *(const Half*)left, y = *(const Half*)(left + ROWS / 2);
         a0 += x * one[0]; b0 += y * one[0];
         a1 += x * one[1]; b1 += y * one[1];
         a2 += x * one[2]; b2 += y * one[2];
