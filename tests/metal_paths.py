@@ -80,7 +80,7 @@ def token_by_token(dtype: str, folder: Path) -> None:
     next_token_log_probs(engine.model, range(2, 9), 1, engine.model.new_prefix())
     few = {"seed": 0, "max_tokens": 8}
     for mode in ("causal", "speculative"):
-        engine.generate_batch(["Spell the word frog.", PERSON], mode=mode, temperature=0, **{**few, "max_tokens": 70})
+        engine.generate_batch(["Spell the word frog.", PERSON], mode=mode, temperature=0, **{**few, "max_tokens": 24})
         engine.generate(PERSON, mode=mode, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1, **few)
         engine.generate("Spell the word bear.", regex="[bear ]+", mode=mode, **few)
     costs.measure(engine.model)
