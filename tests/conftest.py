@@ -4,6 +4,7 @@ The release is rebuilt from the demo byte by byte. `data/hf_manifest.json` holds
 tensor of the original, so that what the tests convert is the real layout and not one that suits the converter.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -25,6 +26,12 @@ from mlx_dgemma.serving.scheduler import Scheduler
 DATA = Path(__file__).parent / "data"
 os.environ["MLX_DGEMMA_MEASURE"] = "0"  # how many passes are made must not depend on a machine's speed
 os.environ["XDG_CONFIG_HOME"] = str(DATA / "nowhere")  # the user's config.toml names no model here
+
+
+def pytest_collection_finish():
+    """Thousands of tests stay; the collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
