@@ -88,6 +88,9 @@ extern "C" void cblas_sgemm(int order, int of_a, int of_b, int m, int n, int k, 
 """
 
 
+COMMAND = ["g++", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-w", "-Wl,--as-needed"]
+
+
 def built() -> Path | None:
     """The library, compiled once for this machine; None where MLX has another BLAS or there is no compiler."""
     if sys.platform != "linux" or shutil.which("g++") is None:
@@ -96,13 +99,12 @@ def built() -> Path | None:
     folder.mkdir(mode=0o700, exist_ok=True)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    made = folder / f"{hashlib.sha256((SOURCE + processor).encode()).hexdigest()[:24]}.so"
+    made = folder / f"{hashlib.sha256(repr((SOURCE, COMMAND, processor)).encode()).hexdigest()[:24]}.so"
     if not made.exists():
         with tempfile.TemporaryDirectory(dir=folder) as own:
             code, new = Path(own, "products.cpp"), Path(own, "products.so")
             code.write_text(SOURCE)
-            command = ["g++", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-w", "-Wl,--as-needed"]
-            subprocess.run([*command, str(code), "-o", str(new)], check=True)
+            subprocess.run([*COMMAND, str(code), "-o", str(new)], check=True)
             new.replace(made)
     return made
 
