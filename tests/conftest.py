@@ -2,28 +2,31 @@
 
 The release is rebuilt from the demo byte by byte. `data/hf_manifest.json` holds the checksums of every file and
 tensor of the original, so that what the tests convert is the real layout and not one that suits the converter.
+Fixtures import what they need: the process that deals the tests to others reads this file, too.
 """
 
+import gc
 import json
 import os
 import shutil
 from collections import OrderedDict
 from pathlib import Path
 
-import openai
+import products  # noqa: F401  (before what loads MLX)
 import pytest
-from hearing import STAND_IN
 from safetensors_files import INDEX, read_folder, sha256, write_safetensors
-from serving import serving
 
-import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.prompt.audio import transcripts as audio
-from mlx_dgemma.serving.scheduler import Scheduler
 
 DATA = Path(__file__).parent / "data"
 os.environ["MLX_DGEMMA_MEASURE"] = "0"  # how many passes are made must not depend on a machine's speed
 os.environ["XDG_CONFIG_HOME"] = str(DATA / "nowhere")  # the user's config.toml names no model here
+
+
+def pytest_collection_finish():
+    """Thousands of tests stay; the collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +63,10 @@ def hf_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture
 def whisper(tmp_path, monkeypatch):
     """A package in mlx-whisper's place, for this process and those it starts."""
+    from hearing import STAND_IN
+
+    from mlx_dgemma.prompt.audio import transcripts as audio
+
     folder = tmp_path / "packages" / "mlx_whisper"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text(STAND_IN)
@@ -70,12 +77,17 @@ def whisper(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def scheduler():
     """The demo for a server; its thread alone may use this engine."""
+    import mlx_dgemma
+    from mlx_dgemma.serving.scheduler import Scheduler
+
     return Scheduler(mlx_dgemma.load(DEMO, dtype="float32"), rows=4, waiting=8)
 
 
 @pytest.fixture(scope="module")
 def url(scheduler):
     """A server with the demo, named demo."""
+    from serving import serving
+
     with serving(scheduler, model="demo") as url:
         yield url
 
@@ -83,4 +95,6 @@ def url(scheduler):
 @pytest.fixture(scope="module")
 def client(url):
     """OpenAI's own client of that server."""
+    import openai
+
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)

@@ -1,7 +1,8 @@
 """The custom kernels on the CPU: their bodies compiled as C++, the threads of a group run as fibers.
 
 A fiber runs until it reaches a barrier or a function of its wave; then the next one runs. Threads of a group that do
-not all reach the same barriers, and reads or writes outside of an array, end the process.
+not all reach the same barriers, and reads or writes outside of an array, end the process. A fiber serves all groups:
+it begins by `swapcontext` and goes on by `_longjmp`, which makes no system call. Headers of C alone compile sooner.
 """
 
 import ctypes
@@ -17,12 +18,12 @@ import numpy as np
 from mlx_dgemma.model.kernels import sources
 
 PRELUDE = r"""
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <ucontext.h>
 
 struct bfloat16 {
@@ -30,28 +31,28 @@ struct bfloat16 {
   bfloat16() = default;
   explicit bfloat16(float x) {
     uint32_t u;
-    std::memcpy(&u, &x, 4);
+    memcpy(&u, &x, 4);
     bits = x != x ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   }
   explicit operator float() const {
     uint32_t u = uint32_t(bits) << 16;
     float x;
-    std::memcpy(&x, &u, 4);
+    memcpy(&x, &u, 4);
     return x;
   }
 };
 using float16 = _Float16;
 using float32 = float;
 
-static int current, finished, threads;
-static long rounds[1024];
-static ucontext_t scheduler, fibers[1024];
+static int current, finished, threads, started;
+static ucontext_t first, start;
+static jmp_buf scheduler, fibers[1024];
+static char stacks[1024][1 << 16];
 static float floats[1024];
 static int ints[1024];
 
 static void pause() {
-  rounds[current]++;
-  swapcontext(&fibers[current], &scheduler);
+  if (!_setjmp(fibers[current])) _longjmp(scheduler, 1);
 }
 
 template <typename X> struct Array {
@@ -80,32 +81,32 @@ template <typename X, typename F> X of_wave(X* buffer, X x, F join) {
 DEVICE float wave_sum(float x) { return of_wave(floats, x, [](float a, float b) { return a + b; }); }
 DEVICE float wave_max(float x) { return of_wave(floats, x, [](float a, float b) { return a > b ? a : b; }); }
 DEVICE int wave_min(int x) { return of_wave(ints, x, [](int a, int b) { return a < b ? a : b; }); }
-DEVICE float exponential(float x) { return std::exp(x); }
-DEVICE float hyperbolic_tangent(float x) { return std::tanh(x); }
-DEVICE float inverse_root(float x) { return 1 / std::sqrt(x); }
-DEVICE float cosine(float x) { return std::cos(x); }
-DEVICE float sine(float x) { return std::sin(x); }
+DEVICE float exponential(float x) { return expf(x); }
+DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
+DEVICE float inverse_root(float x) { return 1 / sqrtf(x); }
+DEVICE float cosine(float x) { return cosf(x); }
+DEVICE float sine(float x) { return sinf(x); }
 """
 
 RUN = r"""
 extern "C" void run(int groups, int group_threads, void** pointers, long* sizes, int** shapes) {
   threads = group_threads;
-  std::vector<std::vector<char>> stacks(threads, std::vector<char>(1 << 16));
   for (int group = 0; group < groups; group++) {
-    std::memset(rounds, 0, sizeof rounds);
     finished = 0;
-    for (int i = 0; i < threads; i++) {
-      getcontext(&fibers[i]);
-      fibers[i].uc_stack.ss_sp = stacks[i].data();
-      fibers[i].uc_stack.ss_size = stacks[i].size();
-      fibers[i].uc_link = nullptr;
-      arguments = {pointers, sizes, shapes, group};
-      makecontext(&fibers[i], enter, 0);
-    }
+    arguments = {pointers, sizes, shapes, group};
     while (finished < threads) {
       int before = finished;
-      for (current = 0; current < threads; current++)
-        swapcontext(&scheduler, &fibers[current]);
+      for (current = 0; current < threads; current++) {
+        if (_setjmp(scheduler)) continue;
+        if (current < started) _longjmp(fibers[current], 1);
+        started++;
+        getcontext(&start);
+        start.uc_stack.ss_sp = stacks[current];
+        start.uc_stack.ss_size = sizeof stacks[current];
+        start.uc_link = NULL;
+        makecontext(&start, enter, 0);
+        swapcontext(&first, &start);
+      }
       if (finished != before && finished != threads) { fprintf(stderr, "a barrier not all reached\n"); abort(); }
     }
   }
@@ -151,7 +152,7 @@ def _source(name, inputs, outputs, integers, constants):
         lines.append(f"  const int* {key}_shape = arguments.shapes[{i}];")
     lines += [getattr(sources, name), "}"]
     lines += [
-        "static void enter() { body(); finished++; while (true) swapcontext(&fibers[current], &scheduler); }",
+        "static void enter() { for (; true; finished++, pause()) body(); }",
         RUN,
     ]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from metal_toys import SIZES, loaded, one_step, small, write_toy
 from metal_training_paths import adapters, conversions, distilling, tuning
-from support import DATA, RED, random_tokens, square
+from support import RED, random_tokens, square, strip
 
 from mlx_dgemma.checkpoint import slices
 from mlx_dgemma.checkpoint.build import DTYPES
@@ -80,7 +80,7 @@ def token_by_token(dtype: str, folder: Path) -> None:
     next_token_log_probs(engine.model, range(2, 9), 1, engine.model.new_prefix())
     few = {"seed": 0, "max_tokens": 8}
     for mode in ("causal", "speculative"):
-        engine.generate_batch(["Spell the word frog.", PERSON], mode=mode, temperature=0, **{**few, "max_tokens": 70})
+        engine.generate_batch(["Spell the word frog.", PERSON], mode=mode, temperature=0, **{**few, "max_tokens": 24})
         engine.generate(PERSON, mode=mode, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1, **few)
         engine.generate("Spell the word bear.", regex="[bear ]+", mode=mode, **few)
     costs.measure(engine.model)
@@ -107,9 +107,9 @@ def pictures(dtype: str, folder: Path) -> None:
     """Pictures of two sizes, alone and together, and a video."""
     engine = loaded(dtype, folder)
     engine.generate("What color is the shape?", images=[square(RED)], **FEW)
-    images = [square(RED), DATA / "two_images_0.png", DATA / "image_0.png"]
+    images = [square(RED), strip(RED), strip(RED, 60)]
     engine.generate("Describe the images.", images=images, prefill_chunk=16, **FEW)
-    engine.generate("What moves?", video=[square(RED, x) for x in (60, 80, 100)], **FEW)
+    engine.generate("What moves?", video=[strip(RED, x) for x in (40, 80, 100)], **FEW)
 
 
 def float16_products(dtype: str, folder: Path) -> None:

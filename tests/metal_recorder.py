@@ -339,9 +339,9 @@ def _signature(tree: Any) -> Any:
     if isinstance(tree, mx.array):
         return tree.dtype, tree.ndim, tree.shape[-1] if tree.ndim == 4 else None
     if isinstance(tree, (tuple, list)):
-        return tuple(_signature(one) for one in tree)
+        return tuple([_signature(one) for one in tree])
     if isinstance(tree, dict):
-        return tuple((key, _signature(value)) for key, value in tree.items())
+        return tuple([(key, _signature(value)) for key, value in tree.items()])
     if tree is None or isinstance(tree, (bool, str, mx.Dtype)):
         return str(tree)
     return type(tree)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -79,7 +80,9 @@ def distilling(dtype: str, folder: Path) -> None:
             str(prompts), folder / "differ", teacher="default", best_of=2, agree=2, open_weight=1,
             batch_size=3, states=2, held_back=1, max_tokens=20,
         )  # fmt: skip
-        list(distill(loaded(dtype, folder), TrainerConfig(rank=2, steps=2, layers=1), plan))
+        engine = loaded(dtype, folder)
+        engine.builder.options = replace(engine.builder.options, max_denoising_steps=4)
+        list(distill(engine, TrainerConfig(rank=2, steps=2, layers=1), plan))
         Trajectory.of(np.zeros((2, 4), np.int32), np.ones((2, 4), np.float32), [1], 4)
 
 

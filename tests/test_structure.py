@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from importlib.util import find_spec
@@ -55,6 +56,27 @@ class Import(NamedTuple):
         return f"{self.importer}:{self.line} imports {self.target}" + (f".{self.name}" if self.name else "")
 
 
+class Facts(NamedTuple):
+    """What the rules ask of a file; its tree itself would take too much memory to be kept."""
+
+    imports: list[ast.Import | ast.ImportFrom]
+    attributes: list[tuple[int, str, str]]  # line, name, attribute
+    functions: list[tuple[int, str, int]]  # line, name, lines
+
+
+@cache
+def facts_of(text: str) -> Facts:
+    found = Facts([], [], [])
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.imports.append(node)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found.attributes.append((node.lineno, node.value.id, node.attr))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.functions.append((node.lineno, node.name, node.end_lineno - node.lineno + 1))
+    return found
+
+
 def modules_of(root: Path) -> dict[str, Path]:
     """The modules by their dotted names inside the package: convert/cli.py is `convert.cli`."""
     found = {}
@@ -84,7 +106,7 @@ def imports_of(root: Path) -> list[Import]:
     for importer, file in modules.items():
         package = importer.split(".") if file.name == "__init__.py" else importer.split(".")[:-1]
         package = [] if importer == "__init__" else package
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in facts_of(file.read_text()).imports:
             if isinstance(node, ast.ImportFrom):
                 base = package[: len(package) + 1 - node.level] if node.level else []
                 parts = [*base, *(node.module.split(".") if node.module else [])]
@@ -93,7 +115,7 @@ def imports_of(root: Path) -> list[Import]:
                         continue
                     parts = parts[1:]
                 take(importer, ".".join(parts), [alias.name for alias in node.names], node.lineno)
-            elif isinstance(node, ast.Import):
+            else:
                 for alias in node.names:
                     top, _, rest = alias.name.partition(".")
                     if top == PACKAGE:
@@ -131,10 +153,9 @@ def private_imports(root: Path) -> list[str]:
             if one.importer == importer and not one.name and room_of(one.target) != room_of(importer)
         }
         found += [
-            f"{importer}:{node.lineno} uses {node.value.id}.{node.attr}"
-            for node in ast.walk(ast.parse(file.read_text()))
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-            if node.value.id in foreign and is_private(node.attr)
+            f"{importer}:{line} uses {name}.{attribute}"
+            for line, name, attribute in facts_of(file.read_text()).attributes
+            if name in foreign and is_private(attribute)
         ]
     return found
 
@@ -175,11 +196,10 @@ def long_files(root: Path) -> list[str]:
 
 def long_functions(root: Path) -> list[str]:
     return [
-        f"{file.relative_to(root)}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        f"{file.relative_to(root)}:{line} {name} has {lines} lines"
         for file in sources(root)
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.end_lineno - node.lineno + 1 > FUNCTION_LINES
+        for line, name, lines in facts_of(file.read_text()).functions
+        if lines > FUNCTION_LINES
     ]
 
 

@@ -8,6 +8,7 @@ from mlx_dgemma.check import paper, prediction, speed
 from mlx_dgemma.check.lines import PASSED, SKIPPED, WARNING
 from mlx_dgemma.check.prediction import Parts
 from mlx_dgemma.check.shapes import SHAPES, raw_config, shared_model
+from mlx_dgemma.decoding import costs
 from mlx_dgemma.model.config import ModelConfig
 
 PARTS = Parts(layers=12.5, depth=6, head=4.5, dense_head=7.5, sampler=1.5, wait=0.5)
@@ -26,6 +27,7 @@ def tiny(monkeypatch):
     }
     monkeypatch.setitem(SHAPES, "small", {**SHAPES["small"], **changes})
     monkeypatch.setattr(speed, "PREFIX", 32)
+    monkeypatch.setattr(costs, "PREFIX", 32)
     return raw_config("small", canvas=16)
 
 

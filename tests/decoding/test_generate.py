@@ -34,8 +34,7 @@ def engine(demo):
     return engine_of(demo)
 
 
-@pytest.mark.parametrize("stability", [0, 1, 2])
-@pytest.mark.parametrize("seed", [3, 4, 2**63 + 5])
+@pytest.mark.parametrize(("seed", "stability"), [(3, 0), (4, 1), (2**63 + 5, 2), (3, 2)])
 def test_generate_equals_a_plain_loop(model, seed, stability):
     options = replace(OPTIONS, stability_threshold=stability)
     prompt = random_tokens(1, 9).tolist()
@@ -203,19 +202,19 @@ def test_a_step_costs_one_forward_for_all_rows(model, monkeypatch):
 def test_rows_that_come_late_join_between_steps_and_change_nothing(model, stability):
     prompts = [random_tokens(20 + n, n).tolist() for n in (7, 2, 11, 5)]
     options = replace(OPTIONS, stability_threshold=stability)
-    _, alone = run(model, prompts, [3] * 4, [5, 6, 7, 8], options)
-    for late in ({1: 1, 2: 4}, {0: 3, 1: 12, 3: 2}, {3: 40}):
-        _, readers = run(model, prompts, [3] * 4, [5, 6, 7, 8], options, late=late.items(), chunk=4)
+    _, alone = run(model, prompts, [2] * 4, [5, 6, 7, 8], options)
+    for late in ({1: 1, 2: 4}, {0: 3, 1: 12, 3: 2}, {3: 30}):
+        _, readers = run(model, prompts, [2] * 4, [5, 6, 7, 8], options, late=late.items(), chunk=4)
         assert [reader.taken for reader in readers] == [reader.taken for reader in alone]
 
 
 def test_a_job_that_is_removed_leaves_the_others_as_they_are(model):
     """While its prompt is encoded, while it is denoised beside others, and alone."""
     prompts = [random_tokens(20 + n, n).tolist() for n in (7, 2, 11)]
-    _, alone = run(model, prompts, [3] * 3, [5, 6, 7])
+    _, alone = run(model, prompts, [2] * 3, [5, 6, 7])
     for removed in range(3):
         for after in (0, 1, 3, 6):
-            readers = [Reader(3) for _ in prompts]
+            readers = [Reader(2) for _ in prompts]
             requests = [request_of(model, *one, OPTIONS, None, 4) for one in zip(prompts, readers, (5, 6, 7))]
             loop = Loop(model)
             for one in requests:

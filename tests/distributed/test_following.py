@@ -190,7 +190,7 @@ def test_what_ranks_cannot_do_is_refused(monkeypatch):
     monkeypatch.setattr(stdin, "_is_pipe", lambda: True)
     with pytest.raises(CircumstanceError, match=r"passes stdin on without its end.* name a file in place of -"):
         stdin.read_prompt("-", (), None)
-    monkeypatch.setattr(chat_input, "watched", object)
+    monkeypatch.setattr(chat_input, "rank_here", object)
     said = []
     chat_input.chat_input(SimpleNamespace(warn=said.append))
     assert said == [chat_input.ENDLESS]

@@ -16,7 +16,7 @@ from mlx_dgemma.errors import CircumstanceError, DataError, OptionError
 from mlx_dgemma.tune.config import RunConfig, TrainerConfig
 from mlx_dgemma.tune.run import tune
 
-STEPS, SAVED, ROWS = 20, 16, 4
+STEPS, SAVED, ROWS = 8, 5, 4
 SETTINGS = {"steps": STEPS, "clip": 0.5}
 
 
@@ -33,7 +33,7 @@ def digest(model):
 
 
 def train(group, folder):
-    """The losses of 20 steps; a second trainer goes on from the saved state."""
+    """The losses of all steps; a second trainer goes on from the saved state."""
     run, losses, rest = {"ranks": group.size}, [], []
     one, again = trainer(group, **SETTINGS), trainer(group, **SETTINGS)
     for step, batch in enumerate(batches()):
