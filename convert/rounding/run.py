@@ -21,16 +21,19 @@ from mlx_dgemma.prompt.endings import own_options
 
 from ..jobs import DTYPES, Job, float_dtype
 from ..search import prompts, trajectories
+from ..search.replay import outputs
 from ..search.shelf import LAYERS, Shelf
 from ..sources.opened import Source
 from ..sources.parts import Decoded
 from . import layers
+from .embedding import round_embedding
 from .layers import LayerRounding, Module
 from .methods import METHODS, NEAREST
 from .replay import Replay
 
 STATES = 4  # of each trajectory
 SCRATCH = "rounding"  # folder in the new checkpoint, while it is written
+EMBEDDING = "model.decoder.embed_tokens"
 SELF_CONDITIONING = "model.decoder.self_conditioning"
 Stage = Callable[[str, int, int], None]  # called with what is done, how far it is, and of how much
 
@@ -146,14 +149,12 @@ class Calibrated:
     def _round_layers(self, seen: Sequence[trajectories.Trajectory]) -> dict[str, Path]:
         text, trunk, files = self._shelf.config.text, self._shelf.trunk(), {}
         decoder, modules = trunk.model.decoder, []
-        table, scale = decoder.embed_tokens.weight, trunk.head.embed_scale
-        how = self._how.get("model.decoder.embed_tokens")
-        if how is not None:
-            table = layers.nearest(table, how, self._dtype)
+        head = LayerRounding(self._how.get, self._dtype)
+        table, scale = self._round_embedding(seen, head), trunk.head.embed_scale
         replay = Replay(text, seen, lambda tokens: table[tokens].astype(mx.float32) * scale)
         count = len(text.layer_types)
         for index in range(-1, count):
-            work = LayerRounding(self._how.get, self._dtype)
+            work = head if index < 0 else LayerRounding(self._how.get, self._dtype)
             if index < 0:
                 conditioning, own = replay.conditioning(), decoder.self_conditioning
                 layers.round_mlp(SELF_CONDITIONING, own, own.pre_norm(conditioning), work)
@@ -172,6 +173,15 @@ class Calibrated:
         self.rounding = replace(self.rounding, modules=tuple(modules), others=others)
         return files
 
+    def _round_embedding(self, seen: Sequence[trajectories.Trajectory], work: LayerRounding) -> mx.array:
+        """The embedding as it becomes, [V, H] float32; what the head multiplies it with is the source's."""
+        decoder = self._shelf.trunk().model.decoder
+        rows = [mx.zeros((0, self._shelf.config.text.hidden_size))]
+        if EMBEDDING in self._how:
+            for _, states in outputs(self._shelf.trunk(), self._shelf.layer, seen):
+                rows.append(decoder.norm(states).reshape(-1, states.shape[-1]).astype(mx.float32))
+        return round_embedding(EMBEDDING, decoder.embed_tokens.weight, mx.concatenate(rows), work)
+
     def _memory(self, checkpoint: Checkpoint) -> int:
         """Bytes that rounding needs at most, about."""
         text, shapes = checkpoint.config.text, checkpoint.shapes
@@ -183,7 +193,7 @@ class Calibrated:
         positions = sum(len(one) + STATES * checkpoint.config.canvas_length for one in self._prompts)
         rows = positions * 4 * (8 * text.hidden_size + text.num_attention_heads * text.global_head_dim)
         layer = max(size for key, size in sizes.items() if key != "trunk")
-        return 4 * (sizes["trunk"] + 2 * layer) + rows + 3 * layers.EXPERT_BYTES
+        return 4 * (2 * sizes["trunk"] + 2 * layer) + rows + 3 * layers.EXPERT_BYTES
 
 
 def check_method(method: str) -> None:
