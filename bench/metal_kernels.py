@@ -66,7 +66,6 @@ FAMILIES = [
     Family("blocked attention", r"sdpa_blocked_(?P<op>causal_mask|scale_copy)_DTYPES"),
     Family("product", r"steel_gemm_(?P<op>fused|splitk)_(?P<v1>[nt][nt])_DTYPES(?P<v2>_bm\w+)"),
     Family("product", r"(?P<op>gemv)_(?P<v1>(?:t_)?)DTYPES(?P<v2>_bm\w+)"),
-    Family("segmented product", r"steel_(?P<op>segmented_mm)_(?P<v1>[nt][nt])_DTYPES(?P<v2>_bm\w+)"),
     Family("gathered product", r"steel_(?P<op>gather_mm)_(?P<v1>(?:rhs_)?[nt][nt])_DTYPES(?P<v2>_bm\w+)"),
     Family("quantized", QUANTIZED),
     Family("random", r"(?P<op>rbits)c?"),

@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import shutil
+import sys
 import tempfile
 import time
 from math import prod
@@ -177,7 +179,10 @@ def shape(args: argparse.Namespace) -> dict:
         where = Path(folder) / "search"
         with open_source(path) as source:
             found = search(source, where, None, args.bits, args.prompts, tried, args.states, args.samples, note, False)
-    return {"peak": found.peak, "seconds": found.seconds, "marks": marks}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"peak: {found.peak / 1e9:.2f} GB of arrays in the search, {resident / 1e9:.2f} GB resident; "
+          "the resident peak counts making the random checkpoint, too")  # fmt: skip
+    return {"peak": found.peak, "resident": resident, "seconds": found.seconds, "marks": marks}
 
 
 def main() -> None:

@@ -115,11 +115,6 @@ def _rounding(rounding: Rounding | None) -> str:
 Rounded by {rounding.method} on denoising steps of the source:
 {rounding.positions:,} positions of {rounding.prompts} prompts.
 """
-    if tuned := rounding.tuned:
-        said = "were kept" if tuned.kept else "were not kept"
-        told += f"""Scales and biases trained for {tuned.steps} steps {said}: KL(source || result) on states that were
-held back {tuned.before:.3g} nats before, {tuned.after:.3g} after.
-"""
     if rounding.modules:
         rows = "\n".join(
             f"| {one.path} | {one.nearest:.2g} | {one.error:.2g} | {one.few or ''} |" for one in rounding.modules

@@ -212,12 +212,6 @@ def _print_rounding(rounding: Rounding) -> None:
         click.echo(f"  {path}: error of the outputs {error:.2g}, with the nearest codes {near:.2g}{rest}")
     if rounding.others:
         click.echo(f"  nearest codes: {', '.join(_merge_layers(dict.fromkeys(rounding.others, '')))}")
-    if tuned := rounding.tuned:
-        said = "" if tuned.kept else ", so that it was not kept"
-        click.echo(
-            f"  scales trained for {count(tuned.steps, 'step')}: KL {tuned.before:.3g} nats before, "
-            f"{tuned.after:.3g} after, on states that were held back{said}"
-        )
 
 
 def _print_report(report: Report) -> None:

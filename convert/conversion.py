@@ -131,7 +131,6 @@ def _convert(
                 (folder / name).unlink(missing_ok=True)
         result = Checkpoint.open(folder)
         if calibrated:
-            calibrated.tune(result)
             calibrated.close()
         verification = verify_conversion(checkpoint, result, work.exact, decoded) if verify else None
         report = _report(source, target, checkpoint, chosen, work, nonfinite, verification, start)

@@ -146,8 +146,6 @@ def _products(name: str, state: tuple, into: list[str], out: list[str]) -> list[
         return [("product fused", f"{into[0]} {out[0]}"), ("product gemv", into[0])]
     if name == "GatherMM":
         return [("gathered product gather_mm", f"{into[0]} {out[0]}")]
-    if name == "SegmentedMM":
-        return [("segmented product segmented_mm", f"{(into or out)[0]} {(into or out)[0]}")]  # of one dtype
     if name in ("QuantizedMatmul", "GatherQMM", "Quantize"):
         group, bits, mode = (int(one) for one in state[:3])
         return [(f"quantized {MODES[mode]} group {group} bits {bits}", into[0])]

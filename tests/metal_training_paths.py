@@ -19,7 +19,6 @@ import mlx_dgemma
 from mlx_dgemma.adapters.deltas import add_adapter, add_denoising_adapter, target_paths
 from mlx_dgemma.cli.main import main
 from mlx_dgemma.convert.conversion import convert
-from mlx_dgemma.convert.rounding import dwq
 from mlx_dgemma.convert.rounding import run as rounding
 from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.objective import VARIANTS, Batch, draw_noise
@@ -153,9 +152,8 @@ def conversions(dtype: str, folder: Path) -> None:
     for recipe in RECIPES if whole else ("4bit",):
         convert(folder / "toy", folder / recipe, recipe, dtype, verify=whole and recipe == "4bit")
     (folder / "prompts.txt").write_text("Say it.\n")
-    # Gradients of experts are in float32 alone on a CPU.
-    rounded = {"rounding": "gptq+dwq" if whole else "gptq", "prompts": folder / "prompts.txt"}
-    with patch.object(rounding, "STATES", 2), patch.object(dwq, "EPOCHS", 1):
+    rounded = {"rounding": "gptq", "prompts": folder / "prompts.txt"}
+    with patch.object(rounding, "STATES", 2):
         convert(folder / "toy", folder / "rounded", "3bit", dtype, **rounded)
     packed, unpacked = (
         mlx_dgemma.load(folder / "4bit", dtype=dtype, dequantize=unpack, ignore_memory=True) for unpack in (False, True)

@@ -13,7 +13,7 @@ from ..recipes import Quantization
 from .groups import encode, fit, pack
 
 BLOCK = 128  # columns whose errors are carried over to the rest together
-DAMPING = 0.01  # of the mean second moment, added to each
+DAMPINGS = (0.01, 0.1, 1.0)  # shares of the mean second moment that can be added to each
 
 
 class Rounded(NamedTuple):
@@ -24,51 +24,67 @@ class Rounded(NamedTuple):
     biases: mx.array  # the same
 
 
-def gptq(weight: mx.array, root: mx.array, quantization: Quantization, dtype: mx.Dtype) -> Rounded:
+class Columns(NamedTuple):
+    """In which order columns are rounded, and how their errors are carried over."""
+
+    order: mx.array  # [..., I] int, the columns of the largest second moment first
+    upper: mx.array  # [..., I, I] float32, U with U^T U the inverse of the damped moment in that order
+
+
+def gptq(weight: mx.array, columns: Columns, quantization: Quantization, dtype: mx.Dtype) -> Rounded:
     """Round weights so that the products with the inputs change little.
 
     What is made small is the sum over the inputs x of |(W - W') x|^2, where W' is `mx.dequantize` of the result.
 
     Args:
         weight: [..., O, I].
-        root: [..., I, I], from `inverse_root` of the sum of x x^T over the inputs of each matrix.
+        columns: from `prepare`, of the sum of x x^T over the inputs of each matrix.
         quantization: affine.
         dtype: of scales and biases.
     """
     levels, size = 2**quantization.bits - 1, quantization.group_size
     shape = weight.shape
     weight = weight.astype(mx.float32).reshape(-1, *shape[-2:])
-    upper = root.reshape(-1, shape[-1], shape[-1])
+    upper = columns.upper.reshape(-1, shape[-1], shape[-1])
+    order = columns.order.reshape(-1, 1, shape[-1])
+    back = mx.argsort(order, axis=-1)
     diagonal = mx.diagonal(upper, axis1=-2, axis2=-1)[:, None]
-    scales, biases = fit(weight, 1 / (diagonal * diagonal), quantization.bits, size, dtype)
+    importance = mx.take_along_axis(1 / (diagonal * diagonal), back, axis=-1)
+    scales, biases = fit(weight, importance, quantization.bits, size, dtype)
+    weight = mx.take_along_axis(weight, order, axis=-1)
+    own_scales, own_biases = (mx.take_along_axis(one, order // size, axis=-1) for one in (scales, biases))
     codes = []
     for start in range(0, shape[-1], BLOCK):
         stop = min(start + BLOCK, shape[-1])
         rest, errors = weight[..., : stop - start], []
         for k in range(start, stop):
-            now, group = rest[..., 0], k // size
-            scale, bias = scales[..., group], biases[..., group]
+            now, scale, bias = rest[..., 0], own_scales[..., k], own_biases[..., k]
             codes.append(encode(now, scale, bias, levels))
             errors.append((now - (codes[-1] * scale + bias)) / diagonal[..., k])
             rest = rest[..., 1:] - errors[-1][..., None] * upper[:, k : k + 1, k + 1 : stop]
         carried = mx.stack(errors, axis=-1)
         weight = weight[..., stop - start :] - carried @ upper[:, start:stop, stop:]
         mx.eval(weight, codes)
-    packed = pack(mx.stack(codes, axis=-1).astype(mx.uint32), quantization.bits)
-    found = packed, scales.astype(dtype), biases.astype(dtype)
+    made = mx.take_along_axis(mx.stack(codes, axis=-1), back, axis=-1)
+    found = pack(made.astype(mx.uint32), quantization.bits), scales.astype(dtype), biases.astype(dtype)
     return Rounded(*(one.reshape(*shape[:-1], -1) for one in found))
 
 
-def inverse_root(moment: mx.array) -> mx.array:
-    """The upper triangular U with U^T U = moment^-1, [..., I, I], of a float32 moment that is damped first.
+def prepare(moment: mx.array, damping: float) -> Columns:
+    """What `gptq` takes for a float32 second moment [..., I, I]; its scale does not matter.
 
-    The moment's scale does not matter to what is rounded by it.
+    Args:
+        moment: sum of x x^T over the inputs.
+        damping: share of the mean second moment that is added to each; the more, the less is carried over.
     """
-    width = moment.shape[-1]
-    mean = mx.diagonal(moment, axis1=-2, axis2=-1).mean(axis=-1)[..., None, None]
-    damped = moment / mx.maximum(mean, 1e-30) + DAMPING * mx.eye(width)
+    width, diagonal = moment.shape[-1], mx.diagonal(moment, axis1=-2, axis2=-1)
+    order = mx.argsort(-diagonal, axis=-1)
+    mean = diagonal.mean(axis=-1)[..., None, None]
+    damped = moment / mx.maximum(mean, 1e-30) + damping * mx.eye(width)
+    damped = mx.take_along_axis(damped, order[..., None, :], axis=-1)
+    damped = mx.take_along_axis(damped, order[..., :, None], axis=-2)
     # MLX factors matrices on the CPU alone.
     inverse = mx.linalg.cholesky_inv(mx.linalg.cholesky(damped, stream=mx.cpu), stream=mx.cpu)
     upper = mx.linalg.cholesky((inverse + inverse.swapaxes(-1, -2)) / 2, upper=True, stream=mx.cpu)
-    mx.eval(upper)
-    return upper
+    mx.eval(order, upper)
+    return Columns(order, upper)

@@ -5,10 +5,9 @@ What a module is rounded on is what the modules before it compute once they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,11 +18,12 @@ from mlx_dgemma.model.functions import geglu
 from mlx_dgemma.model.layers import MLP, Layer, SelfConditioning
 
 from ..recipes import Quantization
-from .gptq import Rounded, gptq, inverse_root
+from .gptq import DAMPINGS, Columns, Rounded, gptq, prepare
 from .replay import Replay, by_rows
 
 EXPERT_BYTES = 512 * 2**20  # of second moments and their factors at once
 SHARED_ROWS = 512  # of all positions, for experts that few of them choose
+RUN, RUNS = 64, 8  # of so many runs of positions that follow each other, one judges what the others made
 Choose = Callable[[str], Quantization | None]
 
 
@@ -33,35 +33,44 @@ class Module:
 
     Attributes:
         path: of the module.
-        nearest: squared error of the outputs with the nearest codes, as a share of the squared outputs.
+        nearest: squared error of the outputs with the nearest codes, as a share of the squared outputs; on positions
+            that were kept apart.
         error: the same as it was rounded.
         few: experts that fewer positions chose than they have inputs, rounded on positions of others as well.
+        kept: matrices that kept their nearest codes, since none of the others came closer on these positions.
     """
 
     path: str
     nearest: float
     error: float
     few: int = 0
+    kept: int = 0
 
 
-@dataclass(frozen=True)
-class Moment:
-    """The second moment of inputs, which maps share: `matrix` [I, I] float32, the sum of x x^T."""
+class Moments(NamedTuple):
+    """Second moments of inputs, the sums of x x^T, [..., I, I] float32."""
 
-    matrix: mx.array
+    fitted: mx.array  # of the positions that weights are rounded on
+    judged: mx.array  # of those that were kept apart
 
     @classmethod
-    def of(cls, rows: mx.array) -> Moment:
-        """Of rows [N, I]."""
-        rows = rows.astype(mx.float32)
-        matrix = rows.T @ rows
-        mx.eval(matrix)
-        return cls(matrix)
+    def of(cls, rows: mx.array) -> Moments:
+        """Of rows [N, I] of all positions."""
+        rows, apart = rows.astype(mx.float32), kept_apart(np.arange(rows.shape[0]))
+        parts = [rows * mx.array(one[:, None].astype(np.float32)) for one in (~apart, apart)]
+        found = cls(*(one.T @ one for one in parts))
+        mx.eval(found)
+        return found
 
-    @cached_property
-    def root(self) -> mx.array:
-        """What `gptq` takes."""
-        return inverse_root(self.matrix)
+    @property
+    def columns(self) -> list[Columns]:
+        """What `gptq` takes, by damping."""
+        return [prepare(self.fitted, damping) for damping in DAMPINGS]
+
+
+def kept_apart(positions: np.ndarray) -> np.ndarray:
+    """Which positions judge, [N] bool: runs, because neighbours have much in common."""
+    return positions // RUN % RUNS == RUNS - 1
 
 
 @dataclass
@@ -80,26 +89,68 @@ class LayerRounding:
     rounded: dict[str, Rounded] = field(default_factory=dict)
     modules: list[Module] = field(default_factory=list)
 
-    def weight(self, path: str, module: Any, moment: Moment) -> None:
-        """Round the weight [O, I] of a linear map by the second moment of its inputs."""
+    def weight(self, path: str, module: Any, moments: Moments, columns: Sequence[Columns] | None = None) -> None:
+        """Round the weight [O, I] of a linear map by the second moments of its inputs.
+
+        Maps of the same inputs share `columns`.
+        """
         quantization = self.choose(path)
         if quantization is None:
             return
-        near = nearest(module.weight, quantization, self.dtype)
         if quantization.mode != "affine":
-            module.weight = near
+            module.weight = nearest(module.weight, quantization, self.dtype)
             return
-        made = gptq(module.weight, moment.root, quantization, self.dtype)
-        found = values(made, quantization)
-        self.keep(path, made, losses(module.weight, near, found, moment.matrix))
-        module.weight = found
+        found = best(module.weight[None], Moments(*(one[None] for one in moments)), quantization, self.dtype, columns)
+        self.keep(path, Rounded(*(one[0] for one in found.made)), found.squares, found.kept)
+        module.weight = found.values[0]
 
-    def keep(self, path: str, made: Rounded, squares: np.ndarray, few: int = 0) -> None:
+    def keep(self, path: str, made: Rounded, squares: np.ndarray, kept: int, few: int = 0) -> None:
         """Keep a result; `squares` are the outputs', and those of both errors."""
         mx.eval(made)
         self.rounded[path] = made
         near, error = (squares[1:] / max(squares[0], 1e-30)).tolist()
-        self.modules.append(Module(path, near, error, few))
+        self.modules.append(Module(path, near, error, few, kept))
+
+
+class Best(NamedTuple):
+    """What matrices became."""
+
+    made: Rounded  # [E, ...]
+    values: mx.array  # [E, O, I] float32
+    squares: np.ndarray  # [3], of the outputs where it is judged, and of the errors of nearest codes and of these
+    kept: int  # matrices with their nearest codes
+
+
+def best(
+    weight: mx.array,
+    moments: Moments,
+    quantization: Quantization,
+    dtype: mx.Dtype,
+    columns: Sequence[Columns] | None = None,
+) -> Best:
+    """Round matrices [E, O, I] with every damping; each takes what errs least on the positions that were kept apart.
+
+    The nearest codes are among the candidates.
+    """
+    weight = weight.astype(mx.float32)
+    best_made = Rounded(*mx.quantize(weight.astype(dtype), **quantization.as_dict))
+    whole = _squares(weight, moments.judged)
+    near = least = _squares(values(best_made, quantization) - weight, moments.judged)
+    kept = mx.ones(least.shape, mx.bool_)
+    for one in columns or (prepare(moments.fitted, damping) for damping in DAMPINGS):
+        made = gptq(weight, one, quantization, dtype)
+        error = _squares(values(made, quantization) - weight, moments.judged)
+        better = error < least
+        best_made = Rounded(*(mx.where(better[:, None, None], new, old) for new, old in zip(made, best_made)))
+        least, kept = mx.where(better, error, least), kept & ~better
+        mx.eval(best_made, least, kept)
+    squares = np.array([float(one.sum()) for one in (whole, near, least)])
+    return Best(best_made, values(best_made, quantization), squares, int(kept.sum()))
+
+
+def _squares(weight: mx.array, moment: mx.array) -> mx.array:
+    """Squared outputs of matrices [E, O, I] for inputs of a second moment, [E]."""
+    return ((weight @ moment) * weight).sum(axis=(-1, -2))
 
 
 def round_layer(
@@ -117,21 +168,22 @@ def round_layer(
     path = f"model.decoder.layers.{index}"
     attention: Any = layer.self_attn
     router: Any = layer.router
-    moment = Moment.of(layer.input_layernorm(replay.h))
+    moments = Moments.of(layer.input_layernorm(replay.h))
+    columns = moments.columns
     for name in ("q_proj", "k_proj", "v_proj"):
         if name in attention:
-            work.weight(f"{path}.self_attn.{name}", attention[name], moment)
+            work.weight(f"{path}.self_attn.{name}", attention[name], moments, columns)
     output, attention.o_proj = attention.o_proj, nn.Identity()
     rows = replay.attend(index, lambda x, context: attention(layer.input_layernorm(x), context))
     attention.o_proj = output
-    work.weight(f"{path}.self_attn.o_proj", output, Moment.of(rows))
+    work.weight(f"{path}.self_attn.o_proj", output, Moments.of(rows))
     h = replay.h + by_rows(lambda some: layer.post_attention_layernorm(output(some)), rows)
     dense = round_mlp(f"{path}.mlp", layer.mlp, layer.pre_feedforward_layernorm(h), work)
     proj = router.proj
     router.proj = kept = Inputs(proj)
     mx.eval(router(h))
     router.proj = proj
-    work.weight(f"{path}.router.proj", proj, Moment.of(kept.rows))
+    work.weight(f"{path}.router.proj", proj, Moments.of(kept.rows))
     chosen, x = router(h), layer.pre_feedforward_layernorm_2(h)
     round_experts(f"{path}.experts", layer.experts, (x, *chosen), work)
     sparse = by_rows(layer.experts, x, *chosen)
@@ -142,40 +194,45 @@ def round_layer(
 
 def round_mlp(path: str, mlp: MLP | SelfConditioning, rows: mx.array, work: LayerRounding) -> mx.array:
     """Round a GeGLU's three maps on its inputs [N, H]; returns its outputs [N, H]."""
-    moment = Moment.of(rows)
+    moments = Moments.of(rows)
+    columns = moments.columns
     for name in ("gate_proj", "up_proj"):
-        work.weight(f"{path}.{name}", mlp[name], moment)
+        work.weight(f"{path}.{name}", mlp[name], moments, columns)
     inner = by_rows(lambda some: geglu(mlp.gate_proj(some), mlp.up_proj(some)), rows)
-    work.weight(f"{path}.down_proj", mlp.down_proj, Moment.of(inner))
+    work.weight(f"{path}.down_proj", mlp.down_proj, Moments.of(inner))
     return by_rows(mlp.down_proj, inner)
 
 
 @dataclass
 class _Chosen:
-    """The rows of one expert: [n, I] its inputs, [n] its shares of them, and some of all positions' [m, I]."""
+    """The rows of one expert: [n, I] its inputs, [n] its shares of them, [n] whether one judges; and some of all."""
 
     own: mx.array
     shares: mx.array
+    apart: np.ndarray
     others: mx.array
 
     def through(self, weight: mx.array) -> _Chosen:
         """The rows behind gate and up."""
         own, others = (geglu(*mx.split(rows @ weight.T, 2, axis=-1)) for rows in (self.own, self.others))
-        return _Chosen(own, self.shares, others)
+        return _Chosen(own, self.shares, self.apart, others)
 
     @property
     def few(self) -> bool:
         return self.own.shape[0] < self.own.shape[1]
 
-    def moment(self) -> mx.array:
-        """[I, I], rows weighed by the squares of their shares; where they are few, others fill them up."""
-        weighed = self.own * self.shares[:, None]
-        moment = weighed.T @ weighed
-        if self.few:
-            missing, count = self.own.shape[1] - self.own.shape[0], self.own.shape[0]
-            share = (self.shares * self.shares).mean() if count else 1.0
-            moment = moment + (self.others.T @ self.others) * (share * missing / self.others.shape[0])
-        return moment
+    def moments(self) -> Moments:
+        """Rows weighed by the squares of their shares; where they are few, others fill them up."""
+        found = []
+        everyone = self.others.T @ self.others / self.others.shape[0]
+        width = self.own.shape[1]
+        for mask, wanted in ((~self.apart, width), (self.apart, width // RUNS)):
+            shares = self.shares * mx.array(mask.astype(np.float32))
+            weighed = self.own * shares[:, None]
+            count = int(mask.sum())
+            share = (shares * shares).sum() / count if count else 1.0
+            found.append(weighed.T @ weighed + everyone * (share * max(wanted - count, 0)))
+        return Moments(*found)
 
 
 def round_experts(path: str, experts: Experts, rows: tuple[mx.array, mx.array, mx.array], work: LayerRounding) -> None:
@@ -194,35 +251,38 @@ def round_experts(path: str, experts: Experts, rows: tuple[mx.array, mx.array, m
     how = {name: work.choose(f"{path}.{name}") for name in maps}
     made: dict[str, list[Rounded]] = {name: [] for name in maps}
     squares, few = {name: np.zeros(3) for name in maps}, dict.fromkeys(maps, 0)
+    kept = dict.fromkeys(maps, 0)
     others = x[mx.array(np.linspace(0, len(x) - 1, min(len(x), SHARED_ROWS)).astype(np.int32))]
-    count, step = maps["gate_up_proj"].weight.shape[0], max(1, EXPERT_BYTES // (16 * x.shape[-1] ** 2))
+    count, step = maps["gate_up_proj"].weight.shape[0], max(1, EXPERT_BYTES // (24 * x.shape[-1] ** 2))
     for start in range(0, count, step):
         stop = min(start + step, count)
         found = []
         for expert in range(start, stop):
             where, place = np.nonzero(chosen == expert)
-            found.append(_Chosen(x[mx.array(where.astype(np.int32))], mx.array(shares[where, place]), others))
+            rows_of = x[mx.array(where.astype(np.int32))]
+            found.append(_Chosen(rows_of, mx.array(shares[where, place]), kept_apart(where), others))
         for name, one in maps.items():
             weight, quantization = one.weight[start:stop], how[name]
             if name == "down_proj":
                 found = [rows.through(w) for rows, w in zip(found, maps["gate_up_proj"].weight[start:stop])]
             if quantization is None:
                 continue
-            new = near = nearest(weight, quantization, work.dtype)
             if quantization.mode == "affine":
-                moments = mx.stack([rows.moment() for rows in found])
+                moments = Moments(*(mx.stack(list(some)) for some in zip(*(rows.moments() for rows in found))))
+                became = best(weight, moments, quantization, work.dtype)
+                made[name].append(became.made)
                 few[name] += sum(rows.few for rows in found)
-                made[name].append(gptq(weight, inverse_root(moments), quantization, work.dtype))
-                new = values(made[name][-1], quantization)
-                squares[name] += losses(weight, near, new, moments)
-                mx.eval(made[name][-1])
-            one.weight[start:stop] = new
+                kept[name] += became.kept
+                squares[name] += became.squares
+                one.weight[start:stop] = became.values
+            else:
+                one.weight[start:stop] = nearest(weight, quantization, work.dtype)
             mx.eval(one.weight)
         mx.clear_cache()
     for name, parts in made.items():
         if parts:
             whole = Rounded(*(mx.concatenate(list(part)) for part in zip(*parts)))
-            work.keep(f"{path}.{name}", whole, squares[name], few[name])
+            work.keep(f"{path}.{name}", whole, squares[name], kept[name], few[name])
 
 
 class Inputs(nn.Module):
@@ -248,9 +308,3 @@ def values(made: Rounded, quantization: Quantization) -> mx.array:
     """The float32 values that a quantized weight stands for."""
     scales, biases = made.scales.astype(mx.float32), made.biases.astype(mx.float32)
     return mx.dequantize(made.weight, scales, biases, **quantization.as_dict)
-
-
-def losses(weight: mx.array, near: mx.array, made: mx.array, moment: mx.array) -> np.ndarray:
-    """Squared outputs of inputs with a second moment, and the squared errors of two roundings; [3]."""
-    weight = weight.astype(mx.float32)
-    return np.array([float(((one @ moment) * one).sum()) for one in (weight, near - weight, made - weight)])

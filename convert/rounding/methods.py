@@ -4,6 +4,4 @@ NEAREST = "nearest"
 METHODS = {
     NEAREST: "every weight takes the nearest code",
     "gptq": "codes by GPTQ, on what the source's denoising steps compute",
-    "dwq": "nearest codes, then scales and biases trained towards what the source predicts",
-    "gptq+dwq": "both",
 }

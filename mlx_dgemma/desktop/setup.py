@@ -21,13 +21,15 @@ from ..checkpoint.folder import Checkpoint, read_generation
 from ..checkpoint.headers import INDEX, read_tensors
 from ..checkpoint.processor import read_processor
 from ..convert.conversion import convert
-from ..convert.recipes import RECIPES, recipe_named
+from ..convert.jobs import source_quantization
+from ..convert.recipes import RECIPES, Recipe, recipe_named
 from ..errors import CheckpointError, DgemmaError, MemoryLimitError, OptionError, human
 from ..model import device
 from ..model.config import ModelConfig, read_json
 
 RELEASE = "google/diffusiongemma-26B-A4B-it"
-RANKED = ("8bit", "6bit", "4bit", "3bit")  # what is proposed where the unquantized weights do not fit, best first
+# What is proposed where the unquantized weights do not fit, best first.
+RANKED = ("8bit", "mac-36gb", "6bit", "4bit", "mac-24gb", "3bit", "mac-16gb")
 PREFIX = 1024  # positions behind which the paper model reckons a step
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 HINT = "give a folder or a Hub id"
@@ -166,8 +168,7 @@ def obtain(
     """
     if target is not None and planned.chosen.recipe is not None and target.exists():
         have = Checkpoint.open(target)
-        wanted = RECIPES[planned.chosen.recipe].experts
-        if not have.quantization or wanted is None or have.quantization.get("bits") != wanted.bits:
+        if not _made_by(have, RECIPES[planned.chosen.recipe]):
             raise DgemmaError(f"{target} is another checkpoint; give another --folder, or remove it.")
         say(f"{target} is there already.")
         return str(target)
@@ -180,6 +181,12 @@ def obtain(
     say(f"Converting it to {planned.chosen.recipe}, into {target}.")
     convert(source, target, planned.chosen.recipe, progress=progress)
     return str(target)
+
+
+def _made_by(have: Checkpoint, recipe: Recipe) -> bool:
+    """Whether every module of a checkpoint is quantized as a recipe does it."""
+    found = source_quantization(have)
+    return bool(found) and all(recipe.fitted(path, have.shapes[f"{path}.weight"][-1]) == q for path, q in found.items())
 
 
 def _has_weights(folder: Path) -> bool:

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.convert import Quantization
-from mlx_dgemma.convert.rounding.gptq import DAMPING, gptq, inverse_root
+from mlx_dgemma.convert.rounding.gptq import gptq, prepare
 from mlx_dgemma.convert.rounding.groups import fit, pack
 from mlx_dgemma.convert.rounding.layers import nearest, values
 
 BITS = (2, 3, 4, 5, 6, 8)
+DAMPING = 0.01
 
 
 def correlated(count: int, width: int, seed: int = 0) -> np.ndarray:
@@ -35,12 +36,12 @@ def test_codes_lie_where_mlx_puts_them(bits):
 
 
 def naive(weight: np.ndarray, moment: np.ndarray, scales: np.ndarray, biases: np.ndarray, levels: int) -> np.ndarray:
-    """[O, I] codes: column by column, with the inverse of what is left of the moment; float64."""
+    """[O, I] codes: column by column, the greatest first, with the inverse of what is left of the moment; float64."""
     weight, moment = weight.astype(np.float64), moment.astype(np.float64)
     moment = moment / np.diag(moment).mean()
     inverse = np.linalg.inv(moment + DAMPING * np.eye(len(moment)))
     size, codes = weight.shape[1] // scales.shape[1], np.zeros(weight.shape, int)
-    for k in range(weight.shape[1]):
+    for k in np.argsort(-np.diag(moment), kind="stable"):
         scale, bias = scales[:, k // size], biases[:, k // size]
         codes[:, k] = np.clip(np.round((weight[:, k] - bias) / scale), 0, levels)
         error = (weight[:, k] - (codes[:, k] * scale + bias)) / inverse[k, k]
@@ -54,7 +55,7 @@ def test_columns_carry_their_errors_as_a_naive_version_does():
     weight = mx.random.normal((2, 6, 192), key=mx.random.key(1))
     inputs = [correlated(400, 192, seed) for seed in range(2)]
     moments = np.stack([x.T @ x for x in inputs])
-    made = gptq(weight, inverse_root(mx.array(moments)), Quantization(3, 64), mx.bfloat16)
+    made = gptq(weight, prepare(mx.array(moments), DAMPING), Quantization(3, 64), mx.bfloat16)
     assert made.scales.dtype == made.biases.dtype == mx.bfloat16
     for i in range(2):
         scales, biases = (np.array(one[i].astype(mx.float32)) for one in made[1:])
@@ -67,7 +68,7 @@ def test_columns_carry_their_errors_as_a_naive_version_does():
 def test_outputs_keep_closer_than_with_the_nearest_codes(bits):
     inputs, how = correlated(500, 128), Quantization(bits, 32)
     weight = np.array(mx.random.normal((16, 128), key=mx.random.key(2)))
-    made = gptq(mx.array(weight), inverse_root(mx.array(inputs.T @ inputs)), how, mx.bfloat16)
+    made = gptq(mx.array(weight), prepare(mx.array(inputs.T @ inputs), DAMPING), how, mx.bfloat16)
     near = nearest(mx.array(weight), how, mx.bfloat16)
     far = [float(((inputs @ (weight - np.array(one)).T) ** 2).sum()) for one in (near, values(made, how))]
     assert far[1] < 0.6 * far[0]
@@ -75,7 +76,7 @@ def test_outputs_keep_closer_than_with_the_nearest_codes(bits):
 
 def test_moments_of_nothing_and_equal_weights_stay_finite():
     weight = mx.concatenate([mx.zeros((2, 64)), mx.full((2, 64), 0.5)])
-    made = gptq(weight, inverse_root(mx.zeros((64, 64))), Quantization(4, 32), mx.float16)
+    made = gptq(weight, prepare(mx.zeros((64, 64)), DAMPING), Quantization(4, 32), mx.float16)
     assert mx.allclose(values(made, Quantization(4, 32)), weight, atol=1e-3)
 
 

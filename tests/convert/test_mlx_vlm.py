@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 from mlx_dgemma.checkpoint.build import build
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.convert import convert
-from mlx_dgemma.convert.rounding import dwq, run
+from mlx_dgemma.convert.rounding import run
 
 vlm = pytest.importorskip("mlx_vlm.utils")
 
@@ -65,9 +65,8 @@ def test_it_loads_what_we_write(hf_checkpoint, tmp_path, dtype, options):
 def test_it_loads_what_we_round(hf_checkpoint, tmp_path, monkeypatch):
     """Scales and biases are as exact as they are stored: float32 computes what they say."""
     monkeypatch.setattr(run, "STATES", 1)
-    monkeypatch.setattr(dwq, "EPOCHS", 1)
     (tmp_path / "prompts.txt").write_text("Spell the word frog.\n")
-    convert(hf_checkpoint, tmp_path / "out", "3bit", "float32", rounding="gptq+dwq", prompts=tmp_path / "prompts.txt")
+    convert(hf_checkpoint, tmp_path / "out", "3bit", "float32", rounding="gptq", prompts=tmp_path / "prompts.txt")
     assert_equal(tmp_path / "out", "float32")
 
 

@@ -1,10 +1,9 @@
-"""Rounding on the states of the source: replayed layers, experts with few rows, trained scales, a whole conversion."""
+"""Rounding on the states of the source: replayed layers, experts with few rows, a whole conversion."""
 
 import json
 import re
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from checkpoint_files import changed, left_in
@@ -16,7 +15,7 @@ from mlx_dgemma.checkpoint.build import build
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.convert import Quantization, convert
 from mlx_dgemma.convert import cli as cli_module
-from mlx_dgemma.convert.rounding import dwq, layers, targets
+from mlx_dgemma.convert.rounding import layers
 from mlx_dgemma.convert.rounding import run as run_module
 from mlx_dgemma.convert.rounding.replay import Replay
 from mlx_dgemma.convert.search import replay, trajectories
@@ -73,17 +72,6 @@ def test_experts_with_few_rows_lean_on_all_positions_and_are_told():
         assert far[1] < 0.8 * far[0]
 
 
-def test_what_is_left_of_a_target_is_one_token():
-    logits = mx.random.normal((4, 50), key=mx.random.key(0)) * 3
-    other = logits + mx.random.normal((4, 50), key=mx.random.key(1))
-    order = mx.argsort(-logits, axis=-1)
-    log_p = mx.take_along_axis(logits - mx.logsumexp(logits, axis=-1, keepdims=True), order, axis=-1)
-    exact = targets.divergence(order, log_p, other)
-    assert mx.allclose(exact, replay.kl(logits, other), atol=1e-5)
-    some = targets.divergence(order[:, :20], log_p[:, :20], other)
-    assert (some <= exact + 1e-5).all() and (some > 0.5 * exact).all()
-
-
 @pytest.fixture(scope="module")
 def small(demo, tmp_path_factory):
     """The demo's first and last layer, with three denoising steps."""
@@ -105,18 +93,17 @@ def small(demo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rounded(small, tmp_path_factory):
-    """At 3 bits by both methods: its folder, its report, and what was told meanwhile."""
+    """At 3 bits: its folder, its report, and what was told meanwhile."""
     folder = tmp_path_factory.mktemp("rounded")
     (folder / "prompts.txt").write_text("\n".join(ASKED))
     stages = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "STATES", 2)
-        patch.setattr(dwq, "EPOCHS", 1)
         report = convert(
             small,
             folder / "out",
             "3bit",
-            rounding="gptq+dwq",
+            rounding="gptq",
             prompts=folder / "prompts.txt",
             stage=lambda *told: stages.append(told),
         )
@@ -127,17 +114,17 @@ def rounded(small, tmp_path_factory):
 def test_a_conversion_tells_what_was_done(rounded):
     folder, report, stages = rounded
     done = report.rounding
-    assert (done.method, done.prompts) == ("gptq+dwq", 2)
+    assert (done.method, done.prompts) == ("gptq", 2)
     plain = {path for path, how in Checkpoint.open(folder).quantization.items() if isinstance(how, dict)}
-    assert {one.path for one in done.modules} | {"model.decoder.embed_tokens"} >= plain
-    assert done.others == ("model.decoder.embed_tokens",)
+    assert {one.path for one in done.modules} >= plain
+    assert not done.others
     experts = [one for one in done.modules if ".experts." in one.path]
     assert len(experts) == 4 and all(one.error < one.nearest for one in experts)
-    assert done.tuned.steps == 1 and "rounding" not in left_in(folder)
+    assert "rounding" not in left_in(folder)
     names = [what.partition(" (")[0] for what, _, _ in stages]
-    assert list(dict.fromkeys(names)) == ["Recording states", "Rounding layers", "Training scales"]
+    assert list(dict.fromkeys(names)) == ["Recording states", "Rounding layers"]
     card = (folder / "README.md").read_text()
-    assert "--rounding gptq+dwq" in card and experts[0].path in card
+    assert "--rounding gptq" in card and experts[0].path in card
 
 
 def test_only_codes_scales_and_biases_differ_from_the_plain_recipe(rounded, small, tmp_path):
@@ -147,39 +134,18 @@ def test_only_codes_scales_and_biases_differ_from_the_plain_recipe(rounded, smal
     assert {name: one[:2] for name, one in ours.items()} == {name: one[:2] for name, one in plain.items()}
     same = {name for name in ours if ours[name] == plain[name]}
     assert {name for name in ours if "scales" not in name and "biases" not in name and ".weight" not in name} <= same
-    assert "model.decoder.embed_tokens.scales" in same
+    assert "model.decoder.embed_tokens.weight" not in same
     assert "model.decoder.layers.0.experts.down_proj.weight" not in same
     configs = [json.loads((one / "config.json").read_text()) for one in (folder, tmp_path / "plain")]
     assert configs[0] == configs[1]
     build(Checkpoint.open(folder), "float32")
 
 
-def test_training_brings_scales_closer_to_the_source(tmp_path, monkeypatch):
-    """Judged on what it learned; what is stored is what was judged, and the codes stay."""
-    monkeypatch.setattr(dwq, "HELD_BACK", 1)
-    source, model = (small_model(hidden_size=64, moe_intermediate_size=64) for _ in range(2))
-    decoder = source.model.decoder
-    seen = some_states(source)
-    targets.write_targets(tmp_path, source, replay.outputs(source, lambda i: decoder.layers[i], seen), seen)
-
-    nn.quantize(model, 32, 3, class_predicate=lambda path, one: "experts" in path and "proj" in path)
-    dwq.unpack_for_training(model)
-    before = {path: one.weight for path, one in model.named_modules() if isinstance(one, dwq.Unpacked)}
-    found = dwq.tune(model, seen, tmp_path, mx.bfloat16, epochs=10)
-    assert found.kept and found.after < found.before and len(found.scales) == 2 * len(decoder.layers)
-    for path, one in model.named_modules():
-        if path in before:
-            assert one.weight is before[path]
-            assert mx.array_equal(one.scales, found.scales[path][0].astype(mx.float32))
-
-
 def test_what_cannot_be_rounded_is_refused(demo, tmp_path, monkeypatch):
-    said = refusal(OptionError, convert, demo, tmp_path / "a", "mxfp4", rounding="dwq")
-    assert said == "rounding is dwq, which trains affine weights of fewer than 8 bits; give a recipe such as 4bit."
     said = refusal(OptionError, convert, demo, tmp_path / "a", rounding="gptq")
     assert said == "rounding is gptq, which needs affine quantization; give a recipe such as 4bit."
     said = refusal(OptionError, convert, demo, tmp_path / "a", "4bit", rounding="best")
-    assert said == "rounding is 'best'; take one of nearest, gptq, dwq, gptq+dwq."
+    assert said == "rounding is 'best'; take one of nearest, gptq."
     convert(demo, tmp_path / "quantized", "8bit")
     said = refusal(CheckpointError, convert, tmp_path / "quantized", tmp_path / "a", "8bit", rounding="gptq")
     assert said == f"{tmp_path / 'quantized'} is quantized already; round the original weights."

@@ -36,10 +36,18 @@ def release(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gives", "recipe"), [(32 * 2 / 3, "4bit"), (36 * 3 / 4, "6bit"), (48 * 3 / 4, "8bit"), (96 * 3 / 4, None)]
+    ("gives", "recipe"),
+    [
+        (16 * 2 / 3, "mac-16gb"),
+        (24 * 2 / 3, "mac-24gb"),
+        (32 * 2 / 3, "4bit"),
+        (36 * 3 / 4, "mac-36gb"),
+        (48 * 3 / 4, "8bit"),
+        (96 * 3 / 4, None),
+    ],
 )
 def test_the_best_that_fits_is_proposed_as_the_readme_says(release, monkeypatch, gives, recipe):
-    monkeypatch.setattr(setup.device, "available", lambda: int(gives * GB))
+    monkeypatch.setattr(setup.device, "available", lambda: int(gives * 2**30))
     planned = setup.plan(str(release))
     assert planned.chosen.recipe == recipe
     assert [one.recipe for one in planned.choices] == [None, *setup.RANKED]
@@ -47,10 +55,10 @@ def test_the_best_that_fits_is_proposed_as_the_readme_says(release, monkeypatch,
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_downloaded(release, monkeypatch):
-    monkeypatch.setattr(setup.device, "available", lambda: 12 * GB)
-    with pytest.raises(MemoryLimitError, match=r"release needs at least \d+\.\d GB and this machine gives 12\.0 GB; "):
+    monkeypatch.setattr(setup.device, "available", lambda: 9 * GB)
+    with pytest.raises(MemoryLimitError, match=r"release needs at least \d+\.\d GB and this machine gives 9\.0 GB; "):
         setup.plan(str(release))
-    with pytest.raises(MemoryLimitError, match=r"as 8bit needs \d+\.\d GB and this machine gives 12\.0 GB; take a"):
+    with pytest.raises(MemoryLimitError, match=r"as 8bit needs \d+\.\d GB and this machine gives 9\.0 GB; take a"):
         setup.plan(str(release), "8bit")
     with pytest.raises(OptionError, match=r"^recipe is '5bit'; take one of 3bit,"):
         setup.plan(str(release), "5bit")
