@@ -57,10 +57,10 @@ def answers(dtype: str, folder: Path) -> None:
 
 
 def own_rules(dtype: str, folder: Path) -> None:
-    """The built-in rules, given as one's own."""
+    """The built-in rules, given as one's own, with quantized keys and values."""
     accept, settle = rules.EntropyBound(0.1, 2), rules.AnyOf((rules.Settled(), rules.Certain(0.1), rules.Unchanged(2)))
     for fast, one in ((False, accept), (True, rules.Confident())):
-        loaded(dtype, folder).generate(
+        loaded(dtype, folder, kv_bits=8).generate(
             STORY, accept=one, settle=settle, renoise=lambda seen, accepted, noise: noise, fast=fast, **FEW
         )
 

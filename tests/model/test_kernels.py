@@ -157,12 +157,12 @@ def test_softmax_of_the_first_scores(dtype, count, width):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("kind", [SLIDING, FULL])
-def test_unpack(demo, dtype, bits, kind):
+def test_unpack(dtype, bits, kind):
     """Of some slots of two heads and of rows with positions of their own, rounded where the layer's own way does."""
-    layers = engine_of(demo).model.model.decoder.layers
-    attention = next(one.self_attn for one in layers if one._layer_type == kind)
-    attention.k_norm.weight = weight = draw(1, attention._dim, dtype=dtype)
-    codes, scales, biases = mx.quantize(draw(0, 2, 2, 40, attention._dim, dtype=dtype), 32, bits)
+    model = small_model(4, layers=(SLIDING, FULL), head_dim=64, global_head_dim=64)
+    attention = model.model.decoder.layers[kind == FULL].self_attn
+    attention.k_norm.weight = weight = draw(1, 64, dtype=dtype)
+    codes, scales, biases = mx.quantize(draw(0, 2, 2, 40, 64, dtype=dtype), 32, bits)
     wide = mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), 32, bits)
     values = wide[:, :, 5:34].astype(dtype)
     for position in (9, mx.array([3, 30])):
