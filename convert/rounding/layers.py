@@ -205,10 +205,13 @@ def round_mlp(path: str, mlp: MLP | SelfConditioning, rows: mx.array, work: Laye
 
 @dataclass
 class _Chosen:
-    """The rows of one expert: [n, I] its inputs, [n] its shares of them, [n] whether one judges; and some of all."""
+    """The rows of one expert: [n, I] its inputs, [n] its shares of them, [n] whether one judges; and some of all.
+
+    There is at least one row: a product of none ends the process on CUDA. Its share is 0 where nobody chose the expert.
+    """
 
     own: mx.array
-    shares: mx.array
+    shares: np.ndarray
     apart: np.ndarray
     others: mx.array
 
@@ -219,7 +222,7 @@ class _Chosen:
 
     @property
     def few(self) -> bool:
-        return self.own.shape[0] < self.own.shape[1]
+        return int((self.shares > 0).sum()) < self.own.shape[1]
 
     def moments(self) -> Moments:
         """Rows weighed by the squares of their shares; where they are few, others fill them up."""
@@ -227,10 +230,10 @@ class _Chosen:
         everyone = self.others.T @ self.others / self.others.shape[0]
         width = self.own.shape[1]
         for mask, wanted in ((~self.apart, width), (self.apart, width // RUNS)):
-            shares = self.shares * mx.array(mask.astype(np.float32))
-            weighed = self.own * shares[:, None]
-            count = int(mask.sum())
-            share = (shares * shares).sum() / count if count else 1.0
+            shares = self.shares * mask
+            weighed = self.own * mx.array(shares)[:, None]
+            count = int((shares > 0).sum())
+            share = float((shares * shares).sum()) / count if count else 1.0
             found.append(weighed.T @ weighed + everyone * (share * max(wanted - count, 0)))
         return Moments(*found)
 
@@ -259,8 +262,8 @@ def round_experts(path: str, experts: Experts, rows: tuple[mx.array, mx.array, m
         found = []
         for expert in range(start, stop):
             where, place = np.nonzero(chosen == expert)
-            rows_of = x[mx.array(where.astype(np.int32))]
-            found.append(_Chosen(rows_of, mx.array(shares[where, place]), kept_apart(where), others))
+            own, where = (shares[where, place], where) if len(where) else (np.zeros(1, np.float32), np.zeros(1, int))
+            found.append(_Chosen(x[mx.array(where.astype(np.int32))], own, kept_apart(where), others))
         for name, one in maps.items():
             weight, quantization = one.weight[start:stop], how[name]
             if name == "down_proj":
