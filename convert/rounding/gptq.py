@@ -62,7 +62,7 @@ def gptq(weight: mx.array, columns: Columns, quantization: Quantization, dtype: 
             codes.append(encode(now, scale, bias, levels))
             errors.append((now - (codes[-1] * scale + bias)) / diagonal[..., k])
             rest = rest[..., 1:] - errors[-1][..., None] * upper[:, k : k + 1, k + 1 : stop]
-        if stop < shape[-1]:  # a product without columns ends the process on CUDA
+        if stop < shape[-1]:
             weight = weight[..., stop - start :] - mx.stack(errors, axis=-1) @ upper[:, start:stop, stop:]
         mx.eval(weight, codes)
     made = mx.take_along_axis(mx.stack(codes, axis=-1), back, axis=-1)
