@@ -21,6 +21,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -210,18 +211,21 @@ def trace(model: DiffusionGemma, wanted: bool) -> None:
 
 
 def seconds_a_token(
-    model: DiffusionGemma, prompt: mx.array, rows: int, length: int, runs: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of a pass over so many tokens of each row and of their draws, at temperature 0; and the host's before it
-    waits: what it takes to build the graph and to hand it over.
+    model: DiffusionGemma, prompt: mx.array, rows: int, length: int, runs: int, chunk: int | None
+) -> tuple[list[float], list[float], float]:
+    """Seconds of a pass over so many tokens of each row and of their draws, at temperature 0; the host's before it
+    waits, which are what it takes to build the graph and to hand it over; and those of a row's prompt.
 
     Passes over one token overlap as in generation; of longer ones the host reads each.
     """
     prefixes = [model.new_prefix(capacity=prompt.shape[1] + 512) for _ in range(rows)]
     taken: list[float] = []
     host: list[float] = []
+    begun = time.perf_counter()
     for prefix in prefixes:
-        prefill(model, prefix, np.asarray(prompt), None)
+        prefill(model, prefix, np.asarray(prompt), chunk)
+        mx.eval(prefix.state)
+    prefilled = (time.perf_counter() - begun) / rows
     tokens, before = mx.zeros((rows, length), mx.int32), None
     for _ in range(runs + 4):
         started = time.perf_counter()
@@ -236,7 +240,7 @@ def seconds_a_token(
             prefix.accept(1)
         before = tokens = drawn
         taken.append(time.perf_counter() - started)
-    return taken[4:], host[4:]
+    return taken[4:], host[4:], prefilled
 
 
 def speed(args: argparse.Namespace) -> list[dict]:
@@ -248,13 +252,14 @@ def speed(args: argparse.Namespace) -> list[dict]:
     for prefix in args.prefix:
         prompt = random_prompt(raw, prefix)
         for rows in args.rows:
-            for length, traces in ((one, other) for one in args.tokens for other in args.traces):
+            for length, traces, chunk in product(args.tokens, args.traces, args.chunk):
                 trace(model, traces == "yes")
                 mx.reset_peak_memory()
                 held = mx.get_active_memory()
-                seconds, host = seconds_a_token(model, prompt, rows, length, args.runs * 8)
+                seconds, host, prefilled = seconds_a_token(model, prompt, rows, length, args.runs * 8, chunk)
                 taken, host = (spread([1000 * one for one in some]) for some in (seconds, host))
                 found.append({"prefix": prefix, "rows": rows, "tokens": length, "ms": taken, "host_ms": host})
+                found[-1].update(chunk=chunk, prefill_ms=1000 * prefilled)
                 found[-1]["peak_gib"] = (mx.get_peak_memory() - held) / 2**30
                 found[-1]["traced"] = model.token_pass is not None and model.token_pass.trusted
                 settle()
@@ -265,10 +270,24 @@ def speed(args: argparse.Namespace) -> list[dict]:
             settle()
     body = [
         [one["prefix"], one["rows"], one["tokens"], "yes" if one.get("traced") else "no", show(one["ms"]),
-         show(one.get("host_ms")), f"{one.get('peak_gib', 0):.2f}"]
+         show(one.get("host_ms")), one.get("chunk") or "", f"{one.get('prefill_ms', 0):.0f}",
+         f"{one.get('peak_gib', 0):.2f}"]
         for one in found
     ]  # fmt: skip
-    table(["prefix", "rows", "tokens a row", "traced", "ms", "host's ms", "GiB above the weights"], body)
+    table(
+        [
+            "prefix",
+            "rows",
+            "tokens a row",
+            "traced",
+            "ms",
+            "host's ms",
+            "prompt's chunk",
+            "prompt's ms",
+            "GiB above the weights",
+        ],
+        body,
+    )
     return found
 
 
@@ -293,6 +312,7 @@ def main() -> None:
     other.add_argument("--mlx-lm", action="store_true", help="plain Gemma 4 of the same shape beside it, by mlx-lm")
     other.add_argument("--rows", type=int, nargs="+", default=[1])
     other.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256], help="of a row in a pass")
+    other.add_argument("--chunk", type=int, nargs="+", default=[None], help="prompt tokens encoded at once")
     other.add_argument("--traces", choices=["no", "yes"], nargs="+", default=["yes"], help="of passes over one token")
     args = parser.parse_args()
     found = machine()

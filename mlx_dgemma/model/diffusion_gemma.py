@@ -206,7 +206,7 @@ class DiffusionGemma(nn.Module):
 
     def trace_tokens(self) -> None:
         """From now on replay traces of passes over one token."""
-        self.token_pass = TokenPass(self._run_ahead, self.config.text.layer_types)
+        self.token_pass = TokenPass(self._run_ahead, self.config.text)
 
     def trace_layers(self) -> None:
         """From now on replay traces of the layers of passes over a canvas, or over tokens ahead."""

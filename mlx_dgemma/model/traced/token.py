@@ -13,11 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..config import TextConfig
 from ..functions import finite
 from ..kv_cache import BUFFER_STEP, LayerKV, Prefix
 from .prefix import Slots, TracedKV, TracedMask, TracedPrefix
 
 KEPT = 4  # traces; a longer prefix or larger buffers need new ones
+BEFORE = 4  # tokens behind which the first trace is compared
 PARTS = 8  # slots of a trace are a multiple of the largest power of two in so many parts of them
 
 Run = Callable[[mx.array, list[Any], list[Any]], mx.array]  # (tokens [1, 1], prefixes, masks by layer type) -> states
@@ -26,19 +28,20 @@ Run = Callable[[mx.array, list[Any], list[Any]], mx.array]  # (tokens [1, 1], pr
 class TokenPass:
     """Encodes one token of one row behind a prefix, by a trace.
 
-    The first pass is computed both ways; if they differ, or a trace cannot be made, there are none from then on.
+    Before the first, a pass is computed both ways; if they differ, or a trace cannot be made, there are none from then
+    on.
 
     Args:
         run: a bound method of the model, which is not kept alive.
-        types: of the layers.
+        config: the text stack's sizes.
 
     Attributes:
         usable: whether traces are made.
         trusted: whether one was compared with the pass that it was made of.
     """
 
-    def __init__(self, run: Run, types: tuple[str, ...]):
-        self._run, self._types = weakref.WeakMethod(run), types
+    def __init__(self, run: Run, config: TextConfig):
+        self._run, self._config = weakref.WeakMethod(run), config
         self._traces: dict[Any, Callable[..., Any]] = {}
         self.usable, self.trusted = True, False
 
@@ -63,7 +66,7 @@ class TokenPass:
         if prefix.padding is not None or any(type(layer) is not LayerKV for layer in prefix.layers):
             return None
         found: dict[str, Slots] = {}
-        for layer, kind in zip(prefix.layers, self._types):
+        for layer, kind in zip(prefix.layers, self._config.layer_types):
             used, have = layer.used(prefix.offset), 0 if layer.keys is None else layer.keys.shape[2]
             if used >= have or have % BUFFER_STEP:
                 return None
@@ -85,7 +88,7 @@ class TokenPass:
         return hidden
 
     def _traced(self, slots: dict[str, Slots], windows: list[int | None]) -> Callable[..., Any]:
-        run, types = self._run, self._types
+        run, types = self._run, self._config.layer_types
 
         def token_pass(tokens: mx.array, offset: mx.array, buffers: list[tuple[mx.array, mx.array]]) -> Any:
             layers = [
@@ -100,30 +103,30 @@ class TokenPass:
 
         return token_pass
 
-    def _first(self, tokens: mx.array, prefix: Prefix, slots: dict[str, Slots]) -> mx.array | None:
-        """Both ways of a pass; what it writes is the same, so the second may write over the first."""
-        run = self._run()
+    def _first(self, tokens: mx.array, prefix: Prefix, slots: dict[str, Slots]) -> mx.array:
+        """Both ways of a pass, behind a prefix of their own: a request's buffers would be held twice."""
+        run, own = self._run(), Prefix(self._config, capacity=BUFFER_STEP)
         assert run is not None
-        expected = run(tokens, [prefix], [prefix.encode_masks(1)])
-        mx.eval(expected, prefix.state)
-        handles = prefix.handles()
+        run(mx.zeros((1, BEFORE), tokens.dtype), [own], [own.encode_masks(BEFORE)])
+        own.accept(BEFORE)
+        expected = run(tokens, [own], [own.encode_masks(1)])
+        mx.eval(expected, own.state)
         try:
-            found = self._replay(tokens, prefix, slots)
-            mx.eval(found, prefix.state)
+            found = self._replay(tokens, own, self._slots(own) or slots)
+            mx.eval(found)
             self.trusted = agree(expected, found)
             reason = "they compute something else here"
-            if not self.trusted and not finite(expected).all():
-                return expected  # numbers that tell nothing
+            numbers = self.trusted or finite(expected).all()  # what is not finite tells nothing
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-        finally:
-            prefix.restore(handles)
-        if not self.trusted:
+            reason, numbers = str(error).strip().partition("\n")[0], True
+        self.forget()
+        if self.trusted:
+            return self._replay(tokens, prefix, slots)
+        if numbers:
             self.usable = False
-            self.forget()
             said = f"Traced passes are not used, which costs speed token by token ({reason}); please report it."
             warnings.warn(said, stacklevel=2)
-        return expected
+        return run(tokens, [prefix], [prefix.encode_masks(1)])
 
 
 def rounded(count: int) -> int:
