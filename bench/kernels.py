@@ -22,7 +22,7 @@ from mlx_dgemma.check.shapes import random_prompt
 from mlx_dgemma.checkpoint.build import choose_kernels, suit_device
 from mlx_dgemma.decoding.lookahead import denoise_block
 from mlx_dgemma.decoding.options import GenerationOptions
-from mlx_dgemma.decoding.prefill import evaluate
+from mlx_dgemma.decoding.prefill import evaluate, prefill
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.model.kv_cache import Prefix
 
@@ -73,6 +73,23 @@ def kernels(call: Callable[[], object], runs: int) -> dict[str, tuple[float, flo
         if event.device_type.name == "CUDA":
             found[event.name].append(event.device_time_total / 1e3)
     return {name: (len(each) / runs, sum(each) / runs) for name, each in found.items()}
+
+
+def of_a_step(model: DiffusionGemma, prompt: mx.array, top: int = 12) -> dict:
+    """How many kernels a step behind a prompt launches, and the milliseconds that they and messages among them take."""
+    prefix = model.new_prefix()
+    prefill(model, prefix, np.asarray(prompt), None)
+    steps = denoise_block(model, prefix, GenerationOptions(max_denoising_steps=20, **NEVER), mx.random.key(1)[None])
+    for _ in range(3):
+        next(steps)
+    found = kernels(lambda: next(steps), 4)
+    launches, busy = (sum(one[i] for one in found.values()) for i in (0, 1))
+    messages = sum(spent for name, (_, spent) in found.items() if "nccl" in name.lower())
+    slowest = sorted(
+        ((round(spent, 2), round(count), name[:80]) for name, (count, spent) in found.items()), reverse=True
+    )
+    figures = {"launches": round(launches), "busy_ms": round(busy, 2), "messages_ms": round(messages, 2)}
+    return {**figures, "top": slowest[:top]}
 
 
 def measure(model: DiffusionGemma, prompt: mx.array, length: int, args: argparse.Namespace) -> dict:

@@ -55,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=12, help="tokens of causal mode; the first four are warm-up")
     parser.add_argument("--trace", choices=["off", "on"], nargs="+", help="time steps without layers' traces or with "
                         "them; the other figures are as the last (default: as the model is loaded)")  # fmt: skip
+    parser.add_argument("--profile", action="store_true", help="count a step's kernels (CUDA, needs PyTorch)")
     parser.add_argument("--equal-layers", type=int, default=6, help="layers of the float32 model of `equality`")
     parser.add_argument("--timeout", type=int, default=420, help="seconds of one job with one number of ranks")
     parser.add_argument("--budget", type=int, default=1200, help="seconds after which no other job is started")
@@ -169,6 +170,12 @@ def time_prefix(args: argparse.Namespace, group, model, raw: dict, length: int, 
         say(group, f"{name}, prefix {length}: {sent['messages']} messages a step, {sent['bytes'] / 1e6:.2f} MB in all, "
                    f"{sent['layer_bytes'] / 1e6:.3f} MB a layer of {layers}; alone {sent['alone_ms']:.2f} ms; "
                    f"the step without them {sent['without_ms']['median']:.2f} ms")  # fmt: skip
+    if args.profile:
+        import kernels
+
+        seen = row["kernels"] = kernels.of_a_step(model, prompt)
+        say(group, f"{name}, prefix {length}: {seen['launches']} launches a step on rank 0, {seen['busy_ms']} ms busy, "
+                   f"of which messages {seen['messages_ms']}")  # fmt: skip
     return row
 
 

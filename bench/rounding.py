@@ -24,7 +24,7 @@ from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.checkpoint.tokenizer import load_tokenizer
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.rounding.methods import METHODS
-from mlx_dgemma.convert.search import prompts, replay, trajectories
+from mlx_dgemma.convert.search import plan, prompts, replay, trajectories
 from mlx_dgemma.prompt.endings import own_options
 
 STATES = 4
@@ -42,7 +42,7 @@ def write_prompts(file: Path, count: int, seed: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id of the source (default: the demo)")
-    parser.add_argument("--recipe", nargs="+", default=["3bit", "4bit"])
+    parser.add_argument("--recipe", nargs="+", default=["3bit", "4bit"], help="names, or files of searched plans")
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=64, help="that weights are rounded on")
     parser.add_argument("--judged", type=int, default=24, help="prompts that judge")
@@ -63,9 +63,10 @@ def main() -> None:
         for recipe in args.recipe:
             nearest = None
             for method in args.method:
-                target, started = folder / f"{recipe}-{method}", time.perf_counter()
+                target, started = folder / f"{len(rows)}", time.perf_counter()
                 given = {} if method == "nearest" else {"rounding": method, "prompts": files["rounded"]}
-                convert(checkpoint.path, target, recipe, **given)
+                chosen = plan.load(Path(recipe)) if recipe.endswith(".json") else recipe
+                convert(checkpoint.path, target, chosen, **given)
                 seconds = time.perf_counter() - started
                 model = build(Checkpoint.open(target), "float32", dequantize=True)
                 layers = model.model.decoder.layers

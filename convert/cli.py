@@ -157,6 +157,8 @@ def _searched(origin: str, mlx_path: str, target: dict[str, Any]) -> Any:
         f"position, same top token at {found.agreement:.1%}; at most {human(found.peak)} of arrays, "
         f"{found.seconds:.0f} s. Its report is {folder / 'report.md'}."
     )
+    if found.doubt:
+        click.echo(found.doubt, err=True)
     return found.plan
 
 

@@ -20,6 +20,7 @@ from .trajectories import Trajectory
 
 REPORT, PLOT = "report.md", "report.svg"
 POINTS = 24  # of the curve of costs over sizes
+FEW_PROMPTS = 20  # of several steps; fewer leave the plan to chance
 FEW_ROWS = 32  # below so many rows an expert's cost says little
 _CELL, _LEFT, _TOP = 22, 190, 40
 _COLOURS = {2: "#b2182b", 3: "#ef8a62", 4: "#fddbc7", 5: "#d1e5f0", 6: "#67a9cf", 8: "#2166ac", 16: "#444444"}
@@ -39,6 +40,7 @@ class Found:
         peak: bytes of MLX's arrays at most.
         seconds: duration.
         recipes: {name: (bytes, the sum of its modules' divergences)} of the named recipes.
+        asked: prompts, and how many of their canvases took several steps.
     """
 
     plan: Plan
@@ -50,6 +52,18 @@ class Found:
     peak: int
     seconds: float
     recipes: dict[str, tuple[int, float]]
+    asked: tuple[int, int]
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the plan may be worse than it could be, if it may."""
+        prompts, several = self.asked
+        if several >= FEW_PROMPTS:
+            return None
+        return (
+            f"Only {several} of {prompts} prompts took several steps, so little is known of later states; with "
+            f"{FEW_PROMPTS} or more such --prompts a plan can be better."
+        )
 
 
 def write(
@@ -109,6 +123,7 @@ def _text(found: Found, costs: Costs, shapes: Mapping[str, tuple[int, ...]], tra
         *(f"| {name} | {human(size)} | {value:.4g} |" for name, (size, value) in found.recipes.items()),
         f"| this plan | {human(found.nbytes)} | {found.expected:.4g} |",
         "",
+        *([found.doubt, ""] if found.doubt else []),
         *_few_rows(costs),
         "| module | width | divergence | at 2, 3, 4, 6, 8 bits, groups of 64 |",
         "|---|---|---|---|",

@@ -26,7 +26,7 @@ from .sensitivity import COSTS, SAMPLES, Costs, Sensitivity
 from .shelf import Shelf
 from .trajectories import Trajectory
 
-STATES = 3  # of each trajectory
+STATES = 3  # of each trajectory as a mean
 TRAJECTORIES, RUN, PLAN = "trajectories.safetensors", "search.json", "plan.json"
 Progress = Callable[[str, int, int], None]  # called with what is done, how far it is, and of how much
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -67,8 +67,8 @@ def search(
         bits: the same in bits a weight.
         prompt_file: the user's prompts; None takes the bundled ones.
         tried: the widths to try.
-        states: of each trajectory.
-        samples: draws of each position's token.
+        states: of each trajectory as a mean.
+        samples: random directions of each position.
         progress: told how far the search is.
         keep: hold all layers in memory; None: if they fit into half of it.
 
@@ -107,6 +107,7 @@ def search(
         mx.get_peak_memory(),
         time.perf_counter() - started,
         _named(shapes, costs, float_bytes),
+        (len(seen), sum(len(one.steps) > 1 for one in seen)),
     )
     plan.save(folder / PLAN, found)
     write(folder, result, costs, shapes, seen, float_bytes)

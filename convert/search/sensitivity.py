@@ -1,9 +1,9 @@
 """What each width of each module costs: the divergence of the outputs that its rounding causes.
 
-To second order, KL(p || p + change) of the outputs is half the mean square of the change's product with the gradient of
-log p(y), where y is drawn from p (the Fisher information). So one backward pass for each of a few draws gives, at the
-output of every linear map, a gradient that weighs that map's own error. A width then takes one product of the rounding
-errors with the map's inputs, and no pass to the end of the stack.
+To second order, KL(p || p + change) of the outputs is half the mean square of the change of the logits along random
+directions whose covariance is the Fisher information, diag(p) - p p^T. So one backward pass for each of a few
+directions gives, at the output of every linear map, a gradient that weighs that map's own error. A width then takes one
+product of the rounding errors with the map's inputs, and no pass to the end of the stack.
 
 Gradients and errors are taken of both modes: of the canvases, and of the prefix, which a candidate encodes by itself.
 Errors of different rows are taken to be independent. One layer is in memory at a time: forward in order, then back.
@@ -33,7 +33,7 @@ from .taps import Seen, calls, pulled_back, tapped
 from .trajectories import Trajectory
 from .widths import ALL, allowed
 
-SAMPLES = 4  # draws of each position's token
+SAMPLES = 4  # random directions of each position
 HELD = 4096  # positions whose inputs and gradients are held before they are measured
 PIECE_BYTES = 256 * 2**20  # of an expert tensor in float32 that is rounded at once
 EMBEDDING, CONDITIONING = "model.decoder.embed_tokens", "model.decoder.self_conditioning"
@@ -66,7 +66,7 @@ class Sensitivity:
         trajectories: of the source.
         folder: of files between the steps; a run that was interrupted goes on from what lies there.
         widths: to try.
-        samples: draws of each position's token.
+        samples: random directions of each position.
         seed: of the draws.
     """
 
@@ -167,7 +167,7 @@ class Sensitivity:
         costs.modules[EMBEDDING] = found
 
     def _head_gradients(self, hidden: Hidden, one: Trajectory, key: mx.array) -> list[Hidden]:
-        """For each draw the gradient of log p(drawn tokens) with respect to the last layer's outputs."""
+        """For each direction the gradient of the logits along it with respect to the last layer's outputs."""
         model = self.shelf.trunk()
         flat = hidden[1].reshape(-1, hidden[1].shape[-1])
         warm = np.repeat(one.temperatures, one.canvases.shape[1])[:, None]
@@ -176,17 +176,14 @@ class Sensitivity:
         for start in range(0, flat.shape[0], size):
             t = mx.array(warm[start : start + size])
 
-            def log_p(x: mx.array, tokens: mx.array, t: mx.array = t) -> mx.array:
-                z = model.logits(model.model.decoder.norm(x)[None])[0] / t
-                chosen = mx.take_along_axis(z, tokens[:, None], axis=-1)[:, 0]
-                return (chosen - mx.logsumexp(z, axis=-1)).sum()
+            def towards(x: mx.array, direction: mx.array, t: mx.array = t) -> mx.array:
+                return (model.logits(model.model.decoder.norm(x)[None])[0] / t * direction).sum()
 
             x = flat[start : start + size]
-            z = model.logits(model.model.decoder.norm(x)[None])[0] / t
+            p = mx.softmax(model.logits(model.model.decoder.norm(x)[None])[0] / t, axis=-1)
             for k in range(self.samples):
                 key, own = mx.random.split(key)
-                tokens = mx.random.categorical(z, key=own)
-                parts[k].append(mx.grad(log_p)(x, tokens))
+                parts[k].append(mx.grad(towards)(x, fisher_direction(p, own)))
                 mx.eval(parts[k][-1])
         none = mx.zeros_like(hidden[0])
         return [(none, mx.concatenate(part).reshape(hidden[1].shape)) for part in parts]
@@ -355,6 +352,23 @@ def known_costs(folder: Path) -> Costs:
         return Costs(**json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise CheckpointError(f"{file} is broken; remove {folder}, so that the search begins again.") from None
+
+
+def fisher_direction(p: mx.array, key: mx.array) -> mx.array:
+    """Random directions with mean zero and covariance diag(p) - p p^T, one for each row.
+
+    One-hot tokens drawn from p, less p, have that covariance too. But where the model is nearly certain, they show what
+    it deems unlikely once in 1 / (1 - p) draws; these do so in every one.
+
+    Args:
+        p: [n, V] float32 probabilities.
+        key: of the signs.
+
+    Returns:
+        [n, V] float32.
+    """
+    signed = mx.sqrt(p) * (2 * mx.random.bernoulli(0.5, p.shape, key) - 1)
+    return signed - p * signed.sum(axis=-1, keepdims=True)
 
 
 def _weighed(error: mx.array, gradient: mx.array) -> mx.array:

@@ -66,7 +66,8 @@ def record(
         model: the source; `Shelf.trunk` gives one whose layers are read when they are needed.
         options: of its sampler.
         prompts: token ids, with the generation prompt.
-        states: of each canvas, spread evenly from its first step to its last.
+        states: of each canvas as a mean. Of one that settles sooner there are fewer, and of the others more, spread
+            evenly from its first step to its last.
         seed: of the noise.
         progress: called with the prompts done and in total.
 
@@ -103,7 +104,21 @@ def _together(
             raise model.range_error()
     ends, stops = mx.array(np.asarray(step.argmax)), mx.array(options.end_tokens, mx.int32)
     text = np.asarray(sampler.text(ends, stops, mx.array(rooms, mx.int32)))
-    return [_thinned(prompt, one, own, options, states) for prompt, one, own in zip(prompts, seen, text)]
+    counts = shared([len(one) for one in seen], states * len(prompts))
+    return [_thinned(prompt, one, own, options, n) for prompt, one, own, n in zip(prompts, seen, text, counts)]
+
+
+def shared(lengths: Sequence[int], total: int) -> list[int]:
+    """How many states of each trajectory are kept: of `total` an even share, and more where others have fewer.
+
+    Args:
+        lengths: the steps of each.
+        total: states, at least one for each.
+    """
+    counts = [0] * len(lengths)
+    for place, i in enumerate(sorted(range(len(lengths)), key=lambda i: lengths[i])):
+        counts[i] = min(lengths[i], (total - sum(counts)) // (len(lengths) - place))
+    return counts
 
 
 def _encoded(model: DiffusionGemma, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Prefix:
@@ -124,9 +139,9 @@ def _thinned(
     options: GenerationOptions,
     states: int,
 ) -> Trajectory:
-    """A trajectory of at most so many of these states, the first and the last among them."""
-    count, total = len(seen), options.max_denoising_steps
-    steps = np.unique(np.round(np.linspace(0, count - 1, min(states, count))).astype(int))
+    """A trajectory of so many of these states, the first and the last among them."""
+    total = options.max_denoising_steps
+    steps = np.round(np.linspace(0, len(seen) - 1, states)).astype(int)
     warm = [sampler.temperature(total - step, total, options.t_min, options.t_max) for step in steps.tolist()]
     return Trajectory(
         prefix=np.array(prompt, np.int32),

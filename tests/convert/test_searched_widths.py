@@ -63,7 +63,7 @@ def test_a_replay_is_what_the_model_computes(shelf, recorded, demo):
 
 def test_trajectories_hold_first_and_last_steps_and_survive_the_disk(recorded, tmp_path):
     assert [one.steps[0] for one in recorded] == [0, 0]
-    assert max(len(one.steps) for one in recorded) == 2
+    assert [one.steps.tolist() for one in recorded] == [[0], [0, 1, 2]]  # four states; one canvas settles at once
     assert all(one.text.any() and not one.text.all() for one in recorded)
     trajectories.save(tmp_path / "t.safetensors", recorded)
     again = trajectories.load(tmp_path / "t.safetensors")
@@ -88,6 +88,17 @@ def test_a_streamed_shelf_reads_the_same_layers(demo, shelf):
 
 class Stopped(Exception):
     pass
+
+
+def test_directions_have_the_covariance_of_the_fisher_information():
+    """Among them those of a nearly certain position, which tokens drawn from it would seldom show."""
+    p = mx.array([[0.7, 0.2, 0.1], [0.999, 0.0009, 0.0001]])
+    made = mx.stack([sensitivity.fisher_direction(p, mx.random.key(i)) for i in range(4000)])
+    expected = mx.stack([mx.diag(row) - row[:, None] * row[None] for row in p])
+    found = mx.einsum("nri,nrj->rij", made, made) / len(made)
+    assert (mx.abs(found - expected) <= 0.1 * mx.sqrt(mx.max(mx.abs(expected), axis=(1, 2), keepdims=True))).all()
+    assert (mx.abs(found[1] - expected[1]) <= 0.1 * mx.abs(expected[1]).max()).all()
+    assert float(mx.abs(made.sum(axis=-1)).max()) < 1e-5
 
 
 def test_costs_foretell_the_divergence_and_a_stopped_run_goes_on(shelf, recorded, tmp_path, monkeypatch):
@@ -239,6 +250,12 @@ def test_a_target_size_makes_a_checkpoint_of_that_size(demo, tmp_path, shelf, re
     done = run(*arguments, "--target-bits", "4.5")
     assert done.exit_code == 0, done.output
     assert "Plan of 3.8 MB, 4.50 bits per weight: KL " in done.stdout
+    doubt = (
+        "Only 0 of 1 prompts took several steps, so little is known of later states; with 20 or more such --prompts a "
+        "plan can be better."
+    )
+    assert doubt in done.stderr
+    assert doubt in (folder / "report.md").read_text()
     result = Checkpoint.open(tmp_path / "out")
     assert 4.45 < result.bits_per_weight <= 4.5
     stored = {one["bits"] for one in result.quantization.values() if isinstance(one, dict)}
