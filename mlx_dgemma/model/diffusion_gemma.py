@@ -10,7 +10,6 @@ Formulas follow Transformers' diffusion_gemma. Names of submodules are the check
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -144,8 +143,8 @@ class DiffusionGemma(nn.Module):
             layers = self._encoder_layers or self.model.decoder.layers
             for i, layer in enumerate(layers):
                 if layer._layer_type == "full_attention":
-                    unpack = partial(layer.self_attn.unpack, by_kernel=self._with_kernels)
-                    prefix.layers[i] = QuantizedKV(capacity, self.kv_bits, unpack)
+                    unpack = layer.self_attn.unpack
+                    prefix.layers[i] = QuantizedKV(capacity, self.kv_bits, unpack, self._with_kernels)
         return prefix
 
     def encode(

@@ -10,7 +10,7 @@ from support import random_tokens, small_model
 
 from mlx_dgemma.adapters.deltas import add_adapter, target_paths
 from mlx_dgemma.distributed.group import Group
-from mlx_dgemma.model import kv_cache
+from mlx_dgemma.model import attention, kv_cache
 from mlx_dgemma.model.masks import Narrow
 from mlx_dgemma.model.traced import layer, token
 from mlx_dgemma.model.traced.prefix import TracedKV
@@ -24,8 +24,8 @@ def as_it_is(monkeypatch):
         monkeypatch.setattr(module, "BUFFER_STEP", 8)
 
 
-def model_of(traced):
-    model = small_model(3, scale=0.2)
+def model_of(traced, **changes):
+    model = small_model(3, scale=0.2, **changes)
     model.eval()
     if traced:
         model.trace_tokens()
@@ -171,6 +171,26 @@ def test_replayed_layers_change_no_bit(length, made):
     found = canvases(with_layer_traces(), length)
     assert all(a.shape == b.shape and mx.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(made) == 10 * 2  # of each pass one for each type of layer
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_with_quantized_keys_change_no_bit(bits, parts, made, monkeypatch):
+    """In two full layers, which must not read each other's weights."""
+    if parts:
+        monkeypatch.setattr(attention, "keys_at_once", lambda queries, kv_heads: 7)
+    shape = {"global_head_dim": 64, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+    models = model_of(False, **shape), with_layer_traces(**shape)
+    for model in models:
+        model.kv_bits = bits
+        norms = [layer.self_attn.k_norm for layer in model.model.decoder.layers]
+        norms[0].weight = 2 * norms[0].weight
+    expected, found = (canvases(model, 21) for model in models)
+    assert all(a.shape == b.shape and mx.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(made) == 10 * 2
+    weights = [weakref.ref(layer.self_attn) for layer in models[1].model.decoder.layers]
+    del models, model, norms
+    assert not any(one() for one in weights)
 
 
 def test_other_layers_have_no_trace(made):

@@ -23,8 +23,9 @@ BITS = (8, 4)
 GROUP = {8: 64, 4: 32}  # numbers that share a scale and a bias
 
 Packed = tuple[mx.array, mx.array, mx.array]  # codes, scales and biases of slots
-# (all slots, group size, bits, the first slot and the one behind the last, position of the first) -> keys, values
-Unpack = Callable[[Packed, int, int, tuple[int, int], Any], Iterable[mx.array]]
+# (all slots, group size, bits, the first slot and the one behind the last, position of the first, by kernel)
+# -> keys, values
+Unpack = Callable[[Packed, int, int, tuple[int, int], Any, bool], Iterable[mx.array]]
 
 
 def check(config: TextConfig, bits: int | None) -> None:
@@ -67,6 +68,7 @@ class QuantizedKV(LayerKV):
         capacity: slots that are allocated at once.
         bits: 8 or 4.
         unpack: computes keys and values, as `Attention.unpack`.
+        by_kernel: by a custom kernel.
 
     Attributes:
         codes: [B, heads, slots, D * bits / 32] uint32.
@@ -77,9 +79,9 @@ class QuantizedKV(LayerKV):
     kept: ClassVar[tuple[str, ...]] = ("codes", "scales", "biases")
     names: ClassVar[tuple[str, ...]] = (*kept, "keys", "values")
 
-    def __init__(self, capacity: int, bits: int, unpack: Unpack):
+    def __init__(self, capacity: int, bits: int, unpack: Unpack, by_kernel: bool = False):
         super().__init__(None, capacity)
-        self.bits, self.group_size, self._unpack = bits, GROUP[bits], unpack
+        self.bits, self.group_size, self.unpack, self.by_kernel = bits, GROUP[bits], unpack, by_kernel
         self.codes: mx.array | None = None
         self.scales: mx.array | None = None
         self.biases: mx.array | None = None
@@ -124,7 +126,7 @@ class QuantizedKV(LayerKV):
         assert self.codes is not None and self.scales is not None and self.biases is not None
         packed = self.codes, self.scales, self.biases
         position = start if self.padding is None else start - self.padding
-        return Part(start, *self._unpack(packed, self.group_size, self.bits, (start, end), position))
+        return Part(start, *self.unpack(packed, self.group_size, self.bits, (start, end), position, self.by_kernel))
 
     def parts(self, offset: int, canvas: bool, size: int, free: int = 0) -> Iterator[Part]:
         """All positions, at most `size` at once but for the last part, which has those of the canvas, too.

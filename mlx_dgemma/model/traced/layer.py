@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..attention import LayerContext
+from ..cache.quantized import QuantizedKV
 from ..kv_cache import LayerKV
 
 KEPT = 32  # traces; every length of a prefix and every width of a canvas needs one or two
@@ -29,8 +30,8 @@ Run = Callable[[Any, mx.array, mx.array, LayerContext], mx.array]
 class LayerTraces:
     """Computes a layer as `run` does, by a trace where there can be one.
 
-    Not traced are passes of the encoder that extend a prefix, padding, masks that are arrays, caches that are empty or
-    quantized, layers with an adapter, and those of further kinds than `KINDS`.
+    Not traced are passes of the encoder that extend a prefix, padding, masks that are arrays, caches that are empty,
+    quantized ones ahead of a prefix, layers with an adapter, and those of further kinds than `KINDS`.
 
     Args:
         run: computes (layer, h, scalar, context) -> h.
@@ -55,10 +56,10 @@ class LayerTraces:
                 del self._traces[next(iter(self._traces))]
             trace = mx.compile(self._traced(_without_arrays(layer), context))
         self._traces[key] = trace  # the newest stands last
-        buffers = [(cache.keys, cache.values) for cache in context.caches]
+        buffers = [[array for array in cache.arrays if array is not None] for cache in context.caches]
         h, written, stages = trace(anatomy.arrays(), h, scalar, buffers, context.turn or ())
-        for cache, (keys, values), own in zip(context.caches, written, stages):
-            cache.keys, cache.values, cache.stages = keys, values, own
+        for cache, arrays, own in zip(context.caches, written, stages):
+            cache.arrays, cache.stages = arrays, own
         return h
 
     def drop(self) -> None:
@@ -85,11 +86,13 @@ class LayerTraces:
         context = context._replace(caches=bare, turn=None)
 
         def layer_of(arrays: list[mx.array], h: mx.array, scalar: mx.array, buffers: Any, turn: Any) -> Any:
-            caches = [copy(one) for one in bare]
-            for cache, (keys, values) in zip(caches, buffers):
-                cache.keys, cache.values = keys, values
-            h = run(_filled(empty, iter(arrays)), h, scalar, context._replace(caches=caches, turn=turn or None))
-            return h, [(cache.keys, cache.values) for cache in caches], [cache.stages for cache in caches]
+            layer, caches = _filled(empty, iter(arrays)), [copy(one) for one in bare]
+            for cache, own in zip(caches, buffers):
+                cache.arrays = (*own, *[None] * (len(cache.names) - len(own)))
+                if isinstance(cache, QuantizedKV):
+                    cache.unpack = layer.self_attn.unpack
+            h = run(layer, h, scalar, context._replace(caches=caches, turn=turn or None))
+            return h, [cache.arrays for cache in caches], [cache.stages for cache in caches]
 
         return layer_of
 
@@ -100,13 +103,16 @@ def _key(h: mx.array, context: LayerContext) -> Any:
         return None
     rows = []
     for cache, mask, offset in zip(context.caches, context.masks, context.offsets):
-        if type(cache) is not LayerKV or cache.keys is None or cache.padding is not None:
+        if type(cache) not in (LayerKV, QuantizedKV) or cache.arrays[0] is None or cache.padding is not None:
             return None
+        if isinstance(cache, QuantizedKV) and mask.queries is not None:
+            return None  # what it reads depends on its buffers' sizes
         if mask.queries is not None and (context.turn is None or mask.leading is None):
             return None  # it would take the mask as an array
         # Behind a full ring all canvases are alike: where they stand is known to RoPE's angles alone.
         slots = cache.window_slots, cache.capacity, cache.used(offset)
-        rows.append((*slots, len(mask.keys), mask.queries is None, mask.leading))
+        kind = (cache.bits, cache.by_kernel, cache.keys is None) if isinstance(cache, QuantizedKV) else None
+        rows.append((kind, *slots, len(mask.keys), mask.queries is None, mask.leading))
     place = None if context.turn is not None else tuple(context.offsets)
     return h.shape, context.narrow, place, tuple(rows)
 
@@ -186,6 +192,8 @@ def _filled(empty: nn.Module, arrays: Iterator[mx.array]) -> Any:
 
 def _without_buffers(cache: LayerKV) -> LayerKV:
     new = copy(cache)
-    new.keys = new.values = None
+    new.arrays = (None,) * len(new.names)
     new.stages = []
+    if isinstance(new, QuantizedKV):
+        del new.unpack  # it holds a layer's arrays
     return new
