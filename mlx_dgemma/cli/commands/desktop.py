@@ -22,7 +22,7 @@ from ...desktop.actions import ACTIONS, VERBS, Action, read_actions
 from ...desktop.requests import Asked, read_answer, read_request
 from ...errors import DgemmaError, human
 from ...installation import this_copy
-from ..calls.texts import decode_argument, decode_utf8
+from ..calls.texts import decode_argument, decode_utf8, sentence_of
 from ..common import model_option
 from ..terminal import Terminal
 
@@ -147,8 +147,10 @@ def shortcut(file: str | None) -> None:
     try:
         data = Path(file).read_bytes() if file and file != "-" else sys.stdin.buffer.read()
         answer["text"] = _ask(read_request(data))
-    except (DgemmaError, OSError) as error:
+    except DgemmaError as error:
         answer["error"] = str(error)
+    except OSError as error:
+        answer["error"] = sentence_of(error)
     except click.ClickException as error:
         answer["error"] = error.format_message()
     Terminal().say(json.dumps(answer, ensure_ascii=False) + "\n")
