@@ -57,7 +57,9 @@ class Action:
         if self.instruction is not None and (not isinstance(self.instruction, str) or not self.instruction.strip()):
             raise DgemmaError(f"{name} has the instruction {shown(self.instruction)}; it should be text.")
         if self.instruction is not None and (odd := _NOT_IN_A_PLIST.search(self.instruction)):
-            raise DgemmaError(f"{name} has {odd[0]!a} in its instruction, which no property list can hold; leave it out.")
+            raise DgemmaError(
+                f"{name} has {odd[0]!a} in its instruction, which no property list can hold; leave it out."
+            )
         for field, allowed in (("input", INPUTS), ("output", OUTPUTS), ("verb", VERBS)):
             if getattr(self, field) not in allowed:
                 raise DgemmaError(

@@ -118,7 +118,9 @@ def _of_file(name: str) -> str:
 def _check(name: str, value: Any) -> None:
     for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
         if isinstance(text, str) and re.search("[\ud800-\udfff]", text):
-            raise OptionError(f"{name} has half of a surrogate pair, which is no character, in {shown(text)}; leave it out.")
+            raise OptionError(
+                f"{name} has half of a surrogate pair, which is no character, in {shown(text)}; leave it out."
+            )
         if isinstance(text, str) and "\0" in text and name in ("files", "images", "model"):
             raise OptionError(f"{name} is {shown(text)}, which has a zero byte; no file has such a name.")
     if name in TEXTS:
