@@ -57,7 +57,7 @@ def folder(tmp_path, monkeypatch, red):
         ("broken.json", "[1"),
         ("list.json", "[1]"),
         ("deep.json", "[" * 10**5),
-        ("deep.yaml", "[" * 2000),
+        ("deep.yaml", "[" * 600),
         ("open.json", '{"type": "nonsense"}'),
         ("data.jsonl", '{"prompt": "Spell the word cat.", "completion": "c a t"}\n'),
         ("tune.yaml", "rnak: 3"),

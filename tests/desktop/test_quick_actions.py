@@ -228,7 +228,7 @@ def test_only_own_bundles_are_listed_replaced_and_removed(tmp_path):
         ("- {title: A, instruction: x, input: files, output: replace}", "its output should be clipboard"),
         ("- {title: A, instruction: x, strength: 2}", "strength 2; it should be from 0 to 1"),
         ("- [", "is not valid YAML"),
-        ("[" * 2000, "is not valid YAML"),
+        ("[" * 600, "is not valid YAML"),
         ("- {title: A b, instruction: x}\n- {title: A-b, instruction: y}", "several actions with the key a-b;"),
         (f"- {{title: {chr(0x1F986) * 60}, instruction: x}}", "a short line without"),
         ('- {title: "A \\ud83e", instruction: x}', "a short line without"),

@@ -79,7 +79,7 @@ def stream_answer(
             events.close()
             terminal.erase()
     result = answer.result
-    if not silent:
+    if not silent and (result or answer.text):
         terminal.say(answer.printed.removeprefix(answer.text))
     noted = result.notes if result else ()
     for message in dict.fromkeys([*(str(warning.message) for warning in caught), *noted]):

@@ -24,6 +24,7 @@ from ...errors import DgemmaError, human
 from ...installation import this_copy
 from ..calls.texts import decode_argument, decode_utf8, sentence_of
 from ..common import model_option
+from ..output import Output, output_options
 from ..terminal import Terminal
 
 folder_option = click.option(
@@ -111,10 +112,12 @@ def list_(folder: Path | None) -> None:
 
 
 @quick_actions.command("applescript")
+@output_options
 @named_model_option
-def applescript_(model: str | None) -> None:
+def applescript_(output: Output, model: str | None) -> None:
     """Print a library of AppleScript handlers: generate, edit, editSelection."""
-    Terminal().say(applescript.library(this_copy().program(), _absolute_model(model)))
+    output.check()
+    output.write(applescript.library(this_copy().program(), _absolute_model(model)), Terminal())
 
 
 @quick_actions.command(hidden=True)
