@@ -186,6 +186,10 @@ class EditedInput:
             else:
                 buffer.validate_and_handle()
 
+        @bindings.add("tab")  # as readline has it here: the indentation of what is pasted
+        def _(event: Any) -> None:
+            event.current_buffer.insert_text("\t")
+
         @bindings.add("escape", "enter")
         @bindings.add("c-j")
         def _(event: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +168,12 @@ class Conversation:
 
 def absolute(name: str) -> str:
     """The absolute path of a file that a user names, perhaps with `~`, quotes or escaped blanks, or as an address."""
-    return os.path.abspath(os.path.expanduser(local_path(name)))
+    path = local_path(name)
+    if not os.path.lexists(path):  # a file to be made
+        with suppress(ValueError):  # quotes that do not match
+            words = shlex.split(path)
+            path = words[0] if len(words) == 1 and words[0] else path
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

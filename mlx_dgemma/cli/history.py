@@ -32,7 +32,7 @@ class History:
         lines = text.splitlines()
         self._end = "\n" if lines and not text.endswith("\n") else ""  # what a last line that was cut lacks
         for line in lines:
-            with suppress(ValueError):  # a line that was cut
+            with suppress(ValueError, RecursionError):  # a line that was cut
                 if isinstance(entry := json.loads(line), str):
                     self.entries.append(entry)
         self.entries = self.entries[-KEPT:]

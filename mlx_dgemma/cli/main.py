@@ -17,6 +17,7 @@ import click
 from .. import __version__
 from ..distributed import is_launched, rank_here
 from ..errors import DgemmaError, failure
+from .calls.texts import sentence_of
 from .terminal import Terminal, prepare_streams
 
 # In the order of --help: each command's module, which holds it under its own name, - as _, or under the one behind :.
@@ -65,7 +66,11 @@ class Commands(click.Group):
                 code = error.exit_code
             if code is not None:
                 sys.exit(code)
-        return super().main(*args, **extra)
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:  # of what is printed before there is a command to run, as by --help
+            click.ClickException(sentence_of(error)).show()
+            sys.exit(1)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """The command of a command line; some are for one process alone."""
@@ -97,7 +102,7 @@ class Commands(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of stdout has gone; click exits quietly
                 raise
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(sentence_of(error)) from None
         except KeyboardInterrupt:
             terminal = Terminal()
             terminal.interrupted()

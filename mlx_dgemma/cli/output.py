@@ -32,8 +32,8 @@ class NewFile(click.Path):
             self.fail(f"The folder {path.parent} does not exist; make it first.", param, ctx)
         if path.exists() and not path.is_file():
             self.fail(f"{path} is no regular file; name one, or leave it out for stdout.", param, ctx)
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            self.fail(f"{path} cannot be written; check its permissions.", param, ctx)
+        if (why := why_not_replaced(path)) is not None:
+            self.fail(f"{path} cannot be written, since {why}; check its permissions.", param, ctx)
         return path
 
 
@@ -75,6 +75,14 @@ class Output:
             terminal.say(printed)
         if self.copy:
             clipboard.copy(printed.removesuffix("\n") if copied is None else copied)
+
+
+def why_not_replaced(path: Path) -> str | None:
+    """Why `replace_file` cannot write a file, as far as permissions tell; None where they allow it."""
+    if path.exists() and not os.access(path, os.W_OK):
+        return "it is read-only"
+    folder = path.resolve().parent
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"nothing can be made in {folder}"
 
 
 def replace_file(path: Path, data: bytes) -> None:

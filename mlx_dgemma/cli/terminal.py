@@ -12,7 +12,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ..errors import count, human
 
@@ -224,8 +224,11 @@ class Terminal:
         return f"\x1b[2m{text}\x1b[0m" if self._ansi else text
 
     def _write(self, text: str) -> None:
-        self.err.write(text)
-        self.err.flush()
+        try:
+            self.err.write(text)
+            self.err.flush()
+        except OSError:  # a full disk, a reader that has gone: what is told beside an answer must not cost it
+            _send_nowhere(self.err)
 
 
 @contextmanager
@@ -248,6 +251,14 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files may hold bytes that are no text
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _send_nowhere(stream: TextIO) -> None:
+    """Have a stream write to nothing, with what it still holds, which it would try to write at the end."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _width(text: str) -> int:

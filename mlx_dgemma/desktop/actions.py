@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+import zlib
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
@@ -13,7 +15,10 @@ from ..errors import DgemmaError, shown
 INPUTS = ("text", "pictures", "files")  # the selection in any app; picture files or any files in Finder
 OUTPUTS = ("replace", "clipboard")
 VERBS = ("edit", "generate")
-_TITLE = re.compile(r"[^/:\x00-\x1f\x7f.][^/:\x00-\x1f\x7f]{0,79}")
+_NOT_IN_A_LINE = r"/:\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+_TITLE = re.compile(rf"[^.{_NOT_IN_A_LINE}][^{_NOT_IN_A_LINE}]{{0,79}}")
+_TITLE_BYTES = 200  # file systems allow 255 in a name
+_NOT_IN_A_PLIST = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # XML has none of them
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,16 @@ class Action:
         name = f"The action {shown(self.key)}"
         if not isinstance(self.key, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.key):
             raise DgemmaError(f"{name} should have a key of small letters, digits and -, such as make-formal.")
-        # A Services menu drops what stands before a slash, and the title is a file's name, too.
-        if not isinstance(self.title, str) or not _TITLE.fullmatch(self.title):
+        # A Services menu drops what stands before a slash, and a bundle has the title as its name.
+        right = isinstance(self.title, str) and _TITLE.fullmatch(self.title)
+        if not right or len(self.title.encode()) > _TITLE_BYTES:
             raise DgemmaError(f"{name} has the title {shown(self.title)}; it should be a short line without / and :.")
         if self.instruction is not None and (not isinstance(self.instruction, str) or not self.instruction.strip()):
             raise DgemmaError(f"{name} has the instruction {shown(self.instruction)}; it should be text.")
+        if self.instruction is not None and (odd := _NOT_IN_A_PLIST.search(self.instruction)):
+            raise DgemmaError(
+                f"{name} has {odd[0]!a} in its instruction, which no property list can hold; leave it out."
+            )
         for field, allowed in (("input", INPUTS), ("output", OUTPUTS), ("verb", VERBS)):
             if getattr(self, field) not in allowed:
                 raise DgemmaError(
@@ -97,11 +107,16 @@ def read_actions(path: Path) -> tuple[Action, ...]:
 
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise DgemmaError(f"{path} is not valid YAML ({' '.join(str(error).split())}); fix it.") from None
     if not isinstance(content, list) or not content:
         raise DgemmaError(f"{path} holds {shown(content)}; it should be a list of actions with title and instruction.")
-    return tuple(_read_action(one, path) for one in content)
+    found = tuple(_read_action(one, path) for one in content)
+    keys = [action.key for action in found]
+    for action in found:
+        if keys.count(action.key) > 1:
+            raise DgemmaError(f"{path} has several actions with the key {action.key}; give each its own key.")
+    return found
 
 
 def _read_action(one: Any, path: Path) -> Action:
@@ -116,9 +131,15 @@ def _read_action(one: Any, path: Path) -> Action:
     for name in ("title", "instruction"):
         if name not in one:
             raise DgemmaError(f"{path} has an action without {name}; give it one.")
-    defaults: dict[str, Any] = {"key": re.sub(r"[^a-z0-9]+", "-", str(one["title"]).lower()).strip("-")}
+    defaults: dict[str, Any] = {"key": _key(str(one["title"]))}
     if one.get("input", "text") != "text":
         defaults |= {"output": "clipboard", "verb": "generate"}
     elif one.get("output") == "clipboard":
         defaults["verb"] = "generate"
     return Action(**{**defaults, **one})
+
+
+def _key(title: str) -> str:
+    """A key made from a title; where that has no Latin letters, a number that stays the same."""
+    plain = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or f"action-{zlib.crc32(title.encode('utf-8', 'replace')):08x}"

@@ -8,6 +8,7 @@ import plistlib
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,4 +142,5 @@ def _inherited(environment: Mapping[str, str]) -> list[str]:
 def _update_services(run: Run) -> None:
     """Have macOS read the services again; it does so by itself at the next login."""
     if platform.system() == "Darwin":
-        run([PBS, "-update"], capture_output=True, check=False)
+        with suppress(OSError):  # the workflows are written already
+            run([PBS, "-update"], capture_output=True, check=False)

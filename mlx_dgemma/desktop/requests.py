@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -54,9 +55,9 @@ class Asked:
         if self.action == "edit":
             return [*words, "--", self.instruction, str(file)]
         for name in self.images:
-            words += ["--image", name]
+            words += ["--image", _of_file(name)]
         for name in self.files:
-            words += ["--image" if Path(name).suffix.lower() in PICTURES else "--file", name]
+            words += ["--image" if Path(name).suffix.lower() in PICTURES else "--file", _of_file(name)]
         if self.text.strip():
             words += ["--file", str(file)]
         return [*words, "--", self.instruction] if self.instruction.strip() else words
@@ -71,7 +72,7 @@ def read_request(data: bytes) -> Asked:
     """
     try:
         content: Any = json.loads(data.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"The request is not JSON ({error}); give an object with action and text.") from None
     if not isinstance(content, dict):
         raise OptionError(f"The request is {shown(content)}; it should be an object with action and text.")
@@ -105,11 +106,23 @@ def read_answer(action: str, printed: str) -> str:
     if not text.strip():
         raise DgemmaError("The model gave no text; ask again, or in other words.")
     if action == "edit" and reason == "length":
-        raise DgemmaError("The text is too long to be rewritten as a whole; select less of it.")
+        raise DgemmaError("The new text was cut before its end, so it is not taken; select less text, or ask again.")
     return text
 
 
+def _of_file(name: str) -> str:
+    """A path as the command line takes it, where - is stdin."""
+    return "./-" if name == "-" else name
+
+
 def _check(name: str, value: Any) -> None:
+    for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
+        if isinstance(text, str) and re.search("[\ud800-\udfff]", text):
+            raise OptionError(
+                f"{name} has half of a surrogate pair, which is no character, in {shown(text)}; leave it out."
+            )
+        if isinstance(text, str) and "\0" in text and name in ("files", "images", "model"):
+            raise OptionError(f"{name} is {shown(text)}, which has a zero byte; no file has such a name.")
     if name in TEXTS:
         right, kind = isinstance(value, str), "text"
     elif name in ("files", "images"):

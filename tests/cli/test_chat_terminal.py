@@ -105,7 +105,7 @@ def test_a_chat_by_keys(window, tmp_path, edited, columns, colours):
     chat.type("hello", *answered(1, "hello"), ">")
     chat.paste("one\ntwo", "> one", "… two", marked=True)  # where the editor has asked for marks
     chat.press("Enter", *answered(2, "one\ntwo"), ">")
-    chat.paste("uno\ndos\ntres\n", *answered(3, "uno\ndos\ntres"), ">")
+    chat.paste("uno\n\tdos\ntres\n", *answered(3, "uno\n\tdos\ntres"), ">")
     chat.type("half typed", "> half typed", enter=False)
     chat.press("C-c", "> half typed", ">")
     chat.type("/image none.png", f"Error: {tmp_path}/none.png does not exist.", ">")
@@ -122,7 +122,7 @@ def test_a_chat_by_keys(window, tmp_path, edited, columns, colours):
         "/help lists the commands, Ctrl-D leaves.",
         "> hello", *answered(1, "hello"),
         "> one", "… two", *answered(2, "one\ntwo"),
-        "> uno", "… dos", "… tres", *answered(3, "uno\ndos\ntres"),
+        "> uno", "… ^Idos" if edited else "…       dos", "… tres", *answered(3, "uno\n\tdos\ntres"),
         "> half typed",
         "> /image none.png", f"Error: {tmp_path}/none.png does not exist.",
         f"> {tmp_path}/my\\ pic.png", f"{tmp_path}/my pic.png goes with the next turn.",

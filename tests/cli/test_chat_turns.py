@@ -132,6 +132,14 @@ def test_what_is_saved_is_gone_on_with(talk, tmp_path, streams):
     assert messages[0]["content"][0] == {"type": "image", "image": str(tmp_path / "a.png")}
 
 
+def test_a_new_file_is_named_as_in_a_shell(talk, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("'a b.json'", "c\\ d.json", '"~/e.json"', "it's.json", "f g.json"):
+        talk.take(f"/save {name}")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a b.json", "c d.json", "e.json", "f g.json", "it's.json"]
+    assert refusal(OptionError, talk.take, "/load 'no ne.json'") == f"{tmp_path}/no ne.json does not exist."
+
+
 def test_files_of_others_are_left_alone(talk, tmp_path):
     talk.take("one")
     before = talk.conversation.messages

@@ -3,9 +3,11 @@
 import os
 import pty
 import re
+import sys
+from pathlib import Path
 
 import pytest
-from commands import python, run
+from commands import python, run, shell
 
 COMMANDS = (
     "generate chat infill continue edit choose serve launch tune distill calibrate evaluate fuse info check setup "
@@ -40,7 +42,37 @@ def test_names_that_are_no_text_are_told_in_a_sentence():
 def test_every_command_has_help(command):
     done = run(command, "-h")
     assert done.exit_code == 0
-    assert done.stdout.startswith(f"Usage: mlx-dgemma {command} ")
+    usage, _, rest = done.stdout.partition("\n\n")
+    assert usage.startswith(f"Usage: mlx-dgemma {command} ")
+    assert f"mlx-dgemma {command}" in rest or command == "quick-actions"  # an example; that one's commands have them
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_help_that_cannot_be_printed_is_a_sentence():
+    done = shell(f'"{sys.executable}" -m mlx_dgemma --help >/dev/full')
+    said = "Error: Input or output has failed (No space left on device); mend that and try again.\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def pages():
+    """README.md, the pages of docs/ and the help of every command, which docs/cli.md holds as well."""
+    docs = Path(__file__).parent.parent.parent / "docs"
+    yield from (one.read_text() for one in (docs.parent / "README.md", *docs.glob("*.md")) if one.name != "cli.md")
+    yield from (run(command, "-h").stdout for command in COMMANDS)
+
+
+def test_no_example_empties_a_file_or_the_clipboard_where_the_command_fails():
+    for page in pages():
+        for script in re.findall(r"^ *```sh\n(.*?)^ *```", page, re.MULTILINE | re.DOTALL) or [page]:
+            assert re.findall(r"mlx-dgemma (?:[^\n]|\\\n)*?(?:[^2&]> ?[\w~$\"]|\| pbcopy)[^\n]*", script) == []
+
+
+def test_models_are_named_alike_in_help_and_pages():
+    """As FOLDER or a Hub id, by the folder that README.md makes, or by one that the page itself makes."""
+    for page in pages():
+        for name in re.findall(r"mlx-dgemma [^\n`]*?(?:-m|--model) ([\w~./-]+)", page):
+            made = re.search(rf"(--mlx-path|fuse .*) {re.escape(name)}\b", page)
+            assert name in ("FOLDER", "~/models/diffusiongemma-4bit", "./none") or re.match(r"\w[\w-]*/", name) or made
 
 
 def test_version():

@@ -56,6 +56,8 @@ def folder(tmp_path, monkeypatch, red):
         ("bad.png", "no picture"),
         ("broken.json", "[1"),
         ("list.json", "[1]"),
+        ("deep.json", "[" * 10**5),
+        ("deep.yaml", "[" * 600),
         ("open.json", '{"type": "nonsense"}'),
         ("data.jsonl", '{"prompt": "Spell the word cat.", "completion": "c a t"}\n'),
         ("tune.yaml", "rnak: 3"),
@@ -88,6 +90,8 @@ MISTAKES = [
     (["generate", "x", "--tools", "none.json"], 2, "'--tools': File 'none.json' does not exist."),
     (["generate", "x", "--tools", "broken.json"], 1, "broken.json is not JSON"),
     (["generate", "x", "--tools", "list.json"], 1, "list.json has no function declaration at position 0"),
+    (["generate", "x", "--tools", "deep.json"], 1, "deep.json is not JSON (maximum recursion depth"),
+    (["generate", "x", "--schema", "deep.json"], 1, "deep.json is not JSON (maximum recursion depth"),
     (["generate", "x", "--schema", "none.json"], 2, "'--schema': File 'none.json' does not exist."),
     (["generate", "x", "--schema", "broken.json"], 1, "broken.json is not JSON"),
     (["generate", "x", "--schema", "list.json"], 1, "list.json holds list; give a JSON Schema"),
@@ -180,6 +184,7 @@ MISTAKES = [
     (["tune", "data.jsonl", "--steps", 3, "--warmup", 3], 2, "--warmup is 3; it should be below the 3 steps."),
     (["tune", "data.jsonl", "--dropout", 0.1], 2, "--dropout is 0.1, but recomputed layers would draw it again; add"),
     (["tune", "data.jsonl", "--config", "tune.yaml"], 1, "tune.yaml sets rnak, which is no option of tune"),
+    (["tune", "data.jsonl", "--config", "deep.yaml"], 1, "deep.yaml is not valid YAML (maximum recursion depth"),
     (
         ["tune", "data.jsonl", "--output", "full"],
         1,
@@ -198,6 +203,11 @@ MISTAKES = [
     (["evaluate", "data.jsonl", "--split", "test"], 2, "--split test names a file of a folder, but data.jsonl is a"),
     (["evaluate", "data.jsonl", "--html", "a.html"], 2, "--html is of a comparison; give --against, or leave it out."),
     (["evaluate", "data.jsonl", "--output", "a.txt"], 1, "a.txt exists already; give another name, or remove it."),
+    (
+        ["evaluate", "data.jsonl", "--output", "none/a"],
+        1,
+        "none/a cannot be used (No such file or directory); mend that",
+    ),
     (["fuse", "out"], 2, "Missing option '--adapter'."),
     (["fuse", "out", "--adapter", "./none"], 1, "./none does not exist"),
     (["fuse", "a.txt", "--adapter", "./none"], 1, "a.txt exists; delete it or choose another OUT."),
@@ -237,6 +247,7 @@ def test_a_mistake_is_one_sentence_and_opens_no_weights(arguments, code, said, f
     assert (done.exit_code, done.stdout) == (code, ""), done.stderr
     told = of_usage(code, done.stderr)
     assert told.startswith("Error: ") and said in told
+    assert "[Errno" not in told
     assert weights == []
     assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
 

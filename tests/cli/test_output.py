@@ -104,6 +104,16 @@ def test_a_link_to_a_file_stays_one(place, answers):
     assert (place / "there" / "b.txt.bak").read_text() == "old"
 
 
+@pytest.mark.parametrize("asked", [("edit", SWAP, "a.txt", "-i"), ("generate", SWAP, "-o", "a.txt")])
+def test_a_folder_where_nothing_can_be_made_is_told_at_once(place, asked, monkeypatch):
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, *mode: Path(path) != place and real(path, *mode))
+    monkeypatch.setattr(Opened, "of", None)  # calling it would fail
+    done = run(*asked)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"since nothing can be made in {place}; check its permissions." in done.stderr
+
+
 @pytest.mark.parametrize(
     ("said", "options", "code", "why"),
     [

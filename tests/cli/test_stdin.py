@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from commands import run
 
 from mlx_dgemma.cli import stdin
 
@@ -65,6 +66,13 @@ def test_what_a_loop_or_script_reads_is_left_alone(sh, script, said, shell):
     assert out == said
     assert set(err.splitlines()) <= {stdin.UNREAD}
     assert (stdin.UNREAD in err) == ("printf $((" not in script)  # there, the script is over
+
+
+@pytest.mark.parametrize("command", [("generate", " "), ("choose", " ", "a", "b")])
+def test_every_command_with_a_prompt_leaves_a_loop_its_lines(monkeypatch, command):
+    monkeypatch.setattr(stdin, "_is_shared", lambda: True)
+    done = run(*command, data=b"the next line")
+    assert done.stderr.splitlines()[-1] == "Error: The prompt is empty; say what you want."
 
 
 def test_a_silent_pipe_is_told(sh):

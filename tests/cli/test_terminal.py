@@ -15,7 +15,7 @@ from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.cli import terminal
 from mlx_dgemma.cli.calls import answers
 from mlx_dgemma.cli.terminal import Terminal
-from mlx_dgemma.decoding.events import Block, Draft
+from mlx_dgemma.decoding.events import Block, Draft, Finished, Result, Stats
 from mlx_dgemma.prompt.drafts import uncertain_text
 
 
@@ -199,6 +199,33 @@ def test_a_whole_answer_on_a_terminal(monkeypatch):
     plain.write(f"{answer.text}\n{cut}\n" + terminal.summary(answer.result.stats))
     assert screen.text() == plain.text()
     assert screen.text().endswith("seed 0")
+
+
+@pytest.mark.parametrize(
+    ("notes", "told"), [((), ["is empty; try another"]), (("It is padding.",), ["It is padding."])]
+)
+def test_an_empty_answer_is_told_once_and_is_not_called_cut(monkeypatch, notes, told):
+    stats = Stats(1, 0, 9, 1, 1, 1, {}, 0.0, 0.0, 0, 0)
+    events = (
+        one for one in [Block(0, 1, (0,) * 9, ""), Finished(Result("", "", [], [0] * 9, "length", stats, notes=notes))]
+    )
+    screen, view = on_screen(monkeypatch, 120, 10)
+    answers.stream_answer(engine_of(DEMO), lambda drafts: events, view)
+    *lines, _ = screen.text().strip().splitlines()
+    assert [line for line in lines if "Warning: " not in line] == []
+    assert len(lines) == len(told) and all(said in line for said, line in zip(told, lines))
+
+
+def test_what_cannot_be_told_costs_nothing():
+    """A reader of stderr that has gone, a full disk: the stream's end must not fail either, as at a program's end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        view = Terminal(out := io.StringIO(), gone)
+        view.warn("This is the bundled demo.")
+        view.say("c a t")
+        gone.write("late")
+    assert out.getvalue() == "c a t"
 
 
 @pytest.mark.parametrize(

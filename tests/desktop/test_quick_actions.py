@@ -8,6 +8,7 @@ import plistlib
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from click.testing import CliRunner
@@ -227,6 +228,11 @@ def test_only_own_bundles_are_listed_replaced_and_removed(tmp_path):
         ("- {title: A, instruction: x, input: files, output: replace}", "its output should be clipboard"),
         ("- {title: A, instruction: x, strength: 2}", "strength 2; it should be from 0 to 1"),
         ("- [", "is not valid YAML"),
+        ("[" * 600, "is not valid YAML"),
+        ("- {title: A b, instruction: x}\n- {title: A-b, instruction: y}", "several actions with the key a-b;"),
+        (f"- {{title: {chr(0x1F986) * 60}, instruction: x}}", "a short line without"),
+        ('- {title: "A \\ud83e", instruction: x}', "a short line without"),
+        ('- {title: A, instruction: "x \\0"}', "has '\\x00' in its instruction, which no property list can hold"),
     ],
 )
 def test_own_actions_are_checked(tmp_path, text, said):
@@ -237,12 +243,22 @@ def test_own_actions_are_checked(tmp_path, text, said):
     assert str(refused.value).count("\n") == 0
 
 
+def test_any_title_has_a_key(tmp_path):
+    titles = ["Größer", "Сделай формальным", "丁寧に", "🦆"]
+    (tmp_path / "own.yaml").write_text("".join(f"- {{title: {one}, instruction: x}}\n" for one in titles))
+    found = read_actions(tmp_path / "own.yaml")
+    assert ([one.title for one in found], found[0].key, len({one.key for one in found})) == (titles, "groer", 4)
+    assert {one.title for one in quick_actions.installed(quick_actions.install(found, tmp_path)[0].parent)} == {*titles}
+
+
 def test_macos_reads_its_services_again(tmp_path, system):
     system.setattr(quick_actions.platform, "system", lambda: "Darwin")
     ran = []
     quick_actions.install([BY_KEY["rewrite"]], tmp_path, run=lambda command, **_: ran.append(command))
     quick_actions.uninstall(tmp_path, run=lambda command, **_: ran.append(command))
     assert ran == [["/System/Library/CoreServices/pbs", "-update"]] * 2
+    quick_actions.install([BY_KEY["grammar"]], tmp_path, run=partial(subprocess.run, cwd=tmp_path / "no folder"))
+    assert [one.key for one in quick_actions.installed(tmp_path)] == ["grammar"]
     system.setenv("HOME", str(tmp_path))
     assert quick_actions.services_folder() == tmp_path / "Library" / "Services"
 

@@ -40,6 +40,14 @@ def test_json_in_and_json_out():
     [
         (b"{", "The request is not JSON ("),
         (b"\xff", "The request is not JSON ("),
+        (b"[" * 10**5, "The request is not JSON ("),
+        (
+            {"action": "generate", "text": "\ud83e"},
+            "text has half of a surrogate pair, which is no character, in '\\ud83e'",
+        ),
+        ({"action": "generate", "text": "x", "files": ["\udfff"]}, "files has half of a surrogate pair"),
+        ({"action": "generate", "text": "x", "images": ["a\0.png"]}, "images is 'a\\x00.png', which has a zero byte;"),
+        ({"action": "generate", "text": "x", "files": ["-"]}, "Invalid value for '-f' / '--file': File './-' does not"),
         ([], "The request is []; it should be an object"),
         ({}, "action is None; it should be one of edit, generate."),
         ({"action": "edit", "text": " ", "instruction": "x"}, "There is no text to edit;"),

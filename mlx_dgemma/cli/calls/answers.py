@@ -79,7 +79,7 @@ def stream_answer(
             events.close()
             terminal.erase()
     result = answer.result
-    if not silent:
+    if not silent and (result or answer.text):
         terminal.say(answer.printed.removeprefix(answer.text))
     noted = result.notes if result else ()
     for message in dict.fromkeys([*(str(warning.message) for warning in caught), *noted]):
@@ -87,9 +87,10 @@ def stream_answer(
     if result is None:
         terminal.hint(f"Interrupted after {count(blocks, 'finished block')}.")
         return answer
-    if not answer.text.strip() and not result.tool_calls:
+    empty = not answer.text.strip() and not result.tool_calls
+    if empty and not noted:  # a note says why
         terminal.warn("Warning: The answer is empty; try another --seed or another prompt.")
-    if result.finish_reason == "length":
+    if result.finish_reason == "length" and not empty:
         terminal.hint(f"Cut at {count(len(result.tokens), 'token')}; --max-tokens N makes room for more.")
     terminal.hint(summary(result.stats))
     return answer

@@ -1,4 +1,4 @@
-"""Text from the command line and from files, checked to be UTF-8."""
+"""Text from the command line and from files, checked to be UTF-8; what the system says of files, as a sentence."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def decode_utf8(data: bytes, source: str) -> str:
 def decode_argument(text: str | None, source: str) -> str | None:
     """Check text from the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
     return text if text is None else decode_utf8(os.fsencode(text), source)
+
+
+def sentence_of(error: OSError) -> str:
+    """An error of the system in a sentence, with the file's name where it has one."""
+    why = error.strerror or str(error)
+    if error.filename is None:  # a stream
+        return f"Input or output has failed ({why}); mend that and try again."
+    return f"{os.fsdecode(error.filename)} cannot be used ({why}); mend that and try again."

@@ -44,8 +44,8 @@ def calibrate(
     Loading takes it from there; an option that is given has priority, and --exact and --fast stay as they are.
 
     \b
-    mlx-dgemma calibrate prompts.txt --model mlx_model
-    mlx-dgemma calibrate prompts.txt --model mlx_model --adapter quick --agreement 0.95
+    mlx-dgemma calibrate prompts.txt --model FOLDER
+    mlx-dgemma calibrate prompts.txt --model FOLDER --adapter quick --agreement 0.95
     """
     terminal = Terminal()
     from ...checkpoint.calibration import writable_folder, write_calibration

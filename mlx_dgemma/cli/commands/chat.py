@@ -14,7 +14,7 @@ from ...errors import DgemmaError, OptionError, count
 from ...prompt.paths import local_path
 from ..audio import audio_options, hear
 from ..calls.answers import print_details, stream_answer
-from ..calls.texts import decode_argument
+from ..calls.texts import decode_argument, sentence_of
 from ..chat_input import chat_input
 from ..common import ModelChoice, adapter_option, answer_options, explicit_options, media_options, model_options
 from ..conversation import Conversation
@@ -153,7 +153,8 @@ class Talk:
                     self._terminal.interrupted()
                     self._terminal.hint("Interrupted.")
                 else:
-                    self._terminal.warn(f"Error: {getattr(error, 'message', error)}")
+                    said = sentence_of(error) if isinstance(error, OSError) else getattr(error, "message", error)
+                    self._terminal.warn(f"Error: {said}")
 
     def take(self, turn: str) -> bool:
         """Do what a turn says: commands at its beginning, each on a line, then a question.

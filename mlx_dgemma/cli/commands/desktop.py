@@ -22,8 +22,9 @@ from ...desktop.actions import ACTIONS, VERBS, Action, read_actions
 from ...desktop.requests import Asked, read_answer, read_request
 from ...errors import DgemmaError, human
 from ...installation import this_copy
-from ..calls.texts import decode_argument, decode_utf8
+from ..calls.texts import decode_argument, decode_utf8, sentence_of
 from ..common import model_option
+from ..output import Output, output_options
 from ..terminal import Terminal
 
 folder_option = click.option(
@@ -111,10 +112,12 @@ def list_(folder: Path | None) -> None:
 
 
 @quick_actions.command("applescript")
+@output_options
 @named_model_option
-def applescript_(model: str | None) -> None:
+def applescript_(output: Output, model: str | None) -> None:
     """Print a library of AppleScript handlers: generate, edit, editSelection."""
-    Terminal().say(applescript.library(this_copy().program(), _absolute_model(model)))
+    output.check()
+    output.write(applescript.library(this_copy().program(), _absolute_model(model)), Terminal())
 
 
 @quick_actions.command(hidden=True)
@@ -147,8 +150,10 @@ def shortcut(file: str | None) -> None:
     try:
         data = Path(file).read_bytes() if file and file != "-" else sys.stdin.buffer.read()
         answer["text"] = _ask(read_request(data))
-    except (DgemmaError, OSError) as error:
+    except DgemmaError as error:
         answer["error"] = str(error)
+    except OSError as error:
+        answer["error"] = sentence_of(error)
     except click.ClickException as error:
         answer["error"] = error.format_message()
     Terminal().say(json.dumps(answer, ensure_ascii=False) + "\n")

@@ -79,8 +79,8 @@ def distill(prompts: str, model: ModelChoice, resume: bool, **options: Any) -> N
     saves and stops; --resume continues with exactly the same results.
 
     \b
-    mlx-dgemma distill prompts.txt --model mlx_model --output quick
-    mlx-dgemma generate --model mlx_model --adapter quick "..."
+    mlx-dgemma distill prompts.txt --model FOLDER --output quick
+    mlx-dgemma generate --model FOLDER --adapter quick "..."
     """
     terminal = Terminal()
     if model.kv_bits is not None:

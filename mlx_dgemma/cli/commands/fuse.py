@@ -31,7 +31,7 @@ def fuse(out: Path, adapter: str, model: str | None, dequantize: bool) -> None:
     An adapter that changes encoder and decoder differently cannot be fused, since they share their weights.
 
     \b
-    mlx-dgemma fuse --adapter FOLDER --model mlx_model fused
+    mlx-dgemma fuse --adapter FOLDER --model FOLDER fused
     mlx-dgemma generate --model fused "Why is the sky blue?"
     """
     terminal = Terminal()

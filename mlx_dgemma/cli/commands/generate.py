@@ -49,7 +49,7 @@ class SchemaType(click.ParamType):
                 if inline
                 else decode_utf8(Path(value).read_bytes(), name).removeprefix("\ufeff")
             )
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise error(f"{name} is not JSON ({problem}); give a JSON Schema.") from None
         if not isinstance(schema, dict):
             raise error(f"{name} holds {type(schema).__name__}; give a JSON Schema, which is an object.")
@@ -135,7 +135,7 @@ def _read_tools(path: str) -> list[dict]:
     """
     try:
         tools = json.loads(decode_utf8(Path(path).read_bytes(), path).removeprefix("\ufeff"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DgemmaError(f"{path} is not JSON ({error}); give a list of function declarations.") from None
     if not isinstance(tools, list):
         raise DgemmaError(f"{path} holds {type(tools).__name__}; give a list of function declarations.")

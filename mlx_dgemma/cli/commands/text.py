@@ -27,7 +27,7 @@ from ..common import (
     server_option,
 )
 from ..options.kinds import NumberRange
-from ..output import Output, output_options, replace_file
+from ..output import Output, output_options, replace_file, why_not_replaced
 from ..stdin import read_stdin
 from ..terminal import Terminal
 
@@ -269,8 +269,8 @@ def _check_edit(file: str | None, in_place: bool, diff: bool, as_json: bool, out
         raise click.UsageError("--in-place prints nothing; leave out --diff, --json and --output.")
     if diff and as_json:
         raise click.UsageError("--diff and --json are two ways to print; give one.")
-    if in_place and not os.access(Path(str(file)), os.W_OK):
-        raise click.UsageError(f"--in-place cannot write to {file}; check its permissions.")
+    if in_place and (why := why_not_replaced(Path(str(file)))) is not None:
+        raise click.UsageError(f"--in-place cannot write to {file}, since {why}; check its permissions.")
     if file is None and sys.stdin.isatty():
         raise click.UsageError("There is no text: name a file or give it on stdin.")
 

@@ -41,7 +41,7 @@ def read_config(ctx: click.Context, param: click.Parameter, path: str | None) ->
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise DgemmaError(f"{path} is not valid YAML ({' '.join(str(error).split())}); fix it.") from None
     if not isinstance(content, dict):
         raise DgemmaError(f"{path} holds no names with values; write lines such as rank: 16.")
@@ -156,9 +156,9 @@ def tune(data: str, model: ModelChoice, resume: bool, **options: Any) -> None:
     share of each batch.
 
     \b
-    mlx-dgemma tune data --model mlx_model --output adapter
-    mlx-dgemma tune data --model mlx_model --output adapter --resume
-    mlx-dgemma generate --model mlx_model --adapter adapter "..."
+    mlx-dgemma tune data --model FOLDER --output adapter
+    mlx-dgemma tune data --model FOLDER --output adapter --resume
+    mlx-dgemma generate --model FOLDER --adapter adapter "..."
     """
     if model.compute_dtype is not None:
         raise click.UsageError(
