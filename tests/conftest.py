@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from mlx_dgemma.checkpoint.find import DEMO
 
 DATA = Path(__file__).parent / "data"
 os.environ["MLX_DGEMMA_MEASURE"] = "0"  # how many passes are made must not depend on a machine's speed
+sys.dont_write_bytecode = False  # or every process that a test starts would compile the package again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+if hasattr(os, "SCHED_BATCH"):  # MLX's thread wakes for each operation; it need not interrupt the one that asks for it
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 os.environ["XDG_CONFIG_HOME"] = str(DATA / "nowhere")  # the user's config.toml names no model here
 
 
@@ -27,6 +32,16 @@ def pytest_collection_finish():
     """Thousands of tests stay; the collector need not look at them again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_engines_are_left_as_they_were(request):
+    """Of all files, the one that changes an engine of `support.engine_of` fails."""
+    yield
+    from support import engine_of
+
+    if complaint := engine_of.complaint(request.node.nodeid):
+        pytest.fail(complaint)
 
 
 @pytest.fixture(scope="session")

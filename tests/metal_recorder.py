@@ -7,7 +7,7 @@ that `mx.compile` would fuse run unfused: Metal compiles their primitives from s
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -149,7 +149,7 @@ class Recorder:
 
     def _outputs(self, result: Any, shown: str) -> Any:
         place = _place()
-        key = shown, place, _signature(result)
+        key = shown, place, _signature((result,))
         if not self._tracing and key not in self._seen:
             self._seen.add(key)
             arrays = _arrays(result)
@@ -334,17 +334,25 @@ def _shapes(arrays: list) -> tuple[tuple[str, int], ...]:
     return tuple((str(dtype).rpartition(".")[2], len(shape)) for _, shape, dtype in arrays)
 
 
-def _signature(tree: Any) -> Any:
+def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
     """What can choose a primitive: dtypes and ranks of arrays, kinds of numbers and slices, and every other value."""
-    if isinstance(tree, mx.array):
-        return tree.dtype, tree.ndim, tree.shape[-1] if tree.ndim == 4 else None
-    if isinstance(tree, (tuple, list)):
-        return tuple([_signature(one) for one in tree])
-    if isinstance(tree, dict):
-        return tuple([(key, _signature(value)) for key, value in tree.items()])
-    if tree is None or isinstance(tree, (bool, str, mx.Dtype)):
-        return str(tree)
-    return type(tree)
+    found: list[Any] = []
+    for one in values:  # most of the recorder's time goes by here
+        kind = type(one)
+        if kind is mx.array:
+            found.append((one.dtype, ndim := one.ndim, one.shape[-1] if ndim == 4 else None))
+        elif kind in _BY_VALUE:
+            found.append(one)
+        elif kind is list or isinstance(one, tuple):
+            found.append(_signature(one))
+        elif kind is dict:
+            found.append((*one, _signature(one.values())))
+        else:
+            found.append(kind)
+    return tuple(found)
+
+
+_BY_VALUE = frozenset((type(None), bool, str, mx.Dtype))
 
 
 @cache

@@ -19,6 +19,7 @@ import mlx_dgemma
 from mlx_dgemma.adapters.deltas import add_adapter, add_denoising_adapter, target_paths
 from mlx_dgemma.cli.main import main
 from mlx_dgemma.convert.conversion import convert
+from mlx_dgemma.convert.rounding import groups, layers
 from mlx_dgemma.convert.rounding import run as rounding
 from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.objective import VARIANTS, Batch, draw_noise
@@ -153,7 +154,8 @@ def conversions(dtype: str, folder: Path) -> None:
         convert(folder / "toy", folder / recipe, recipe, dtype, verify=whole and recipe == "4bit")
     (folder / "prompts.txt").write_text("Say it.\n")
     rounded = {"rounding": "gptq", "prompts": folder / "prompts.txt"}
-    with patch.object(rounding, "STATES", 2):
+    once = patch.object(layers, "DAMPINGS", (0.1,)), patch.object(groups, "SHRINKS", (0.5,))
+    with patch.object(rounding, "STATES", 2), once[0], once[1]:
         convert(folder / "toy", folder / "rounded", "3bit", dtype, **rounded)
     packed, unpacked = (
         mlx_dgemma.load(folder / "4bit", dtype=dtype, dequantize=unpack, ignore_memory=True) for unpack in (False, True)

@@ -1,7 +1,6 @@
 """What several test files share: the demo loaded once, reference files, and a random model of three layers."""
 
 import json
-from functools import lru_cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,10 +8,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from PIL import Image, ImageDraw
+from shared import Shared
 
 import mlx_dgemma
 from mlx_dgemma.checkpoint.headers import INDEX
-from mlx_dgemma.engine import Engine
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 
@@ -21,9 +20,8 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 RED, BLUE, GREEN = (220, 40, 40), (50, 80, 220), (40, 170, 60)
 
 
-@lru_cache(maxsize=3)
-def engine_of(path: Path) -> Engine:
-    return mlx_dgemma.load(path, dtype="float32")
+# The engine of a path in float32, for tests that leave it as it is; `conftest.py` looks after each file.
+engine_of = Shared(lambda path: mlx_dgemma.load(path, dtype="float32"))
 
 
 def reference(name: str) -> dict[str, mx.array]:

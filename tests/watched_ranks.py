@@ -106,5 +106,7 @@ def alive(pid):
 if __name__ == "__main__":
     supervisor.TICK_SECONDS, supervisor.NEWS_SECONDS, supervisor.END_SECONDS = 0.1, 0.2, 0.3
     meeting.JOIN_SECONDS = 4.0
+    if news := os.environ.get("PATIENT"):  # nobody is lost who is only late
+        supervisor.TICK_SECONDS, supervisor.NEWS_SECONDS, meeting.JOIN_SECONDS = 5.0, float(news), 20.0
     facts = [meeting.Fact("MLX", os.environ.get(f"MLX_OF_{place_of().rank}"), "install the same version")]
     sys.exit(supervisor.Supervisor(place_of(), [sys.executable, "-IS", "-c", sys.argv[1]], facts).run())

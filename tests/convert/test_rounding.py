@@ -15,7 +15,7 @@ from mlx_dgemma.checkpoint.build import build
 from mlx_dgemma.checkpoint.folder import Checkpoint
 from mlx_dgemma.convert import Quantization, convert
 from mlx_dgemma.convert import cli as cli_module
-from mlx_dgemma.convert.rounding import layers
+from mlx_dgemma.convert.rounding import groups, layers
 from mlx_dgemma.convert.rounding import run as run_module
 from mlx_dgemma.convert.rounding.replay import Replay
 from mlx_dgemma.convert.search import replay, trajectories
@@ -99,6 +99,8 @@ def rounded(small, tmp_path_factory):
     stages = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "STATES", 2)
+        patch.setattr(layers, "DAMPINGS", (0.01, 1.0))
+        patch.setattr(groups, "SHRINKS", (1.0, 0.8))
         report = convert(
             small,
             folder / "out",

@@ -90,7 +90,7 @@ def test_more_stability_than_patience_and_less(models, stability):
 def test_rows_of_a_batch_equal_rows_alone(models, mode):
     """Prompts of other lengths, rows that settle and end at other times: each is as if it were alone."""
     prompts = [random_tokens(20 + n, n).tolist() for n in (7, 2, 5)]
-    blocks, seeds, options = [2, 1, 2], [5, 6, 7], options_of(mode, 40)
+    blocks, seeds, options = [1, 1, 2], [5, 6, 7], options_of(mode, 40)
     events, readers = run(models[40], prompts, blocks, seeds, options)
     for row in range(3):
         alone, (reader,) = run(models[40], [prompts[row]], [blocks[row]], [seeds[row]], options)
@@ -202,7 +202,7 @@ def computed(model, options, call, monkeypatch):
 def test_a_step_that_was_built_and_is_not_needed_is_not_computed(models, mode, vocab, monkeypatch):
     monkeypatch.setattr(module, "DENSE", 1)  # other numbers of diffuse positions are other graphs
     monkeypatch.setattr(tiling, "TOP_TOKENS", 4)
-    wide = {"stability_threshold": 0, "confidence_threshold": 1.5, "max_denoising_steps": 6}
+    wide = {"stability_threshold": 0, "confidence_threshold": 1.5, "max_denoising_steps": 4}
     options, restored = options_of(mode, vocab, **({} if mode == "cold" else wide)), []
     restore = Prefix.restore
     monkeypatch.setattr(Prefix, "restore", lambda self, handles: restored.append(1) or restore(self, handles))
@@ -290,7 +290,7 @@ def test_every_way_of_conditioning_is_taken_and_none_changes_the_result(models, 
             monkeypatch.setattr(module, "DENSE", dense)
             prompts, told = [PROMPT, random_tokens(4, 6).tolist()], []
             for mode in ("default", "steps", "cold"):
-                events, _ = run(models[1000], prompts, [2, 2], [1, 2], options_of(mode, 1000))
+                events, _ = run(models[1000], prompts, [1, 1], [1, 2], options_of(mode, 1000))
                 told.append([blocks_of(events, row) for row in range(2)])
             found.append(told)
         assert taken >= ways

@@ -1,4 +1,4 @@
-"""Ranks as threads of one process, which cost no start of a process; and real ones, by `mlx.launch`."""
+"""Ranks as threads of one process, which cost no start of a process; and real ones, as `mlx.launch` starts them."""
 
 import json
 import os
@@ -95,20 +95,36 @@ def free_ports(count: int) -> int:
     raise AssertionError("no free ports")
 
 
-def launch(size: int, script: Path, out: Path, *arguments: str, env: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run a script as ranks over loopback; it writes JSON to `out`. Returns that, the exit code and stderr."""
+def launch(size: int, script: Path, out: Path, *arguments: str) -> dict[str, Any]:
+    """Run a script as ranks over loopback, as `mlx.launch` starts them; it writes JSON to `out`. Returns that."""
+    first, hosts = free_ports(size), Path(f"{out}-hosts.json")
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in range(first, first + size)]))
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    given = {**os.environ, "PYTHONPATH": paths, "MLX_DGEMMA_MEASURE": "0", "MLX_HOSTFILE": str(hosts)}
+    command = [sys.executable, str(script), str(out), *arguments]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    ranks = [
+        subprocess.Popen(command, env={**given, "MLX_RANK": str(rank)}, text=True, **streams) for rank in range(size)
+    ]
+    try:
+        told = [one.communicate(timeout=WAIT)[0] for one in ranks]
+    finally:
+        for one in ranks:
+            one.kill()
+    assert out.exists(), told
+    return json.loads(out.read_text())
+
+
+def launched(size: int, code: str) -> list[str]:
+    """What Python code prints as each of the ranks of `mlx.launch`, sorted."""
     launcher = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
     flags = ["-n", str(size), "--backend", "ring", "--starting-port", str(free_ports(size))]
-    command = [*launcher, *flags, "--", sys.executable, str(script), str(out), *arguments]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    given = {**os.environ, "PYTHONPATH": paths, "MLX_DGEMMA_MEASURE": "0", **(env or {})}
+    command = [*launcher, *flags, "--", sys.executable, "-IS", "-c", code]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=given, text=True, start_new_session=True, **streams) as process:
+    with subprocess.Popen(command, text=True, start_new_session=True, **streams) as process:
         try:
             process.wait(WAIT)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        told = process.stdout.read() + process.stderr.read()
-    assert out.exists(), told
-    return json.loads(out.read_text())
+        return sorted(process.stdout.read().splitlines())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from answers import few_answers
-from ranks import launch, on_threads
+from ranks import launch, launched, on_threads
 from support import engine_of
 
 import mlx_dgemma
@@ -145,6 +145,11 @@ def test_launchers_are_told_from_their_variables(tmp_path):
     hosts.write_text("")  # what `mlx.launch -n 1` writes
     assert backend_of({**rank, "MLX_HOSTFILE": str(hosts)}) is None
     assert init() is ALONE
+
+
+def test_mlx_launch_sets_what_ranks_read():
+    code = "import json, os; print(os.environ['MLX_RANK'], len(json.load(open(os.environ['MLX_HOSTFILE']))))"
+    assert launched(2, code) == ["0 2", "1 2"]
 
 
 def test_a_backend_that_is_not_there_is_a_sentence():

@@ -74,14 +74,14 @@ def test_a_thought_ends_at_its_budget_token_by_token_and_drafts_change_nothing(e
     options = {"thinking": True, "thinking_budget": 9, "temperature": 0.7, "repetition_penalty": 1.05, "seed": 2}
     for mode in ("causal", "speculative"):
         session = engine.session()
-        told[mode] = found = engine.generate(prompt, mode=mode, session=session, max_tokens=60, **options, **form)
+        told[mode] = found = engine.generate(prompt, mode=mode, session=session, max_tokens=30, **options, **form)
         assert found.notes == ("The thought was ended at its budget of 9 tokens.",)
         opened = engine.prepare(prompt, thinking=True, seed=0).prompt.tokens
         held = opened + found.tokens
         assert session.cache_key[: len(held)] == held[: session.prefix.offset]
         assert session.prefix.offset == len(session.cache_key) >= len(held) - 1
     assert told["causal"].tokens == told["speculative"].tokens and told["speculative"].stats.accepted_tokens
-    free = engine.generate(prompt, mode="causal", max_tokens=60, **{**options, "thinking_budget": None}, **form)
+    free = engine.generate(prompt, mode="causal", max_tokens=20, **{**options, "thinking_budget": None}, **form)
     close = told["causal"].tokens.index(engine.tokenizer.think_end_tokens[0])
     assert told["causal"].tokens[: close - 1] == free.tokens[: close - 1] != told["causal"].tokens[: close + 1]
     assert free.tokens[close] != told["causal"].tokens[close]
