@@ -15,7 +15,8 @@ def bound_memory() -> None:
 
     glibc raises the size from which a block is a mapping of its own with every large one that is freed; then blocks of
     megabytes lie between small ones, and each thread's heap keeps its largest size. A size that is set stays. Threads
-    that prepare requests would make eight heaps a core, and holes in each stay, so they share a few. Other systems map large blocks by themselves. What is loaded stays: the garbage collector need not look at it each time.
+    that prepare requests would make eight heaps a core, each with holes that stay, so they share two. Other systems map
+    large blocks by themselves. What is loaded stays: the garbage collector need not look at it each time.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import platform
 import sys
 import weakref
 
@@ -39,6 +40,38 @@ def test_large_blocks_go_back_to_the_system():
     done = python("-c", KEPT)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 8 * 2**20
+
+
+HEAPS = """
+import ctypes, re, sys, threading
+from pathlib import Path
+from mlx_dgemma.serving.process_memory import ARENAS, bound_memory
+
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+bound_memory()
+all_of_them = threading.Barrier(16)
+
+def allocate():
+    all_of_them.wait()
+    libc.malloc(1000)
+    all_of_them.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(16)]
+[one.start() for one in threads]
+[one.join() for one in threads]
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+assert libc.malloc_info(0, file) == libc.fclose(file) == 0
+print(len(re.findall("<heap nr=", Path(sys.argv[1]).read_text())) <= ARENAS)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc for its heaps")
+def test_threads_share_their_heaps(tmp_path):
+    """Each keeps its holes, and a thread that prepares a request would have one of its own."""
+    done = python("-c", HEAPS, str(tmp_path / "heaps.xml"))
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("body", [
