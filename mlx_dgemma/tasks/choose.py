@@ -28,10 +28,11 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from ..constraints.tokens import MAX_TOKEN_BYTES
 from ..decoding.control import rows_of
 from ..decoding.request import Request
 from ..decoding.session import PromptTokens, Session
-from ..errors import OptionError
+from ..errors import OptionError, shown
 from ..model import device, head, rng, tiling
 from ..model.config import ModelConfig
 from ..model.diffusion_gemma import DiffusionGemma
@@ -323,7 +324,12 @@ def plan_of(tokenizer: Any, config: ModelConfig, questions: list[Question], answ
         return tuple(tokenizer.encode(text, add_special_tokens=False))
 
     texts = [("label", text) for question in questions for group in question.texts for text in group]
+    most = config.canvas_length * MAX_TOKEN_BYTES
     for what, text in [*texts, *([("answer template", answer)] if isinstance(answer, str) else [])]:
+        if len(text) > most:  # before it is cut into tokens, which takes a second a MB
+            raise OptionError(
+                f"The {what} {shown(text)} has {len(text)} characters, more than a canvas takes; give at most {most}."
+            )
         if special := edges.special.intersection(encode(text)):
             token = tokenizer.convert_ids_to_tokens(min(special))
             raise OptionError(f"The {what} {text!r} holds the special token {token}; leave it out.")
