@@ -13,7 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from ...prompt.messages import Message
-from .bodies import LABEL, MAX_REGEX_LENGTH, MAX_STOPS, Shared, StopString, String, TokenLimit
+from .bodies import LABEL, MAX_STOPS, Regex, Shared, StopString, String, TokenLimit
 from .fields import MAX_ITEMS, Body, Harmless, Many, Rule, doc, only, reject, whole
 from .messages import EITHER, MAX_TOOLS, Function, PartsOf, Text
 
@@ -246,7 +246,7 @@ class Messages(Shared):
     output_format: Annotated[Format | None, doc("An older name of output_config.format.")] = None
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS)] | None = None
     choice: Annotated[AnyChoice | None, Field(alias="tool_choice")] = None
-    regex: Annotated[String, Field(max_length=MAX_REGEX_LENGTH), doc("Of Python; the whole answer matches it.")] = None
+    regex: Regex = None
     cache_control: Annotated[dict[str, Any] | None, CACHED] = None
     context_management: Annotated[dict[str, Any] | None, Harmless("nothing is cleared: all is read")] = None
     metadata: Annotated[dict[str, Any] | None, LABEL] = None
