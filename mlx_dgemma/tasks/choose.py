@@ -28,11 +28,10 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ..constraints.tokens import MAX_TOKEN_BYTES
 from ..decoding.control import rows_of
 from ..decoding.request import Request
 from ..decoding.session import PromptTokens, Session
-from ..errors import OptionError, shown
+from ..errors import OptionError
 from ..model import device, head, rng, tiling
 from ..model.config import ModelConfig
 from ..model.diffusion_gemma import DiffusionGemma
@@ -47,6 +46,7 @@ from .labels import (
     LabelTokens,
     Question,
     TokenEdges,
+    check_length,
     free_text_labels,
     questions_of,
     template_canvases,
@@ -324,12 +324,8 @@ def plan_of(tokenizer: Any, config: ModelConfig, questions: list[Question], answ
         return tuple(tokenizer.encode(text, add_special_tokens=False))
 
     texts = [("label", text) for question in questions for group in question.texts for text in group]
-    most = config.canvas_length * MAX_TOKEN_BYTES
     for what, text in [*texts, *([("answer template", answer)] if isinstance(answer, str) else [])]:
-        if len(text) > most:  # before it is cut into tokens, which takes a second a MB
-            raise OptionError(
-                f"The {what} {shown(text)} has {len(text)} characters, more than a canvas takes; give at most {most}."
-            )
+        check_length(what, text, config.canvas_length)
         if special := edges.special.intersection(encode(text)):
             token = tokenizer.convert_ids_to_tokens(min(special))
             raise OptionError(f"The {what} {text!r} holds the special token {token}; leave it out.")
