@@ -278,8 +278,8 @@ class Hostile:
         return done
 
 
-def honest(port: int, seconds: float, watch: list[int], server: Server) -> tuple[list[float], Counter[int]]:
-    """Seconds that each request took, and statuses; resident bytes after each go into `watch`."""
+def honest(port: int, seconds: float, server: Server) -> tuple[list[float], Counter[int]]:
+    """Seconds that each request took, and statuses."""
     times: list[float] = []
     statuses: Counter[int] = Counter()
     end = time.monotonic() + seconds
@@ -287,9 +287,15 @@ def honest(port: int, seconds: float, watch: list[int], server: Server) -> tuple
         began = time.perf_counter()
         statuses[post(port, CHAT, HONEST)] += 1
         times.append(time.perf_counter() - began)
-        watch.append(server.rss())
         time.sleep(0.05)
     return times, statuses
+
+
+def watch(server: Server, memory: list[int], end: threading.Event) -> None:
+    """Resident bytes, twice a second: requests come less often the more there is to do."""
+    with suppress(OSError, IndexError):  # the server has died
+        while not end.wait(0.5):
+            memory.append(server.rss())
 
 
 def parse() -> argparse.Namespace:
@@ -323,15 +329,18 @@ def main() -> int:
     print(f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()}", flush=True)
     server = Server(["--model", options.model])
     memory: list[int] = []
-    honest(server.port, 5, [], server)  # warm
-    quiet, _ = honest(server.port, options.quiet, [], server)
+    honest(server.port, 5, server)  # warm
+    quiet, _ = honest(server.port, options.quiet, server)
     before = server.held()
     hostile = Hostile(server.port, options.clients, options.pause)
-    attacked, statuses = honest(server.port, options.seconds, memory, server)
+    attack_is_over = threading.Event()
+    threading.Thread(target=watch, args=(server, memory, attack_is_over), daemon=True).start()
+    attacked, statuses = honest(server.port, options.seconds, server)
+    attack_is_over.set()
     alive, load = server.process.poll() is None, os.getloadavg()
     done = hostile.stop(options.settle)
     after = settled(server, before, options.settle) if alive else {}
-    again, _ = honest(server.port, options.quiet, [], server) if alive else ([], None)
+    again, _ = honest(server.port, options.quiet, server) if alive else ([], None)
     code = server.stop(60)
     third = max(len(memory) // 3, 1)
     growth = float(np.median(memory[-third:]) / np.median(memory[:third])) - 1 if memory else float("nan")
@@ -352,6 +361,7 @@ def main() -> int:
         "bench": "hostile", "seconds": options.seconds, "clients": options.clients, "requests": len(attacked),
         "statuses": {str(status): count for status, count in statuses.items()}, "quiet": percentiles(both),
         "attacked": percentiles(attacked), "ratio": round(ratio, 3), "memory_growth": round(growth, 4),
+        "memory_mb": [round(float(np.median(tenth)) / MB) for tenth in np.array_split(memory, 10) if len(tenth)],
         "before": before, "after": after, "exit": code, "bounds": bounds, "attacks": sum(done.values()),
     }  # fmt: skip
     print(json.dumps(result))

@@ -63,6 +63,13 @@ class Language:
         self.scored_moves = ScoredMoves(transitions, len(self.distance))
         self._walks = Walks(self.table, token_bytes, np.isfinite(self.distance), self.scored_moves.column)
 
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it takes; it grows with the tokens that were looked at."""
+        arrays = (self.table, self.accepting, self.distance, *self._states_taking)
+        marks = 0 if self._marks is None else self._marks.nbytes
+        return sum(array.nbytes for array in arrays) + marks + self.scored_moves.nbytes + self._walks.nbytes
+
     def transitions_of(self, tokens: np.ndarray) -> Transitions:
         """All moves of these tokens from any state to one that is not dead; `index` points into `tokens`."""
         all_bytes, length = self.token_bytes.bytes[tokens], self.token_bytes.length[tokens]

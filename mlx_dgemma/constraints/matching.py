@@ -66,6 +66,7 @@ class Pattern:
 
     Attributes:
         literal: the only text that it matches, where it is plain text; otherwise None.
+        looks_around: whether what stands before and behind a match counts: it has anchors, or looks ahead or behind.
 
     Raises:
         PatternError: it is not a regular expression, or has what cannot be matched in bounded time.
@@ -77,7 +78,7 @@ class Pattern:
             tree = _parser.parse(text)
             self._flags = tree.state.flags
             self._items = list(tree)
-            _check(self._items)
+            self.looks_around = _check(self._items)
             _compiler.compile(tree, self._flags)  # it checks lookbehinds, too
         except re.error as error:
             raise PatternError(str(error)) from None
@@ -111,18 +112,21 @@ class Pattern:
             raise PatternError("it is nested too deeply") from None
 
 
-def _check(items: Any) -> None:
-    """Refuse what depends on the order in which a pattern's ways are tried."""
+def _check(items: Any) -> bool:
+    """Refuse what depends on the order in which a pattern's ways are tried; returns whether it looks around."""
+    around = False
     for op, value in items:
         if what := _REFUSED.get(op.name):
             raise PatternError(f"it has {what}, which is not supported here")
+        around |= op.name in ("AT", "ASSERT", "ASSERT_NOT")
         if op.name in ("SUBPATTERN", "MAX_REPEAT", "MIN_REPEAT"):
-            _check(value[-1])
+            around |= _check(value[-1])
         elif op.name == "BRANCH":
             for branch in value[1]:
-                _check(branch)
+                around |= _check(branch)
         elif op.name in ("ASSERT", "ASSERT_NOT"):
             _check(value[1])
+    return around
 
 
 class _Match:

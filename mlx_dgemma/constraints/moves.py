@@ -73,6 +73,13 @@ class ScoredMoves:
         index, borders = self.index[order], [*first.tolist(), len(order)]
         self._find_groups([index[start:stop] for start, stop in pairwise(borders)])
 
+    @property
+    def nbytes(self) -> int:
+        """About how much memory they take."""
+        arrays = (self.column, self.index, self.source, self.edge_source, self.edge_group, *self._members)
+        numbers = len(self.first) + len(self.edge_first)
+        return sum(array.nbytes for array in arrays) + 40 * numbers  # an int of a list, and the place in it
+
     def best_of_groups(self, log_p: np.ndarray) -> np.ndarray:
         """[C, groups] float64, the highest of each group's log-probabilities; `log_p` [C, S] of the tokens."""
         by_token, start = np.ascontiguousarray(log_p.T), 0

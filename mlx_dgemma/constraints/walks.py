@@ -36,6 +36,13 @@ class Walks:
         self._table, self._token_bytes, self._wanted, self._column = table, token_bytes, wanted, column
         self._forget()
 
+    @property
+    def nbytes(self) -> int:
+        """About how much memory the maps take: the table is the automaton's."""
+        arrays = (self._of_token, self._next, self.start, self.source, self.target, self._column, self._wanted)
+        # A move of a map is two int32, once as arrays and once as bytes.
+        return sum(array.nbytes for array in arrays) + 16 * self._moves
+
     def maps_of(self, tokens: np.ndarray) -> np.ndarray:
         """The number of each token's map, in the shape of `tokens`."""
         if (found := self._of_token[tokens]).min(initial=0) != UNKNOWN:

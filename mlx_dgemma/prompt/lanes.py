@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from ..constraints.language import Language, accepts_every_line
-from ..constraints.patterns import python_regex_to_plain
+from ..constraints.patterns import literal, python_regex_to_plain
 from ..constraints.schema import translate
 from ..constraints.tokens import TokenBytes
 from ..errors import OptionError
@@ -19,8 +19,8 @@ def make_language(kind: str, source: Any, token_bytes: TokenBytes, what: str) ->
     """The language of a constraint.
 
     Args:
-        kind: "schema", "regex" (Python's syntax) or "plain" (what `Language` takes).
-        source: the schema, the pattern or the expression.
+        kind: "schema", "regex" (Python's syntax), "template" or "plain" (what `Language` takes).
+        source: the schema, the pattern, the expression, or of a template text, pattern, text, pattern, ..., text.
         token_bytes: of the tokenizer.
         what: how an error names the constraint.
 
@@ -32,6 +32,9 @@ def make_language(kind: str, source: Any, token_bytes: TokenBytes, what: str) ->
         language = Language(translation.expression, token_bytes, what)
         language.returns = translation.returns
         return language
+    if kind == "template":
+        parts = [f"(?:{python_regex_to_plain(one)})" if i % 2 else literal(one) for i, one in enumerate(source)]
+        return Language("".join(parts), token_bytes, what)
     if kind == "plain":
         return Language(source, token_bytes, what)
     language = Language(python_regex_to_plain(source), token_bytes, what)

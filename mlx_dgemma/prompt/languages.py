@@ -1,4 +1,4 @@
-"""Languages of constraints, made once: the last few are kept, and so are the last refusals."""
+"""Languages of constraints, made once: the last few within a size are kept, and so are the last refusals."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..errors import OptionError
 from .lanes import HERE, LANES
 
 KEPT_LANGUAGES = 16
+KEPT_BYTES = 2**26  # of all kept languages; a single pattern of allowed size may take 20 MB and more
 KEPT_REFUSALS = 256
 
 
@@ -22,10 +23,11 @@ class Languages:
 
     Args:
         token_bytes: returns the bytes of the tokenizer's tokens.
+        max_bytes: of the languages that are kept; the last one is kept whatever its size.
     """
 
-    def __init__(self, token_bytes: Callable[[], TokenBytes]):
-        self._token_bytes = token_bytes
+    def __init__(self, token_bytes: Callable[[], TokenBytes], max_bytes: int = KEPT_BYTES):
+        self._token_bytes, self._max_bytes = token_bytes, max_bytes
         self._lock = threading.Lock()  # held while the two dicts change, not while a language is made
         self._made: dict[bytes, Language] = {}  # the least recently used first
         self._refused: dict[bytes, str] = {}
@@ -43,6 +45,7 @@ class Languages:
         with self._lock:
             if found := self._made.pop(key, None):
                 self._made[key] = found
+                self._evict()  # what a language learns of tokens takes memory, too
                 return found
             refusal = self._refused.get(key)
         if refusal is not None:
@@ -50,13 +53,20 @@ class Languages:
         try:
             made = LANES.get(HERE).language(kind, source, self._token_bytes(), what)
         except OptionError as error:
-            self._keep(self._refused, key, str(error), KEPT_REFUSALS)
+            with self._lock:
+                self._refused[key] = str(error)
+                self._evict()
             raise
-        self._keep(self._made, key, made, KEPT_LANGUAGES)
+        with self._lock:
+            self._made[key] = made
+            self._evict()
         return made
 
-    def _keep(self, kept: dict[bytes, Any], key: bytes, value: Any, most: int) -> None:
-        with self._lock:
-            kept[key] = value
-            for oldest in list(kept)[:-most]:
-                del kept[oldest]
+    def _evict(self) -> None:
+        """Forget what was least recently asked for, while there is too much. The lock is held."""
+        while len(self._refused) > KEPT_REFUSALS:
+            del self._refused[next(iter(self._refused))]
+        sizes = {key: language.nbytes for key, language in self._made.items()}
+        while len(sizes) > KEPT_LANGUAGES or (len(sizes) > 1 and sum(sizes.values()) > self._max_bytes):
+            oldest = next(iter(sizes))
+            del sizes[oldest], self._made[oldest]

@@ -18,8 +18,6 @@ import base64
 import json
 import re
 import warnings
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +32,11 @@ from .. import __version__
 from ..prompt.images import FileBytes
 from ..prompt.messages import parts_of
 from ..serving.rendezvous import VERSION_HEADER, stamp
-from .errors import ApiError, as_api_error
+from .errors import ApiError
 from .follow import follow
-from .local_tasks import COLLECTED, TASKS, Task
+from .local_tasks import COLLECTED, TASKS
 from .security import is_local
-from .streaming import ClientDisconnected, LineStream, cancel_on_disconnect, format_line
+from .streaming import ClientDisconnected, LineStream, as_text, cancel_on_disconnect, format_line
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -115,7 +113,7 @@ async def _run(http: Request) -> Response:
     observe = http.app.state.histograms.observe
     events = follow(scheduler, asked.prepares(), bool(body.get("drafts")), asked.translate, observe)
     first = await cancel_on_disconnect(http, anext(events))  # what fails before it has a status of its own
-    return LineStream(_lines(asked, first, events))
+    return LineStream(as_text(first, events, asked.told, asked.end, lambda error: [error.body()], format_line))
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
@@ -128,18 +126,3 @@ def _parsed(text: bytes) -> dict[str, Any]:
                 data = base64.b64decode(held["base64"])
                 part[part["type"]] = FileBytes.of(data, held["name"]) if held["name"] else data
     return body
-
-
-async def _lines(asked: Task, first: tuple[int, Any], events: AsyncGenerator[tuple[int, Any]]) -> AsyncGenerator[str]:
-    """The events as lines. An error becomes a last line."""
-    async with aclosing(events):
-        try:
-            for one in asked.told(*first):
-                yield format_line(one)
-            async for i, event in events:
-                for one in asked.told(i, event):
-                    yield format_line(one)
-            for one in await to_thread.run_sync(asked.end):
-                yield format_line(one)
-        except Exception as error:
-            yield format_line(as_api_error(error).body())

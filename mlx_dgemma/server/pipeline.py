@@ -21,13 +21,13 @@ from ..decoding.options import MODES
 from ..decoding.request import Request
 from ..prompt.audio.transcripts import with_transcripts
 from ..prompt.messages import Message, parts_of
-from .errors import ApiError, as_api_error
+from .errors import ApiError
 from .events import EventTranslator, FinishedAnswer, collect_answers, usage, usage_and_stats
 from .follow import follow
 from .options import as_api_errors, check_model, generation_arguments
 from .schemas.fields import Body, ignored, parse_body, reject
 from .settings import Settings
-from .streaming import ClientDisconnected, EventStream, cancel_on_disconnect, format_sse
+from .streaming import ClientDisconnected, EventStream, as_text, cancel_on_disconnect, format_sse
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -49,6 +49,7 @@ class Exchange(ABC):
     Attributes:
         BODY: what the endpoint takes.
         KIND: how ids begin, and the `object` of a body and of a chunk.
+        ENDS: whether a stream ends with token counts and [DONE]; others' last event of an answer is the end.
         FORMAT: an event of a stream as text; STREAM: the response of such texts.
         arguments: of `Engine.prepare`, with the seed of the first answer.
         messages: whose pictures are decoded once for all answers.
@@ -64,6 +65,7 @@ class Exchange(ABC):
 
     BODY: ClassVar[type[Body]]
     KIND: ClassVar[tuple[str, str, str]]
+    ENDS: ClassVar[bool] = True
     FORMAT = staticmethod(format_sse)
     STREAM: ClassVar[type[EventStream]] = EventStream
     messages: Sequence[Message] = ()
@@ -99,6 +101,11 @@ class Exchange(ABC):
                 _LOGGED.add(kind)
                 LOG.info("%s: %s changes nothing here; it is told in x_ignored.", *kind)
 
+    def check_pictures(self, most: int) -> None:
+        """Refuse messages with more pictures than this: `ApiError`."""
+        if len(parts_of(self.messages, "image")) > most:
+            raise ApiError(f"There are more than {most} pictures; send fewer.", self.body.path("messages"))
+
     def again(self, i: int, answer: FinishedAnswer, engine: Engine) -> Sequence[Callable[[], Request]]:
         """Requests whose answers answer `i` needs before it is whole. A worker thread calls this."""
         return ()
@@ -129,6 +136,8 @@ class Exchange(ABC):
 
     def end(self) -> Iterable[dict[str, Any] | str]:
         """The last events of a stream, when all answers are whole."""
+        if not self.ENDS:
+            return
         if self.body.usage:
             yield {**self._envelope, "choices": [], "usage": usage(self._in_order()), **self.ignored}
         yield "[DONE]"
@@ -161,7 +170,8 @@ def endpoint(kind: type[Exchange]) -> Callable[[HttpRequest], Awaitable[Response
         events = _mended(exchange, scheduler, translate, events)
         if exchange.body.stream:
             first = await cancel_on_disconnect(http, anext(events))  # what fails before it has a status of its own
-            return exchange.STREAM(_stream(exchange, first, events))
+            stream = as_text(first, events, exchange.events, exchange.end, exchange.failed, exchange.FORMAT)
+            return exchange.STREAM(stream)
         return JSONResponse(await cancel_on_disconnect(http, _whole(exchange, events)))
 
     return answer
@@ -211,24 +221,6 @@ async def _mended(
                 takes = await collect_answers(follow(scheduler, more, False, translate))
                 event = exchange.mended(i, event, takes)  # noqa: PLW2901
             yield i, event
-
-
-async def _stream(
-    exchange: Exchange, first: tuple[int, Any], events: AsyncGenerator[tuple[int, Any]]
-) -> AsyncGenerator[str]:
-    """The events as text. An error becomes a last event."""
-    async with aclosing(events):
-        try:
-            for one in exchange.events(*first):
-                yield exchange.FORMAT(one)
-            async for i, event in events:
-                for one in exchange.events(i, event):
-                    yield exchange.FORMAT(one)
-            for last in exchange.end():
-                yield exchange.FORMAT(last)
-        except Exception as error:
-            for one in exchange.failed(as_api_error(error)):
-                yield exchange.FORMAT(one)
 
 
 async def _whole(exchange: Exchange, events: AsyncGenerator[tuple[int, Any]]) -> Any:

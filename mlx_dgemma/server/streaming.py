@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from .errors import ApiError, as_api_error
 
 T = TypeVar("T")
 PING = ": ping\n\n"  # a comment, which clients pass over
@@ -90,6 +93,37 @@ def format_sse(event: dict[str, Any] | str) -> str:
         return f"data: {event}\n\n"
     name = f"event: {event['type']}\n" if "type" in event else ""
     return f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def as_text(
+    first: tuple[int, Any],
+    events: AsyncGenerator[tuple[int, Any]],
+    told: Callable[[int, Any], Iterable[Any]],
+    end: Callable[[], Iterable[Any]],
+    failed: Callable[[ApiError], Iterable[Any]],
+    form: Callable[[Any], str],
+) -> AsyncGenerator[str]:
+    """A stream as text. An error becomes its last part, since the status has been sent.
+
+    Args:
+        first, events: of `follow`; the first one has come already.
+        told: what is told of an event.
+        end: what is told once all have come; called on a worker thread.
+        failed: what is told of an error.
+        form: the text of one of these.
+    """
+    async with aclosing(events):
+        try:
+            for one in told(*first):
+                yield form(one)
+            async for i, event in events:
+                for one in told(i, event):
+                    yield form(one)
+            for one in await to_thread.run_sync(lambda: [*end()]):
+                yield form(one)
+        except Exception as error:
+            for one in failed(as_api_error(error)):
+                yield form(one)
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

@@ -24,6 +24,7 @@ from ..errors import as_exception
 from ..prompt.lanes import LANES, Lanes
 from .automata import Automata, Cancelled
 from .automaton_worker import NICENESS
+from .process_memory import Trimmer
 from .tickets import Ticket
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class Preparation:
         self._free, self._returning, self._closed = slots, 0, False
         # One thread for all pictures: each thread's memory allocator keeps what it freed.
         self.pictures = ThreadPoolExecutor(1, "pictures", initializer=_run_behind)
+        self._trimmer = Trimmer()
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a request. Those that were cancelled while they waited are dropped."""
@@ -111,6 +113,7 @@ class Preparation:
         finally:
             self._leave()
         self._done(ticket)
+        self._trimmer.trim()
 
 
 class _RequestLanes(Lanes):

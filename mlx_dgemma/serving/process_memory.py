@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
+import time
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 LARGE_BLOCK = 2**17  # bytes; glibc's own first value
+TRIM_SECONDS = 5.0  # a trim takes up to some ten milliseconds, in which other threads run
 
 
 def bound_memory() -> None:
@@ -21,3 +24,28 @@ def bound_memory() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
     gc.collect()
     gc.freeze()
+
+
+class Trimmer:
+    """Gives free memory between used blocks back to the system, now and then.
+
+    glibc keeps what threads freed for their next blocks, except at the end of a heap. Each thread may have a heap, and
+    those that prepare requests would leave theirs as large as they ever were. Other systems do that by themselves.
+
+    Args:
+        seconds: that pass at least between two times.
+    """
+
+    def __init__(self, seconds: float = TRIM_SECONDS):
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._trim = libc.malloc_trim if libc and hasattr(libc, "gnu_get_libc_version") else None
+        self._seconds, self._last = seconds, time.monotonic()
+
+    def trim(self) -> bool:
+        """Give memory back if it is time, on any thread; returns whether it was."""
+        now = time.monotonic()
+        if self._trim is None or now - self._last < self._seconds:
+            return False
+        self._last = now
+        self._trim(0)
+        return True

@@ -46,6 +46,7 @@ from .labels import (
     LabelTokens,
     Question,
     TokenEdges,
+    check_text,
     free_text_labels,
     questions_of,
     template_canvases,
@@ -324,9 +325,7 @@ def plan_of(tokenizer: Any, config: ModelConfig, questions: list[Question], answ
 
     texts = [("label", text) for question in questions for group in question.texts for text in group]
     for what, text in [*texts, *([("answer template", answer)] if isinstance(answer, str) else [])]:
-        if special := edges.special.intersection(encode(text)):
-            token = tokenizer.convert_ids_to_tokens(min(special))
-            raise OptionError(f"The {what} {text!r} holds the special token {token}; leave it out.")
+        check_text(what, text, tokenizer, encode, edges, config.canvas_length)
     length = config.canvas_length
     fixed: list[FixedTokens] = [()]
     if answer is None:

@@ -93,11 +93,12 @@ def edit(
         raise OptionError(f"strength is {shown(strength)}; it should be a number from 0 (the draft) to 1 (all noise).")
     effective = task_options(builder, "edit", options)
     file = FileText(text)
+    asked = messages_of(f"{instruction.rstrip().removesuffix(':')}: {file.plain}")
+    builder.check_texts(asked)  # before the draft is cut into tokens
     draft = vocabulary_of(builder.tokenizer).encode(file.plain.rstrip())
     if options.get("max_tokens") is None:
         effective = effective.override(max_tokens=max(effective.max_tokens, 2 * len(draft)))
-    asked = f"{instruction.rstrip().removesuffix(':')}: {file.plain}"
-    request = builder.request(messages_of(asked), seed, effective)
+    request = builder.request(asked, seed, effective)
     settle_mode(builder, request, Kind(len(draft), "copy", canvas_for(len(draft), builder.config.canvas_length)))
     if request.options.causal:
         request.likely = [*draft, builder.turn_end]

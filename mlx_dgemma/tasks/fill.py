@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
-from ..constraints.patterns import literal, python_regex_to_plain
+from ..constraints.matching import Pattern, PatternError, Steps
 from ..decoding.events import Result
 from ..decoding.options import MAX_INTEGER, OptionKeywords, whole_number
 from ..decoding.request import Request
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 FILL_TEMPLATE = "Write this text with something that fits in the place of every {name}:\n\n"
+DIVIDE_STEPS = 300_000  # of matching, for which the scheduler's thread waits
 Holes = Mapping[str, int | str | Sequence[str]]
 
 
@@ -52,12 +54,10 @@ def fill(
     if missing := [name for name in names if name not in holes]:
         raise OptionError(f"holes has nothing for {missing[0]!r}, which stands in the template; give its texts.")
     patterns = {name: hole_pattern(name, holes[name]) for name in names}
-    plain = "".join(
-        f"(?:{python_regex_to_plain(patterns[part])})" if i % 2 else literal(part) for i, part in enumerate(parts)
-    )
+    source = [patterns[part] if i % 2 else part for i, part in enumerate(parts)]
     messages = messages_of(FILL_TEMPLATE + template if prompt is None else with_transcripts(prompt))
     request = builder.request(messages, seed, task_options(builder, "fill", options))
-    language = builder.language(plain, "The template")
+    language = builder.language(source, "The template", "template")
     constrain(builder, request, language, "The template")
     settle_mode(builder, request, Kind(2 * int(language.distance[0]), "rigid"))
     request.postprocess = lambda result: _with_holes(result, parts, patterns)
@@ -102,21 +102,54 @@ def _parse(template: str) -> tuple[list[str], list[str]]:
 
 
 def _with_holes(result: Result, parts: list[str], patterns: dict[str, str]) -> Result:
-    compiled = {name: re.compile(pattern) for name, pattern in patterns.items()}
-
-    def split(text: str, i: int) -> dict[str, str] | None:
-        """The holes of a text that the parts from `i` on make, the first ones as long as possible."""
-        if not text.startswith(parts[i]):
-            return None
-        text = text[len(parts[i]) :]
-        if i + 1 == len(parts):
-            return None if text else {}
-        for end in range(len(text), -1, -1):
-            if compiled[parts[i + 1]].fullmatch(text[:end]) and (rest := split(text[end:], i + 2)) is not None:
-                return {parts[i + 1]: text[:end], **rest}
-        return None
-
-    holes = split(result.text, 0)
+    try:
+        holes = divide(result.text, parts, patterns)
+    except PatternError as error:
+        raise LanguageError(f"The text cannot be divided into its holes: {error}; simplify their patterns.") from None
     if holes is None:
         raise LanguageError("The text is not the template with its holes filled; this is a fault, please report it.")
     return replace(result, holes=holes)
+
+
+def divide(text: str, parts: list[str], patterns: dict[str, str]) -> dict[str, str] | None:
+    """The holes of a text, the first ones as long as possible; None if it is not made of these parts.
+
+    Args:
+        text: the filled template.
+        parts: text, name, text, name, ..., text of the template.
+        patterns: of the names, in `re`'s syntax.
+
+    Raises:
+        PatternError: it takes too many steps, for which the scheduler's thread would wait.
+    """
+    steps = Steps(DIVIDE_STEPS)
+    compiled = {name: Pattern(pattern, steps) for name, pattern in patterns.items()}
+
+    @cache
+    def divided(i: int, at: int) -> tuple[tuple[str, str], ...] | None:
+        """The names and texts of the holes from part `i` on, which begins at a place in the text."""
+        if not text.startswith(parts[i], at):
+            return None
+        start = at + len(parts[i])
+        if i + 1 == len(parts):
+            return () if start == len(text) else None
+        for end in _ends(compiled[parts[i + 1]], text, start):
+            if (rest := divided(i + 2, end)) is not None:
+                return (parts[i + 1], text[start:end]), *rest
+        return None
+
+    try:
+        found = divided(0, 0)
+    except RecursionError:
+        raise PatternError("they are too many") from None
+    return None if found is None else dict(found)
+
+
+def _ends(pattern: Pattern, text: str, start: int) -> Iterator[int]:
+    """Where a hole may end that begins at a place in a text, the last one first. It is matched as a text of its own."""
+    if not pattern.looks_around:
+        yield from reversed(pattern.ends(text, [start]))
+        return
+    for end in range(len(text), start - 1, -1):
+        if pattern.fullmatch(text[start:end]):
+            yield end

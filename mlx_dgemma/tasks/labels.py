@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ..errors import OptionError
+from ..constraints.tokens import MAX_TOKEN_BYTES
+from ..errors import OptionError, shown
 from .templates import split_template
 
 MAX_LABELS = 10_000
@@ -130,6 +131,17 @@ def _question(name: str, labels: Any) -> Question:
         if count > 1:
             raise OptionError(f"The label {label!r} is given {count} times; give every label once.")
     return Question(name, tuple(labels), tuple((text,) for text in texts))
+
+
+def check_text(what: str, text: str, tokenizer: Any, encode: Encode, edges: TokenEdges, canvas_length: int) -> None:
+    """Refuse a text that no canvas takes, before it is cut into tokens, and one with special tokens: `OptionError`."""
+    if len(text) > (most := canvas_length * MAX_TOKEN_BYTES):
+        raise OptionError(
+            f"The {what} {shown(text)} has {len(text)} characters, more than a canvas takes; give at most {most}."
+        )
+    if special := edges.special.intersection(encode(text)):
+        token = tokenizer.convert_ids_to_tokens(min(special))
+        raise OptionError(f"The {what} {text!r} holds the special token {token}; leave it out.")
 
 
 def free_text_labels(question: Question, encode: Encode, edges: TokenEdges, canvas_length: int) -> list[LabelTokens]:

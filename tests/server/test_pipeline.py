@@ -14,13 +14,14 @@ from support import BLUE, square
 from mlx_dgemma.decoding.events import Finished, Result, Stats
 from mlx_dgemma.prompt import builder
 from mlx_dgemma.prompt.images import open_image
+from mlx_dgemma.prompt.vocabulary import Vocabulary
 from mlx_dgemma.server import pipeline
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.metrics import BOUNDS, Histograms
 from mlx_dgemma.server.settings import Settings
 
 HI = {CHAT: {"messages": said("Hi.")}, COMPLETIONS: {"prompt": "Hi."}, RESPONSES: {"input": "Hi."}}
-LONG = "a " * 2**19
+LONG, MESSAGES = "a " * 2**19, "/v1/messages"
 
 
 @pytest.mark.parametrize("path", HI)
@@ -35,10 +36,18 @@ def test_drafts(url, path):
 def image_of(path, url):
     if path == CHAT:
         return {"type": "image_url", "image_url": {"url": url}}
+    if path == MESSAGES:
+        data = url.partition(",")[2]
+        return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
     return {"type": "input_image", "image_url": url}
 
 
-@pytest.mark.parametrize("path, options", [(CHAT, {"n": 3, "max_tokens": 2}), (RESPONSES, {"max_output_tokens": 2})])
+@pytest.mark.parametrize("path, options", [
+    (CHAT, {"n": 3, "max_tokens": 2}),
+    (RESPONSES, {"max_output_tokens": 2}),
+    (MESSAGES, {"max_tokens": 2}),
+    ("/api/chat", {"options": {"num_predict": 2}, "stream": False}),
+])  # fmt: skip
 def test_pictures_are_decoded_once_and_not_on_the_schedulers_thread(url, scheduler, monkeypatch, path, options):
     threads, read = [], open_image
 
@@ -48,9 +57,11 @@ def test_pictures_are_decoded_once_and_not_on_the_schedulers_thread(url, schedul
 
     monkeypatch.setattr(builder, "open_image", spy)
     square(BLUE).save(file := io.BytesIO(), "PNG")
-    shown = [image_of(path, "data:image/png;base64," + base64.b64encode(file.getvalue()).decode())] * 2
-    message = [{"role": "user", "content": shown}]
-    body = {"messages" if path == CHAT else "input": message, **options}
+    data = base64.b64encode(file.getvalue()).decode()
+    message = {"role": "user", "content": [image_of(path, f"data:image/png;base64,{data}")] * 2}
+    if path == "/api/chat":
+        message = {"role": "user", "content": "Hi.", "images": [data] * 2}
+    body = {"input" if path == RESPONSES else "messages": [message], **options}
     assert httpx.post(url + path, json=body, timeout=LIMIT).status_code == 200
     assert len(threads) == 2
     assert all(one.name.startswith("pictures") for one in threads)
@@ -76,17 +87,42 @@ LONG_BODIES = [
     (RESPONSES, {"input": [{"type": "function_call", "call_id": "a", **CALL}]}),
     (COMPLETIONS, {"prompt": LONG}),
     (COMPLETIONS, {"prompt": "Hi.", "suffix": LONG}),
-]
+    (MESSAGES, {"max_tokens": 5, "messages": said(LONG)}),
+    (MESSAGES, {"max_tokens": 5, "messages": said("Hi."), "system": LONG}),
+    (MESSAGES, {"max_tokens": 5, "messages": said("Hi."), "tools": [
+        {"name": "f", "description": LONG, "input_schema": {"type": "object"}},
+    ]}),
+    (MESSAGES, {"max_tokens": 5, "messages": [*said("Hi."), {"role": "assistant", "content": LONG}]}),
+    (f"{MESSAGES}/count_tokens", {"messages": said(LONG)}),
+    ("/api/chat", {"messages": said(LONG)}),
+    ("/api/generate", {"prompt": "Hi.", "suffix": LONG}),
+    ("/v1/fim/completions", {"prompt": LONG, "suffix": "Hi."}),
+    ("/infill", {"input_prefix": "Hi.", "input_suffix": "", "input_extra": [{"filename": "a", "text": LONG}]}),
+    ("/completion", {"prompt": LONG}),
+    ("/v1/edits", {"input": LONG, "instruction": "Hi."}),
+    ("/v1/edits", {"input": "Hi.", "instruction": LONG}),
+    ("/v1/fill", {"template": LONG + "{n}", "holes": {"n": ["a", "b"]}}),
+    ("/v1/decisions", {"input": LONG, "questions": [{"type": "predicate", "instructions": "Hi."}]}),
+    ("/v1/decisions", {"input": "Hi.", "questions": [{"type": "predicate", "instructions": LONG}]}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("path, body", LONG_BODIES)
 def test_what_cannot_fit_is_not_cut_into_tokens(url, scheduler, monkeypatch, path, body):
-    wrapped, encoded = type(scheduler.engine.tokenizer), []
-    monkeypatch.setattr(wrapped, "encode", lambda self, text, **_: encoded.append(len(text)) or [5], raising=False)
-    error = httpx.post(url + path, json=body, timeout=LIMIT).json()["error"]
-    assert error["code"] == "context_length_exceeded"
-    assert "characters, but the context leaves room for 4032 tokens" in error["message"]
-    assert encoded == []
+    wrapped, encoded, plain = type(scheduler.engine.tokenizer), [], Vocabulary.encode
+
+    def encode(self, text, **options):
+        encoded.append(len(text))
+        return self._tokenizer.encode(text[:99], **options)
+
+    monkeypatch.setattr(wrapped, "encode", encode, raising=False)
+    monkeypatch.setattr(Vocabulary, "encode", lambda self, text: encoded.append(len(text)) or plain(self, text[:99]))
+    answer = httpx.post(url + path, json=body, timeout=LIMIT)
+    assert answer.status_code == 400
+    assert "characters, but the context leaves room for 4032 tokens" in answer.text
+    assert max(encoded, default=0) < 1000
+    if path in HI:
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("path", HI)

@@ -20,6 +20,7 @@ from mlx_dgemma.decoding.events import Finished
 from mlx_dgemma.server.endpoints.completions import StopCutter
 from mlx_dgemma.server.follow import follow
 from mlx_dgemma.server.schemas.messages import Function, tool_declarations
+from mlx_dgemma.server.schemas.ollama import OllamaCall, OllamaChat, OllamaFunction, OllamaMessage, ollama_messages
 from mlx_dgemma.serving.scheduler import Failed, Scheduler
 
 
@@ -118,6 +119,22 @@ def test_many_tools_are_read_in_proportion(monkeypatch):
     tools = tool_declarations([Function.model_construct(name=name) for name in names], "tools[{}].name")
     assert CountedText.operations < 10 * len(names)
     assert [one["function"]["name"] for one in tools] == names
+
+
+def test_results_find_their_calls_in_proportion(monkeypatch):
+    """A result must not be compared with every call that waits for one."""
+    monkeypatch.setattr(CountedText, "operations", 0)
+    names = [f"f{i}" for i in range(1000)]
+    calls = [
+        OllamaCall(function=OllamaFunction.model_construct(name=CountedText(name), arguments={})) for name in names
+    ]
+    results = [
+        OllamaMessage.model_construct(role="tool", content="a", tool_name=CountedText(name)) for name in names[::-1]
+    ]
+    messages = [OllamaMessage.model_construct(role="assistant", content="", tool_calls=calls), *results]
+    found = ollama_messages(OllamaChat.model_construct(messages=messages))
+    assert CountedText.operations < 10 * len(names)
+    assert [one["tool_call_id"] for one in found[1:]] == [f"call_0_{i}" for i in range(1000)][::-1]
 
 
 def test_a_long_stop_string_costs_no_more_than_the_text(monkeypatch):

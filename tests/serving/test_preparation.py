@@ -1,6 +1,7 @@
 """Requests are prepared beside each other: the slow ones hold up nobody, and every language is bounded."""
 
 import os
+import pickle
 import sys
 import threading
 import time
@@ -224,3 +225,21 @@ def test_a_refusal_is_remembered(token_bytes, monkeypatch):
         with pytest.raises(OptionError):
             languages.get("regex", f"{i}", "It")
     assert len(languages._refused) == 256
+
+
+def test_languages_are_kept_within_a_size(token_bytes):
+    languages = Languages(lambda: token_bytes, max_bytes=3 * 10**6)
+    patterns = [f".{{50}}|{i}" for i in range(4)]  # a million bytes each
+    made = [languages.get("regex", one, "It") for one in patterns]
+    sizes = [len(pickle.dumps({name: it for name, it in vars(one).items() if name != "token_bytes"})) for one in made]
+    assert [one.nbytes for one in made] == pytest.approx(sizes, rel=0.2)
+    assert [*languages._made.values()] == made[2:]
+    tokens = np.flatnonzero(token_bytes.length)
+    languages._max_bytes = sum(one.nbytes for one in made[2:])
+    assert languages.get("regex", patterns[2], "It") is made[2]
+    assert [*languages._made.values()] == [made[3], made[2]]
+    made[2].likely_moves(tokens[None], np.zeros((1, len(tokens))))  # what it learns of tokens counts, too
+    assert languages.get("regex", patterns[2], "It") is made[2]
+    assert [*languages._made.values()] == [made[2]]
+    languages._max_bytes = 0
+    assert languages.get("regex", patterns[0], "It") is languages.get("regex", patterns[0], "It")

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import platform
 import sys
 import weakref
 
@@ -13,6 +14,7 @@ from serving import CHAT, ask, said, tool
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.schemas import bodies
 from mlx_dgemma.server.settings import Settings
+from mlx_dgemma.serving.process_memory import Trimmer
 
 KEPT = """
 import ctypes, gc
@@ -39,6 +41,36 @@ def test_large_blocks_go_back_to_the_system():
     done = python("-c", KEPT)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 8 * 2**20
+
+
+HOLES = """
+import ctypes, threading
+from pathlib import Path
+from mlx_dgemma.serving.process_memory import Trimmer
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def leave_holes():
+    blocks = [bytearray(40_000) for _ in range(1000)]
+    kept.append(blocks[::100])
+
+kept, before = [], resident()
+thread = threading.Thread(target=leave_holes)
+thread.start()
+thread.join()
+left = resident() - before
+trimmer = Trimmer(seconds=0)
+print(trimmer.trim(), left > 20 * 2**20, resident() - before < left / 4)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc for its free memory")
+def test_holes_between_blocks_go_back_to_the_system():
+    """A thread that has prepared a request leaves them."""
+    done = python("-c", HOLES)
+    assert (done.stdout, done.returncode) == ("True True True\n", 0), done.stderr
+    assert not Trimmer(seconds=1000).trim()
 
 
 @pytest.mark.parametrize("body", [

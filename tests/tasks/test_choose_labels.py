@@ -86,6 +86,11 @@ def test_templates_are_split_at_their_slots():
         (range(10001), "labels has 10001 labels; give at most 10000."),
         (["a b", "a▁b"], "The labels 'a b' and 'a▁b' are the same tokens; leave one out."),
         (["5" * 65], f"The label '{'5' * 65}' has 65 tokens, more than a canvas of 64; shorten it."),
+        (
+            ["5" * 5000],
+            "The label '555555555555...5555555555555' has 5000 characters, more than a canvas takes; "
+            "give at most 4096.",
+        ),
         (["a<turn|>"], "The label 'a<turn|>' holds the special token <turn|>; leave it out."),
         (
             {"color": ["red"], "shape": ["circle"]},

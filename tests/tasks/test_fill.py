@@ -7,6 +7,8 @@ from prompts import ANSWER, ONCE, PERSON, count_of
 from support import refusal
 
 from mlx_dgemma import OptionError, PromptError
+from mlx_dgemma.errors import LanguageError
+from mlx_dgemma.tasks.fill import divide
 
 
 def fill(engine, template, holes, **options):
@@ -55,6 +57,25 @@ def test_names_of_groups_are_each_holes_own(engine):
 
 def test_anchors_of_a_holes_pattern_are_the_holes(engine):
     assert fill(engine, "Name: {x}.", {"x": "^a$"}).holes == {"x": "a"}
+
+
+def test_holes_are_told_apart_in_bounded_time(engine, monkeypatch):
+    """`re` would try 2**30 ways for the first, and the ways of 12 holes multiply."""
+    assert fill(engine, "{n}c", {"n": "(?:a|a){30}"}).holes == {"n": "a" * 30}
+    names = "abcdefghijkl"
+    template = "{" + "}{".join(names) + "}"
+    holes = fill(engine, template, {**dict.fromkeys(names, "a{0,20}"), "l": "a{20}"}).holes
+    assert holes["l"] == "a" * 20
+    parts = ["", "x", "", "y", ""]
+    assert divide("aaa", parts, {"x": "a*", "y": "a*"}) == {"x": "aaa", "y": ""}
+    assert divide("aab", parts, {"x": "a*", "y": "ab"}) == {"x": "a", "y": "ab"}
+    assert divide("aab", parts, {"x": "(?=a$)a|^aa", "y": "(?!b)ab|b"}) == {"x": "aa", "y": "b"}  # each by itself
+    assert divide("aab", parts, {"x": "(?=a$)a|^ab", "y": "(?!b)ab|b"}) == {"x": "a", "y": "ab"}
+    assert divide("aac", parts, {"x": "a*", "y": "ab"}) is None
+    monkeypatch.setattr("mlx_dgemma.tasks.fill.DIVIDE_STEPS", 10)
+    assert refusal(LanguageError, fill, engine, "{n}c", {"n": "(?:a|a){30}"}) == (
+        "The text cannot be divided into its holes: it takes too many steps to match; simplify their patterns."
+    )
 
 
 def test_verbose_patterns_may_end_in_a_comment(engine):

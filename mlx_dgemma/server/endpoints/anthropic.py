@@ -41,6 +41,7 @@ class MessageExchange(ChatExchange):
     """
 
     BODY = Messages
+    ENDS = False
 
     def __init__(self, body: Messages, engine: Engine, settings: Settings):
         super().__init__(body, engine, settings)
@@ -87,10 +88,6 @@ class MessageExchange(ChatExchange):
             yield from self._builder.finish(self._calls(event), **self._end(event), stats=stats(event))
         else:
             yield {"type": "draft", "draft": event}
-
-    def end(self) -> Iterable[dict[str, Any] | str]:
-        """Nothing: the last event of the message is told."""
-        return ()
 
     def failed(self, error: ApiError) -> Iterable[MessageEvent]:
         """An event that ends the message."""

@@ -48,8 +48,7 @@ class ChatExchange(Exchange):
     def __init__(self, body: Any, engine: Engine, settings: Settings):
         super().__init__(body, engine, settings)
         self.messages = self.read_messages()
-        if len(parts_of(self.messages, "image")) > settings.pictures:
-            raise ApiError(f"There are more than {settings.pictures} pictures; send fewer.", body.path("messages"))
+        self.check_pictures(settings.pictures)
         self._check_audio()
         self.arguments["thinking"] = self._thinking()
         budget = THOUGHT_BUDGETS.get(body.reasoning_effort)

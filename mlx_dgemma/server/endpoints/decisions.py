@@ -7,13 +7,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ...decoding.request import Request
-from ...prompt.messages import Message, messages_of, parts_of
+from ...prompt.messages import Message, messages_of
 from ...tasks.choose import Plan, neutral_of, plan_of, read_answers
 from ...tasks.decide import Decision as Reading
 from ...tasks.decide import decide
 from ...tasks.labels import BOOL_TEXTS
 from ...tasks.labels import Question as Labels
-from ..errors import ApiError
 from ..events import FinishedAnswer, stats
 from ..options import as_api_errors
 from ..pipeline import Exchange
@@ -38,8 +37,7 @@ class DecisionExchange(Exchange):
         super().__init__(body, engine, settings)
         self.arguments["seed"] = body.seed or 0
         self.messages = _messages(body)
-        if len(parts_of(self.messages, "image")) > settings.pictures:
-            raise ApiError(f"There are more than {settings.pictures} pictures; send fewer.", "input")
+        self.check_pictures(settings.pictures)
         _check(body.questions, body.answer is not None)
         self._readings: dict[int, Reading] = {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ...tasks.markers import Parts, parts_of_prompt
@@ -24,6 +23,7 @@ class LlamaInfillExchange(HoleExchange):
     BODY = LlamaInfill
     KIND = ("infill", "infill", "infill")
     PARAM = "input_prefix"
+    ENDS = False
 
     def __init__(self, body: LlamaInfill, engine: Engine, settings: Settings):
         limit = body.limit
@@ -50,10 +50,6 @@ class LlamaInfillExchange(HoleExchange):
         answer = self.answers.get(choice["index"])
         told = {**self._body(choice["index"], answer), "content": choice["text"]} if answer else {}
         return {"index": choice["index"], "content": choice["text"], "stop": answer is not None, **told}
-
-    def end(self) -> Iterable[dict[str, Any] | str]:
-        """Nothing: the last piece says `stop`."""
-        return ()
 
     def whole(self) -> Any:
         """The one body, or a list of several."""

@@ -60,6 +60,7 @@ class Lines(Exchange):
 
     FORMAT = staticmethod(format_line)
     STREAM: ClassVar[type[EventStream]] = LineStream
+    ENDS = False
     asked: OllamaBody
 
     def reply(self, said: dict[str, Any]) -> dict[str, Any]:
@@ -94,10 +95,6 @@ class Lines(Exchange):
     def failed(self, error: ApiError) -> Iterable[dict[str, Any]]:
         """A line that ends a stream."""
         return [{"error": str(error)}]
-
-    def end(self) -> Iterable[dict[str, Any] | str]:
-        """Nothing: the last line is told."""
-        return ()
 
     def _begin(self, said: dict[str, Any]) -> dict[str, Any]:
         return {"model": self.model, "created_at": _now(), **self.reply(said)}

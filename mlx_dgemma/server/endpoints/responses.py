@@ -27,6 +27,7 @@ class ResponseExchange(ChatExchange):
     """Input items to answer."""
 
     BODY = Response
+    ENDS = False
 
     def __init__(self, body: Response, engine: Engine, settings: Settings):
         self._stored = settings.stored
@@ -77,10 +78,6 @@ class ResponseExchange(ChatExchange):
             yield last
         else:
             yield self._builder.draft(event)
-
-    def end(self) -> Iterable[dict[str, Any] | str]:
-        """Nothing: the last event of the response is told."""
-        return ()
 
     def failed(self, error: ApiError) -> Iterable[ResponseEvent]:
         """An event that ends the response."""

@@ -6,13 +6,14 @@ import base64
 import binascii
 import json
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from ...prompt.messages import Message
-from .bodies import LABEL, MAX_REGEX_LENGTH, MAX_STOPS, Shared, StopString, String, TokenLimit
+from .bodies import LABEL, MAX_STOPS, Regex, Shared, StopString, String, TokenLimit
 from .fields import MAX_ITEMS, Body, Harmless, Many, Rule, doc, only, reject, whole
 from .messages import EITHER, MAX_TOOLS, Function, PartsOf, Text
 
@@ -245,7 +246,7 @@ class Messages(Shared):
     output_format: Annotated[Format | None, doc("An older name of output_config.format.")] = None
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS)] | None = None
     choice: Annotated[AnyChoice | None, Field(alias="tool_choice")] = None
-    regex: Annotated[String, Field(max_length=MAX_REGEX_LENGTH), doc("Of Python; the whole answer matches it.")] = None
+    regex: Regex = None
     cache_control: Annotated[dict[str, Any] | None, CACHED] = None
     context_management: Annotated[dict[str, Any] | None, Harmless("nothing is cleared: all is read")] = None
     metadata: Annotated[dict[str, Any] | None, LABEL] = None
@@ -329,7 +330,7 @@ def conversation(body: Messages) -> tuple[list[Message], str]:
     Raises:
         ApiError: a tool's result without the call, or a call at the end without its result.
     """
-    found: list[Message] = [{"role": "system", "content": _text(body.system)}] if body.system else []
+    found: list[Message] = [{"role": "system", "content": [_text(body.system)]}] if body.system else []
     last, begun = len(body.messages) - 1, ""
     last_user = max((i for i, one in enumerate(body.messages) if one.role == "user"), default=-1)
     call_ids: set[str] = set()
@@ -344,14 +345,21 @@ def conversation(body: Messages) -> tuple[list[Message], str]:
         else:
             found.append(_said(message.content))
             call_ids.update(call["id"] for call in found[-1].get("tool_calls", ()))
-    return found, begun
+    return [_joined(one) for one in found], begun
+
+
+def _joined(message: Message) -> Message:
+    """A message whose texts and parts were collected; they are joined once, which takes time in their length."""
+    if message["role"] == "system":
+        return {**message, "content": "\n\n".join(message["content"])}
+    return {**message, "content": _merged(message["content"])} if message["role"] == "user" else message
 
 
 def _add_system(found: list[Message], text: str) -> None:
     if not found:
-        found.append({"role": "system", "content": text})
+        found.append({"role": "system", "content": [text]})
     elif found[-1]["role"] == "system":
-        found[-1]["content"] += f"\n\n{text}"
+        found[-1]["content"].append(text)
     else:
         _add_parts(found, [{"type": "text", "text": REMINDER.format(text)}])
 
@@ -377,19 +385,15 @@ def _add_parts(found: list[Message], parts: list[Message]) -> None:
     """Add to what the user says. The parts of a turn become one message, as this API reads them."""
     if not found or found[-1]["role"] != "user":
         found.append({"role": "user", "content": []})
-    content = found[-1]["content"]
-    before = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    found[-1]["content"] = _merged([*before, *parts])
+    found[-1]["content"] += parts
 
 
 def _merged(parts: list[Message]) -> str | list[Message]:
     """Parts with a line break between texts that follow each other, which templates would leave out."""
     merged: list[Message] = []
-    for part in parts:
-        if part["type"] == "text" and merged and merged[-1]["type"] == "text":
-            merged[-1] = {"type": "text", "text": f"{merged[-1]['text']}\n{part['text']}"}
-        else:
-            merged.append(part)
+    for is_text, grouped in groupby(parts, lambda part: part["type"] == "text"):
+        group = list(grouped)
+        merged += [{"type": "text", "text": "\n".join(part["text"] for part in group)}] if is_text else group
     if len(merged) == 1 and merged[0]["type"] == "text":
         return str(merged[0]["text"])
     return merged or ""

@@ -132,6 +132,7 @@ class Choices(Shared):
 
 
 Pattern = Annotated[String, Field(max_length=MAX_REGEX_LENGTH)]
+Regex = Annotated[Pattern, doc("Of Python; the whole answer matches it.")]
 Choice = Annotated[list[Annotated[str, Field(min_length=1)]] | None, Field(min_length=1, max_length=MAX_STATED)]
 
 
@@ -157,7 +158,7 @@ class Answered(Shared):
 
     thinking: Flag = None
     thinking_budget: Annotated[Whole, doc("Tokens after which a thought is ended; on canvases alone.")] = None
-    regex: Annotated[String, Field(max_length=MAX_REGEX_LENGTH), doc("Of Python; the whole answer matches it.")] = None
+    regex: Regex = None
     parallel_tool_calls: Annotated[Flag, doc("False: of several calls the first is answered.")] = None
     top_logprobs: Annotated[
         int | None, whole(0, MAX_TOP_LOGPROBS), Harmless("only the chosen token's is known", (0, 1))

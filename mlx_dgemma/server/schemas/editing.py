@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from .bodies import MAX_CHOICES, Choices, Flag, Shared, StopString, String
+from .bodies import MAX_CHOICES, MAX_STOPS, NO_BIASES, Choices, Flag, Shared, StopString, String
 from .fields import Body, Harmless, Many, Rule, doc, number, only, whole
 
-MAX_STOPS = 64
 MAX_FILES = 256
 ONE_PROMPT = "it should be one string: send several in several requests, and no tokens"
 STOPS = f"it should be a string that is not empty, or a list of up to {MAX_STOPS}"
@@ -145,9 +144,7 @@ class LlamaInfill(Continued):
     mirostat_eta: Annotated[float | None, SAMPLERS] = None
     min_keep: Annotated[int | None, SAMPLERS] = None
     n_probs: Annotated[int | None, only(0, why=NO_LOGPROBS)] = None
-    logit_bias: Annotated[
-        list[Any] | dict[str, Any] | None, Field(max_length=0), Rule("biases are unknown to this model: leave it out")
-    ] = None
+    logit_bias: Annotated[list[Any] | dict[str, Any] | None, Field(max_length=0), Rule(NO_BIASES)] = None
     grammar: Annotated[String, only("", why=NO_GRAMMAR)] = None
     json_schema: Annotated[Any, only({}, why=NO_GRAMMAR)] = None
     lora: Annotated[list[Any] | None, Field(max_length=0), Rule(NO_ADAPTER)] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -237,7 +238,7 @@ def ollama_messages(body: OllamaChat) -> list[Message]:
         ApiError: a result without a call, or pictures where no one can show any.
     """
     found: list[Message] = []
-    waiting: list[tuple[str, str]] = []  # (id, name) of calls without a result
+    waiting = _Waiting([])
     for i, given in enumerate(body.messages):
         if given.images and given.role not in ("user", "tool"):
             reject(f"messages[{i}].images", given.images, "pictures belong to a message of the user or a tool")
@@ -246,17 +247,39 @@ def ollama_messages(body: OllamaChat) -> list[Message]:
             message["reasoning_content"] = given.thinking
         if given.tool_calls:
             message["tool_calls"] = calls = [_call(call, f"call_{i}_{k}") for k, call in enumerate(given.tool_calls)]
-            waiting = [(call["id"], call["function"]["name"]) for call in calls]
+            waiting = _Waiting([(call["id"], call["function"]["name"]) for call in calls])
         if given.role == "tool":
             asked = given.tool_call_id or given.tool_name or given.name
-            call = next((one for one in waiting if asked in (None, *one)), None)
-            if call is None:
+            call_id = waiting.take(asked)
+            if call_id is None:
                 why = "no call before it waits for this result: send the assistant's message with its tool_calls"
                 reject(f"messages[{i}].tool_name", asked, why)
-            waiting.remove(call)
-            message["tool_call_id"] = call[0]
+            message["tool_call_id"] = call_id
         found.append(message)
     return found
+
+
+class _Waiting:
+    """Calls without a result.
+
+    Args:
+        calls: (id, name) of each, in their order.
+    """
+
+    def __init__(self, calls: Sequence[tuple[str, str]]):
+        self._calls = dict(enumerate(calls))
+        self._called: dict[str, deque[int]] = defaultdict(deque)  # numbers of calls by id and by name
+        for number, call in enumerate(calls):
+            for word in {*call}:
+                self._called[word].append(number)
+
+    def take(self, asked: str | None) -> str | None:
+        """The id of the first call with this id or name, or of any, which waits no more; None if there is none."""
+        numbers = deque(self._calls) if asked is None else self._called.get(asked, deque())
+        while numbers:
+            if (call := self._calls.pop(numbers.popleft(), None)) is not None:
+                return call[0]
+        return None
 
 
 def prompt_messages(body: OllamaGenerate) -> list[Message]:
