@@ -5,8 +5,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from support import DATA, engine_of, gap, random_tokens, small_model
+from support import DATA, gap, random_tokens, small_model
 
+import mlx_dgemma
 from mlx_dgemma.checkpoint.find import DEMO
 from mlx_dgemma.model import rng
 from mlx_dgemma.tune import objective
@@ -27,11 +28,10 @@ CASES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model():
-    made = engine_of(DEMO).model
-    yield made
-    made.unfreeze()
+    """One of its own, since gradients put other arrays in the place of its weights."""
+    return mlx_dgemma.load(DEMO).model
 
 
 @pytest.mark.parametrize("name", CASES)
