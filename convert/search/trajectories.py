@@ -28,6 +28,7 @@ from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.model.kv_cache import Prefix
 
 FORMAT = "1"
+MOST = 4  # times as many states of one canvas as of a mean one: they are measured at once, which takes memory
 TOGETHER = 16  # canvases denoised together: a layer that is read from the disk serves all of them
 
 
@@ -104,7 +105,7 @@ def _together(
             raise model.range_error()
     ends, stops = mx.array(np.asarray(step.argmax)), mx.array(options.end_tokens, mx.int32)
     text = np.asarray(sampler.text(ends, stops, mx.array(rooms, mx.int32)))
-    counts = shared([len(one) for one in seen], states * len(prompts))
+    counts = shared([min(len(one), MOST * states) for one in seen], states * len(prompts))
     return [_thinned(prompt, one, own, options, n) for prompt, one, own, n in zip(prompts, seen, text, counts)]
 
 
@@ -112,7 +113,7 @@ def shared(lengths: Sequence[int], total: int) -> list[int]:
     """How many states of each trajectory are kept: of `total` an even share, and more where others have fewer.
 
     Args:
-        lengths: the steps of each.
+        lengths: the states that each has.
         total: states, at least one for each.
     """
     counts = [0] * len(lengths)

@@ -74,6 +74,13 @@ def test_trajectories_hold_first_and_last_steps_and_survive_the_disk(recorded, t
         trajectories.load(tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize(
+    "lengths, total, counts", [([1, 1, 9, 3], 12, [1, 1, 7, 3]), ([9, 9], 4, [2, 2]), ([5, 1, 2], 9, [5, 1, 2])]
+)
+def test_what_short_trajectories_leave_goes_to_longer_ones(lengths, total, counts):
+    assert trajectories.shared(lengths, total) == counts
+
+
 def test_a_streamed_shelf_reads_the_same_layers(demo, shelf):
     with open_source(demo) as source:
         streamed = Shelf(source, keep=False)
