@@ -40,6 +40,7 @@ from mlx_dgemma.decoding.costs import Costs, pass_cost, reckoned
 from mlx_dgemma.decoding.events import Stats
 from mlx_dgemma.decoding.prefill import prefill
 from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.device import Relay
 from mlx_dgemma.model.diffusion_gemma import DiffusionGemma
 from mlx_dgemma.tasks.answer import answer
 from mlx_dgemma.tasks.mode import SETTLED, Kind, choose_mode
@@ -212,9 +213,9 @@ def trace(model: DiffusionGemma, wanted: bool) -> None:
 
 def seconds_a_token(
     model: DiffusionGemma, prompt: mx.array, rows: int, length: int, runs: int, chunk: int | None
-) -> tuple[list[float], list[float], float]:
+) -> tuple[list[float], list[float], tuple[float, int]]:
     """Seconds of a pass over so many tokens of each row and of their draws, at temperature 0; the host's before it
-    waits, which are what it takes to build the graph and to hand it over; and those of a row's prompt.
+    waits, which are what it takes to build the graph and to hand it over; those of a row's prompt, and its peak bytes.
 
     Passes over one token overlap as in generation; of longer ones the host reads each.
     """
@@ -225,22 +226,23 @@ def seconds_a_token(
     for prefix in prefixes:
         prefill(model, prefix, np.asarray(prompt), chunk)
         mx.eval(prefix.state)
-    prefilled = (time.perf_counter() - begun) / rows
-    tokens, before = mx.zeros((rows, length), mx.int32), None
+    prefilled, peak = (time.perf_counter() - begun) / rows, mx.get_peak_memory()
+    mx.reset_peak_memory()
+    tokens, before, relay = mx.zeros((rows, length), mx.int32), None, Relay()
     for _ in range(runs + 4):
         started = time.perf_counter()
         hidden = model.encode_ahead(tokens, prefixes)
         drawn = mx.concatenate(
             [mx.argmax(model.logits(hidden[:, i : i + 16]), axis=-1) for i in range(0, length, 16)], axis=1
         ).astype(mx.int32)
-        mx.async_eval(drawn, [prefix.state for prefix in prefixes])
+        relay.start(prefixes, drawn)
         host.append(time.perf_counter() - started)
         mx.eval(before if length == 1 and before is not None else drawn)
         for prefix in prefixes:
             prefix.accept(1)
         before = tokens = drawn
         taken.append(time.perf_counter() - started)
-    return taken[4:], host[4:], prefilled
+    return taken[4:], host[4:], (prefilled, peak)
 
 
 def speed(args: argparse.Namespace) -> list[dict]:
@@ -256,11 +258,12 @@ def speed(args: argparse.Namespace) -> list[dict]:
                 trace(model, traces == "yes")
                 mx.reset_peak_memory()
                 held = mx.get_active_memory()
-                seconds, host, prefilled = seconds_a_token(model, prompt, rows, length, args.runs * 8, chunk)
+                seconds, host, encoded = seconds_a_token(model, prompt, rows, length, args.runs * 8, chunk)
                 taken, host = (spread([1000 * one for one in some]) for some in (seconds, host))
                 found.append({"prefix": prefix, "rows": rows, "tokens": length, "ms": taken, "host_ms": host})
-                found[-1].update(chunk=chunk, prefill_ms=1000 * prefilled)
-                found[-1]["peak_gib"] = (mx.get_peak_memory() - held) / 2**30
+                found[-1].update(chunk=chunk, prefill_ms=1000 * encoded[0])
+                found[-1]["prefill_gib"] = (encoded[1] - held) / 2**30
+                found[-1]["token_gib"] = (mx.get_peak_memory() - held) / 2**30
                 found[-1]["traced"] = model.token_pass is not None and model.token_pass.trusted
                 settle()
         if args.mlx_lm:
@@ -271,7 +274,7 @@ def speed(args: argparse.Namespace) -> list[dict]:
     body = [
         [one["prefix"], one["rows"], one["tokens"], "yes" if one.get("traced") else "no", show(one["ms"]),
          show(one.get("host_ms")), one.get("chunk") or "", f"{one.get('prefill_ms', 0):.0f}",
-         f"{one.get('peak_gib', 0):.2f}"]
+         f"{one.get('prefill_gib', 0):.2f}", f"{one.get('token_gib', 0):.2f}"]
         for one in found
     ]  # fmt: skip
     table(
@@ -284,7 +287,8 @@ def speed(args: argparse.Namespace) -> list[dict]:
             "host's ms",
             "prompt's chunk",
             "prompt's ms",
-            "GiB above the weights",
+            "its GiB above the weights",
+            "tokens' GiB",
         ],
         body,
     )

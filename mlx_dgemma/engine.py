@@ -141,7 +141,6 @@ class Engine:
             drafts: yield a `Draft` after each step; the answer is the same without.
 
         Yields: `Draft` per denoising step, `Block` per settled canvas, and `Finished` with the result.
-
         Raises: PromptError, OptionError at once, before anything is computed.
         """
         if session is not None:
@@ -159,6 +158,7 @@ class Engine:
         mx.reset_peak_memory()
         with device.wired_limit(self.model.low_memory), closing(loop):
             loop.add(request, session)
+            request.session.rewinds = session is not None
             while loop.requests:
                 for _, event in loop.step():
                     if isinstance(event, Exception):
@@ -171,12 +171,12 @@ class Engine:
         """Answer several prompts together, each as `generate` would with its seed; takes and raises what that does."""
         requests = answer.answers(self.builder, prompts, seeds, **keywords)
         loop, results = self.loop(), {}
-        features: dict[str, mx.array] = {}
+        features: dict[str, mx.array] = {}  # a picture in several prompts is encoded once
         mx.reset_peak_memory()
         with device.wired_limit(self.model.low_memory), closing(loop):
             for request in requests:
                 loop.add(request)
-                request.session.features = features  # a picture in several prompts is encoded once
+                request.session.rewinds, request.session.features = False, features
             while loop.requests:
                 for request, event in loop.step():
                     if isinstance(event, Exception):

@@ -66,6 +66,7 @@ class Session:
         images_encoded: pictures of the last prompt that were run through the vision tower.
         snapshot: a copy of the session at the place of the last prompt that `encode` was asked for.
         owner: the request that is being generated with it, or None.
+        rewinds: keep what it takes to go back to a prompt's end: beyond the window, the rings once more.
     """
 
     def __init__(self, model: DiffusionGemma, capacity: int = 0):
@@ -75,6 +76,7 @@ class Session:
         self.reused_tokens = self.images_encoded = 0
         self.snapshot: Session | None = None
         self.owner: object | None = None
+        self.rewinds = True
 
     def __repr__(self) -> str:
         return f"Session({len(self.cache_key)} tokens)"
@@ -142,7 +144,8 @@ class Session:
                 yield
             if end is not None:
                 self.snapshot = self.fork()
-        self.prefix.set_rewind_point()
+        if self.rewinds:
+            self.prefix.set_rewind_point()
 
     def _encode_chunk(self, chunks: Iterator[None], prompt: PromptTokens) -> bool:
         """Encode one chunk; returns whether there was one left."""

@@ -32,6 +32,7 @@ class LayerKV:
 
     Attributes:
         padding: left padding of each row, [B] int32, or None where no row has any.
+        fresh: keys and values of the last pass of `ahead`, until `accept`.
     """
 
     kept: ClassVar[tuple[str, ...]] = ("keys", "values")  # attributes that hold the prefix, with slots on axis 2
@@ -43,6 +44,7 @@ class LayerKV:
         self.padding: mx.array | None = None
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
+        self.fresh: tuple[mx.array, ...] = ()
         self.stages: list[mx.array] = []  # of the last attention to these keys, if it was computed in chunks
 
     @property
@@ -119,16 +121,18 @@ class LayerKV:
 
     def ahead(self, keys: mx.array, values: mx.array, offset: int, alignment: int = 1) -> tuple[mx.array, mx.array]:
         """As `with_canvas`, for positions that `accept` may make part of the prefix."""
+        self.fresh = keys, values
         return self.with_canvas(keys, values, offset, alignment)
 
     def accept(self, offset: int, count: int) -> None:
         """Make the first `count` positions that `ahead` wrote part of the prefix, which holds `offset`."""
-        if self.window_slots is None or offset + count <= self.window_slots or self.keys is None or self.values is None:
+        fresh, self.fresh, end = self.fresh, (), offset + count
+        if self.window_slots is None or end <= self.window_slots:
             return  # they lie where they belong
-        end, behind = offset + count, self.used(offset) - offset  # position + behind is its slot
+        assert fresh, "positions are accepted that no pass of `ahead` wrote"
         start = max(end - self.window_slots, self.window_slots, offset)
-        # Copies of their own, so that the buffers can be written in place.
-        keys, values = (mx.contiguous(a[:, :, start + behind : end + behind]) for a in (self.keys, self.values))
+        # Not read from the buffers, which could not be written in place while they are read.
+        keys, values = (a[:, :, start - offset : count] for a in fresh)
         self._write_ring(keys, values, start)
 
     def _write_ring(self, keys: mx.array, values: mx.array, position: int) -> None:

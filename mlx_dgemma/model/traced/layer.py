@@ -57,9 +57,9 @@ class LayerTraces:
             trace = mx.compile(self._traced(_without_arrays(layer), context))
         self._traces[key] = trace  # the newest stands last
         buffers = [[array for array in cache.arrays if array is not None] for cache in context.caches]
-        h, written, stages = trace(anatomy.arrays(), h, scalar, buffers, context.turn or ())
-        for cache, arrays, own in zip(context.caches, written, stages):
-            cache.arrays, cache.stages = arrays, own
+        h, written = trace(anatomy.arrays(), h, scalar, buffers, context.turn or ())
+        for cache, (arrays, fresh, stages) in zip(context.caches, written):
+            cache.arrays, cache.fresh, cache.stages = arrays, fresh, stages
         return h
 
     def drop(self) -> None:
@@ -92,7 +92,7 @@ class LayerTraces:
                 if isinstance(cache, QuantizedKV):
                     cache.unpack = layer.self_attn.unpack
             h = run(layer, h, scalar, context._replace(caches=caches, turn=turn or None))
-            return h, [cache.arrays for cache in caches], [cache.stages for cache in caches]
+            return h, [(cache.arrays, cache.fresh, cache.stages) for cache in caches]
 
         return layer_of
 
@@ -193,7 +193,7 @@ def _filled(empty: nn.Module, arrays: Iterator[mx.array]) -> Any:
 def _without_buffers(cache: LayerKV) -> LayerKV:
     new = copy(cache)
     new.arrays = (None,) * len(new.names)
-    new.stages = []
+    new.fresh, new.stages = (), []
     if isinstance(new, QuantizedKV):
         del new.unpack  # it holds a layer's arrays
     return new

@@ -82,9 +82,9 @@ class TokenPass:
             while len(self._traces) >= KEPT:
                 del self._traces[next(iter(self._traces))]
             self._traces[key] = mx.compile(self._traced(slots, [layer.window_slots for layer in prefix.layers]))
-        hidden, buffers = self._traces[key](tokens, mx.array([prefix.offset], mx.int32), buffers)
-        for layer, (keys, values) in zip(prefix.layers, buffers):
-            layer.keys, layer.values, layer.stages = keys, values, []
+        hidden, written = self._traces[key](tokens, mx.array([prefix.offset], mx.int32), buffers)
+        for layer, (arrays, fresh) in zip(prefix.layers, written):
+            layer.arrays, layer.fresh, layer.stages = arrays, fresh, []
         return hidden
 
     def _traced(self, slots: dict[str, Slots], windows: list[int | None]) -> Callable[..., Any]:
@@ -99,7 +99,7 @@ class TokenPass:
             bound = run()
             assert bound is not None
             hidden = bound(tokens, [TracedPrefix(layers, offset)], [masks])
-            return hidden, [(layer.keys, layer.values) for layer in layers]
+            return hidden, [(layer.arrays, layer.fresh) for layer in layers]
 
         return token_pass
 
