@@ -223,6 +223,20 @@ def test_the_store_is_bounded():
     assert (stored.items("e"), stored.items("d")) == (None, ["x" * 800])
 
 
+def test_a_picture_that_comes_with_every_request_is_held_once():
+    stored, pictures = StoredResponses(most=3, most_bytes=10_000), ["ab" * 2000, "cd" * 2000]
+    for n in range(3):
+        stored.add(f"a{n}", [{"parts": [{"url": "".join(pictures[0])}, {"url": f"{pictures[0]} "[:-1]}]}])
+    held = [part["url"] for n in range(3) for part in stored.items(f"a{n}")[0]["parts"]]
+    assert held == [pictures[0]] * 6 and len(set(map(id, held))) == 1
+    stored.add("b", [pictures[1]])
+    assert stored.items("a0") is None and stored.items("a1") and stored.items("b")
+    stored.add("c", ["ef" * 2000])  # three of them have no room
+    assert [bool(stored.items(name)) for name in ("a1", "a2", "b", "c")] == [False, False, True, True]
+    stored.add("d", [pictures[0]])  # the first picture is free again, and now the second goes
+    assert [bool(stored.items(name)) for name in ("b", "c", "d")] == [False, True, True]
+
+
 def test_the_table_of_the_pages_is_the_models():
     made = runpy.run_path(str(Path(__file__).parents[2] / "bench" / "fields.py"))
     assert made["page"]() == made["PAGE"].read_text(encoding="utf-8"), "run bench/fields.py"
