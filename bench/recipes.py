@@ -60,12 +60,14 @@ def predicate(width: Quantization) -> Recipe:
 
 
 def contenders(args: argparse.Namespace, shapes: dict, costs: dict, float_bytes: int) -> list[tuple[Recipe, Recipe]]:
-    """(a baseline, the plan of its size)."""
+    """(a baseline, the plan of its size); plans are written beside the search."""
     baselines = [uniform(width_named(one)) for one in args.uniform] + [predicate(width_named(one)) for one in args.vlm]
     found = []
     for one in baselines:
         size = one.nbytes(shapes, float_bytes)
-        found.append((one, plan.planned(f"searched, size of {one.name}", shapes, costs, size, float_bytes)[0]))
+        made, _ = plan.planned(f"searched, size of {one.name}", shapes, costs, size, float_bytes)
+        plan.save(args.search / f"{one.name.replace(' ', '-')}.json", made)
+        found.append((one, made))
     return found
 
 

@@ -21,7 +21,6 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import INTERRUPTS, LanguageError, as_exception
-from ..model import device
 from ..model.config import ModelConfig
 from ..model.diffusion_gemma import DiffusionGemma
 from ..model.functions import finite
@@ -138,7 +137,6 @@ class TokenLoop:
     def __init__(self, model: DiffusionGemma, load_seconds: float, costs: Callable[[], Costs]):
         self.model, self._load_seconds, self._costs = model, load_seconds, costs
         self._rows: list[Row] = []
-        self._relay = device.Relay()
 
     def add(self, request: Request) -> None:
         """Take in a request whose session holds all of its prompt but the last token."""
@@ -175,7 +173,7 @@ class TokenLoop:
         logits, valid = self.model.logits(hidden)[:, 0], finite(hidden)
 
         ahead = {i: self._draw_next(row, logits[i], valid[i]) for i, row in enumerate(rows) if not row.waits}
-        self._relay.start([row.session.prefix for row in rows], list(ahead.values()), logits, valid)
+        mx.async_eval(list(ahead.values()), logits, valid, [row.session.prefix.state for row in rows])
         if any(row.session.prefix.offset % BUFFER_STEP == 0 for row in rows):
             mx.clear_cache()  # buffers of shapes that the longer prefix has no more use for
         for i, row in enumerate(rows):

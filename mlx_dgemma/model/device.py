@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -50,7 +50,7 @@ def row_unit() -> int:
 
 SOFT_LIMIT = 2**28  # bytes in flight; above it a queue waits for its oldest stage before it starts another
 GROUPS_LIMIT = 9 * 2**26  # the same where attention goes by groups of queries, whose stages are larger
-LOW_MEMORY = 4  # times less may be in flight where memory is to be saved
+LOW_MEMORY = 8  # times less may be in flight where memory is to be saved
 HARD = 2  # times the limit; above it a queue waits for everything
 
 
@@ -95,41 +95,6 @@ class Queue:
         """Wait until all stages are computed."""
         while self._waiting:
             mx.eval(self._waiting.popleft())
-
-
-PARTS = 8  # of a pass, whose layers are started one part after another
-COPIED = 2**26  # bytes of keys and values, below which copies are cheaper
-
-
-class Relay:
-    """Starts passes over tokens, some layers at a time, so that they write keys and values in place.
-
-    MLX copies an array before it changes a part of it while a kernel that was started still reads it. So some layers
-    of a pass start once the pass before has left them; what it has left to do keeps the device busy. Started at once,
-    passes would hold all keys and values twice, and copy them for every token.
-    """
-
-    def __init__(self) -> None:
-        self._before: list[list[mx.array]] = []  # what each layer of the last pass made
-
-    def start(self, prefixes: Sequence[Any], *results: Any) -> None:
-        """Start a pass of `encode_ahead` behind these prefixes, before `Prefix.accept`.
-
-        Args:
-            prefixes: their layers.
-            results: what was made of the pass's states, arrays or trees of arrays.
-        """
-        layers = list(zip(*(prefix.layers for prefix in prefixes)))
-        small = sum(prefix.nbytes for prefix in prefixes) < COPIED
-        width = len(layers) if small else -(-len(layers) // PARTS)
-        for start in range(0, len(layers), width):
-            if self._before and not small:
-                # The next ones, too: what a layer made is there before its attention is over.
-                mx.eval(self._before[start + width : start + 2 * width] or self._before[start:])
-            part = [array for row in layers[start : start + width] for layer in row for array in layer.arrays]
-            mx.async_eval([array for array in part if array is not None])
-        mx.async_eval(results)
-        self._before = [[array for layer in row for array in layer.fresh] for row in layers]
 
 
 SMALL_MAC = 36 * 2**30  # bytes of memory; a Mac with no more keeps only `CACHE_LIMIT` bytes of freed buffers

@@ -16,6 +16,7 @@ from .lanes import HERE, LANES
 KEPT_LANGUAGES = 16
 KEPT_BYTES = 2**26  # of all kept languages; a single pattern of allowed size may take 20 MB and more
 KEPT_REFUSALS = 256
+LARGE = 2**22  # bytes; a larger language is kept from its second time on, so that those asked once push none out
 
 
 class Languages:
@@ -31,6 +32,7 @@ class Languages:
         self._lock = threading.Lock()  # held while the two dicts change, not while a language is made
         self._made: dict[bytes, Language] = {}  # the least recently used first
         self._refused: dict[bytes, str] = {}
+        self._large: dict[bytes, None] = {}  # that were made once and are not kept
 
     def get(self, kind: str, source: Any, what: str) -> Language:
         """The language of a constraint; takes what `lanes.make_language` takes.
@@ -58,14 +60,19 @@ class Languages:
                 self._evict()
             raise
         with self._lock:
-            self._made[key] = made
+            if made.nbytes > LARGE and key not in self._large:
+                self._large[key] = None
+            else:
+                self._large.pop(key, None)
+                self._made[key] = made
             self._evict()
         return made
 
     def _evict(self) -> None:
         """Forget what was least recently asked for, while there is too much. The lock is held."""
-        while len(self._refused) > KEPT_REFUSALS:
-            del self._refused[next(iter(self._refused))]
+        for known in (self._refused, self._large):
+            while len(known) > KEPT_REFUSALS:
+                del known[next(iter(known))]
         sizes = {key: language.nbytes for key, language in self._made.items()}
         while len(sizes) > KEPT_LANGUAGES or (len(sizes) > 1 and sum(sizes.values()) > self._max_bytes):
             oldest = next(iter(sizes))

@@ -243,3 +243,13 @@ def test_languages_are_kept_within_a_size(token_bytes):
     assert [*languages._made.values()] == [made[2]]
     languages._max_bytes = 0
     assert languages.get("regex", patterns[0], "It") is languages.get("regex", patterns[0], "It")
+
+
+def test_large_languages_that_are_asked_for_once_push_none_out(token_bytes):
+    languages = Languages(lambda: token_bytes)
+    small = languages.get("regex", "a+", "It")
+    for i in range(20):
+        large = languages.get("regex", f".{{400}}|{i}", "It")
+    assert large.nbytes > 2**22 and [*languages._made.values()] == [small] and len(languages._large) == 20
+    again = languages.get("regex", ".{400}|19", "It")
+    assert again is not large and languages.get("regex", ".{400}|19", "It") is again and len(languages._large) == 19
