@@ -56,6 +56,16 @@ def interrupted(engine, monkeypatch, session, prompt, layer, error, **options):
     return False
 
 
+def test_an_answer_without_a_session_holds_its_rings_once(engine):
+    def after(session):
+        request = tiny_request(PROMPT, 1)
+        [*engine.run(request, session)]
+        return request.session.prefix
+
+    prefix, kept = after(None), after(engine.session())
+    assert prefix.nbytes == sum(array.nbytes for array in prefix.state) < kept.nbytes
+
+
 def test_a_second_stream_on_a_session_is_refused_and_the_first_goes_on(engine):
     session = engine.session()
     events = engine.run(tiny_request(PROMPT, 2), session)
