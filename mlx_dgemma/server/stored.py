@@ -9,7 +9,8 @@ from typing import Any
 
 MAX_RESPONSES = 256
 MAX_BYTES = 64 * 2**20  # of texts and pictures
-LONG = 2**10  # characters; a text of so many, such as a picture, is held once, since clients send it with every request
+LONG = 2**10  # a text or a file of so many is held once, since clients send their pictures with every request
+Long = str | bytes
 
 
 class StoredResponses:
@@ -22,16 +23,16 @@ class StoredResponses:
 
     def __init__(self, most: int = MAX_RESPONSES, most_bytes: int = MAX_BYTES):
         self._most, self._most_bytes, self._bytes = most, most_bytes, 0
-        self._kept: OrderedDict[str, tuple[list[Any], int, list[str]]] = OrderedDict()
-        self._texts: dict[str, str] = {}  # the long ones, by themselves
-        self._uses: Counter[str] = Counter()  # how many responses have each
+        self._kept: OrderedDict[str, tuple[list[Any], int, list[Long]]] = OrderedDict()
+        self._texts: dict[Long, Long] = {}  # the long ones, by themselves
+        self._uses: Counter[Long] = Counter()  # how many responses have each
         self._lock = threading.Lock()
 
     def add(self, name: str, items: Sequence[Any]) -> None:
         """Keep the items of a response. One that is larger than all the room is not kept."""
-        items, long = list(items), dict[str, str]()
+        items, long = list(items), dict[Long, Long]()
 
-        def held(text: str) -> str:
+        def held(text: Long) -> Long:
             return long.setdefault(text, self._texts.get(text, text))
 
         with self._lock:
@@ -69,7 +70,7 @@ class StoredResponses:
                 self._bytes -= len(text)
 
 
-def _size(value: Any, held: Callable[[str], str]) -> int:
+def _size(value: Any, held: Callable[[Long], Long]) -> int:
     """About how many bytes a value holds without its long texts, for each of which `held` gives the one to hold."""
     if isinstance(value, (str, bytes)):
         return len(value)
@@ -80,7 +81,7 @@ def _size(value: Any, held: Callable[[str], str]) -> int:
         if isinstance(place, str):
             size += len(place)
         one = value[place]
-        if isinstance(one, str) and len(one) >= LONG:
+        if isinstance(one, (str, bytes)) and len(one) >= LONG:
             value[place] = held(one)
         else:
             size += _size(one, held)

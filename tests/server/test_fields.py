@@ -14,7 +14,7 @@ from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.endpoints.retakes import is_surely_valid
 from mlx_dgemma.server.schemas.bodies import Chat
 from mlx_dgemma.server.schemas.fields import parse_body
-from mlx_dgemma.server.schemas.items import Response, input_messages
+from mlx_dgemma.server.schemas.items import MessageItem, Response, input_messages
 from mlx_dgemma.server.schemas.messages import PICTURE, chat_messages
 from mlx_dgemma.server.settings import Settings
 from mlx_dgemma.server.stored import StoredResponses
@@ -223,15 +223,19 @@ def test_the_store_is_bounded():
     assert (stored.items("e"), stored.items("d")) == (None, ["x" * 800])
 
 
-def test_a_picture_that_comes_with_every_request_is_held_once():
-    stored, pictures = StoredResponses(most=3, most_bytes=10_000), ["ab" * 2000, "cd" * 2000]
+@pytest.mark.parametrize(
+    "pictures", [["ab" * 2000, "cd" * 2000, "ef" * 2000], [b"ab" * 2000, b"cd" * 2000, b"ef" * 2000]]
+)
+def test_a_picture_that_comes_with_every_request_is_held_once(pictures):
+    stored, empty = StoredResponses(most=3, most_bytes=10_000), pictures[0][:0]
     for n in range(3):
-        stored.add(f"a{n}", [{"parts": [{"url": "".join(pictures[0])}, {"url": f"{pictures[0]} "[:-1]}]}])
-    held = [part["url"] for n in range(3) for part in stored.items(f"a{n}")[0]["parts"]]
+        copies = [empty.join([pictures[0][:1], pictures[0][1:]]) for _ in range(2)]
+        stored.add(f"a{n}", [MessageItem.model_construct(content=[{"url": copy} for copy in copies])])
+    held = [part["url"] for n in range(3) for part in stored.items(f"a{n}")[0].content]
     assert held == [pictures[0]] * 6 and len(set(map(id, held))) == 1
     stored.add("b", [pictures[1]])
     assert stored.items("a0") is None and stored.items("a1") and stored.items("b")
-    stored.add("c", ["ef" * 2000])  # three of them have no room
+    stored.add("c", [pictures[2]])  # three of them have no room
     assert [bool(stored.items(name)) for name in ("a1", "a2", "b", "c")] == [False, False, True, True]
     stored.add("d", [pictures[0]])  # the first picture is free again, and now the second goes
     assert [bool(stored.items(name)) for name in ("b", "c", "d")] == [False, True, True]

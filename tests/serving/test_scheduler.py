@@ -172,8 +172,10 @@ def test_what_is_being_prepared_counts_as_waiting(tiny_scheduler):
 
 
 def test_what_fails_a_whole_batch_fails_all_that_run_and_no_other(tiny_scheduler, monkeypatch):
-    first, second = ask(tiny_scheduler, 1, Accepted), ask(tiny_scheduler, 2, Draft, drafts=True)
+    first = ask(tiny_scheduler, 1, Accepted)
     first.wait()
+    second = ask(tiny_scheduler, 2, Draft, drafts=True)
+    until(lambda: second.ticket in tiny_scheduler._prepared)  # before the third one
     third = ask(tiny_scheduler, 3)
     first.go_on()
     second.wait()  # beside the first one
