@@ -7,8 +7,9 @@ import gc
 import sys
 import time
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 LARGE_BLOCK = 2**17  # bytes; glibc's own first value
+HEAPS = 2  # that threads share; one each would be as large as its thread's largest request
 TRIM_SECONDS = 5.0  # a trim takes up to some ten milliseconds, in which other threads run
 
 
@@ -16,12 +17,14 @@ def bound_memory() -> None:
     """Call this once everything is loaded.
 
     glibc raises the size from which a block is a mapping of its own with every large one that is freed; then blocks of
-    megabytes lie between small ones, and each thread's heap keeps its largest size. A size that is set stays. Other
-    systems map large blocks by themselves. What is loaded stays: the garbage collector need not look at it each time.
+    megabytes lie between small ones, and each thread's heap keeps its largest size. A size that is set stays, and threads
+    share a few heaps. Other systems map large blocks by themselves. What is loaded stays: the garbage collector need not
+    look at it each time.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        libc.mallopt(M_ARENA_MAX, HEAPS)
     gc.collect()
     gc.freeze()
 

@@ -43,6 +43,38 @@ def test_large_blocks_go_back_to_the_system():
     assert int(done.stdout) < 8 * 2**20
 
 
+MANY = """
+import threading
+from pathlib import Path
+from mlx_dgemma.serving.process_memory import bound_memory
+
+def heaps():
+    starts = [int(line.partition("-")[0], 16) for line in Path("/proc/self/maps").read_text().splitlines()]
+    return sum(start % 2**26 == 0 for start in starts)
+
+def prepare():
+    together.wait()
+    kept.append([bytearray(2000) for _ in range(100)])
+    together.wait()
+
+bound_memory()
+kept, together, before = [], threading.Barrier(12), heaps()
+threads = [threading.Thread(target=prepare) for _ in range(12)]
+for one in threads:
+    one.start()
+for one in threads:
+    one.join()
+print(heaps() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives threads heaps of their own")
+def test_threads_share_a_few_heaps():
+    done = python("-c", MANY)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 2
+
+
 HOLES = """
 import ctypes, threading
 from pathlib import Path
