@@ -40,8 +40,12 @@ class Lines:
         with suppress(OSError):
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come; waits for bytes of one. After the last, and after nonsense, `open` is false."""
+    def receive(self, most: int | None = None) -> list[dict[str, Any]]:
+        """The messages that have come; waits for bytes of one. After the last, and after nonsense, `open` is false.
+
+        Args:
+            most: messages to return; those behind them are returned with the next that come.
+        """
         try:
             data = self._socket.recv(MOST)
         except BlockingIOError:
@@ -49,6 +53,8 @@ class Lines:
         except OSError:
             data = b""
         *whole, self._begun = (self._begun + data).split(b"\n")
+        if most is not None:
+            whole, self._begun = whole[:most], b"\n".join([*whole[most:], self._begun])
         try:
             messages = [json.loads(line) for line in whole]
         except ValueError:

@@ -125,7 +125,7 @@ def _introduced(lines: Lines, place: Place, hello: dict, facts: Sequence[Fact]) 
     Raises:
         CircumstanceError: it is one and cannot take part.
     """
-    told = lines.receive()
+    told = lines.receive(1)
     if not told or not {"rank", "group"} <= set(told[0]) or told[0]["rank"] not in range(1, place.size):
         return None
     first = told[0]
@@ -171,7 +171,7 @@ def _find_first(place: Place, hello: dict, deadline: float, check: Callable[[], 
     lines.send(**hello, **({"trouble": trouble} if trouble else {}))
     while time.monotonic() < deadline + 1 and lines.open:
         check()
-        if select.select([lines], [], [], POLL_SECONDS)[0] and (told := lines.receive()):
+        if select.select([lines], [], [], POLL_SECONDS)[0] and (told := lines.receive(1)):
             return Peer(0, lines, str(told[0]["host"]), lines.local, [int(told[0]["process"])])
     raise CircumstanceError(
         trouble or f"{_shown(place.meeting)} is not rank 0 of this group, or it has ended; rank {place.rank} ends."

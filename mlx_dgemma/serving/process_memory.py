@@ -17,9 +17,9 @@ def bound_memory() -> None:
     """Call this once everything is loaded.
 
     glibc raises the size from which a block is a mapping of its own with every large one that is freed; then blocks of
-    megabytes lie between small ones, and each thread's heap keeps its largest size. A size that is set stays, and threads
-    share a few heaps. Other systems map large blocks by themselves. What is loaded stays: the garbage collector need not
-    look at it each time.
+    megabytes lie between small ones, and each thread's heap keeps its largest size. A size that is set stays, and
+    threads share a few heaps. Other systems map large blocks by themselves. What is loaded stays: the garbage collector
+    need not look at it each time.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):

@@ -1,17 +1,20 @@
 """Every rank has a process that watches it: whatever happens to one, all end, and rank 0 says why in a sentence."""
 
+import json
 import os
 import re
 import signal
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from watched_ranks import WAIT, Ranks
+from watched_ranks import WAIT, Ranks, free_ports
 
 from mlx_dgemma.checkpoint.find import DEMO
-from mlx_dgemma.distributed.launched import place_of
+from mlx_dgemma.distributed.launched import Place, place_of
+from mlx_dgemma.distributed.meeting import meet
 from mlx_dgemma.errors import CircumstanceError
 from mlx_dgemma.ranks.start import facts_of
 
@@ -143,3 +146,19 @@ def test_places_are_read_from_each_launcher(tmp_path):
     for broken in ({"MLX_RANK": "0"}, {"MLX_RANK": "x", **nccl}, {"OMPI_COMM_WORLD_SIZE": "2"}):
         with pytest.raises(CircumstanceError, match=r"mlx\.launch"):
             place_of({**broken, "MLX_RANK": "x"} if broken.get("MLX_RANK") else broken)
+
+
+def test_what_rank_0_says_right_behind_its_hello_is_heard():
+    """It tells which process its child is; a rank that is slow reads both at once."""
+    (port,) = free_ports(1)
+    place = Place(rank=1, size=2, meeting=("127.0.0.1", port))
+    hello = {"rank": 0, "host": "a", "process": 1, "facts": {}, "group": "b"}
+    with socket.create_server(place.meeting) as listener, ThreadPoolExecutor() as pool:
+        rank = pool.submit(meet, place, ["a"], lambda: None)
+        with listener.accept()[0] as connection:
+            connection.sendall(f'{json.dumps(hello)}\n{{"child": 7}}\n{{"al'.encode())
+            (peer,) = rank.result(30)
+            connection.sendall(b'ive": true}\n')
+            assert peer.lines.receive() == [{"child": 7}, {"alive": True}]
+        assert peer.processes == [1] and peer.lines.receive() == [] and not peer.lines.open
+        peer.lines.close()
