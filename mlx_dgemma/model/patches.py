@@ -24,25 +24,30 @@ class Patches:
     """N pictures cut into patches; P is the largest number of patches of a picture.
 
     Attributes:
-        patches: [N, P, 3 * patch**2] float32 in 0..1, row by row, channels last in a patch; zeros where padded.
+        pixels: [N, P, 3 * patch**2] uint8, row by row, channels last in a patch; zeros where padded.
         positions: [N, P, 2] int32 (x, y) of each patch, -1 where padded.
         tokens: soft tokens of each picture.
     """
 
-    patches: np.ndarray
+    pixels: np.ndarray  # a quarter of `patches`, since many requests with pictures may wait
     positions: np.ndarray
     tokens: tuple[int, ...]
+
+    @property
+    def patches(self) -> np.ndarray:
+        """The pixels as float32 in 0..1, as the vision tower takes them."""
+        return self.pixels.astype(np.float32) / 255
 
 
 def join(parts: Sequence[Patches]) -> Patches:
     """The pictures of several `Patches` in one, padded to the largest number of patches."""
-    longest = max((part.patches.shape[1] for part in parts), default=0)
+    longest = max((part.pixels.shape[1] for part in parts), default=0)
 
     def padded(array: np.ndarray, value: int) -> np.ndarray:
         return np.pad(array, ((0, 0), (0, longest - array.shape[1]), (0, 0)), constant_values=value)
 
     return Patches(
-        np.concatenate([padded(part.patches, 0) for part in parts]),
+        np.concatenate([padded(part.pixels, 0) for part in parts]),
         np.concatenate([padded(part.positions, -1) for part in parts]),
         tuple(tokens for part in parts for tokens in part.tokens),
     )

@@ -327,7 +327,7 @@ def patchify(images: Iterable[Image.Image], budget: int, patch: int = 16, poolin
         cut = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2).reshape(1, rows * columns, -1)
         y, x = np.divmod(np.arange(rows * columns, dtype=np.int32), np.int32(columns))
         tokens = rows * columns // pooling**2
-        parts.append(Patches(cut.astype(np.float32) / 255, np.stack([x, y], axis=-1)[None], (tokens,)))
+        parts.append(Patches(cut, np.stack([x, y], axis=-1)[None], (tokens,)))
     return join(parts)
 
 

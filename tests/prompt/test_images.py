@@ -46,7 +46,7 @@ def test_patches_equal_transformers(name, files):
     held = load_file(DATA / f"{name}.safetensors")
     made = patchify([open_image(DATA / f"{file}.png") for file in files], 70)
     length = made.patches.shape[1]
-    assert made.patches.dtype == np.float32 and made.positions.dtype == np.int32
+    assert (made.pixels.dtype, made.patches.dtype, made.positions.dtype) == (np.uint8, np.float32, np.int32)
     assert np.array_equal(made.patches, held["pixel_values"][:, :length].astype(np.float32) / 255)
     assert np.array_equal(made.positions, held["image_position_ids"][:, :length])
     assert not held["pixel_values"][:, length:].any() and (held["image_position_ids"][:, length:] == -1).all()
