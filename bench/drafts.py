@@ -171,7 +171,7 @@ def valid(args: argparse.Namespace) -> list[list]:
     engine, found = mlx_dgemma.load(), Counter()
     cases, names = quality.cases(quality.TEXT, -(-args.prompts // len(quality.TEXT)), 5)[: args.prompts], list(SCHEMAS)
     checks = {name: Draft202012Validator(one, format_checker=FormatChecker()) for name, one in SCHEMAS.items()}
-    for seed, case in enumerate(cases):
+    for seed, case in list(enumerate(cases))[args.skip :]:
         name, pattern = names[seed % len(names)], PATTERNS[seed % min(len(PATTERNS), 100)]
         for mode in ("causal", "speculative"):
             options = {"mode": mode, "seed": seed, "temperature": (0.0, 0.7, 1.5)[seed % 3]}
@@ -185,7 +185,10 @@ def valid(args: argparse.Namespace) -> list[list]:
         if seed % 10 == 9:
             wrong = sum(count for (*_, good), count in found.items() if not good)
             print(f"{seed + 1} prompts, {found.total()} texts, {wrong} not valid", flush=True)
-    rows = [[mode, kind, f"{found[mode, kind, True]} of {len(cases)}"] for mode, kind in sorted({k[:2] for k in found})]
+    rows = [
+        [mode, kind, f"{found[mode, kind, True]} of {len(cases) - args.skip}"]
+        for mode, kind in sorted({k[:2] for k in found})
+    ]
     table(["", "", "valid"], rows)
     return rows
 
@@ -233,6 +236,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["causal", "speculative"], help="of memory")
     parser.add_argument("--draws", type=int, default=20_000)
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--skip", type=int, default=0, help="prompts of `valid` that an earlier run has asked")
     parser.add_argument("--tokens", type=int, help="to generate (equal 48, memory 10000)")
     args = parser.parse_args()
     args.tokens = args.tokens or (10_000 if args.command == "memory" else 48)
