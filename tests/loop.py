@@ -14,7 +14,7 @@ from mlx_dgemma.decoding.loop import Loop
 from mlx_dgemma.decoding.options import GenerationOptions
 from mlx_dgemma.decoding.request import Request
 from mlx_dgemma.decoding.session import PromptTokens, Session
-from mlx_dgemma.decoding.step import CONFIDENT, LIKELY
+from mlx_dgemma.decoding.step import CONFIDENT, LIKELY, UNLIKELY
 from mlx_dgemma.engine import Engine
 from mlx_dgemma.model import tiling
 
@@ -102,8 +102,10 @@ class Told(NamedTuple):
 def confident(p, kept):
     """What fast mode keeps, [C] of numpy: as `sampler.accept_confident`."""
     now = ~kept & (p >= CONFIDENT)
-    best = p[~kept & ~now].max(initial=-1)
-    return kept | now | (~kept & (p == best) & ((best >= LIKELY) | (not now.any())))
+    others, taken = ~kept & ~now, kept | now
+    for some in (others & ((p >= LIKELY) | (not now.any())), others & (p <= UNLIKELY) & now.any()):
+        taken |= some & (p == p[some].max(initial=-1))
+    return taken
 
 
 def plain_loop(model, prompt, blocks, seed, options=OPTIONS, room=10**6):

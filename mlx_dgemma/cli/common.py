@@ -242,9 +242,9 @@ sampler_options = combine(
         "--certainty-threshold",
         0.0,
         "Finish when each position's entropy is below X nats; 0 disables.",
-        "0.1, --fast 0.3",
+        "0.3, --exact 0",
     ),
-    number_option("--patience", 0, "Finish after N steps without a change; 0 disables.", "2"),
+    number_option("--patience", 0, "Finish after N steps without a change; 0 disables.", "2, --exact 0"),
     click.option(
         "--effort",
         type=click.Choice(["low", "medium", "high"]),

@@ -18,7 +18,7 @@ RULES = ("accept", "settle", "renoise")  # functions of arrays: see `rules`
 # The rules beside the checkpoint's own, by mode. bench/RESULTS.md has what they cost and save.
 STOP_DEFAULTS: dict[str, dict[str, Any]] = {
     "exact": {"certainty_threshold": 0, "patience": 0, "entropy_rise": 0},
-    "default": {"certainty_threshold": 0.1, "patience": 2, "entropy_rise": 2},
+    "default": {"certainty_threshold": 0.3, "patience": 2, "entropy_rise": 2},
     "fast": {"certainty_threshold": 0.3, "patience": 2, "entropy_rise": 0},
 }
 # What an effort stands for. docs/options-and-modes.md has the right answers and positions of each.
@@ -127,7 +127,7 @@ class GenerationOptions:
     confidence_threshold: float = 0.005  # nats; mean entropy below which a canvas has settled
     exact: bool = False  # settle as the reference does, by the two thresholds above over the whole canvas
     fast: bool = False  # keep best tokens for good once they are confident, instead of drawing by entropy_bound
-    certainty_threshold: float | None = None  # nats; settled where no position is above (0.1, fast 0.3; 0: never)
+    certainty_threshold: float | None = None  # nats; settled where no position is above (0.3; 0: never)
     patience: int | None = None  # steps without change that settle a canvas (2; 0: never)
     canvas: str | int = "auto"  # computed as far as the answer goes; "full"; or positions of the first, then double
     end_tokens: tuple[int, ...] = (1,)  # any of these ends the text

@@ -97,14 +97,15 @@ class EntropyBound:
 
 @dataclass(frozen=True)
 class Confident:
-    """Keep for good what has this probability, and the best of the others if it is likely, or alone."""
+    """Keep for good what has this probability, and up to two of the others: see `sampler.accept_confident`."""
 
     threshold: float = 0.9
     likely: float = 0.7
+    unlikely: float = 0.3
 
     def __call__(self, seen: Seen) -> mx.array:
         """[..., C] bool."""
-        return sampler.accept_confident(seen.confidence, seen.kept, self.threshold, self.likely)
+        return sampler.accept_confident(seen.confidence, seen.kept, self.threshold, self.likely, self.unlikely)
 
 
 @dataclass(frozen=True)

@@ -87,26 +87,35 @@ def accept(uncertainty: mx.array, bound: float | mx.array) -> mx.array:
     return mx.put_along_axis(mx.zeros(uncertainty.shape, mx.bool_), order, within, axis=-1)
 
 
-def accept_confident(confidence: mx.array, kept: mx.array, threshold: float, likely: float) -> mx.array:
-    """Positions to keep for good: the confident ones, the best of the others, and the kept.
+def accept_confident(
+    confidence: mx.array, kept: mx.array, threshold: float, likely: float, unlikely: float
+) -> mx.array:
+    """Positions to keep for good: the confident ones, up to two of the others, and the kept.
 
-    Fast-dLLM (arXiv 2505.22618) takes one of the others only where none is confident. Here each step decides one more
-    open question where the answer is likely, beside what follows from those that were decided before.
+    Fast-dLLM (arXiv 2505.22618) takes one of the others only where none is confident. Here each step also decides open
+    questions, beside what follows from those that were decided before: the best position whose token is likely, and the
+    best of those where so many tokens are possible that one is as good as another. What lies between a few tokens waits
+    for the next step.
 
     Args:
-        confidence: [B, C] probability of the most probable token.
+        confidence: [B, C] probability of the most probable token; negative where nothing was computed.
         kept: [B, C] bool, positions that were kept before.
-        threshold: probability from which on a position is confident.
-        likely: probability from which on the best of the others is kept although there are confident ones.
+        threshold: probability from which on a position is confident. Where none is, the best of all is kept.
+        likely: probability from which on one of the others is kept although there are confident ones.
+        unlikely: probability up to which one more is.
 
     Returns:
         [B, C] bool.
     """
-    confidence = mx.where(kept, -1, confidence)
-    confident = confidence >= threshold
-    others = mx.where(kept | confident, -1, confidence)
-    best, none = others.max(axis=-1, keepdims=True), ~confident.any(axis=-1, keepdims=True)
-    return kept | confident | ((others == best) & (none | (best >= likely)))
+    free = ~kept & (confidence >= 0)
+    confident = free & (confidence >= threshold)
+    none = ~confident.any(axis=-1, keepdims=True)
+    others = free & ~confident
+    taken = kept | confident
+    for some in (others & (none | (confidence >= likely)), others & ~none & (confidence <= unlikely)):
+        weighed = mx.where(some, confidence, -1)
+        taken = taken | (some & (weighed == weighed.max(axis=-1, keepdims=True)))
+    return taken
 
 
 def text(best: mx.array, end_tokens: mx.array, room: mx.array) -> mx.array:

@@ -20,7 +20,7 @@ from .canvas import CanvasBatch, Forward, rounded
 
 Prediction = head.Prediction | head.FullPrediction
 GUIDED_UNCERTAINTY = 1.0  # nats, at least, of a position whose text is not the model's own: it has not settled
-CONFIDENT, LIKELY = 0.9, 0.7  # probabilities of `sampler.accept_confident`
+CONFIDENT, LIKELY, UNLIKELY = 0.9, 0.7, 0.3  # probabilities of `sampler.accept_confident`
 MARGIN = 0  # positions behind an end that are computed all the same
 SURE = 0.9  # probability from which on an end is believed at once; another must stand for two steps
 
@@ -183,7 +183,7 @@ def _by_confidence(
     else:
         told = prediction.confidence
         confidence = told if batch.narrow is None else mx.where(batch.computed, told, -1)
-        accepted = sampler.accept_confident(confidence, kept, CONFIDENT, LIKELY)
+        accepted = sampler.accept_confident(confidence, kept, CONFIDENT, LIKELY, UNLIKELY)
     return Choice(accepted, mx.where(kept, before, argmax), mx.where(accepted, 0, prediction.entropy))
 
 

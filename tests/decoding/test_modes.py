@@ -395,7 +395,7 @@ def rules(options):
 
 
 def test_the_rules_follow_the_mode_where_they_are_not_given():
-    assert rules(GenerationOptions()) == (0.1, 2)
+    assert rules(GenerationOptions()) == (0.3, 2)
     assert rules(GenerationOptions(fast=True)) == (0.3, 2)
     assert rules(GenerationOptions(exact=True)) == (0, 0)
     assert rules(GenerationOptions(fast=True, patience=5)) == (0.3, 5)
@@ -406,11 +406,11 @@ def test_the_rules_follow_the_mode_where_they_are_not_given():
 def test_the_rules_follow_the_mode_when_override_switches_it():
     default = GenerationOptions()
     assert rules(default.override(exact=True)) == (0, 0)
-    assert rules(default.override(exact=True).override(exact=False)) == (0.1, 2)
+    assert rules(default.override(exact=True).override(exact=False)) == (0.3, 2)
     assert rules(default.override(exact=True).override(exact=False, fast=True)) == (0.3, 2)
-    assert rules(default.override(fast=True).override(fast=False)) == (0.1, 2)
+    assert rules(default.override(fast=True).override(fast=False)) == (0.3, 2)
     assert rules(default.override(fast=True, patience=3)) == (0.3, 3)
-    assert rules(default.override(patience=3).override(max_tokens=9)) == (0.1, 3)
+    assert rules(default.override(patience=3).override(max_tokens=9)) == (0.3, 3)
     assert rules(default.override(patience=None, certainty_threshold=0.7)) == (0.7, 2)
     exact = "exact is True and patience is 3; the reference knows no such thing: leave one out."
     assert refusal(OptionError, default.override(exact=True).override, patience=3) == exact

@@ -174,40 +174,51 @@ def test_certain_is_below_the_threshold_at_every_position_that_counts():
 
 
 def test_confident_positions_are_kept_and_the_threshold_is_one_of_them():
-    confidence, none = mx.array([[0.5, 0.75, 0.25, 0.8]]), mx.zeros((1, 4), mx.bool_)
-    assert sampler.accept_confident(confidence, none, 0.5, 0.2).tolist() == [[True, True, True, True]]
-    assert sampler.accept_confident(confidence, none, 0.75, 0.5).tolist() == [[True, True, False, True]]  # one more
-    assert sampler.accept_confident(confidence, none, 0.76, 0.751).tolist() == [
-        [False, False, False, True]
-    ]  # not likely
-    assert sampler.accept_confident(confidence, none, 0.76, 0.7).tolist() == [[False, True, False, True]]
-    assert sampler.accept_confident(confidence, none, 0.9, 0.85).tolist() == [
-        [False, False, False, True]
-    ]  # the best of them
-    assert sampler.accept_confident(confidence, none, 0.0, 0.0).all().item()
+    def kept(threshold, likely, unlikely=0.0):
+        confidence, none = mx.array([[0.5, 0.75, 0.25, 0.8]]), mx.zeros((1, 4), mx.bool_)
+        return sampler.accept_confident(confidence, none, threshold, likely, unlikely).tolist()[0]
+
+    assert kept(0.5, 0.2) == [True, True, True, True]
+    assert kept(0.75, 0.5) == [True, True, False, True]  # one more, the best of the others
+    assert kept(0.76, 0.7) == [False, True, False, True]
+    assert kept(0.76, 0.751) == [False, False, False, True]  # not likely
+    assert kept(0.76, 0.7, 0.25) == [False, True, True, True]  # wide open, too
+    assert kept(0.76, 0.751, 0.5) == [True, False, False, True]  # the best of what is wide open
+    assert kept(0.9, 0.85) == [False, False, False, True]  # none is confident: the best of them
+    assert kept(0.9, 0.85, 0.25) == [False, False, False, True]  # and no open question beside it
+    assert kept(0.0, 0.0) == [True, True, True, True]
 
 
 def test_what_was_kept_stays_and_each_step_keeps_more():
     kept = mx.array([[False, True, False, True]])
     confidence = mx.array([[0.3, 0.0, 0.2, 0.99]])  # a kept position's own does not count
-    assert sampler.accept_confident(confidence, kept, 0.9, 0.3).tolist() == [[True, True, False, True]]
-    assert sampler.accept_confident(confidence, kept, 0.1, 0.1).all().item()
+    assert sampler.accept_confident(confidence, kept, 0.9, 0.3, 0.0).tolist() == [[True, True, False, True]]
+    assert sampler.accept_confident(confidence, kept, 0.1, 0.1, 0.0).all().item()
     everything = mx.ones((1, 4), mx.bool_)
-    assert sampler.accept_confident(confidence, everything, 0.9, 0.9).all().item()
+    assert sampler.accept_confident(confidence, everything, 0.9, 0.9, 0.3).all().item()
 
 
+def test_what_was_not_computed_is_not_kept():
+    confidence, kept = mx.array([[0.95, -1.0, -1.0]]), mx.array([[False, False, True]])
+    assert sampler.accept_confident(confidence, kept, 0.9, 0.7, 0.3).tolist() == [[True, False, True]]
+    assert sampler.accept_confident(-mx.ones((1, 3)), kept, 0.9, 0.7, 0.3).tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize("unlikely", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9, 1.0])
-def test_confident_acceptance_equals_a_loop_and_takes_all_in_the_end(threshold):
+def test_confident_acceptance_equals_a_loop_and_takes_all_in_the_end(threshold, unlikely):
     random = np.random.default_rng(0)
     kept = np.zeros((5, 12), bool)
     for _ in range(12):
         confidence = random.integers(1, 64, kept.shape) / 64
-        given = mx.array(confidence.astype(np.float32)), mx.array(kept), threshold, 0.7
+        given = mx.array(confidence.astype(np.float32)), mx.array(kept), threshold, 0.7, unlikely
         got = np.array(sampler.accept_confident(*given))
         for row in range(5):
             left = confidence[row][~kept[row]]
-            best = left[left < threshold].max(initial=0)
-            taken = (left >= threshold) | ((left == best) & (best >= 0.7 or not (left >= threshold).any()))
+            sure = left >= threshold
+            likely = left[~sure & ((left >= 0.7) | (not sure.any()))].max(initial=0)
+            wide = left[~sure & (left <= unlikely)].max(initial=0) if sure.any() else 0
+            taken = sure | (~sure & ((left == likely) | (left == wide)))
             assert got[row][~kept[row]].tolist() == taken.tolist()
             assert got[row][kept[row]].all()
             assert taken.any() or kept[row].all()
