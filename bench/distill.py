@@ -33,13 +33,13 @@ from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.quick.loss import Distillation, StateBatch
 from mlx_dgemma.tune.trainer import Trainer
 
-SEEDS, PER_FAMILY = range(10), 30  # of the questions that prompts keep away from
+ASKED = {0: 8, 1: 8, 2: 8, 200: 100}  # seeds of quality.py, and questions a family, that prompts keep away from
 TRIES = 200  # draws of a family that come to no new prompt: it has no more
 
 
 def write_prompts(file: Path, count: int) -> int:
     """Write prompts, the families in turn as long as they have new ones; returns how many."""
-    seen = {_key(one) for seed in SEEDS for one in cases(TEXT, PER_FAMILY, seed)}
+    seen = {_key(one) for seed, number in ASKED.items() for one in cases(TEXT, number, seed)}
     sources, lines = {family: random.Random(f"prompts-{family.__name__}") for family in TEXT}, []
     while sources and len(lines) < count:
         for family, source in list(sources.items()):

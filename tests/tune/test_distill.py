@@ -12,12 +12,12 @@ import mlx_dgemma
 from mlx_dgemma.adapters import deltas
 from mlx_dgemma.errors import DataError, OptionError
 from mlx_dgemma.tune.config import TrainerConfig
-from mlx_dgemma.tune.quick.answers import Answer, trusted, vote
+from mlx_dgemma.tune.quick.answers import Answer, answer_together, fill_token, trusted, vote
 from mlx_dgemma.tune.quick.config import DistillConfig
 from mlx_dgemma.tune.quick.distill import distill
 from mlx_dgemma.tune.quick.loss import Distillation, StateBatch, StateBatches
-from mlx_dgemma.tune.quick.prompts import read_prompts
-from mlx_dgemma.tune.quick.states import Canvas, States, soundness
+from mlx_dgemma.tune.quick.prompts import Question, read_prompts
+from mlx_dgemma.tune.quick.states import SOUND, Canvas, States, soundness
 from mlx_dgemma.tune.trainer import Trainer
 
 
@@ -111,7 +111,7 @@ def test_answers_that_agree_are_trusted():
 
 
 def test_states_are_drawn_by_their_steps():
-    """Early ones more often; a share of the samples of what is learned is nearly clean instead."""
+    """Early ones more often, as are canvases of many steps; some samples of what is learned are nearly clean instead."""
     known = Canvas("", "", [3, 4], [5, 6, 1, 0], 3, 1.0, first=0, steps=3)
     kept = Canvas("", "", [3], [7, 1, 0, 0], 2, 0.0, first=2, steps=1)
     seen = np.arange(8, dtype=np.int32).reshape(2, 4)
@@ -120,7 +120,8 @@ def test_states_are_drawn_by_their_steps():
     assert vars(batch).keys() == vars(StateBatches(states, 0.25, 0).sample(range(400))).keys()
     own = batch.mask.sum(1) == 2
     clean = own & (batch.weight == 0)
-    assert 30 < clean.sum() < 70 and batch.noised[clean].max() <= 0.3 and (batch.canvas[clean] == known.tokens).all()
+    assert own.sum() == 300  # three steps, and one
+    assert 50 < clean.sum() < 100 and batch.noised[clean].max() <= 0.3 and (batch.canvas[clean] == known.tokens).all()
     counts = [(own & ~clean & (batch.noised == 1)).sum(), *((batch.canvas == row).all(1).sum() for row in seen)]
     assert counts[0] > counts[1] > counts[2] > 10
     assert (batch.weight[~own] == 0).all() and (batch.noised[~own] == 1).all()
@@ -128,20 +129,49 @@ def test_states_are_drawn_by_their_steps():
     assert (batch.conditioned == (batch.conditioning != 0).any((1, 2))).all()
 
 
-def test_a_canvas_that_contradicts_itself_is_not_sound(demo):
+def test_a_text_that_contradicts_itself_is_not_sound(demo):
     engine = mlx_dgemma.load(dtype="float32")
-    prompt = engine.builder.prompt_tokens([{"role": "user", "content": "Sort these numbers: 41, 7, 23"}]).tokens
-    canvases = []
-    for text in ("7, 23, 41", "7, 41, 41"):
+
+    def least(question, text):
+        prompt = engine.builder.prompt_tokens([{"role": "user", "content": question}]).tokens
         tokens = [*engine.tokenizer.encode(text, add_special_tokens=False), engine.builder.turn_end]
-        canvases.append(tokens + [0] * (64 - len(tokens)))
-    length, prefixes = len(tokens), []
-    for _ in canvases:
-        prefixes.append(engine.model.new_prefix(1))
-        engine.model.encode(mx.array([prompt]), prefixes[-1])
-    text = np.broadcast_to(np.arange(64) < length, (2, 64))
-    right, wrong = soundness(engine.model, prefixes, np.array(canvases, np.int32), text, mx.random.key(0))
-    assert right > 0.05 > wrong
+        return soundness(engine, prompt, tokens), prompt, tokens
+
+    assert least("Sort these numbers: 41, 7, 23", "7, 23, 41")[0] > SOUND
+    assert least("Sort these numbers: 41, 7, 23", "7, 41, 41")[0] < SOUND
+    assert least("Sort these numbers: 41, 7, 23", "41, 7, 23")[0] < SOUND  # its first token is wrong already
+    told, prompt, tokens = least("Tell a story about a cat named Leo.", "Once there was a cat named Leo. Leo lived")
+    prefix = engine.model.new_prefix(1)
+    logits = np.array(engine.model.logits(engine.model.encode(mx.array([prompt + tokens]), prefix))[0], np.float64)
+    logits = logits[len(prompt) - 1 : -1]
+    ratios = np.exp(logits[np.arange(len(tokens)), tokens] - logits.max(-1))
+    assert told == pytest.approx(ratios.min(), rel=1e-4)
+
+
+def test_an_answer_token_by_token_fills_canvases():
+    answer = Answer(tuple((token,) for token in (5, 6, 7, 8, 9, 1)), 6, "", 0.0, 0, 0)
+    assert answer.canvases(4, 3) == [[5, 6, 7, 8], [9, 1, 3, 3]]
+    assert Answer(((5, 1, 8, 8),), 2, "", 0.0, 1, 4).canvases(4, 3) == [[5, 1, 8, 8]]  # what it says itself stays
+    assert Answer(((5, 6, 7, 8), (1, 9, 9, 9)), 4, "", 0.0, 1, 4).canvases(4, 3) == [[5, 6, 7, 8]]
+
+
+def test_a_causal_teacher_is_greedy_at_first_and_then_draws(demo):
+    """Its answers are those of causal mode; what fills their canvases is what diffusion puts there."""
+    engine = mlx_dgemma.load(dtype="float32")
+    questions = [_question_of(engine, text) for text in ("Spell the word frog.", "Tell a story about a fox named Mia.")]
+    ways = [{"mode": "speculative", "temperature": 0}, {"mode": "speculative", "temperature": 1}]
+    for i, answer in enumerate(answer_together(engine, questions, [3, 4], ways=ways)):
+        options = {**ways[i], "mode": "causal"}
+        told = engine.generate(questions[i].messages, seed=3 + i, **options)
+        assert list(answer.tokens)[:-1] == told.tokens and answer.tokens[-1] in engine.options.end_tokens
+    (diffused,) = answer_together(engine, questions[:1], [0], exact=True)
+    assert fill_token(engine, questions[0], 0) == diffused.blocks[0][-1]
+    assert diffused.tokens == answer_together(engine, questions[:1], [0], ways=ways[:1])[0].tokens
+
+
+def _question_of(engine, text):
+    messages = [{"role": "user", "content": text}]
+    return Question(text, messages, engine.builder.prompt_tokens(messages).tokens)
 
 
 def test_prompts_are_read(tmp_path):
@@ -177,7 +207,7 @@ def test_settings_are_checked(tmp_path):
         ({"rounds": 0}, "rounds is 0; it should be at least 1."),
         ({"agree": 3}, "agree is 3, but best_of is 2; no more answers can agree than there are."),
         ({"clean": 2.0}, "clean is 2.0; it should be from 0 to 1."),
-        ({"teacher": "me"}, "teacher is 'me'; it should be one of exact, default."),
+        ({"teacher": "me"}, "teacher is 'me'; it should be one of exact, default, causal."),
     ):
         assert refusal(OptionError, lambda c=changes: DistillConfig("a", tmp_path, **c)) == sentence
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...tune.quick.distill import Progress
     from ...tune.quick.held_back import Measured
 
-TEACHERS = ("exact", "default")
+TEACHERS = ("exact", "default", "causal")
 
 
 @click.command("distill")
@@ -31,7 +31,7 @@ TEACHERS = ("exact", "default")
 @click.option("--resume", is_flag=True, help="Continue the run that was saved in --output, with its options.")
 @click.option(
     "--teacher", type=click.Choice(TEACHERS), default="exact", show_default=True,
-    help="Sampler that gives the answers to learn from.",
+    help="What gives the answers to learn from: diffusion, or causal: token by token.",
 )  # fmt: skip
 @number_option("--best-of", 1, "Answers to each prompt, with a seed each.", "2")
 @number_option("--agree", 1, "Equal answers that it takes for a prompt to be learned.", "2")

@@ -30,7 +30,7 @@ class Answer:
     """An answer to a prompt.
 
     Attributes:
-        blocks: its canvases, with whatever lies behind the end.
+        blocks: its canvases, with whatever lies behind the end; token by token its tokens.
         length: tokens up to the end token, that included.
         text: the answer without markers.
         log_prob: mean log-probability of its tokens, nats.
@@ -50,12 +50,19 @@ class Answer:
         """The answer as token ids, with its end token if it has one."""
         return tuple(token for block in self.blocks for token in block)[: self.length]
 
+    def canvases(self, length: int, fill: int) -> list[list[int]]:
+        """The answer in canvases of `length`; what its blocks do not tell lies behind the end and is `fill`."""
+        flat = [token for block in self.blocks for token in block]
+        flat += [fill] * (-len(flat) % length)
+        return [flat[at : at + length] for at in range(0, self.length, length)]
+
 
 def answer_together(
     engine: Engine,
     questions: Sequence[Question],
     seeds: Sequence[int],
     drafts: list[list[list[Step]]] | None = None,
+    ways: Sequence[dict[str, Any]] | None = None,
     **options: Any,
 ) -> list[Answer]:
     """Answer some questions in one batch, each with its seed.
@@ -64,11 +71,12 @@ def answer_together(
         engine: with the model.
         questions, seeds: one seed for each question.
         drafts: filled with every step's canvas: a list for each question of a list for each block.
-        options: of `Engine.generate`.
+        ways: options of `Engine.generate` for each question; None: there are no more than these:
+        options: of `Engine.generate` for all.
     """
     requests = [
-        engine.prepare(one.messages, seed=seed, thinking=one.thinking, tools=one.tools, **options)
-        for one, seed in zip(questions, seeds)
+        engine.prepare(one.messages, seed=seed, thinking=one.thinking, tools=one.tools, **way, **options)
+        for one, seed, way in zip(questions, seeds, ways or [{}] * len(questions))
     ]
     index = {id(request): i for i, request in enumerate(requests)}
     blocks: list[list[tuple[int, ...]]] = [[] for _ in requests]
@@ -104,6 +112,13 @@ def answer_together(
                         result.stats.canvas_positions,
                     )
     return [found[i] for i in range(len(requests))]
+
+
+def fill_token(engine: Engine, question: Question, seed: int) -> int:
+    """What the model puts behind the end of an answer: seen in one, or the padding token if that fills its canvas."""
+    (answer,) = answer_together(engine, [question], [seed], exact=True)
+    behind = [token for block in answer.blocks for token in block][answer.length :]
+    return Counter(behind).most_common(1)[0][0] if behind else engine.tokenizer.pad_token_id or 0
 
 
 def vote(answers: Sequence[Answer]) -> tuple[Answer, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import OptionError
 
-TEACHERS = ("exact", "default")
+TEACHERS = ("exact", "default", "causal")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class DistillConfig:
         prompts: a file with one prompt a line, see `prompts.read_prompts`.
         output: the folder to make.
         rounds: how often the states are recorded anew, each time by the model as far as it is trained.
-        teacher: mode of the sampler that gives the answers, "exact" or "default".
+        teacher: what gives the answers: diffusion in "exact" or "default" mode, or "causal", token by token, the first
+            answer by the most probable tokens and the others drawn.
         best_of: answers to each prompt, each with a seed of its own.
         agree: how many of them must be equal for a prompt to be learned; other prompts only keep the model as it is.
         reteach: answer anew in every round by the model as far as it is trained, instead of once by the frozen one.

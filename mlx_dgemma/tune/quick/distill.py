@@ -23,7 +23,7 @@ from ..curves import MetricsLog, draw_curves
 from ..memory import training_need
 from ..run import generating, model_digest
 from ..trainer import StepMetrics, Trainer, flatten
-from .answers import Answer, answer_together, trusted, vote
+from .answers import Answer, answer_together, fill_token, trusted, vote
 from .config import DistillConfig
 from .held_back import HeldBack, Measured
 from .loss import Distillation, StateBatches
@@ -209,15 +209,17 @@ class _Run:
             raise DataError(f"{config.output} has lost its held_back.json; start a new run without --resume.")
         started, total = time.perf_counter(), config.best_of * len(held.questions)
         with generating(self.trainer):
-            for done in held.expect(
-                self.engine, config.answer_batch, config.agree, config.best_of, **self._teacher_options()
-            ):
+            for done in held.expect(self.engine, config.answer_batch, config.agree, config.best_of, self._teacher):
                 yield Progress("expecting", 0, done, total, time.perf_counter() - started)
         held.before = yield from self._measure(0)
         held.save(config.output)
 
-    def _teacher_options(self) -> dict[str, Any]:
-        return {"max_tokens": self.config.max_tokens, **({"exact": True} if self.config.teacher == "exact" else {})}
+    def _teacher(self, take: int) -> dict[str, Any]:
+        """Options of the answers of a take, from 0."""
+        kind: dict[str, dict[str, Any]] = {
+            "exact": {"exact": True}, "default": {}, "causal": {"mode": "speculative", "temperature": min(take, 1)},
+        }  # fmt: skip
+        return {"max_tokens": self.config.max_tokens, **kind[self.config.teacher]}
 
     def _measure(self, number: int) -> Generator[Progress, None, Measured]:
         held, started = self.held_back, time.perf_counter()
@@ -263,15 +265,15 @@ class _Run:
         learned = trusted(families, counts, config.agree, config.family_agreement)
         agreed = sum(votes >= config.agree for votes in counts)
         self.say(f"{agreed} of {count(len(counts), 'prompt')} got the same answer {config.agree} times.")
-        found = []
+        found, fill = [], fill_token(self.engine, self.questions[0], self.trainer.config.seed)
         for question, (best, votes), learn in zip(self.questions, voted, learned):
             tokens = best.tokens
-            for at, block in zip(range(0, len(tokens), length), best.blocks):
+            for at, block in zip(range(0, len(tokens), length), best.canvases(length, fill)):
                 prefix = [*question.tokens, *tokens[:at]]
                 own = min(len(tokens) - at, length)
                 weight = 1.0 if learn else 0.0 if votes >= config.agree else config.open_weight
                 open_ = not learn and weight > 0
-                found.append(Canvas(question.where, best.text, prefix, list(block), own, weight, open_))
+                found.append(Canvas(question.where, best.text, prefix, block, own, weight, open_))
         return found
 
     def _answers(self, number: int) -> Generator[Progress, None, list[list[Answer]] | None]:
@@ -291,8 +293,8 @@ class _Run:
         for start in range(whole, len(jobs), size):
             some = jobs[start : start + size]
             seeds = [self.trainer.config.seed + ((number * takes + take + 1) << 32) + i for i, take in some]
-            chosen = [self.questions[i] for i, _ in some]
-            made = answer_together(self.engine, chosen, seeds, **self._teacher_options())
+            chosen, ways = [self.questions[i] for i, _ in some], [self._teacher(take) for _, take in some]
+            made = answer_together(self.engine, chosen, seeds, ways=ways)
             for (i, _), answer in zip(some, made):
                 answers[i].append(answer)
             with told_errors(file), file.open("a", encoding="utf-8") as lines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,11 +54,13 @@ class HeldBack:
     expected: list[list[int] | None] | None = None
     before: Measured | None = None
 
-    def expect(self, engine: Engine, batch: int, agree: int, best_of: int, **options: Any) -> Iterator[int]:
-        """Find out the expected answers; yields the number of answers done."""
+    def expect(
+        self, engine: Engine, batch: int, agree: int, best_of: int, teacher: Callable[[int], dict[str, Any]]
+    ) -> Iterator[int]:
+        """Find out the expected answers; yields the number of answers done. `teacher` says the options of each take."""
         takes: list[list[Answer]] = [[] for _ in self.questions]
         for take in range(best_of):
-            for i, answer in self._answers(engine, batch, 2 + take, **options):
+            for i, answer in self._answers(engine, batch, 2 + take, **teacher(take)):
                 takes[i].append(answer)
                 yield sum(map(len, takes))
         voted = [vote(answers) for answers in takes]

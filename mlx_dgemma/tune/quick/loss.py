@@ -186,6 +186,8 @@ def _in_chunks(
 class StateBatches:
     """Makes batches of states. The sample number alone decides which state is used, and with what noise.
 
+    A canvas is drawn as often as it took steps: where one step was enough there is little to learn.
+
     Args:
         states: of a round.
         clean: share of the samples of learned answers that are nearly clean canvases instead.
@@ -196,13 +198,14 @@ class StateBatches:
 
     def __init__(self, states: States, clean: float, seed: int):
         self._states, self._clean, self._seed = states, clean, seed
+        self._places = [canvas for canvas in states.canvases for _ in range(canvas.steps)]
 
     def sample(self, numbers: Sequence[int]) -> StateBatch:
         """The batch with these sample numbers. A state is drawn with a probability of 1 over its step."""
         states, rows = self._states, []
         for number in numbers:
             random = np.random.default_rng([self._seed, 2, number])
-            one = states.canvases[example_index(len(states.canvases), number, self._seed)]
+            one = self._places[example_index(len(self._places), number, self._seed)]
             length = len(one.tokens)
             weight, noised, canvas, conditioning = one.weight, 1.0, np.array(one.tokens, np.int32), None
             if weight and random.random() < self._clean:

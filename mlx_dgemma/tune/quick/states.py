@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from ...model.diffusion_gemma import DiffusionGemma
     from ...model.kv_cache import Prefix
 
-PARTS = 4  # passes that hide every position once
-SOUND = 0.05  # least probability of a token beside the best one, in a canvas that is learned
+SOUND = 0.25  # least probability of a token beside the best one, in a canvas that is learned
 INDEX, CANVASES, CONDITIONING = "states.jsonl", "canvases.i32", "conditioning.f16"
 
 
@@ -119,40 +118,30 @@ def visit(
     return visits
 
 
-def soundness(
-    model: DiffusionGemma, prefixes: Sequence[Prefix], canvases: np.ndarray, text: np.ndarray, key: mx.array
-) -> np.ndarray:
-    """How far the model stands by canvases once it cannot see a part of them.
+def soundness(engine: Engine, prefix: Sequence[int], tokens: Sequence[int]) -> float:
+    """How well each token of a text follows those before it, by what the model says token by token.
 
-    In each of `PARTS` passes other positions are replaced by random tokens. A token that the rest of the canvas leaves
-    open is about as probable as the best one there. One that contradicts the rest is far less probable.
+    A canvas is drawn at many positions at once, and each of them may confirm what is wrong with the others. Token by
+    token, one that contradicts what stands before it is far less probable than another one, and a free choice among
+    many is not.
 
     Args:
-        model: the model.
-        prefixes: of one row each.
-        canvases: [B, C] int32.
-        text: [B, C] bool, the positions that count.
-        key: random key of the choice and of the noise.
+        engine: with the model.
+        prefix: token ids before the text, two at least.
+        tokens: the text.
 
     Returns:
-        [B] float32, the least probability of a token beside the best one at its position, 0 to 1.
+        The least probability of a token beside the best one at its place, 0 to 1.
     """
-    first, second = mx.random.split(key)
-    vocab, size = model.config.text.vocab_size, positions_per_chunk(model.config.text.vocab_size)
-    part = mx.argsort(mx.random.uniform(shape=canvases.shape, key=first), axis=-1) % PARTS
-    noise, clean = mx.random.randint(0, vocab, canvases.shape, key=second), mx.array(canvases)
-    least = mx.zeros((len(canvases),))
-    for i in range(PARTS):
-        hidden, chunks = model.denoise(mx.where(part == i, noise, clean), prefixes), []
-        flat, ids = hidden.reshape(-1, hidden.shape[-1]), clean.reshape(-1, 1)
-        for start in range(0, flat.shape[0], size):
-            logits = model.logits(flat[None, start : start + size])[0]
-            own = mx.take_along_axis(logits, ids[start : start + size], axis=-1)[:, 0]
-            chunks.append(own - logits.max(axis=-1))
-            mx.eval(chunks[-1])
-        gaps = mx.concatenate(chunks).reshape(clean.shape)
-        least = mx.minimum(least, mx.where((part == i) & mx.array(text), gaps, 0).min(axis=-1))
-    return np.asarray(mx.exp(least))
+    model, size = engine.model, positions_per_chunk(engine.config.text.vocab_size)
+    hidden = model.encode(mx.array([[prefix[-1], *tokens[:-1]]]), _encoded(engine, prefix[:-1], len(tokens)))
+    ids, least = mx.array(tokens)[:, None], mx.array(0.0)
+    for start in range(0, len(tokens), size):
+        logits = model.logits(hidden[:, start : start + size])[0]
+        own = mx.take_along_axis(logits, ids[start : start + size], axis=-1)[:, 0]
+        least = mx.minimum(least, (own - logits.max(axis=-1)).min())
+        mx.eval(least)
+    return float(mx.exp(least).item())
 
 
 def record(
@@ -206,7 +195,7 @@ def _alike(canvases: Sequence[Canvas], size: int) -> Iterator[tuple[int, list[Ca
 def _visited(engine: Engine, canvases: Sequence[Canvas], steps: int, number: int) -> list[tuple[Canvas, Visit]]:
     """Visit some canvases that are alike in `open`; open ones end as their trajectories do, or are kept as they are."""
     open_ = canvases[0].open
-    prefixes = [_encoded(engine, canvas.prefix) for canvas in canvases]
+    prefixes = [_encoded(engine, canvas.prefix, engine.config.canvas_length) for canvas in canvases]
     keys = mx.stack([mx.random.key(number + i) for i in range(len(canvases))])
     rooms = [engine.options.max_tokens] * len(canvases)
     visits = visit(engine, prefixes, keys, rooms, steps, open_)
@@ -214,20 +203,18 @@ def _visited(engine: Engine, canvases: Sequence[Canvas], steps: int, number: int
         return list(zip(canvases, visits))
     ends = np.stack([one.end for one in visits])
     stops = mx.array(engine.options.end_tokens, mx.int32)
-    text = np.asarray(sampler.text(mx.array(ends), stops, mx.array(rooms, mx.int32)))
-    sound = soundness(engine.model, prefixes, ends, text, mx.random.key(number))
-    return [
-        (
-            replace(canvas, tokens=end.tolist(), length=int(own.sum()), weight=float(canvas.weight * (good >= SOUND))),
-            one,
-        )
-        for canvas, one, end, own, good in zip(canvases, visits, ends, text, sound)
-    ]
+    lengths = np.asarray(sampler.text(mx.array(ends), stops, mx.array(rooms, mx.int32)).sum(axis=-1)).tolist()
+    found = []
+    for canvas, one, length in zip(canvases, visits, lengths):
+        tokens = one.end.tolist()
+        sound = soundness(engine, canvas.prefix, tokens[:length]) >= SOUND
+        found.append((replace(canvas, tokens=tokens, length=length, weight=canvas.weight * sound), one))
+    return found
 
 
-def _encoded(engine: Engine, tokens: list[int]) -> Prefix:
-    session = Session(engine.model, len(tokens) + engine.config.canvas_length)
-    return session.encode_all(PromptTokens(tokens, list(tokens)), engine.options.prefill_chunk)
+def _encoded(engine: Engine, tokens: Sequence[int], room: int) -> Prefix:
+    session = Session(engine.model, len(tokens) + room)
+    return session.encode_all(PromptTokens(list(tokens), list(tokens)), engine.options.prefill_chunk)
 
 
 def load(engine: Engine, folder: Path) -> States | None:
