@@ -19,6 +19,7 @@ from .kernels import launch as kernels
 MATMUL_ROWS = 512  # up to so many rows CUDA gathers faster by a product with a one-hot matrix
 GROUPED_FROM = 4  # rows an expert, on average, from which Metal reads an expert once for several rows
 PAD_FROM = 2  # rows an expert from which it pays to fill up to `GROUPED_FROM` by rows that nobody reads
+CPU_RUNS_FROM = 64  # rows an expert from which a CPU computes runs: 3 times as fast with OpenBLAS, as fast with MLX's own
 SORT_FROM = 64  # rows * top_k from which sorting by expert is faster; MLX's grouped kernels need sorted rows
 
 
@@ -65,7 +66,7 @@ class Experts(nn.Module):
         flat = indices.flatten()
         if flat.size < SORT_FROM:
             y = self._mlp(x[:, None, None], indices)
-        elif uses_padded_runs():
+        elif uses_padded_runs(flat.size // self.gate_up_proj.num_experts):
             return self._in_padded_runs(x, flat, weights.flatten())
         else:
             order = mx.argsort(flat)
@@ -165,13 +166,15 @@ def _without_adapter(module: nn.Module) -> nn.Module:
     return module.get("linear", module)
 
 
-def uses_padded_runs() -> bool:
-    """Whether experts are computed in padded runs: on CUDA only.
+def uses_padded_runs(rows: int = 0) -> bool:
+    """Whether experts are computed in padded runs: on CUDA, and on a CPU where each has many rows on average.
 
-    CUDA's gather kernels read the expert once for every row. Runs of several rows read it once each. Metal's sorted
-    kernels tile the rows themselves, and the CPU gains nothing.
+    CUDA's gather kernels read the expert once for every row, and a CPU multiplies them one by one. Runs of several rows
+    read it once each. Metal's sorted kernels tile the rows themselves.
     """
-    return mx.default_device() == mx.gpu and not mx.metal.is_available()
+    if mx.default_device() == mx.cpu:
+        return rows >= CPU_RUNS_FROM
+    return not mx.metal.is_available()
 
 
 def run_length(count: int, experts: int, longest: int) -> int:

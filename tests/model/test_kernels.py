@@ -224,7 +224,7 @@ def mlx_embedding(weight):
 @pytest.mark.parametrize("way", ["runs", "sorted", "gathered"])
 def test_a_model_with_kernels_gives_the_same_states(monkeypatch, way):
     """Prompt, commit, canvases of one prefix and of several, in all ways of laying out rows."""
-    monkeypatch.setattr(experts, "uses_padded_runs", lambda: way == "runs")
+    monkeypatch.setattr(experts, "uses_padded_runs", lambda rows=0: way == "runs")
     monkeypatch.setattr(experts, "PAD_FROM", 0 if way == "sorted" else 10**6)
     model = small_model(4, layers=(SLIDING, FULL, SLIDING, FULL))
     tokens, canvas = random_tokens(0, 2, 21), random_tokens(2, 2, 4)
@@ -258,7 +258,7 @@ def test_with_kernels_experts_are_mixed_before_ranks_are_summed(monkeypatch):
             summed.append(x.shape[-1])
             return x
 
-    monkeypatch.setattr(experts, "uses_padded_runs", lambda: True)
+    monkeypatch.setattr(experts, "uses_padded_runs", lambda rows=0: True)
     model, summed = small_model(4), []
     model.eval()
     model.uses_kernels = True

@@ -23,6 +23,9 @@ from ..objective import BatchPart, mean_loss, positions_per_chunk
 from .states import States
 
 
+MOST_PADDED = 2.5  # length of the longest prefix that is computed with a shorter one, as a multiple of its own
+
+
 @dataclass(frozen=True)
 class StateBatch:
     """Samples of a batch. Prefixes are padded on the left, so that all canvases start at the same position.
@@ -106,22 +109,13 @@ class Distillation:
             noise: from `draw`.
             weights: factors of the losses of what is learned and of what is kept.
         """
-        rows, length = batch.canvas.shape
-        prefix = model.new_prefix(rows, capacity=batch.tokens.shape[1] + length)
-        model.encode(mx.array(batch.tokens), prefix, mask=None if batch.mask.all() else batch.mask)
-        conditioning = mx.array(batch.conditioning).astype(model.dtype) if batch.conditioned.any() else None
-        kept, divergence = np.flatnonzero(~batch.learn), mx.array(0.0)
-        before = None
+        groups = alike(batch.mask.sum(axis=1))
+        passed = [self._hidden(model, batch.rows(rows), noise[mx.array(rows)]) for rows in groups]
+        batch, divergence = batch.rows(np.concatenate(groups)), mx.array(0.0)
+        hidden = mx.concatenate([own for own, _ in passed])
+        width, kept = hidden.shape[-1], np.flatnonzero(~batch.learn)
         if len(kept) and self.divergence:
-            # The frozen model's pass uses a copy of the prefix, because denoising writes into it.
-            copy, at = prefix.fork(), mx.array(kept)
-            copy.select_rows(kept.tolist())
-            with without_adapter(model):
-                before = model.denoise(noise[at], copy, None if conditioning is None else conditioning[at])
-            before = mx.stop_gradient(before).reshape(-1, before.shape[-1])
-        hidden = model.denoise(noise, prefix, conditioning)
-        width = hidden.shape[-1]
-        if before is not None:
+            before = mx.concatenate([frozen for _, frozen in passed if frozen is not None]).reshape(-1, width)
             after = hidden[mx.array(kept)].reshape(-1, width)
             mask = np.broadcast_to(~batch.learn[:, None], batch.canvas.shape)
             divergence = weights[1] * mean_loss(divergences(model, before, after), mask, False)
@@ -131,6 +125,36 @@ class Distillation:
         of_rows = mx.array(batch.weight)
         early, unsure = (weights[0] * mean_loss(one, mask, False, of_rows) for one in (early, unsure))
         return DistillLosses(early + self.certainty * unsure + self.divergence * divergence, early, unsure, divergence)
+
+
+    def _hidden(
+        self, model: DiffusionGemma, batch: StateBatch, noise: mx.array
+    ) -> tuple[mx.array, mx.array | None]:
+        """Hidden states [B, C, H] of the canvases; of the rows that are kept also the frozen model's, if they count."""
+        cut = batch.tokens.shape[1] - batch.mask.sum(axis=1).max()
+        tokens, mask = batch.tokens[:, cut:], batch.mask[:, cut:]
+        prefix = model.new_prefix(len(tokens), capacity=tokens.shape[1] + noise.shape[1])
+        model.encode(mx.array(tokens), prefix, mask=None if mask.all() else mask)
+        conditioning = mx.array(batch.conditioning).astype(model.dtype) if batch.conditioned.any() else None
+        kept, before = np.flatnonzero(~batch.learn), None
+        if len(kept) and self.divergence:
+            # The frozen model's pass uses a copy of the prefix, because denoising writes into it.
+            copy, at = prefix.fork(), mx.array(kept)
+            copy.select_rows(kept.tolist())
+            with without_adapter(model):
+                before = model.denoise(noise[at], copy, None if conditioning is None else conditioning[at])
+            before = mx.stop_gradient(before)
+        return model.denoise(noise, prefix, conditioning), before
+
+
+def alike(lengths: np.ndarray) -> list[np.ndarray]:
+    """Groups of rows [B] whose prefixes are about equally long, so that little of what is computed is padding."""
+    order, groups = np.argsort(-lengths, kind="stable"), []
+    while len(order):
+        group = lengths[order] * MOST_PADDED >= lengths[order[0]]
+        groups.append(order[group])
+        order = order[~group]
+    return groups
 
 
 def early_losses(model: DiffusionGemma, hidden: mx.array, targets: np.ndarray) -> tuple[mx.array, mx.array]:
