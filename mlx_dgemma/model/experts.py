@@ -114,7 +114,7 @@ class Experts(nn.Module):
         length = self._run_length(chosen.size)
         slots, owners = lay_out_runs(chosen, self.gate_up_proj.num_experts, length)
         source, share = slot_contents(slots, weights, owners.size * length, rows)
-        if rows <= MATMUL_ROWS:
+        if gathers_by_products(rows):
             take, mix = gather_matrices(source, share, rows, x)
             return mix.T @ self._mlp((take @ x).reshape(owners.size, length, size), owners).reshape(-1, size)
         y = self._mlp(x[mx.minimum(source, rows - 1)].reshape(owners.size, length, size), owners)
@@ -175,6 +175,11 @@ def uses_padded_runs(rows: int = 0) -> bool:
     if mx.default_device() == mx.cpu:
         return rows >= CPU_RUNS_FROM
     return not mx.metal.is_available()
+
+
+def gathers_by_products(rows: int) -> bool:
+    """Whether rows are gathered and mixed by products with one-hot matrices, which is faster for few rows on CUDA."""
+    return rows <= MATMUL_ROWS and mx.default_device() != mx.cpu
 
 
 def run_length(count: int, experts: int, longest: int) -> int:

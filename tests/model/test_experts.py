@@ -30,10 +30,24 @@ def naive(experts, x, indices, weights):
 def test_experts_equal_a_plain_loop(monkeypatch, layer, rows, way):
     monkeypatch.setattr(module, "SORT_FROM", 10**9 if way == "gathered" else 1)
     monkeypatch.setattr(module, "uses_padded_runs", lambda rows=0: "runs" in way)
-    monkeypatch.setattr(module, "MATMUL_ROWS", 0 if way == "long runs" else 10**9)
+    monkeypatch.setattr(module, "gathers_by_products", lambda rows: way == "runs")
     x = mx.random.normal((rows, 192), key=mx.random.key(rows))
     indices, weights = layer.router(x)
     assert np.allclose(layer.experts(x, indices, weights), naive(layer.experts, x, indices, weights), atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_cpu_computes_many_rows_in_runs_with_the_same_bits(monkeypatch, layer, dtype):
+    """So what a row comes to does not depend on how many are computed with it."""
+    rows = module.CPU_RUNS_FROM * 8 // 2  # of two of eight experts each
+    x = mx.random.normal((rows, 192), key=mx.random.key(0)).astype(dtype)
+    indices, weights = layer.router(x)
+    used, runs = [], module.Experts._in_padded_runs
+    monkeypatch.setattr(module.Experts, "_in_padded_runs", lambda *args: used.append(args) or runs(*args))
+    whole = layer.experts(x, indices, weights)
+    assert len(used) == 1
+    few = slice(0, rows - 1)
+    assert mx.array_equal(whole[few], layer.experts(x[few], indices[few], weights[few])) and len(used) == 1
 
 
 @pytest.mark.parametrize("count, experts", [(1, 8), (16, 8), (128, 8), (1000, 8), (4096, 8), (50, 128), (2048, 128)])

@@ -12,6 +12,7 @@ import mlx_dgemma
 from mlx_dgemma.adapters import deltas
 from mlx_dgemma.errors import DataError, OptionError
 from mlx_dgemma.tune.config import TrainerConfig
+from mlx_dgemma.tune.quick import loss
 from mlx_dgemma.tune.quick.answers import Answer, answer_together, fill_token, trusted, vote
 from mlx_dgemma.tune.quick.config import DistillConfig
 from mlx_dgemma.tune.quick.distill import distill
@@ -54,7 +55,11 @@ def log_probs(model, batch, canvas, row):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def test_the_losses_are_those_of_a_naive_computation():
+@pytest.mark.parametrize("most_padded, groups", [(2.5, 1), (1.25, 2), (1.0, 3)])
+def test_the_losses_are_those_of_a_naive_computation(monkeypatch, most_padded, groups):
+    """Whether rows are padded to one length or computed in groups of like length."""
+    monkeypatch.setattr(loss, "MOST_PADDED", most_padded)
+    assert len(loss.alike(batch_of_states().mask.sum(1))) == groups
     model, trainer = distilled_model()
     batch, objective = batch_of_states(), trainer.objective
     noise = objective.draw(batch, 40, mx.random.key(3))
@@ -73,6 +78,13 @@ def test_the_losses_are_those_of_a_naive_computation():
     parts = objective.split(batch, noise, None, 2)
     sums = np.sum([[one.item() for one in objective.loss(model, *part)] for part in parts], axis=0)
     np.testing.assert_allclose(sums, losses, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_like_length_are_computed_together():
+    lengths = np.array([10, 3, 25, 4, 24, 9, 1])
+    groups = [lengths[rows].tolist() for rows in loss.alike(lengths)]
+    assert groups == [[25, 24, 10], [9, 4], [3], [1]]
+    assert loss.alike(np.array([7, 7])) and len(loss.alike(np.array([5]))) == 1
 
 
 def test_certainty_counts_where_the_model_is_right():
