@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,36 +30,36 @@ TEACHERS = ("exact", "default", "causal")
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue the run that was saved in --output, with its options.")
 @click.option(
-    "--teacher", type=click.Choice(TEACHERS), default="exact", show_default=True,
-    help="What gives the answers to learn from: diffusion, or causal: token by token.",
+    "--teacher", type=click.Choice(TEACHERS), default="causal", show_default=True,
+    help="How the answers to learn from are made: by diffusion, or token by token.",
 )  # fmt: skip
 @number_option("--best-of", 1, "Answers to each prompt, with a seed each.", "2")
 @number_option("--agree", 1, "Equal answers that it takes for a prompt to be learned.", "2")
-@number_option("--open-weight", 0.0, "Weight of sound answers to prompts whose answers differ.", "0: they are kept")
+@number_option("--open-weight", 0.0, "Weight of sound answers to prompts whose answers differ; 0 keeps them.", "0.5")
 @click.option("--by", metavar="FIELD", help="Record field that names a prompt's family.")
 @number_option("--family-agreement", 0.0, "Share of a family that must agree for any of it to be learned.", "0.5")
-@number_option("--rounds", 1, "Rounds, each on states that the model visits as far as it is trained.", "1")
+@number_option("--rounds", 1, "Rounds, each on states that the model visits as far as it is trained.", "2")
 @click.option("--reteach", is_flag=True, help="Answer anew in every round, instead of once by the frozen model.")
-@number_option("--states", 1, "Denoising steps of a canvas whose states are learned from, counted from the first.", "4")
-@number_option("--certainty", 0.0, "Weight of the entropy where the most probable token is right.", "0.5")
+@number_option("--states", 1, "Denoising steps of a canvas whose states are learned from, counted from the first.", "6")
+@number_option("--certainty", 0.0, "Weight of the entropy where the most probable token is right.", "0.25")
 @number_option("--divergence", 0.0, "Weight of the divergence from the frozen model.", "1")
 @number_option("--clean", 0.0, "Share of samples that keep the model as it is on nearly clean canvases.", "0.25")
 @number_option("--held-back", 0, "Prompts that are not trained on, for the report.", "64")
 @number_option("--max-tokens", 1, "Maximum length of an answer.")
 @number_option("--answer-batch", 1, "Prompts answered together.", "16")
-@number_option("--steps", 1, "Number of weight updates in all rounds; a resumed run keeps its number.", "1000")
+@number_option("--steps", 1, "Number of weight updates in all rounds; a resumed run keeps its number.", "800")
 @number_option("--batch-size", 1, "Samples in a batch.", "16")
-@number_option("--accumulate", 1, "Batches for each weight update.", "1")
+@number_option("--accumulate", 1, "Batches for each weight update.", "2")
 @click.option(
     "--targets", type=click.Choice(TARGETS), multiple=True, default=("attention", "mlp"), show_default=True,
     help="Modules to adapt; repeatable. The router is frozen unless it is named.",
 )  # fmt: skip
 @number_option("--layers", 1, "Train only the last N layers.", "all")
-@number_option("--rank", 1, "Rank of the adapter.", "16")
-@number_option("--alpha", 0.0, "The adapter's output is multiplied by alpha / rank.", "32")
+@number_option("--rank", 1, "Rank of the adapter.", "64")
+@number_option("--alpha", 0.0, "The adapter's output is multiplied by alpha / rank.", "64")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True, help="As for tune.")
 @number_option(
-    "--learning-rate", 0.0, "Peak learning rate, after a linear warm-up and before a cosine decay.", "0.00015"
+    "--learning-rate", 0.0, "Peak learning rate, after a linear warm-up and before a cosine decay.", "0.001"
 )
 @number_option("--final", 0.0, "Final learning rate as a share of the peak.", "0.1")
 @number_option("--warmup", 0, "Number of warm-up steps.", "a twentieth of the steps")
@@ -74,8 +74,8 @@ def distill(prompts: str, model: ModelChoice, resume: bool, **options: Any) -> N
 
     PROMPTS is a file with one prompt a line, or .jsonl with prompt or messages (and tools, thinking) in every line; it
     needs no answers. The model answers each prompt several times. Where its answers agree, a LoRA learns to give them
-    from the states that the sampler visits in its first steps; everywhere else it is held to what the model says
-    already. Only denoising changes: prompts are encoded, and text comes token by token, as without the adapter. Ctrl-C
+    from the states that the sampler visits in its first steps. Where they differ, sound ones are learned as the sampler
+    comes to them. Everywhere else the model is held to what it says already. Only denoising changes: prompts are encoded, and text comes token by token, as without the adapter. Ctrl-C
     saves and stops; --resume continues with exactly the same results.
 
     \b
@@ -85,8 +85,7 @@ def distill(prompts: str, model: ModelChoice, resume: bool, **options: Any) -> N
     terminal = Terminal()
     if model.kv_bits is not None:
         raise click.UsageError("--kv-bits is for answers, and training does not quantize the prefix; leave it out.")
-    from ...tune.config import TrainerConfig
-    from ...tune.quick.config import DistillConfig
+    from ...tune.quick.config import METHOD, DistillConfig
     from ...tune.quick.distill import distill
     from ...tune.quick.prompts import read_prompts
     from ...tune.run import check_trainable
@@ -97,7 +96,7 @@ def distill(prompts: str, model: ModelChoice, resume: bool, **options: Any) -> N
         earlier = saved_options(options["output"])
         options |= {n: value for n, value in earlier.items() if source(n) in (None, ParameterSource.DEFAULT)}
     chosen = {name: value for name, value in options.items() if value is not None}
-    method = TrainerConfig(**{one.name: chosen[one.name] for one in fields(TrainerConfig) if one.name in chosen})
+    method = replace(METHOD, **{one.name: chosen[one.name] for one in fields(METHOD) if one.name in chosen})
     plan = DistillConfig(prompts, **{one.name: chosen[one.name] for one in fields(DistillConfig) if one.name in chosen})
     opened = model.open(terminal)
     check_trainable(opened.settings, method, None)

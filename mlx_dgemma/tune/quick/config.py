@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import OptionError
+from ..config import TrainerConfig
 
+# What did best on the demo: bench/RESULTS.md has what was tried.
+METHOD = TrainerConfig(rank=64, alpha=64.0, learning_rate=1e-3, steps=800, accumulate=2)
 TEACHERS = ("exact", "default", "causal")
 
 
@@ -41,16 +44,16 @@ class DistillConfig:
 
     prompts: str
     output: Path
-    rounds: int = 1
-    teacher: str = "exact"
+    rounds: int = 2
+    teacher: str = "causal"
     best_of: int = 2
     agree: int = 2
     reteach: bool = False
-    open_weight: float = 0.0
+    open_weight: float = 0.5
     by: str | None = None
     family_agreement: float = 0.5
-    states: int = 4
-    certainty: float = 0.5
+    states: int = 6
+    certainty: float = 0.25
     divergence: float = 1.0
     clean: float = 0.25
     batch_size: int = 16
