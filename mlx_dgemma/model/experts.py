@@ -19,7 +19,7 @@ from .kernels import launch as kernels
 MATMUL_ROWS = 512  # up to so many rows CUDA gathers faster by a product with a one-hot matrix
 GROUPED_FROM = 4  # rows an expert, on average, from which Metal reads an expert once for several rows
 PAD_FROM = 2  # rows an expert from which it pays to fill up to `GROUPED_FROM` by rows that nobody reads
-CPU_RUNS_FROM = 64  # rows an expert from which a CPU computes runs: 3 times as fast with OpenBLAS, as fast with MLX's own
+CPU_RUNS_FROM = 64  # rows an expert from which a CPU computes runs, which a good BLAS multiplies three times as fast
 SORT_FROM = 64  # rows * top_k from which sorting by expert is faster; MLX's grouped kernels need sorted rows
 
 

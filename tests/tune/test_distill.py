@@ -123,7 +123,7 @@ def test_answers_that_agree_are_trusted():
 
 
 def test_states_are_drawn_by_their_steps():
-    """Early ones more often, as are canvases of many steps; some samples of what is learned are nearly clean instead."""
+    """Early ones and canvases of many steps more often; some samples of what is learned are nearly clean instead."""
     known = Canvas("", "", [3, 4], [5, 6, 1, 0], 3, 1.0, first=0, steps=3)
     kept = Canvas("", "", [3], [7, 1, 0, 0], 2, 0.0, first=2, steps=1)
     seen = np.arange(8, dtype=np.int32).reshape(2, 4)

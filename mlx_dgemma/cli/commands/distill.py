@@ -58,9 +58,7 @@ TEACHERS = ("exact", "default", "causal")
 @number_option("--rank", 1, "Rank of the adapter.", "64")
 @number_option("--alpha", 0.0, "The adapter's output is multiplied by alpha / rank.", "64")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True, help="As for tune.")
-@number_option(
-    "--learning-rate", 0.0, "Peak learning rate, after a linear warm-up and before a cosine decay.", "0.001"
-)
+@number_option("--learning-rate", 0.0, "Peak learning rate, after a linear warm-up and before a cosine decay.", "0.001")
 @number_option("--final", 0.0, "Final learning rate as a share of the peak.", "0.1")
 @number_option("--warmup", 0, "Number of warm-up steps.", "a twentieth of the steps")
 @click.option(
@@ -75,8 +73,9 @@ def distill(prompts: str, model: ModelChoice, resume: bool, **options: Any) -> N
     PROMPTS is a file with one prompt a line, or .jsonl with prompt or messages (and tools, thinking) in every line; it
     needs no answers. The model answers each prompt several times. Where its answers agree, a LoRA learns to give them
     from the states that the sampler visits in its first steps. Where they differ, sound ones are learned as the sampler
-    comes to them. Everywhere else the model is held to what it says already. Only denoising changes: prompts are encoded, and text comes token by token, as without the adapter. Ctrl-C
-    saves and stops; --resume continues with exactly the same results.
+    comes to them. Everywhere else the model is held to what it says already. Only denoising changes: prompts are
+    encoded, and text comes token by token, as without the adapter. Ctrl-C saves and stops; --resume continues with
+    exactly the same results.
 
     \b
     mlx-dgemma distill prompts.txt --model FOLDER --output quick

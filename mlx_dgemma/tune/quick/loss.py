@@ -22,7 +22,6 @@ from ..batches import example_index
 from ..objective import BatchPart, mean_loss, positions_per_chunk
 from .states import States
 
-
 MOST_PADDED = 2.5  # length of the longest prefix that is computed with a shorter one, as a multiple of its own
 
 
@@ -126,10 +125,7 @@ class Distillation:
         early, unsure = (weights[0] * mean_loss(one, mask, False, of_rows) for one in (early, unsure))
         return DistillLosses(early + self.certainty * unsure + self.divergence * divergence, early, unsure, divergence)
 
-
-    def _hidden(
-        self, model: DiffusionGemma, batch: StateBatch, noise: mx.array
-    ) -> tuple[mx.array, mx.array | None]:
+    def _hidden(self, model: DiffusionGemma, batch: StateBatch, noise: mx.array) -> tuple[mx.array, mx.array | None]:
         """Hidden states [B, C, H] of the canvases; of the rows that are kept also the frozen model's, if they count."""
         cut = batch.tokens.shape[1] - batch.mask.sum(axis=1).max()
         tokens, mask = batch.tokens[:, cut:], batch.mask[:, cut:]

@@ -26,7 +26,6 @@ from ..objective import positions_per_chunk
 
 if TYPE_CHECKING:
     from ...engine import Engine
-    from ...model.diffusion_gemma import DiffusionGemma
     from ...model.kv_cache import Prefix
 
 SOUND = 0.25  # least probability of a token beside the best one, in a canvas that is learned
@@ -135,13 +134,13 @@ def soundness(engine: Engine, prefix: Sequence[int], tokens: Sequence[int]) -> f
     """
     model, size = engine.model, positions_per_chunk(engine.config.text.vocab_size)
     hidden = model.encode(mx.array([[prefix[-1], *tokens[:-1]]]), _encoded(engine, prefix[:-1], len(tokens)))
-    ids, least = mx.array(tokens)[:, None], mx.array(0.0)
+    ids, least = mx.array(list(tokens))[:, None], mx.array(0.0)
     for start in range(0, len(tokens), size):
         logits = model.logits(hidden[:, start : start + size])[0]
         own = mx.take_along_axis(logits, ids[start : start + size], axis=-1)[:, 0]
         least = mx.minimum(least, (own - logits.max(axis=-1)).min())
         mx.eval(least)
-    return float(mx.exp(least).item())
+    return float(np.exp(np.asarray(least)))
 
 
 def record(
