@@ -1,6 +1,7 @@
 """Distillation: which answers are learned, the losses beside naive ones, and a run that resumes exactly."""
 
 import json
+from dataclasses import fields
 
 import mlx.core as mx
 import numpy as np
@@ -10,11 +11,12 @@ from training import QUICK, weights
 
 import mlx_dgemma
 from mlx_dgemma.adapters import deltas
+from mlx_dgemma.cli.commands.distill import distill as command
 from mlx_dgemma.errors import DataError, OptionError
 from mlx_dgemma.tune.config import TrainerConfig
 from mlx_dgemma.tune.quick import loss
 from mlx_dgemma.tune.quick.answers import Answer, answer_together, fill_token, trusted, vote
-from mlx_dgemma.tune.quick.config import DistillConfig
+from mlx_dgemma.tune.quick.config import METHOD, DistillConfig
 from mlx_dgemma.tune.quick.distill import distill
 from mlx_dgemma.tune.quick.loss import Distillation, StateBatch, StateBatches
 from mlx_dgemma.tune.quick.prompts import Question, read_prompts
@@ -222,6 +224,13 @@ def test_settings_are_checked(tmp_path):
         ({"teacher": "me"}, "teacher is 'me'; it should be one of exact, default, causal."),
     ):
         assert refusal(OptionError, lambda c=changes: DistillConfig("a", tmp_path, **c)) == sentence
+
+
+def test_help_tells_the_defaults():
+    known = {one.name: one.default for one in fields(DistillConfig)} | vars(METHOD)
+    told = {one.name: one.show_default for one in command.params if isinstance(one.show_default, str)}
+    numbers = {name: float(text) for name, text in told.items() if text.replace(".", "").isdigit()}
+    assert len(numbers) > 15 and numbers == {name: known[name] for name in numbers}
 
 
 def test_a_stopped_run_continues_exactly(tmp_path):
