@@ -49,7 +49,7 @@ TEACHERS = ("exact", "default", "causal")
 @number_option("--answer-batch", 1, "Prompts answered together.", "16")
 @number_option("--steps", 1, "Number of weight updates in all rounds; a resumed run keeps its number.", "800")
 @number_option("--batch-size", 1, "Samples in a batch.", "16")
-@number_option("--accumulate", 1, "Batches for each weight update.", "2")
+@number_option("--accumulate", 1, "Batches for each weight update.", "4")
 @click.option(
     "--targets", type=click.Choice(TARGETS), multiple=True, default=("attention", "mlp"), show_default=True,
     help="Modules to adapt; repeatable. The router is frozen unless it is named.",
@@ -58,7 +58,9 @@ TEACHERS = ("exact", "default", "causal")
 @number_option("--rank", 1, "Rank of the adapter.", "64")
 @number_option("--alpha", 0.0, "The adapter's output is multiplied by alpha / rank.", "64")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), default="adamw", show_default=True, help="As for tune.")
-@number_option("--learning-rate", 0.0, "Peak learning rate, after a linear warm-up and before a cosine decay.", "0.001")
+@number_option(
+    "--learning-rate", 0.0, "Peak learning rate, after a linear warm-up and before a cosine decay.", "0.0005"
+)
 @number_option("--final", 0.0, "Final learning rate as a share of the peak.", "0.1")
 @number_option("--warmup", 0, "Number of warm-up steps.", "a twentieth of the steps")
 @click.option(

@@ -10,7 +10,7 @@ from ...errors import OptionError
 from ..config import TrainerConfig
 
 # What did best on the demo: bench/RESULTS.md has what was tried.
-METHOD = TrainerConfig(rank=64, alpha=64.0, learning_rate=1e-3, steps=800, accumulate=2)
+METHOD = TrainerConfig(rank=64, alpha=64.0, learning_rate=5e-4, steps=800, accumulate=4)
 TEACHERS = ("exact", "default", "causal")
 
 
