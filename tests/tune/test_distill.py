@@ -233,7 +233,8 @@ def test_help_tells_the_defaults():
     assert len(numbers) > 15 and numbers == {name: known[name] for name in numbers}
 
 
-def test_a_stopped_run_continues_exactly(tmp_path):
+@pytest.mark.parametrize("teacher, takes", [("default", 1), ("causal", 2)])
+def test_a_stopped_run_continues_exactly(tmp_path, teacher, takes):
     """Stopped among the answers, among the states and while it trains; two rounds."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"Spell the word {word}." for word in ("cat", "owl", "fox")))
@@ -242,7 +243,7 @@ def test_a_stopped_run_continues_exactly(tmp_path):
     def run(output, stop_at=(), resume=False):
         engine, seen = mlx_dgemma.load(dtype="float32"), []
         plan = DistillConfig(
-            str(prompts), output, 2, "default", 1, 1, batch_size=1, held_back=1, answer_batch=1, states=2
+            str(prompts), output, 2, teacher, takes, takes, batch_size=1, held_back=1, answer_batch=1, states=2
         )
         for one in distill(engine, method, plan, resume, lambda: (seen or [""])[-1] in stop_at):
             seen.append(one.stage)
