@@ -71,7 +71,7 @@ def answer_together(
         engine: with the model.
         questions, seeds: one seed for each question.
         drafts: filled with every step's canvas: a list for each question of a list for each block.
-        ways: options of `Engine.generate` for each question; None: there are no more than these:
+        ways: options of `Engine.generate` for each question, beside those for all; None: none.
         options: of `Engine.generate` for all.
     """
     requests = [

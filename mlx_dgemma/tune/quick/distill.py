@@ -267,7 +267,9 @@ class _Run:
         learned = trusted(families, counts, config.agree, config.family_agreement)
         agreed = sum(votes >= config.agree for votes in counts)
         self.say(f"{agreed} of {count(len(counts), 'prompt')} got the same answer {config.agree} times.")
-        found, fill = [], fill_token(self.engine, self.questions[0], self.trainer.config.seed)
+        found, fill = [], 0
+        if config.teacher == "causal":  # canvases of diffusion are full
+            fill = fill_token(self.engine, self.questions[0], self.trainer.config.seed)
         for question, (best, votes), learn in zip(self.questions, voted, learned):
             tokens = best.tokens
             for at, block in zip(range(0, len(tokens), length), best.canvases(length, fill)):
